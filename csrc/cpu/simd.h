@@ -1,0 +1,222 @@
+// Fixed-width vectors for the CPU kernels, on the compiler's own vector types (GCC and Clang, x86 and Arm).
+//
+// Every kernel source is compiled once per instruction set, with FASTSEQ_ISA naming its inner namespace, so that
+// the same function exists several times in one library and is picked at load (isa.h). Nothing here may be used
+// across two instruction sets: all of it lives inside the namespace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTSEQ_ISA
+#define FASTSEQ_ISA baseline
+#endif
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+#define FASTSEQ_INLINE inline __attribute__((always_inline))
+
+// Storage types of 16 bits. The accumulator of either is float.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The type that a storage type is computed in.
+template <class S>
+struct AccumulatorOf {
+  using type = S;
+};
+template <>
+struct AccumulatorOf<bf16> {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<f16> {
+  using type = float;
+};
+template <class S>
+using Accumulator = typename AccumulatorOf<S>::type;
+
+FASTSEQ_INLINE float widen(float v) { return v; }
+FASTSEQ_INLINE double widen(double v) { return v; }
+FASTSEQ_INLINE float widen(bf16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+FASTSEQ_INLINE float widen(f16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = uint32_t(v.bits & 0x7fff) << 13;
+  // Shift the exponent into place by a multiplication, which also normalises subnormals.
+  float scaled;
+  std::memcpy(&scaled, &magnitude, 4);
+  scaled *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, 4);
+  if ((v.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+template <class S>
+S narrow(Accumulator<S> v);
+template <>
+FASTSEQ_INLINE float narrow<float>(float v) {
+  return v;
+}
+template <>
+FASTSEQ_INLINE double narrow<double>(double v) {
+  return v;
+}
+template <>
+FASTSEQ_INLINE bf16 narrow<bf16>(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bf16{uint16_t((bits >> 16) | 0x40)};
+  return bf16{uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+FASTSEQ_INLINE f16 narrow<f16>(float v) {
+#if defined(__F16C__)
+  return f16{uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return f16{uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff))};
+  if (magnitude >= 0x477ff000) return f16{uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude < 0x38800000) {  // subnormal or zero: let float addition do the rounding
+    float value, shifter = 0.5f;
+    std::memcpy(&value, &magnitude, 4);
+    value += shifter;
+    std::memcpy(&magnitude, &value, 4);
+    return f16{uint16_t(sign | (magnitude - 0x3f000000))};
+  }
+  magnitude += 0xc8000fff + ((magnitude >> 13) & 1);
+  return f16{uint16_t(sign | (magnitude >> 13))};
+#endif
+}
+
+template <class A>
+FASTSEQ_INLINE Vec<A> splat(A v) {
+  return Vec<A>{} + v;
+}
+
+// Unaligned loads and stores of kLanes<Accumulator<S>> elements, widened to the accumulator or narrowed from it.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> load(const S* p) {
+  using A = Accumulator<S>;
+  Vec<A> out;
+  if constexpr (sizeof(S) == sizeof(A)) {
+    std::memcpy(&out, p, sizeof out);
+  } else {
+#if defined(__AVX512F__)
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (__is_same(S, bf16))
+      out = reinterpret_cast<Vec<A>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    else
+      out = reinterpret_cast<Vec<A>>(_mm512_cvtph_ps(raw));
+#elif defined(__AVX2__)
+    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (__is_same(S, bf16))
+      out = reinterpret_cast<Vec<A>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+    else
+      out = reinterpret_cast<Vec<A>>(_mm256_cvtph_ps(raw));
+#else
+    for (int i = 0; i < kLanes<A>; ++i) out[i] = widen(p[i]);
+#endif
+  }
+  return out;
+}
+template <class S>
+FASTSEQ_INLINE void store(S* p, Vec<Accumulator<S>> v) {
+  using A = Accumulator<S>;
+  if constexpr (sizeof(S) == sizeof(A)) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+#if defined(__AVX512F__)
+    __m256i raw;
+    if constexpr (__is_same(S, bf16)) {
+#if defined(__AVX512BF16__)
+      __m256bh packed = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+      std::memcpy(&raw, &packed, sizeof raw);
+#else
+      __m512i bits = reinterpret_cast<__m512i>(v);
+      __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+      __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+      rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+      raw = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+    } else {
+      raw = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), raw);
+#else
+    for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<S>(v[i]);
+#endif
+  }
+}
+
+// The first n elements only (0 <= n <= kLanes): memory past them is neither read nor written; lanes past them are 0.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> load_n(const S* p, int n) {
+  using A = Accumulator<S>;
+  if (n >= kLanes<A>) return load(p);
+  S buffer[kLanes<A>] = {};
+  std::memcpy(buffer, p, size_t(n) * sizeof(S));
+  return load(buffer);
+}
+template <class S>
+FASTSEQ_INLINE void store_n(S* p, Vec<Accumulator<S>> v, int n) {
+  using A = Accumulator<S>;
+  if (n >= kLanes<A>) return store(p, v);
+  S buffer[kLanes<A>];
+  store(buffer, v);
+  std::memcpy(p, buffer, size_t(n) * sizeof(S));
+}
+
+template <class A>
+FASTSEQ_INLINE A sum_lanes(Vec<A> v) {
+  A out = 0;
+  for (int i = 0; i < kLanes<A>; ++i) out += v[i];
+  return out;
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

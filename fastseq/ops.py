@@ -9,8 +9,14 @@ G gates a cell (1 for an RNN, 3 for a GRU, 4 for an LSTM); Tq, Tk query and key 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+BACKENDS = ("native", "triton")
+"""Backends that are operators of their own; ``reference`` and ``torch`` are made of torch's."""
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 """Number of gates G of each cell; rows of ``w_ih`` and ``w_hh`` are G blocks of H, in torch's order."""
@@ -22,9 +28,9 @@ or q = r * h_prev (reset before it). An RNN needs only its output."""
 # One layer, one direction, all time steps.
 #   x [T,B,I], w_ih [G*H,I], w_hh [G*H,P], b_ih, b_hh [G*H], w_hr [P,H] (LSTM only), h0 [B,P], c0 [B,H] (LSTM only),
 #   lengths int64 [B], reset bool [T,B]
-# -> y [T,B,P], h_n [B,P], c_n [B,H] (empty unless LSTM),
+# -> y [T,B,P] contiguous, h_n [B,P], c_n [B,H] (empty unless LSTM),
 #    states [T,B,H]: c_t of each step in the accumulator's dtype (LSTM, where asked for by save or states; else empty),
-#    tape [T,B,TAPE*H] (where save is set; else empty)
+#    tape [T,B,TAPE*H] in x's dtype (where save is set; else empty); all outputs contiguous, 0 on the tape past lengths
 # From step lengths[b] on y is 0 and the state stands still; a reverse scan starts at lengths[b]-1.
 SCAN_FORWARD = (
     "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
@@ -36,7 +42,7 @@ SCAN_FORWARD = (
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
-#    dh0 [B,P], dc0 [B,H] (empty unless LSTM)
+#    dh0 [B,P], dc0 [B,H] (empty unless LSTM). All contiguous, in x's dtype. "empty" is a tensor of shape [0].
 SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor states, Tensor tape, Tensor w_hh, "
     "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, bool reverse) "
@@ -62,3 +68,118 @@ ATTENTION_BACKWARD = (
     f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ATTENTION_OPTIONS}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
+
+NATIVE_ISA = "(str name) -> str"
+"""Test hook: force an instruction set of the CPU kernels ('' only asks); returns the one now active."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a kernel computes in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _fake_scan_forward(
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, save, states
+):  # fmt: skip
+    steps, batch = x.shape[0], x.shape[1]
+    hidden, lstm = w_hh.shape[0] // GATES[cell], cell == "lstm"
+    absent = x.new_empty(0)
+    return (
+        x.new_empty(steps, batch, w_hh.shape[1]),
+        x.new_empty(batch, w_hh.shape[1]),
+        x.new_empty(batch, hidden) if lstm else absent,
+        x.new_empty(steps, batch, hidden, dtype=accumulator(x.dtype)) if lstm and (save or states) else x.new_empty(0),
+        x.new_empty(steps, batch, TAPE[cell] * hidden) if save and TAPE[cell] else x.new_empty(0),
+    )
+
+
+def _fake_scan_backward(
+    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+):  # fmt: skip
+    steps, batch = y.shape[0], y.shape[1]
+    hidden = w_hh.shape[0] // GATES[cell]
+    dhidden = y.new_empty(0)
+    if cell == "gru":
+        dhidden = y.new_empty(steps, batch, hidden)
+    elif w_hr is not None:
+        dhidden = y.new_empty(steps, batch, w_hr.shape[0])
+    return (
+        y.new_empty(steps, batch, w_hh.shape[0]),
+        dhidden,
+        y.new_empty(batch, w_hh.shape[1]),
+        y.new_empty(batch, hidden) if cell == "lstm" else y.new_empty(0),
+    )
+
+
+def loop_over(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
+    """The vmap rule that always holds: one call a slice, results stacked along a new first dimension."""
+    calls = []
+    for index in range(size):
+        slices = (a if d is None else a.select(d, index) for a, d in zip(args, in_dims, strict=True))
+        calls.append(op(*slices))
+    return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def fold_batch(
+    op: Callable, axes: Sequence[int | None], out_axes: Sequence[int]
+) -> Callable[..., tuple[Any, Any]]:
+    """A vmap rule that lays the mapped dimension into the batch.
+
+    ``axes`` names each argument's batch dimension (None for an argument without one: where such an argument is
+    mapped, weights for instance, the rule falls back to a loop); ``out_axes`` that of each result.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if any(d is not None and axis is None for d, axis in zip(in_dims, axes, strict=True)) or size == 0:
+            return loop_over(op, size, in_dims, args)
+        folded = []
+        for arg, dim, axis in zip(args, in_dims, axes, strict=True):
+            if axis is None or not isinstance(arg, Tensor) or arg.shape == (0,):
+                folded.append(arg)
+            elif dim is None:
+                shape = (*arg.shape[:axis], size, *arg.shape[axis:])
+                folded.append(arg.unsqueeze(axis).expand(shape).flatten(axis, axis + 1))
+            else:
+                folded.append(arg.movedim(dim, axis).flatten(axis, axis + 1))
+        outs, dims = [], []
+        for out, axis in zip(op(*folded), out_axes, strict=True):
+            absent = out.shape == (0,)
+            outs.append(out if absent else out.unflatten(axis, (size, out.shape[axis] // size)))
+            dims.append(None if absent else axis)
+        return tuple(outs), tuple(dims)
+
+    return rule
+
+
+def define(name: str, schema: str, fake: Callable, rule: Callable[[Callable], Callable]) -> None:
+    """Define ``fastseq::name.<backend>`` for every backend, with its fake kernel and its vmap rule."""
+    for backend in BACKENDS:
+        full = f"fastseq::{name}.{backend}"
+        torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(full, fake)
+        torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))
+
+
+define(
+    "scan_forward", SCAN_FORWARD, _fake_scan_forward,
+    lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 1, *[None] * 4), (1, 0, 0, 1, 1)),
+)  # fmt: skip
+define(
+    "scan_backward", SCAN_BACKWARD, _fake_scan_backward,
+    lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
+)  # fmt: skip
+torch.library.define("fastseq::native_isa", NATIVE_ISA)
+
+
+def _load_native() -> str | None:
+    """Load the compiled extension; returns None, or the reason why there is none."""
+    try:
+        import fastseq._native  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+NATIVE_MISSING: str | None = _load_native()
+"""None where the compiled extension is loaded, else why it is not."""

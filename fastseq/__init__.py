@@ -1,0 +1,14 @@
+"""Accelerated RNN, GRU, LSTM and attention layers for PyTorch, drop-in for torch.nn.
+
+    import fastseq
+    fastseq.patch(model)          # every torch.nn recurrent and attention layer in the model now runs here
+
+or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
+"""
+
+from fastseq import functional, nn
+from fastseq.backend import BackendError, backends, explain, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendError", "backends", "explain", "functional", "nn", "use_backend"]

@@ -1,0 +1,220 @@
+"""Which implementation runs: the AUTO table, the overrides, and the reasons.
+
+Order: the ``backend=`` argument, then ``with use_backend(name)``, then the environment variable ``FASTSEQ_BACKEND``,
+then AUTO. A backend that was named never falls back: it raises :class:`BackendError` with the reason. AUTO takes the
+first of its row that can do the work, and logs once why an earlier one could not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from fastseq import ops
+
+NAMES = ("reference", "torch", "native", "triton")
+
+log = logging.getLogger("fastseq")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot do the work; the message says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of AUTO: for this device type and operation, in this order, because of this."""
+
+    device: str
+    op: str
+    order: tuple[str, ...]
+    because: str
+
+
+AUTO: tuple[Row, ...] = (
+    Row("cpu", "scan", ("native", "torch", "reference"), "tested on every CPU run; ahead of torch on the bench's grid"),
+    Row("cpu", "attention", ("native", "torch", "reference"), "tested on every CPU run; ahead of torch on the grid"),
+    Row("cuda", "scan", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
+    Row("cuda", "attention", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
+    Row("*", "scan", ("torch", "reference"), "no kernel of ours exists for this device"),
+    Row("*", "attention", ("torch", "reference"), "no kernel of ours exists for this device"),
+)
+"""Measured facts, most specific first. A kernel enters a row only when it has passed the tests on that hardware and
+measured no slower than torch there."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose one of {', '.join(NAMES)}")
+    return name
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("FASTSEQ_BACKEND", "")
+    return _checked(name, "FASTSEQ_BACKEND") if name and name != "auto" else None
+
+
+# Plain module globals: torch.compile guards them, which it cannot do with a ContextVar.
+_override: str | None = _from_environment()
+_decisions: list[str] | None = None  # where explain() listens
+_logged: set[tuple[str, str, str]] = set()
+
+
+class use_backend:
+    """Run everything inside the ``with`` block on the named backend, in every thread.
+
+    Args:
+        name: ``reference``, ``torch``, ``native`` or ``triton``; None or ``"auto"`` gives the choice back to AUTO.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> import torch, fastseq
+        >>> with fastseq.use_backend("reference"):
+        ...     y, h_n = fastseq.nn.GRU(3, 5)(torch.randn(7, 2, 3))
+        >>> y.shape
+        torch.Size([7, 2, 5])
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = None if name in (None, "auto") else _checked(name, "use_backend")  # type: ignore[arg-type]
+
+    def __enter__(self) -> use_backend:
+        global _override
+        self._previous, _override = _override, self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _override
+        _override = self._previous
+
+
+def forced(argument: str | None = None) -> str | None:
+    """The backend named by argument, ``use_backend`` or the environment; None leaves the choice to AUTO."""
+    if argument is not None and argument != "auto":
+        return _checked(argument, "backend")
+    return _override
+
+
+def auto_row(device: str, op: str) -> Row:
+    """AUTO's row for a device type and operation (``scan`` or ``attention``)."""
+    return next(row for row in AUTO if row.device in (device, "*") and row.op == op)
+
+
+def resolve(op: str, device: str, reasons: Callable[[str], str | None], argument: str | None = None) -> str:
+    """Choose a backend.
+
+    Args:
+        op: ``scan`` or ``attention``.
+        device: device type of the input.
+        reasons: tells of a backend why it cannot do this call; None where it can.
+        argument: the caller's ``backend=``.
+
+    Raises:
+        BackendError: the backend named cannot do it.
+    """
+    if _decisions is not None:
+        _explain(op, device, reasons, argument)
+    named = forced(argument)
+    if named is not None:
+        reason = reasons(named)
+        if reason is not None:
+            raise BackendError(f"backend {named!r} cannot run this {op}: {reason}")
+        return named
+    row = auto_row(device, op)
+    for name in row.order:
+        reason = reasons(name)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            _log_once(op, name, reason)
+    raise BackendError(f"no backend can run this {op} on {device}: " + "; ".join(f"{n}: {reasons(n)}" for n in NAMES))
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _logged:
+        _logged.add((op, name, reason))
+        log.info("%s: %s passed over: %s", op, name, reason)
+
+
+def operator_reason(name: str, device: str) -> str | None:
+    """Why an operator backend (``native``, ``triton``) cannot run on a device at all; None where it can."""
+    if name == "native":
+        if ops.NATIVE_MISSING is not None:
+            return f"the compiled extension is not installed ({ops.NATIVE_MISSING}); see python -m fastseq doctor"
+        if device != "cpu":
+            return f"the native kernels run on the CPU only so far, not on {device}"
+        return None
+    if name == "triton":
+        return "no Triton kernels are in this version"
+    return None
+
+
+class _Explained(Exception):
+    """Ends the call that explain() listens to: the decision is known, nothing needs computing."""
+
+
+def _explain(op: str, device: str, reasons: Callable[[str], str | None], argument: str | None) -> None:
+    assert _decisions is not None
+    named, row = forced(argument), auto_row(device, op)
+    candidates = (named,) if named is not None else row.order
+    chosen = next((n for n in candidates if reasons(n) is None), None)
+    how = f"named: {named}" if named is not None else f"AUTO for {row.device}, {op}: {row.because}"
+    _decisions.append(f"{op} on {device} runs on: {chosen or 'nothing'} ({how})")
+    for name in NAMES:
+        if name == chosen:
+            continue
+        reason = reasons(name)
+        if reason is None:
+            later = name in candidates
+            reason = f"can, but {chosen} comes first" if later else "can, but is not in AUTO's row for this device"
+            if named is not None:
+                reason = f"can, but {named} was named"
+        _decisions.append(f"  {name}: {reason}")
+    raise _Explained
+
+
+def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str:
+    """Say which backend a call would run on, and why the others would not. Nothing is computed.
+
+    Args:
+        layer_or_function: a layer of ``fastseq.nn``, a model that contains one, or a function of this package.
+        *args, **kwargs: what it would be called with.
+
+    Returns:
+        Lines of text; of the first call met, where a model makes several.
+
+    Example:
+        >>> import torch, fastseq
+        >>> print(fastseq.explain(fastseq.nn.GRU(3, 5), torch.randn(7, 2, 3)).splitlines()[0])  # doctest: +ELLIPSIS
+        scan on cpu runs on: ...
+    """
+    global _decisions
+    previous, _decisions = _decisions, []
+    try:
+        with torch.no_grad():
+            layer_or_function(*args, **kwargs)
+    except _Explained:
+        return "\n".join(_decisions)
+    finally:
+        _decisions = previous
+    return "this call reaches no operation of fastseq"
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, and why it cannot run at all on this machine (None where it can)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "reference": None,
+        "torch": None,
+        "native": operator_reason("native", "cpu"),
+        "triton": operator_reason("triton", device),
+    }

@@ -1,0 +1,394 @@
+"""RNN, GRU and LSTM over stacks of layers: what lies above the scan (layers, directions, dropout, layouts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq import backend as backends
+from fastseq import checks, ops, reference
+from fastseq.autograd import FORWARD, Scan, functorch_active, needs_reference
+from fastseq.functional import eager
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How layers are stacked. ``weights`` come flat, a layer and direction at a time, in torch's order:
+    w_ih, w_hh, then b_ih, b_hh with biases, then w_hr with a projection."""
+
+    cell: str
+    num_layers: int = 1
+    has_biases: bool = True
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    projected: bool = False
+
+    @property
+    def directions(self) -> int:
+        """1, or 2 where bidirectional."""
+        return 2 if self.bidirectional else 1
+
+    def of(self, weights: Sequence[Tensor], index: int) -> tuple[Tensor | None, ...]:
+        """w_ih, w_hh, b_ih, b_hh, w_hr of the ``index``-th layer and direction; None for those absent."""
+        width = 2 + 2 * self.has_biases + self.projected
+        w = weights[index * width : (index + 1) * width]
+        b_ih, b_hh = w[2:4] if self.has_biases else (None, None)
+        return w[0], w[1], b_ih, b_hh, w[-1] if self.projected else None
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman RNN, h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); Elman 1990.
+
+    Args:
+        input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[T, I]``; float64, float32, bfloat16 or float16.
+        hx: ``[num_layers * directions, B, H]`` (no B when unbatched), or None for zeros.
+        weights: flat, as ``torch.nn.RNN._flat_weights``: a layer and direction at a time w_ih ``[H, I]``,
+            w_hh ``[H, H]``, and with ``has_biases`` b_ih ``[H]``, b_hh ``[H]``.
+        nonlinearity: phi, ``"tanh"`` or ``"relu"``.
+        lengths: int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state stands still.
+        reset: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[T]`` unbatched): the state is cleared before a step.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        The output ``[T, B, directions * H]`` (laid out as the input) and the last state, shaped as ``hx``.
+
+    Raises:
+        ArgumentError: an argument's shape, dtype, device or value does not fit; the message says which and how.
+        BackendError: the named backend cannot run this.
+
+    Example:
+        >>> import torch
+        >>> from fastseq.functional import rnn
+        >>> y, h_n = rnn(torch.randn(7, 2, 3), None, [torch.randn(5, 3), torch.randn(5, 5)], has_biases=False)
+        >>> y.shape, h_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
+    """
+    checks.require(nonlinearity in ("tanh", "relu"), f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    stack = Stack(
+        f"rnn_{nonlinearity}", num_layers, has_biases, dropout, training, bidirectional, batch_first
+    )  # fmt: skip
+    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend)
+    return y, h_n
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    reset_after: bool = True,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated recurrent unit; Cho et al. 2014. Gates r, z and candidate n, h_t = z * h_{t-1} + (1 - z) * n.
+
+    Args:
+        reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
+            n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
+        input, hx, weights, lengths, reset, backend and the rest: as :func:`rnn`, with w_ih ``[3H, I]``,
+            w_hh ``[3H, H]``, blocks r, z, n.
+
+    Returns:
+        The output ``[T, B, directions * H]`` and the last state.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`rnn`.
+    """
+    cell = "gru" if reset_after else "gru_reset_before"
+    stack = Stack(cell, num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend)
+    return y, h_n
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    projected: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_all_states: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Long short-term memory; Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000.
+
+    c_t = f * c_{t-1} + i * g, h_t = o * tanh(c_t), and with a projection (Sak et al. 2014) h_t = W_hr (o * tanh(c_t)).
+
+    Args:
+        hx: ``(h_0, c_0)``, ``[num_layers * directions, B, P]`` and ``[num_layers * directions, B, H]``, or None.
+        projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
+        return_all_states: also return every c_t of the last layer.
+        input, weights, lengths, reset, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``, w_hh ``[4H, P]``,
+            blocks i, f, g, o.
+
+    Returns:
+        The output ``[T, B, directions * P]`` and ``(h_n, c_n)``; with ``return_all_states`` also c
+        ``[T, B, directions * H]``, laid out as the output.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`rnn`.
+    """
+    h0, c0 = (None, None) if hx is None else hx
+    checks.require((h0 is None) == (c0 is None), "hx must be a pair of tensors (h_0, c_0), got one None")
+    stack = Stack(
+        "lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected
+    )  # fmt: skip
+    y, h_n, c_n, states = run(stack, input, h0, c0, weights, lengths, reset, return_all_states, backend)
+    assert c_n is not None
+    return (y, (h_n, c_n), states) if states is not None else (y, (h_n, c_n))
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """One step of :func:`rnn`: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``; returns the new state."""
+    checks.require(nonlinearity in ("tanh", "relu"), f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return _cell(f"rnn_{nonlinearity}", input, hx, None, (w_ih, w_hh, b_ih, b_hh), backend)[0]
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reset_after: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of :func:`gru`: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``; returns the new state."""
+    return _cell("gru" if reset_after else "gru_reset_before", input, hx, None, (w_ih, w_hh, b_ih, b_hh), backend)[0]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`lstm`: input ``[B, I]`` or ``[I]``, hx a pair ``[B, H]`` or ``[H]``; returns ``(h, c)``."""
+    h, c = (None, None) if hx is None else hx
+    h, c = _cell("lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), backend)
+    assert c is not None
+    return h, c
+
+
+def _cell(
+    cell: str,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    checks.check_float("input", x)
+    checks.require(x.dim() in (1, 2), f"input of a cell must be [B, I] or [I], got {x.dim()}-D {checks.sizes(x)}")
+    present = [w for w in weights if w is not None]
+    checks.require(len(present) in (2, 4), "b_ih and b_hh come together: give both or neither")
+    stack = Stack(cell, has_biases=len(present) == 4)
+    h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+    _, h_n, c_n, _ = run(stack, x.unsqueeze(0), h, c, present, None, None, False, backend)
+    return h_n[0], None if c_n is None else c_n[0]
+
+
+def run(
+    stack: Stack,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    want_states: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check the arguments, choose the backend, run the stack; returns y, h_n, c_n and all c_t, laid out as the input."""
+    w_ih, w_hh = weights[0], weights[1]
+    if torch.is_autocast_enabled(w_ih.device.type):
+        x, h0, c0, weights = eager.autocast(x, h0, c0, weights)
+        w_ih, w_hh = weights[0], weights[1]
+    checks.check_input(x, w_ih, stack.batch_first)
+    unbatched = x.dim() == 2
+    swap = stack.batch_first and not unbatched
+    time_batch = list(x.shape[:-1])
+    if reset is not None:
+        checks.check_reset(reset, time_batch, x)
+    if unbatched:
+        x = x.unsqueeze(1)
+        reset = None if reset is None else reset.unsqueeze(1)
+    elif swap:
+        x = x.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    steps, batch = x.shape[0], x.shape[1]
+    if lengths is not None:
+        if unbatched and isinstance(lengths, Tensor):
+            lengths = lengths.reshape(-1)
+        checks.check_lengths(lengths, batch, steps, x)
+        lengths = lengths.to(torch.int64)
+
+    lstm = stack.cell == "lstm"
+    hidden = w_hh.shape[0] // ops.GATES[stack.cell]
+    rows = stack.num_layers * stack.directions
+    h0 = _initial("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
+    if lstm:
+        c0 = _initial("c_0", c0, rows, batch, hidden, x, unbatched)
+
+    name = backends.resolve("scan", x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend)
+    if name == "torch":
+        y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths)
+        states = None
+    else:
+        y, h_n, c_n, states = _layers(name, stack, x, h0, c0, weights, lengths, reset, want_states)
+    if want_states and states is not None:
+        states = states.to(y.dtype)
+    if unbatched:
+        y, h_n = y.squeeze(1), h_n.squeeze(1)
+        c_n, states = (None if s is None else s.squeeze(1) for s in (c_n, states))
+    elif swap:
+        y, states = y.transpose(0, 1), None if states is None else states.transpose(0, 1)
+    return y, h_n, c_n, states
+
+
+def _initial(
+    name: str, state: Tensor | None, rows: int, batch: int, size: int, x: Tensor, unbatched: bool
+) -> Tensor:  # fmt: skip
+    if state is None:
+        return x.new_zeros(rows, batch, size)
+    checks.check_state(name, state, (rows, size) if unbatched else (rows, batch, size), x)
+    return state.unsqueeze(1) if unbatched else state
+
+
+def _layers(
+    name: str,
+    stack: Stack,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    want_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Layer after layer, both directions of each, dropout between layers."""
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    states: list[Tensor | None] = []
+    for layer in range(stack.num_layers):
+        outputs: list[Tensor] = []
+        states = []
+        last = layer == stack.num_layers - 1
+        for direction in range(stack.directions):
+            index = layer * stack.directions + direction
+            y, h, c, all_c = scan(
+                name,
+                x,
+                *stack.of(weights, index),  # type: ignore[arg-type]
+                h0[index],
+                None if c0 is None else c0[index],
+                lengths,
+                reset,
+                stack.cell,
+                direction == 1,
+                want_states and last,
+            )
+            outputs.append(y)
+            h_n.append(h)
+            if c0 is not None:
+                assert c is not None
+                c_n.append(c)
+                states.append(all_c)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if stack.dropout and stack.training and not last:
+            x = F.dropout(x, stack.dropout, True)
+    all_states = None
+    if want_states and states[0] is not None:
+        all_states = torch.cat(states, -1) if len(states) > 1 else states[0]  # type: ignore[arg-type]
+    return x, torch.stack(h_n), torch.stack(c_n) if c_n else None, all_states
+
+
+def scan(
+    name: str,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    reverse: bool,
+    want_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer and direction on a backend; arguments as :func:`fastseq.reference.scan`."""
+    inputs = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset)
+    if name == "reference" or needs_reference():
+        return reference.scan(*inputs, cell=cell, reverse=reverse)
+    if functorch_active() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
+    ):  # fmt: skip
+        y, h_n, c_n, states, _ = Scan.apply(*inputs, cell, reverse, name)
+    else:
+        y, h_n, c_n, states, _ = FORWARD[name](*inputs, cell, reverse, False, want_states)
+    return (y, h_n, c_n, states) if cell == "lstm" else (y, h_n, None, None)
+
+
+def _reason(
+    name: str, stack: Stack, x: Tensor, lengths: Tensor | None, reset: Tensor | None, want_states: bool
+) -> str | None:
+    """Why a backend cannot run this stack; None where it can."""
+    if name == "reference":
+        return None
+    if name == "torch":
+        return eager.torch_reason(stack, lengths, reset, want_states)
+    return backends.operator_reason(name, x.device.type)

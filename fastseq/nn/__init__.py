@@ -1,0 +1,5 @@
+"""Layers with the constructor, attributes, state_dict and call of their torch.nn namesakes."""
+
+from fastseq.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

@@ -1,0 +1,233 @@
+"""RNN, GRU, LSTM and their cells: drop-in for torch.nn, same arguments, same attributes, same state_dict.
+
+The layers derive from ``torch.nn.RNNBase`` rather than from ``torch.nn.LSTM`` and its siblings, which torch.compile
+refuses to trace whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastseq import checks, functional
+
+Hidden = Tensor | tuple[Tensor, Tensor] | None
+
+
+class _Recurrent(nn.RNNBase):
+    """What the three layers share: how a call is unpacked, and how its results are laid out again."""
+
+    def _call(
+        self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
+    ) -> tuple:
+        if isinstance(input, PackedSequence):
+            return self._call_packed(input, hx, lengths, reset, **extra)
+        return self._function(input, hx, lengths=lengths, reset=reset, batch_first=self.batch_first, **extra)
+
+    def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "has_biases": self.bias,
+            "dropout": self.dropout,
+            "training": self.training,
+            "bidirectional": self.bidirectional,
+        }
+
+    def _call_packed(
+        self, packed: PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
+    ) -> tuple:
+        """A PackedSequence is a padded batch with lengths, sorted by length."""
+        checks.require(
+            lengths is None and reset is None, "lengths= and reset= go with a Tensor; a PackedSequence has its own"
+        )
+        data, batch_sizes, order, back = packed
+        padded, sizes = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.shape[0])
+        if order is not None and hx is not None:
+            hx = _permute(hx, order)
+        y, last, *states = self._function(padded, hx, lengths=sizes.to(data.device), batch_first=False, **extra)
+        if back is not None:
+            last = _permute(last, back)
+
+        def pack(values: Tensor) -> PackedSequence:
+            flat, _ = torch._VF._pack_padded_sequence(values, sizes, False)
+            return PackedSequence(flat, batch_sizes, order, back)
+
+        return (pack(y), last, *(pack(s) for s in states))
+
+
+def _permute(hx: Any, order: Tensor) -> Any:
+    if isinstance(hx, tuple):
+        return tuple(h.index_select(1, order) for h in hx)
+    return hx.index_select(1, order)
+
+
+class RNN(_Recurrent):
+    """Elman RNN, drop-in for :class:`torch.nn.RNN`: same constructor, attributes, state_dict and call.
+
+    Beyond torch, the call takes ``lengths`` (int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state
+    stands still) and ``reset`` (bool, shaped as the input's time and batch: the state is cleared before that step).
+
+    Shapes: input ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``, ``[T, I]`` unbatched, or a PackedSequence);
+    hx and h_n ``[num_layers * directions, B, H]``; output ``[T, B, directions * H]``, laid out as the input.
+
+    Example:
+        >>> import torch, fastseq
+        >>> rnn = fastseq.nn.RNN(10, 20, num_layers=2)
+        >>> y, h_n = rnn(torch.randn(5, 3, 10))
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+    def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
+        nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
+        return functional.rnn(input, hx, self._flat_weights, nonlinearity=nonlinearity, **self._options(), **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple:
+        """Returns ``(output, h_n)``."""
+        return self._call(input, hx, lengths, reset)
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit, drop-in for :class:`torch.nn.GRU`, with one more keyword.
+
+    ``reset_after=True`` (default) applies the reset gate after the recurrent product, as torch, cuDNN and Keras do;
+    ``reset_after=False`` before it, as in Cho et al. 2014 and ONNX's default. The parameters are the same in both.
+    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does; shapes are the same too.
+
+    Example:
+        >>> import torch, fastseq
+        >>> gru = fastseq.nn.GRU(10, 20, bidirectional=True, batch_first=True)
+        >>> y, h_n = gru(torch.randn(3, 5, 10), lengths=torch.tensor([5, 2, 4]))
+        >>> y.shape, h_n.shape
+        (torch.Size([3, 5, 40]), torch.Size([2, 3, 20]))
+    """
+
+    reset_after: bool = True  # on the class, so that a torch.nn.GRU whose class is swapped needs nothing more
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """Torch's, and reset_after where it differs from torch's form."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+    def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
+        return functional.gru(
+            input, hx, self._flat_weights, reset_after=self.reset_after, **self._options(), **kwargs
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple:
+        """Returns ``(output, h_n)``."""
+        return self._call(input, hx, lengths, reset)
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory, drop-in for :class:`torch.nn.LSTM`, proj_size included.
+
+    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does, and ``return_all_states=True`` returns a third
+    value: every c_t of the last layer, ``[T, B, directions * H]``, laid out as the output.
+
+    Shapes: as :class:`RNN`; hx is ``(h_0, c_0)``, h with ``proj_size`` features where that is set.
+
+    Example:
+        >>> import torch, fastseq
+        >>> lstm = fastseq.nn.LSTM(10, 20, num_layers=2)
+        >>> y, (h_n, c_n), c_all = lstm(torch.randn(5, 3, 10), return_all_states=True)
+        >>> y.shape, c_n.shape, c_all.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([5, 3, 20]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
+        return functional.lstm(
+            input, hx, self._flat_weights, projected=self.proj_size > 0, **self._options(), **kwargs
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> tuple:
+        """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
+        return self._call(input, hx, lengths, reset, return_all_states=return_all_states)
+
+
+class RNNCell(nn.RNNCell):
+    """One step of an RNN, drop-in for :class:`torch.nn.RNNCell`: input ``[B, I]`` or ``[I]``, hx ``[B, H]``."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Returns the new hidden state."""
+        return functional.rnn_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
+        )
+
+
+class GRUCell(nn.GRUCell):
+    """One step of a GRU, drop-in for :class:`torch.nn.GRUCell`, with ``reset_after`` as :class:`GRU`'s."""
+
+    reset_after: bool = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """Torch's, and reset_after where it differs from torch's form."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Returns the new hidden state."""
+        return functional.gru_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, reset_after=self.reset_after
+        )
+
+
+class LSTMCell(nn.LSTMCell):
+    """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`: hx is ``(h, c)``, each ``[B, H]``."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the new ``(h, c)``."""
+        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

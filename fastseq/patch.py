@@ -1,0 +1,264 @@
+"""``patch(model)`` makes an existing model run on fastseq by swapping the class of its layers; ``unpatch`` swaps back.
+
+Only ``module.__class__`` changes. Parameters, buffers, hooks, names, the training flag and the module's identity are the
+same objects before and after, so nothing is copied and an optimizer made earlier stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastseq import nn as fast
+
+TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: fast.RNN,
+    nn.GRU: fast.GRU,
+    nn.LSTM: fast.LSTM,
+    nn.RNNCell: fast.RNNCell,
+    nn.GRUCell: fast.GRUCell,
+    nn.LSTMCell: fast.LSTMCell,
+    nn.MultiheadAttention: fast.MultiheadAttention,
+}
+TO_TORCH = {ours: theirs for theirs, ours in TO_FASTSEQ.items()}
+
+_NAMES = frozenset(cls.__name__ for cls in TO_FASTSEQ)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WEIGHTS = (None,)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A layer whose class was swapped: its name in the model ("" for the model itself) and both classes."""
+
+    name: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A layer that stayed as it was: its name in the model, its class, and the reason."""
+
+    name: str
+    cls: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What :func:`patch` or :func:`unpatch` did. True if it changed a layer; its length is how many it changed.
+
+    Attributes:
+        action: ``"patch"`` or ``"unpatch"``.
+        changed: the layers whose class was swapped, in the model's order; a shared layer counts once.
+        left: the layers of these kinds that were not, each with the reason.
+        already: names of the layers that needed no change.
+        notes: what is worth knowing besides.
+    """
+
+    action: str
+    changed: list[Changed] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.changed)
+
+    def __bool__(self) -> bool:
+        return bool(self.changed)
+
+    def __str__(self) -> str:
+        head = f"fastseq.{self.action}: {_count(len(self.changed))} changed, {len(self.left)} left"
+        if self.already:
+            kind = "fastseq" if self.action == "patch" else "torch.nn"
+            head += f", {len(self.already)} already {kind}"
+        rows = [("changed", c.name, f"{c.old} -> {c.new}") for c in self.changed]
+        rows += [("left", entry.name, f"{entry.cls}: {entry.reason}") for entry in self.left]
+        width = max((len(_shown(name)) for _, name, _ in rows), default=0)
+        lines = [head] + [f"  {what:<7}  {_shown(name):<{width}}  {text}" for what, name, text in rows]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def patch(model: nn.Module, *, weights: str | None = None) -> Report:
+    """Make every ``torch.nn`` RNN, GRU, LSTM, cell and MultiheadAttention inside ``model`` run on fastseq, in place.
+
+    Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
+    Only exact ``torch.nn`` classes are swapped. Left as they are, with the reason in the report: subclasses, layers
+    whose ``forward`` was replaced, scripted, parametrized, weight-normed, pruned and quantized ones. Calling it again
+    changes nothing.
+
+    Args:
+        model: any module.
+        weights: None keeps the weights as they are; no other value is accepted yet.
+
+    Returns:
+        a :class:`Report`; print it to see the table.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``weights`` is not an accepted value.
+
+    Example:
+        >>> import fastseq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LSTM(16, 32))
+        >>> print(fastseq.patch(model))
+        fastseq.patch: 1 layer changed, 0 left
+          changed  1  torch.nn.LSTM -> fastseq.nn.LSTM
+    """
+    if weights not in _WEIGHTS:
+        accepted = ", ".join(map(repr, _WEIGHTS))
+        raise ValueError(f"weights: got {weights!r}, accepted is {accepted} (the weights stay in the model's own dtype)")
+    report = Report("patch")
+    swapped: set[int] = set()
+    for name, module in _modules(model, "patch"):
+        target = TO_FASTSEQ.get(type(module))
+        if target is None:
+            if isinstance(module, tuple(TO_TORCH)):
+                report.already.append(name)
+            elif reason := _why_not_exact(module):
+                report.left.append(Left(name, _class_name(type(module)), reason))
+        elif reason := _why_not_patch(module):
+            report.left.append(Left(name, _class_name(type(module)), reason))
+        elif _swap(report, name, module, target):
+            swapped.add(id(module))
+    report.notes += _fast_path_note(model, swapped)
+    return report
+
+
+def unpatch(model: nn.Module) -> Report:
+    """Turn every fastseq layer inside ``model`` into the ``torch.nn`` layer of the same name, in place.
+
+    The reverse of :func:`patch`; layers that were built from ``fastseq.nn`` are converted too where torch has the same
+    layer. Left, with the reason: a GRU with ``reset_after=False`` and subclasses of fastseq layers.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    report = Report("unpatch")
+    for name, module in _modules(model, "unpatch"):
+        target = TO_TORCH.get(type(module))
+        if target is None:
+            if type(module) in TO_FASTSEQ:
+                report.already.append(name)
+            elif isinstance(module, tuple(TO_TORCH)):
+                reason = "a subclass of a fastseq layer: its code may need what torch's does not have"
+                report.left.append(Left(name, _class_name(type(module)), reason))
+        elif reason := _why_not_unpatch(module):
+            report.left.append(Left(name, _class_name(type(module)), reason))
+        elif _swap(report, name, module, target):
+            vars(module).pop("reset_after", None)  # torch's layer has no such attribute
+    return report
+
+
+def _modules(model: nn.Module, action: str) -> Iterator[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        mend = ": pass an instance, not the class" if isinstance(model, type) else ""
+        got = _class_name(model) if isinstance(model, type) else _class_name(type(model))
+        raise TypeError(f"{action}: model must be a torch.nn.Module, got {got}{mend}")
+    return model.named_modules()
+
+
+def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module]) -> bool:
+    old = _class_name(type(module))
+    try:
+        module.__class__ = target
+    except TypeError as error:  # a class with another memory layout (__slots__)
+        report.left.append(Left(name, old, f"Python refused to swap its class: {error}"))
+        return False
+    report.changed.append(Changed(name, old, _class_name(target)))
+    return True
+
+
+def _why_not_exact(module: nn.Module) -> str | None:
+    """The reason to report a module that is not exactly one of torch.nn's layers; None if it is none of our business."""
+    cls = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        kind = getattr(module, "original_name", "")
+        return "a ScriptModule, already compiled: patch before torch.jit.script or trace" if kind in _NAMES else None
+    if cls.__name__ in _NAMES and cls.__module__.startswith(("torch.ao.", "torchao.")):
+        return "a quantization layer: it keeps its weights in another form"
+    base = next((theirs for theirs in TO_FASTSEQ if isinstance(module, theirs)), None)
+    if base is None:
+        return None
+    if parametrize.is_parametrized(module):
+        return "parametrized (torch.nn.utils.parametrize): its weights are computed at each call"
+    return f"a subclass of {_class_name(base)}: its own code may rely on torch's forward"
+
+
+def _why_not_patch(module: nn.Module) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    for name in _weight_names(module):
+        if name not in module._parameters:
+            return f"its {name} is not a parameter: weight_norm, spectral_norm, pruning or sharding computes it"
+        weight = module._parameters[name]
+        if weight is None:
+            continue
+        if type(weight) is not nn.Parameter:
+            return f"its {name} is a {_class_name(type(weight))}: the kernels read plain tensors"
+        if weight.dtype not in _DTYPES:
+            return f"its {name} has dtype {weight.dtype}: supported are {', '.join(str(d) for d in _DTYPES)}"
+    out_proj = getattr(module, "out_proj", None)
+    if out_proj is not None and type(out_proj).forward is not nn.Linear.forward:
+        return f"its out_proj is a {_class_name(type(out_proj))}, not a torch.nn.Linear"
+    return None
+
+
+def _why_not_unpatch(module: nn.Module) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if not getattr(module, "reset_after", True):
+        return "reset_after=False: torch's GRU applies the reset gate after the product only"
+    return None
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """The names under which the layer's forward looks for its weights."""
+    if isinstance(module, nn.RNNBase):
+        return list(module._flat_weights_names)
+    if isinstance(module, nn.MultiheadAttention):
+        names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
+        return names + (["bias_k", "bias_v"] if module.bias_k is not None else [])
+    return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+
+
+def _fast_path_note(model: nn.Module, swapped: set[int]) -> list[str]:
+    """torch's encoder layer hands its attention's weights to one fused kernel in inference, whatever the class."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and id(module.self_attn) in swapped
+        and module.self_attn.batch_first
+        and module.self_attn.in_proj_bias is not None
+    ]
+    if not names:
+        return []
+    shown = ", ".join(map(_shown, names[:3])) + (", ..." if len(names) > 3 else "")
+    what = "TransformerEncoderLayer uses" if len(names) == 1 else "TransformerEncoderLayers use"
+    return [
+        f"{len(names)} {what} torch's own fused kernel in eval mode without gradients ({shown}); "
+        "torch.backends.mha.set_fastpath_enabled(False) sends them through fastseq there too"
+    ]
+
+
+def _class_name(cls: type) -> str:
+    """torch.nn.GRU, not torch.nn.modules.rnn.GRU."""
+    for public in ("torch.nn", "fastseq.nn"):
+        if cls.__module__.startswith(f"{public}."):
+            return f"{public}.{cls.__qualname__}"
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _shown(name: str) -> str:
+    return name or "(root)"
+
+
+def _count(n: int) -> str:
+    return f"{n} layer" if n == 1 else f"{n} layers"

@@ -1,0 +1,121 @@
+"""The recurrent scan in eager torch: one layer, one direction, all time steps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scan(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    *,
+    cell: str,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Walk a cell over time.
+
+    Args:
+        x: input ``[T, B, I]``; any float dtype. 16-bit inputs are computed in float32 and rounded once, at the end.
+        w_ih: ``[G*H, I]``, blocks in torch's order (LSTM i,f,g,o; GRU r,z,n).
+        w_hh: ``[G*H, P]``.
+        b_ih, b_hh: ``[G*H]`` or None.
+        w_hr: projection ``[P, H]`` (LSTM only) or None, and then P = H.
+        h0: ``[B, P]``.
+        c0: ``[B, H]`` for an LSTM, else None.
+        lengths: int ``[B]`` or None: from step ``lengths[b]`` on, y is 0 and the state stands still; a reverse scan
+            of row b starts at ``lengths[b] - 1``.
+        reset: bool ``[T, B]`` or None: where set, the state is cleared before that step.
+        cell: ``rnn_tanh``, ``rnn_relu``, ``lstm``, ``gru`` (reset gate after the product, as torch and cuDNN) or
+            ``gru_reset_before`` (before it, as Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+        reverse: walk from the last step to the first.
+
+    Returns:
+        ``y [T, B, P]``, ``h_n [B, P]``, and for an LSTM ``c_n [B, H]`` and every c_t as ``states [T, B, H]`` in the
+        dtype computed in; else None and None.
+    """
+    dtype = x.dtype
+    compute = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def widen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(compute)
+
+    w_ih, w_hh, b_ih, b_hh, w_hr = (widen(w) for w in (w_ih, w_hh, b_ih, b_hh, w_hr))  # type: ignore[assignment]
+    h, c = h0.to(compute), widen(c0)
+    steps = x.shape[0]
+    if lengths is not None:  # what lies in the padding has no influence, not even a NaN
+        x = x.masked_fill((torch.arange(steps, device=x.device)[:, None] >= lengths)[:, :, None], 0)
+    gates_x = F.linear(x.to(compute), w_ih, b_ih)
+
+    outputs: list[Tensor] = []
+    states: list[Tensor] = []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        h_prev, c_prev = h, c
+        if reset is not None:
+            keep = ~reset[t][:, None]
+            h_prev = torch.where(keep, h_prev, 0)
+            c_prev = None if c_prev is None else torch.where(keep, c_prev, 0)
+        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr)
+        y = h_new
+        if lengths is not None:
+            live = (t < lengths)[:, None]
+            y = torch.where(live, h_new, 0)
+            h_new = torch.where(live, h_new, h)
+            c_new = None if c_new is None else torch.where(live, c_new, c)  # type: ignore[arg-type]
+        h, c = h_new, c_new
+        outputs.append(y)
+        if c is not None:
+            states.append(c)
+    if reverse:
+        outputs.reverse()
+        states.reverse()
+    y = torch.stack(outputs).to(dtype)
+    if c is None:
+        return y, h.to(dtype), None, None
+    return y, h.to(dtype), c.to(dtype), torch.stack(states)
+
+
+def step(
+    cell: str,
+    gates_x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One time step from the input's share of the gates, ``gates_x [B, G*H]``; returns the new ``h`` and ``c``."""
+    if cell in ("rnn_tanh", "rnn_relu"):
+        pre = gates_x + F.linear(h, w_hh, b_hh)
+        return (torch.tanh(pre) if cell == "rnn_tanh" else torch.relu(pre)), None
+
+    if cell == "lstm":
+        assert c is not None
+        i, f, g, o = (gates_x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (h if w_hr is None else F.linear(h, w_hr)), c
+
+    x_r, x_z, x_n = gates_x.chunk(3, -1)
+    if cell == "gru":
+        h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+    elif cell == "gru_reset_before":
+        hidden = h.shape[-1]
+        b_rz, b_n = (None, None) if b_hh is None else (b_hh[: 2 * hidden], b_hh[2 * hidden :])
+        h_r, h_z = F.linear(h, w_hh[: 2 * hidden], b_rz).chunk(2, -1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + F.linear(r * h, w_hh[2 * hidden :], b_n))
+    else:
+        raise ValueError(f"unknown cell {cell!r}")
+    return z * h + (1 - z) * n, None

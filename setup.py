@@ -1,0 +1,370 @@
+"""Builds fastseq: a pure-Python package, and the native kernels where this machine can compile them.
+
+FASTSEQ_BUILD says how much: ``auto`` (all that can be built; never fails), ``cpu``, ``cuda`` (fail if that cannot be
+built) or ``none``. What was built, and why the rest was not, goes into ``fastseq/_build.json`` for the doctor.
+
+Every kernel source of csrc/cpu is compiled once per instruction set, the sources that talk to torch once, and all of it
+is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
+serves every later version of both. CUDA sources go into a second file, ``fastseq/_native_cuda.abi3.so``: the first one
+must load under a torch without CUDA. Objects are kept in build/native and compiled again only when their command line,
+their source or a header changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = Path("build", "native")
+REPORT = "_build.json"
+EXTENSIONS = {"cpu": "_native.abi3.so", "cuda": "_native_cuda.abi3.so"}
+OLDEST_TORCH = (2, 10)
+PYTHON_ABI = "cp310"
+
+# Flags of each instruction set; baseline is whatever every processor of the architecture has.
+ISAS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe", "-mpopcnt"],
+        "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
+        "avx512_bf16": ["-march=cooperlake", "-mprefer-vector-width=512"],
+    },
+    "aarch64": {"baseline": []},
+}
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
+# g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+CUDA_ARCHITECTURES = {"80": ["sm_80"], "90a": ["sm_90a"], "100": ["sm_100", "compute_100"]}
+
+
+class Unavailable(Exception):
+    """This machine cannot build that part; the message says why and what would mend it."""
+
+
+def say(message: str) -> None:
+    print(f"fastseq: {message}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        shown = "\n".join((done.stdout + done.stderr).strip().splitlines()[:40])
+        raise Unavailable(f"this command failed:\n  {shlex.join(command)}\n{shown}")
+    if done.stderr.strip():
+        print(done.stderr.strip(), file=sys.stderr)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch to build against, found without importing it."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @classmethod
+    def find(cls) -> Torch:
+        # pip's build isolation hides the environment's packages from sys.path, but not from sysconfig.
+        places = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+        spec = importlib.machinery.PathFinder.find_spec("torch", places)
+        if spec is None or spec.origin is None:
+            raise Unavailable("torch is not installed here; install torch, then this package again")
+        root = Path(spec.origin).parent
+        facts: dict[str, str | None] = {}
+        for line in (root / "version.py").read_text().splitlines():
+            if found := re.match(r"(__version__|cuda)\b[^=]*=\s*(None|'[^']*'|\"[^\"]*\")", line):
+                facts[found[1]] = ast.literal_eval(found[2])
+        version = facts.get("__version__") or "0"
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            raise Unavailable(f"torch {version} is too old: the stable ABI needs {oldest}; install a newer torch")
+        return cls(root, version, facts.get("cuda"))
+
+    @property
+    def compile_flags(self) -> list[str]:
+        return [*ABI_FLAGS, "-isystem", str(self.root / "include")]
+
+    @property
+    def link_flags(self) -> list[str]:
+        # No RPATH: `import torch` comes first and has all of these libraries loaded.
+        return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+@dataclass
+class Unit:
+    """One object file and the command that makes it (to which the output's name is added)."""
+
+    object: Path
+    source: Path
+    command: list[str]
+    signature: str = ""
+
+    def stale(self) -> bool:
+        stamp, deps = self.object.with_suffix(".cmd"), self.object.with_suffix(".d")
+        try:
+            if stamp.read_text() != self.signature:
+                return True
+            made = self.object.stat().st_mtime
+            _, _, listed = deps.read_text().replace("\\\n", " ").partition(":")
+            return any((ROOT / name).stat().st_mtime > made for name in listed.split())
+        except OSError:
+            return True
+
+    def compile(self) -> None:
+        start = time.time()
+        self.object.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and moved into place: two builds may run in one tree, and a broken one must leave nothing.
+        aside = self.object.with_suffix(f".{os.getpid()}.tmp")
+        deps = self.object.with_suffix(".d")
+        try:
+            run([*self.command, "-MMD", "-MF", str(aside) + ".d", "-c", str(self.source), "-o", str(aside)])
+            os.utime(aside, (start, start))  # an edit made during the compilation is newer
+            os.replace(f"{aside}.d", deps)
+            os.replace(aside, self.object)
+            self.object.with_suffix(".cmd").write_text(self.signature)
+        finally:
+            for leftover in (aside, Path(f"{aside}.d")):
+                leftover.unlink(missing_ok=True)
+        say(f"compiled {self.source} [{self.object.parent.name}] in {time.time() - start:.1f} s")
+
+
+def compile_all(units: list[Unit], versions: str) -> bool:
+    """Brings every object up to date, two at a time; returns whether any was compiled."""
+    for unit in units:
+        unit.signature = f"{shlex.join(unit.command)}\n{versions}\n"
+    stale = [unit for unit in units if unit.stale()]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(unit.compile) for unit in stale]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return bool(stale)
+
+
+def link(command: list[str], units: list[Unit], flags: list[str], name: str, compiled: bool) -> Path:
+    library = OBJECTS / name
+    stamp = library.with_suffix(".cmd")
+    whole = [*command, "-shared", *(str(unit.object) for unit in units), *flags]
+    signature = shlex.join(whole)
+    if compiled or not library.exists() or not stamp.exists() or stamp.read_text() != signature:
+        aside = library.with_suffix(f".{os.getpid()}.tmp")
+        run([*whole, "-o", str(aside)])
+        os.replace(aside, library)
+        stamp.write_text(signature)
+        say(f"linked {library}")
+    return library
+
+
+def sources(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
+
+
+def cpu_compiler() -> tuple[list[str], str]:
+    """The C++ compiler's command and its version line."""
+    named = os.environ.get("CXX")
+    command = shlex.split(named) if named else next(([c] for c in ("g++", "c++", "clang++") if shutil.which(c)), [])
+    if not command or not shutil.which(command[0]):
+        wanted = f"CXX={named} is not a command" if named else "there is no C++ compiler (g++ or clang++) on PATH"
+        raise Unavailable(f"{wanted}; install one (Debian: apt install g++), then this package again")
+    return command, run([*command, "--version"]).splitlines()[0]
+
+
+@dataclass
+class Report:
+    """What fastseq/_build.json says. ``reasons`` has an entry for each part that was not built."""
+
+    built: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    torch: str | None = None
+    compiler: str | None = None
+    nvcc: str | None = None
+    instruction_sets: list[str] = field(default_factory=list)
+    instruction_sets_left_out: dict[str, str] = field(default_factory=dict)
+    cuda_architectures: list[str] = field(default_factory=list)
+
+
+def build_cpu(report: Report) -> Path:
+    """Compiles and links the CPU extension; returns the library. Raises Unavailable."""
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    if sys.platform != "linux" or machine not in ISAS:
+        raise Unavailable(f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {sys.platform} {machine}")
+    torch = Torch.find()
+    report.torch = torch.version
+    command, version = cpu_compiler()
+    report.compiler = version
+    python_include = sysconfig.get_path("include")
+    if not Path(python_include, "Python.h").exists():
+        raise Unavailable(f"Python.h is not in {python_include}; install Python's headers (Debian: apt install python3-dev)")
+    base = [*command, *COMMON_FLAGS, "-Icsrc"]
+    (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
+
+    units: dict[str, list[Unit]] = {}
+    kernels = [path for path in sources("csrc/cpu/*.cpp") if path.name != "isa.cpp"]
+    for isa, flags in ISAS[machine].items():
+        flags = [*KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
+        try:
+            run([*base, *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull])
+        except Unavailable as error:
+            if isa == "baseline":
+                raise
+            report.instruction_sets_left_out[isa] = f"{version} does not know its flags"
+            say(f"without the {isa} kernels: {error}")
+            continue
+        report.instruction_sets.append(isa)
+        units[isa] = [Unit(OBJECTS / isa / f"{path.stem}.o", path, [*base, *flags]) for path in kernels]
+    have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in report.instruction_sets if isa != "baseline"]
+    glue = [
+        Unit(
+            OBJECTS / "torch" / f"{path.stem}.o",
+            path,
+            [*base, "-fopenmp", *have, *torch.compile_flags, "-isystem", python_include],
+        )
+        for path in [*sources("csrc/*.cpp"), Path("csrc/cpu/isa.cpp")]
+    ]
+    # Glue and baseline come first: should an inline function of the standard library be emitted in several objects, the
+    # linker keeps the first, which every processor can run.
+    ordered = [*glue, *(unit for isa in report.instruction_sets for unit in units[isa])]
+    compiled = compile_all(ordered, f"{version}\ntorch {torch.version}")
+    return link(command, ordered, ["-fopenmp", *torch.link_flags], EXTENSIONS["cpu"], compiled)
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if nvcc is None:
+        where = f"in CUDA_HOME={home}" if home else "on PATH"
+        raise Unavailable(f"there is no nvcc {where}; install the CUDA toolkit of torch.version.cuda, or set CUDA_HOME")
+    return nvcc
+
+
+def build_cuda(report: Report) -> Path:
+    """Compiles and links the CUDA extension, for all architectures in one file. Raises Unavailable."""
+    files = [*sources("csrc/cuda/*.cpp"), *sources("csrc/cuda/*.cu")]
+    torch = Torch.find()
+    if torch.cuda is None:
+        raise Unavailable(f"torch {torch.version} is built without CUDA; install a CUDA build of torch")
+    nvcc = find_nvcc()
+    found = re.search(r"release (\d+)\.(\d+)", version := run([nvcc, "--version"]))
+    if not found or found[1] != torch.cuda.split(".")[0]:
+        release = found[0] if found else version
+        raise Unavailable(f"nvcc is {release}, torch is built for CUDA {torch.cuda}; set CUDA_HOME to a toolkit of that")
+    known = run([nvcc, "--list-gpu-arch"]).split()
+    generate = []
+    for virtual, codes in CUDA_ARCHITECTURES.items():
+        if f"compute_{virtual.rstrip('a')}" in known:
+            report.cuda_architectures += codes
+            generate.append(f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]")
+    report.nvcc = found[0]
+    # nvcc compiles and links the host code as well: it knows its toolkit's headers and libraries, also when the command
+    # on PATH is a wrapper. The runtime is the shared one that torch has loaded.
+    host = [flag for flag in COMMON_FLAGS if not flag.startswith(("-std", "-O"))]
+    base = [nvcc, "-std=c++17", "-O3", "-cudart=shared", "-Icsrc", *(f"-Xcompiler={flag}" for flag in host)]
+    flags = [*generate, *torch.compile_flags, "-DUSE_CUDA", "-isystem", sysconfig.get_path("include")]
+    units = [Unit(OBJECTS / "cuda" / f"{path.name}.o", path, [*base, *flags]) for path in files]
+    compiled = compile_all(units, f"{version}\ntorch {torch.version}")
+    libraries = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
+    return link(base, units, [*libraries, "-ltorch_cuda"], EXTENSIONS["cuda"], compiled)
+
+
+def build(wanted: str) -> tuple[Report, dict[str, Path]]:
+    """Builds what ``wanted`` (the value of FASTSEQ_BUILD) asks for; returns the report and the libraries."""
+    report = Report()
+    libraries: dict[str, Path] = {}
+    parts: dict[str, Callable[[Report], Path]] = {"cpu": build_cpu, "cuda": build_cuda}
+    required = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}
+    if wanted not in required:
+        raise SystemExit(f"FASTSEQ_BUILD={wanted}: expected auto, cpu, cuda or none")
+    for part, make in parts.items():
+        try:
+            if wanted == "none" or (wanted == "cpu" and part == "cuda"):
+                raise Unavailable(f"FASTSEQ_BUILD={wanted} was set; install again without it")
+            if part == "cuda" and not sources("csrc/cuda/*.cu"):
+                raise Unavailable("this version has no CUDA C++ kernels")
+            if part == "cuda" and "cpu" not in libraries:
+                raise Unavailable("the CPU kernels, which it needs, were not built")
+            libraries[part] = make(report)
+            report.built.append(part)
+        except Unavailable as error:
+            if part in required[wanted]:
+                raise SystemExit(f"fastseq: FASTSEQ_BUILD={wanted}, but the {part} kernels cannot be built: {error}") from None
+            report.reasons[part] = str(error)
+            say(f"without the {part} kernels: {error}")
+    if libraries:
+        say(f"built {', '.join(report.built)} [{' '.join(report.instruction_sets + report.cuda_architectures)}]")
+    else:
+        say("installing in pure Python; it works, through torch's own layers")
+    return report, libraries
+
+
+class BuildNative(build_ext):
+    """build_ext that compiles by the functions above, and is content with nothing where nothing can be built."""
+
+    def run(self) -> None:
+        if getattr(self, "written", None) is not None:
+            return
+        report, libraries = build(os.environ.get("FASTSEQ_BUILD") or "auto")
+        in_place = self.inplace or self.editable_mode
+        target = ROOT / "fastseq" if in_place else Path(self.build_lib, "fastseq")
+        target.mkdir(parents=True, exist_ok=True)
+        self.written = [target / REPORT]
+        for part, name in EXTENSIONS.items():
+            if part in libraries:
+                # Moved into place, as a running process may have the old file mapped.
+                shutil.copy2(ROOT / libraries[part], target / f"{name}.tmp")
+                os.replace(target / f"{name}.tmp", target / name)
+                self.written.append(target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
+        (target / REPORT).write_text(json.dumps(vars(report), indent=2) + "\n")
+        if not libraries:
+            self.distribution.ext_modules = []  # from here on a pure distribution
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in getattr(self, "written", None) or []]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return [str(path) for path in sources("csrc/**/*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel that compiles first, because the wheel's tag depends on whether anything was built."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        self.run_command("build_ext")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+setup(
+    ext_modules=[Extension("fastseq._native", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
+)

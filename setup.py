@@ -50,7 +50,8 @@ ISAS: dict[str, dict[str, list[str]]] = {
     },
     "aarch64": {"baseline": []},
 }
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
+# -iquote, as with -I our math.h would also answer to <math.h>.
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-iquotecsrc"]
 # g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
@@ -108,7 +109,7 @@ class Torch:
     @property
     def link_flags(self) -> list[str]:
         # No RPATH: `import torch` comes first and has all of these libraries loaded.
-        return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
 
 
 @dataclass
@@ -219,7 +220,7 @@ def build_cpu(report: Report) -> Path:
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
         raise Unavailable(f"Python.h is not in {python_include}; install Python's headers (Debian: apt install python3-dev)")
-    base = [*command, *COMMON_FLAGS, "-Icsrc"]
+    base = [*command, *COMMON_FLAGS]
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
 
     units: dict[str, list[Unit]] = {}
@@ -282,7 +283,7 @@ def build_cuda(report: Report) -> Path:
     # nvcc compiles and links the host code as well: it knows its toolkit's headers and libraries, also when the command
     # on PATH is a wrapper. The runtime is the shared one that torch has loaded.
     host = [flag for flag in COMMON_FLAGS if not flag.startswith(("-std", "-O"))]
-    base = [nvcc, "-std=c++17", "-O3", "-cudart=shared", "-Icsrc", *(f"-Xcompiler={flag}" for flag in host)]
+    base = [nvcc, "-std=c++17", "-O3", "-cudart=shared", *(f"-Xcompiler={flag}" for flag in host)]
     flags = [*generate, *torch.compile_flags, "-DUSE_CUDA", "-isystem", sysconfig.get_path("include")]
     units = [Unit(OBJECTS / "cuda" / f"{path.name}.o", path, [*base, *flags]) for path in files]
     compiled = compile_all(units, f"{version}\ntorch {torch.version}")

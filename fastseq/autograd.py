@@ -19,12 +19,16 @@ BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops
 
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is being traced."""
+    if torch.compiler.is_compiling():  # Dynamo runs its own account of transforms, and cannot trace these questions
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def needs_reference() -> bool:
     """Whether a derivative is being taken that the fused operators do not have: forward mode, or a nested gradient."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return True
     stack = torch._C._functorch.get_interpreter_stack()
     if stack is None:

@@ -84,7 +84,7 @@ def _standard_library() -> str:
     parts: list[str] = []
     size = 0
     for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings"} & set(path.parts):
+        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings"} & set(path.relative_to(folder).parts):
             continue
         try:
             parts.append(path.read_text(encoding="utf-8"))

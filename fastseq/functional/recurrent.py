@@ -84,7 +84,7 @@ def rnn(
         >>> y.shape, h_n.shape
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
-    checks.require(nonlinearity in ("tanh", "relu"), f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    checks.check_nonlinearity(nonlinearity)
     stack = Stack(
         f"rnn_{nonlinearity}", num_layers, has_biases, dropout, training, bidirectional, batch_first
     )  # fmt: skip
@@ -164,7 +164,8 @@ def lstm(
         ArgumentError, BackendError: as :func:`rnn`.
     """
     h0, c0 = (None, None) if hx is None else hx
-    checks.require((h0 is None) == (c0 is None), "hx must be a pair of tensors (h_0, c_0), got one None")
+    if (h0 is None) != (c0 is None):
+        raise checks.ArgumentError("hx must be a pair of tensors (h_0, c_0), got one None")
     stack = Stack(
         "lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected
     )  # fmt: skip
@@ -185,7 +186,7 @@ def rnn_cell(
     backend: str | None = None,
 ) -> Tensor:
     """One step of :func:`rnn`: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``; returns the new state."""
-    checks.require(nonlinearity in ("tanh", "relu"), f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    checks.check_nonlinearity(nonlinearity)
     return _cell(f"rnn_{nonlinearity}", input, hx, None, (w_ih, w_hh, b_ih, b_hh), backend)[0]
 
 
@@ -229,10 +230,10 @@ def _cell(
     weights: tuple[Tensor | None, ...],
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    checks.check_float("input", x)
-    checks.require(x.dim() in (1, 2), f"input of a cell must be [B, I] or [I], got {x.dim()}-D {checks.sizes(x)}")
+    checks.check_cell_input(x, weights[0])  # type: ignore[arg-type]
     present = [w for w in weights if w is not None]
-    checks.require(len(present) in (2, 4), "b_ih and b_hh come together: give both or neither")
+    if len(present) not in (2, 4):
+        raise checks.ArgumentError("b_ih and b_hh come together: give both or neither")
     stack = Stack(cell, has_biases=len(present) == 4)
     h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
     _, h_n, c_n, _ = run(stack, x.unsqueeze(0), h, c, present, None, None, False, backend)
@@ -258,9 +259,8 @@ def run(
     checks.check_input(x, w_ih, stack.batch_first)
     unbatched = x.dim() == 2
     swap = stack.batch_first and not unbatched
-    time_batch = list(x.shape[:-1])
     if reset is not None:
-        checks.check_reset(reset, time_batch, x)
+        checks.check_reset(reset, x)
     if unbatched:
         x = x.unsqueeze(1)
         reset = None if reset is None else reset.unsqueeze(1)

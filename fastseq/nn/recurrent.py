@@ -43,9 +43,8 @@ class _Recurrent(nn.RNNBase):
         self, packed: PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
         """A PackedSequence is a padded batch with lengths, sorted by length."""
-        checks.require(
-            lengths is None and reset is None, "lengths= and reset= go with a Tensor; a PackedSequence has its own"
-        )
+        if lengths is not None or reset is not None:
+            raise checks.ArgumentError("lengths= and reset= go with a Tensor input; a PackedSequence has its lengths")
         data, batch_sizes, order, back = packed
         padded, sizes = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.shape[0])
         if order is not None and hx is not None:

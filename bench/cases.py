@@ -1,0 +1,309 @@
+"""The registry: what is measured, under which name, on which inputs.
+
+A case is a value: two equal cases have the same inputs, drawn from a seed that is the case's own name.
+Letters: T time steps, B batch, I input features, H hidden units; in attention H heads, D features a head.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Data types and how they are written in names and tables."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all cases share. ``name`` is unique; ``group`` is the table it stands in; geometric means are given of each
+    group and of each ``family``, a union of groups (empty: in none)."""
+
+    mode: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def group(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def family(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def default(self) -> bool:
+        """Measured when nothing was asked for in particular."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+
+    def _suffix(self) -> str:
+        return "" if self.dtype == "float32" else f"-{DTYPES[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class Recurrent(Case):
+    """One layer over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that hands its state on.
+
+    cell: ``rnn`` (tanh), ``gru``, ``gru_reset_before`` or ``lstm``; as_cell: the layer's RNNCell, GRUCell, LSTMCell.
+    """
+
+    cell: str
+    steps: int
+    batch: int
+    features: int
+    hidden: int
+    as_cell: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.mode == "step":
+            return f"{self.cell}{'_cell' if self.as_cell else ''}-step-H{self.hidden}{self._suffix()}"
+        shape = f"T{self.steps}-B{self.batch}-I{self.features}-H{self.hidden}"
+        return f"{self.cell}-{self.mode}-{shape}{self._suffix()}"
+
+    @property
+    def group(self) -> str:
+        return f"{self.cell} {self.mode} {DTYPES[self.dtype]}"
+
+    @property
+    def family(self) -> str:
+        if self.mode == "step" or self.cell == "gru_reset_before":
+            return ""
+        return f"recurrent {self.mode} {DTYPES[self.dtype]}"
+
+    @property
+    def default(self) -> bool:
+        return self.dtype == "float32"
+
+
+@dataclass(frozen=True)
+class Attention(Case):
+    """softmax(q kᵀ/√D) v; ``forward`` or ``training``.
+
+    kind: ``dense``; ``decode`` (one query); ``mask`` (a boolean padding mask [B,1,1,Tk]); ``varlen`` (sequences of
+    unequal length laid end to end, at most ``queries`` long).
+    """
+
+    kind: str
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    causal: bool = False
+
+    @property
+    def name(self) -> str:
+        heads = f"H{self.heads}" + (f"kv{self.kv_heads}" if self.kv_heads != self.heads else "")
+        length = f"Tk{self.keys}" if self.kind == "decode" else f"T{self.queries}"
+        what = "attention" if self.kind == "dense" else f"attention_{self.kind}"
+        causal = "-causal" if self.causal else ""
+        return f"{what}-{self.mode}-B{self.batch}-{heads}-{length}-D{self.dim}{causal}{self._suffix()}"
+
+    @property
+    def group(self) -> str:
+        return f"attention {self.kind} {self.mode} {DTYPES[self.dtype]}"
+
+    @property
+    def family(self) -> str:
+        return "" if self.kind == "varlen" else f"attention {self.mode} {DTYPES[self.dtype]}"
+
+    @property
+    def default(self) -> bool:
+        return self.dtype in ("float32", "bfloat16")
+
+
+RECURRENT_GRID = (
+    (1, 1, 64, 64),
+    (1, 1, 128, 128),
+    (1, 1, 512, 512),
+    (1, 32, 256, 256),
+    (100, 1, 128, 128),
+    (50, 32, 128, 128),
+    (200, 8, 256, 256),
+    (100, 32, 128, 128),
+    (256, 16, 512, 512),
+    (64, 128, 256, 256),
+    (1000, 4, 40, 96),
+)
+"""(T, B, I, H)"""
+
+STEP_HIDDEN = (64, 128, 512)
+
+ATTENTION_GRID = (
+    ("dense", 8, 8, 8, 50, 50, 64, False),
+    ("dense", 4, 8, 8, 200, 200, 64, True),
+    ("dense", 1, 8, 8, 1024, 1024, 64, False),
+    ("dense", 1, 8, 8, 1024, 1024, 64, True),
+    ("dense", 1, 8, 8, 1024, 1024, 128, False),
+    ("dense", 1, 8, 8, 4096, 4096, 64, True),
+    ("mask", 16, 12, 12, 128, 128, 64, False),
+    ("varlen", 8, 8, 8, 512, 512, 64, False),
+    ("varlen", 8, 8, 8, 512, 512, 64, True),
+    ("decode", 1, 32, 32, 1, 4096, 128, False),
+    ("decode", 1, 32, 8, 1, 4096, 128, False),
+    ("decode", 1, 1, 1, 1, 65536, 64, False),
+)
+"""(kind, B, Hq, Hk, Tq, Tk, D, causal)"""
+
+QUICK = frozenset(
+    [f"{cell}-inference-{shape}" for cell in ("rnn", "gru", "lstm") for shape in
+     ("T1-B1-I64-H64", "T100-B1-I128-H128", "T50-B32-I128-H128")]
+    + [f"{cell}-training-T50-B32-I128-H128" for cell in ("rnn", "gru", "lstm")]
+    + ["gru_reset_before-inference-T50-B32-I128-H128", "lstm-step-H64", "gru-step-H64", "lstm_cell-step-H64"]
+    + ["attention-forward-B8-H8-T50-D64", "attention-forward-B4-H8-T200-D64-causal"]
+    + ["attention-forward-B4-H8-T200-D64-causal-bf16", "attention-training-B4-H8-T200-D64-causal"]
+    + ["attention_mask-forward-B16-H12-T128-D64", "attention_varlen-forward-B8-H8-T512-D64-causal"]
+    + ["attention_decode-forward-B1-H32kv8-Tk4096-D128", "attention_decode-forward-B1-H32kv8-Tk4096-D128-bf16"]
+)  # fmt: skip
+"""The representative subset of ``--quick``."""
+
+
+def _all() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for cell in ("rnn", "gru", "lstm", "gru_reset_before"):
+            for mode in ("inference", "training"):
+                for shape in RECURRENT_GRID:
+                    yield Recurrent(mode, dtype, cell, *shape)
+        for cell in ("gru", "lstm"):
+            for as_cell in (False, True):
+                for hidden in STEP_HIDDEN:
+                    yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
+        for mode in ("forward", "training"):
+            for kind, *shape in ATTENTION_GRID:
+                if not (kind == "decode" and mode == "training"):
+                    yield Attention(mode, dtype, str(kind), *shape)  # type: ignore[arg-type]
+
+
+@cache
+def registry() -> dict[str, Case]:
+    """Every case by its name."""
+    cases: dict[str, Case] = {}
+    for case in _all():
+        assert case.name not in cases, case.name
+        cases[case.name] = case
+    assert cases.keys() >= QUICK
+    return cases
+
+
+def select(patterns: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool = False) -> list[Case]:
+    """Cases in the registry's order: of the default data types unless ``dtypes`` names some, of the quick subset if
+    asked, and matching any of ``patterns`` (a glob of the whole name where it has one of ``*?[``, else a substring).
+    A pattern that matches none of the default cases is looked for among all.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or an empty selection.
+    """
+    everything = list(registry().values())
+    dtypes = set(dtypes)
+    pool = [case for case in everything if (case.dtype in dtypes if dtypes else case.default)]
+    if quick:
+        pool = [case for case in pool if case.name in QUICK]
+    chosen: set[str] = set()
+    patterns = list(patterns)
+    for pattern in patterns:
+        found = {case.name for case in pool if _matches(case.name, pattern)}
+        if not found and not dtypes and not quick:
+            found = {case.name for case in everything if _matches(case.name, pattern)}
+        if not found:
+            raise ValueError(f"--case {pattern!r} matches none of these cases; --list shows their names")
+        chosen |= found
+    selected = [case for case in everything if case.name in chosen] if patterns else pool
+    if not selected:
+        raise ValueError(f"no case has the data types {sorted(dtypes)}" + (" in the quick subset" if quick else ""))
+    return selected
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) if any(c in pattern for c in "*?[") else pattern in name
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecurrentInputs:
+    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training), all in the case's dtype; for a cell
+    without the leading 1 and T. ``state`` holds the weights under the layer's names, c0 is None but for an LSTM."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    dy: Tensor
+    state: dict[str, Tensor]
+
+
+@dataclass
+class AttentionInputs:
+    """q [B,Hq,Tq,D], k and v [B,Hk,Tk,D], d_o as q; varlen: [total,H,D]. lengths int64 [B] for mask and varlen."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor
+    lengths: Tensor | None
+
+
+def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
+    """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
+    rng, dtype, hidden = case.generator(), case.torch_dtype, case.hidden
+    gates = {"rnn": 1, "lstm": 4}.get(case.cell, 3)
+    end = "" if case.as_cell else "_l0"
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype)
+
+    def weight(*shape: int) -> Tensor:
+        return ((torch.rand(*shape, generator=rng) * 2 - 1) / hidden**0.5).to(dtype)
+
+    rows = gates * hidden
+    shapes = {"weight_ih": (rows, case.features), "weight_hh": (rows, hidden), "bias_ih": (rows,), "bias_hh": (rows,)}
+    lead = () if case.as_cell else (1,)
+    h0 = torch.tanh(normal(*lead, case.batch, hidden))
+    c0 = normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
+    x = normal(case.batch, case.features) if case.as_cell else normal(case.steps, case.batch, case.features)
+    dy = normal(case.steps, case.batch, hidden) if case.training else torch.empty(0)
+    return RecurrentInputs(x, h0, c0, dy, {name + end: weight(*shape) for name, shape in shapes.items()})
+
+
+def attention_inputs(case: Attention) -> AttentionInputs:
+    """Draw the inputs of an attention case: all unit normal; lengths from a quarter of the longest to all of it."""
+    rng, dtype = case.generator(), case.torch_dtype
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype)
+
+    lengths = None
+    if case.kind in ("mask", "varlen"):
+        lengths = torch.randint(case.keys // 4, case.keys + 1, (case.batch,), generator=rng)
+        lengths[0] = case.keys
+    if case.kind == "varlen":
+        assert lengths is not None
+        total = int(lengths.sum())
+        q = normal(total, case.heads, case.dim)
+        k, v = normal(total, case.kv_heads, case.dim), normal(total, case.kv_heads, case.dim)
+    else:
+        q = normal(case.batch, case.heads, case.queries, case.dim)
+        k, v = (normal(case.batch, case.kv_heads, case.keys, case.dim) for _ in range(2))
+    d_o = normal(*q.shape) if case.training else torch.empty(0)
+    return AttentionInputs(q, k, v, d_o, lengths)

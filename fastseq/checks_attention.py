@@ -1,0 +1,230 @@
+"""Argument errors of attention. Everything here looks at shapes and dtypes, which is free on every device; values are
+looked at on the CPU only, where that needs no synchronisation.
+
+Attention is called for single tokens, so the checks are plain conditions: a message is built only to be raised.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.checks import ArgumentError, _values_visible, sizes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def check_tensors(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Three floating tensors of one dtype on one device."""
+    for name, x in zip(names, (q, k, v), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if q.dtype not in FLOATS:
+        raise ArgumentError(
+            f"{names[0]} must be float64, float32, bfloat16 or float16, got {q.dtype}; convert it with .to(dtype)"
+        )
+    for name, x in zip(names[1:], (k, v), strict=True):
+        if x.dtype != q.dtype:
+            raise ArgumentError(f"{name} is {x.dtype} but {names[0]} is {q.dtype}; convert one with .to(dtype)")
+        if x.device != q.device:
+            raise ArgumentError(f"{name} is on {x.device} but {names[0]} on {q.device}; move one with .to(device)")
+
+
+def check_sizes(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The last two dimensions, alike for every layout in which they are [T,D]."""
+    if q.shape[-1] != k.shape[-1]:
+        raise ArgumentError(
+            f"{names[0]} and {names[1]} must have the same number of features (last dimension), "
+            f"got {sizes(q)} and {sizes(k)}"
+        )
+    if q.shape[-1] == 0:
+        raise ArgumentError(f"{names[0]} {sizes(q)} has no features; its last dimension must be at least 1")
+    if k.shape[-2] != v.shape[-2]:
+        raise ArgumentError(
+            f"{names[1]} and {names[2]} must have the same length (second last dimension): each key has one value; "
+            f"got {sizes(k)} and {sizes(v)}"
+        )
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv]."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        hint = "; a packed batch [total,H,D] needs cu_seqlens_q and cu_seqlens_k" if q.dim() == 3 else ""
+        raise ArgumentError(
+            "q, k and v must be 4-D [B,Hq,Tq,D], [B,Hk,Tk,D] and [B,Hk,Tk,Dv], "
+            f"got {sizes(q)}, {sizes(k)} and {sizes(v)}{hint}"
+        )
+    check_sizes(("q", "k", "v"), q, k, v)
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
+        raise ArgumentError(
+            "q, k and v must have the same batch (first dimension), "
+            f"got {sizes(q)}, {sizes(k)} and {sizes(v)}; expand the smaller ones"
+        )
+    check_heads(q.shape[1], k.shape[1], v.shape[1])
+
+
+def check_heads(heads_q: int, heads_k: int, heads_v: int) -> None:
+    """Query heads share key heads in equal groups."""
+    if heads_k != heads_v:
+        raise ArgumentError(f"k and v must have the same number of heads, got {heads_k} and {heads_v}")
+    if heads_k == 0 or heads_q % heads_k != 0:
+        raise ArgumentError(
+            f"the heads of k and v must divide those of q, got {heads_k} and {heads_q}; "
+            "with grouped heads each of k's serves the same number of q's"
+        )
+
+
+def check_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **dense_only: Any
+) -> None:
+    """q [total_q,Hq,D], k [total_k,Hk,D], v [total_k,Hk,Dv] and where each sequence begins."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise ArgumentError(
+            f"{missing} is missing: a packed batch needs cu_seqlens_q and cu_seqlens_k (the same tensor in self-attention)"
+        )
+    for name, given in dense_only.items():
+        if given is not None:
+            raise ArgumentError(f"{name} cannot be given with cu_seqlens: it belongs to the padded layout [B,H,T,D]")
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ArgumentError(
+            "with cu_seqlens q, k and v must be 3-D [total_q,Hq,D], [total_k,Hk,D] and [total_k,Hk,Dv], "
+            f"got {sizes(q)}, {sizes(k)} and {sizes(v)}"
+        )
+    if k.shape[0] != v.shape[0]:
+        raise ArgumentError(
+            "k and v must have the same length (first dimension): each key has one value; "
+            f"got {sizes(k)} and {sizes(v)}"
+        )
+    if q.shape[2] != k.shape[2] or q.shape[2] == 0:
+        raise ArgumentError(
+            "q and k must have the same number of features (last dimension), at least 1, "
+            f"got {sizes(q)} and {sizes(k)}"
+        )
+    check_heads(q.shape[1], k.shape[1], v.shape[1])
+    for name, cu_seqlens, x, of in (("cu_seqlens_q", cu_seqlens_q, q, "q"), ("cu_seqlens_k", cu_seqlens_k, k, "k")):
+        _check_integers(name, cu_seqlens, q)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ArgumentError(f"{name} must be 1-D [B+1], got {sizes(cu_seqlens)}")
+        if cu_seqlens.device.type == "cpu" and _values_visible(cu_seqlens):
+            starts = cu_seqlens.tolist()
+            if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+                raise ArgumentError(
+                    f"{name} must begin with 0, never decrease, and end at or before {of}'s {x.shape[0]} rows, "
+                    f"got {starts if len(starts) <= 8 else f'{starts[:4]} ... {starts[-4:]}'}; "
+                    "it is the running sum of the lengths, with 0 before it"
+                )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ArgumentError(
+            "cu_seqlens_q and cu_seqlens_k must name the same number of sequences, "
+            f"got shapes {sizes(cu_seqlens_q)} and {sizes(cu_seqlens_k)}"
+        )
+
+
+def _check_integers(name: str, x: Any, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be an integer Tensor, got {type(x).__name__}; use torch.tensor({name})")
+    if x.dtype not in INTEGERS:
+        raise ArgumentError(f"{name} must be int32 or int64, got {x.dtype}; convert it with .to(torch.int32)")
+    _check_device(name, x, q)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ArgumentError(f"{name} is on {x.device} but q on {q.device}; move it with .to({str(q.device)!r})")
+
+
+def check_lengths(name: str, lengths: Any, q: Tensor, longest: int) -> None:
+    """Integers [B], each from 0 to the tensor's own length."""
+    _check_integers(name, lengths, q)
+    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
+        raise ArgumentError(f"{name} must be [B] = [{q.shape[0]}], got {sizes(lengths)}")
+    if lengths.shape[0] and lengths.device.type == "cpu" and _values_visible(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > longest:
+            raise ArgumentError(f"{name} must lie in 0..{longest}, got values from {low} to {high}")
+
+
+def check_pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...], is_bool: bool) -> None:
+    """A mask or a bias: something for each pair of query and key, broadcastable to ``shape``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if is_bool and x.dtype != torch.bool:
+        raise ArgumentError(
+            f"{name} must be bool (True: may look), got {x.dtype}; convert it with .bool(), or give it as bias= if it "
+            "is to be added"
+        )
+    if not is_bool and x.dtype not in (q.dtype, torch.float32):
+        hint = "; a bool mask goes into mask=" if x.dtype == torch.bool else ""
+        raise ArgumentError(f"{name} must be {q.dtype} as q, or torch.float32, got {x.dtype}{hint}")
+    _check_device(name, x, q)
+    fits = x.dim() <= len(shape)
+    if fits:
+        for have, want in zip(reversed(x.shape), reversed(shape), strict=False):
+            if have != 1 and have != want:
+                fits = False
+    if not fits:
+        layout = "[B,Hq,Tq,Tk]" if len(shape) == 4 else "[...,Tq,Tk]"
+        raise ArgumentError(
+            f"{name} {sizes(x)} does not broadcast to {layout} = {list(shape)}: each dimension, counted from the last, "
+            "must be 1 or that size"
+        )
+
+
+def check_per_head(name: str, x: Any, q: Tensor, heads: int) -> None:
+    """One floating number a query head."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor [Hq], got {type(x).__name__}")
+    if x.dtype not in (q.dtype, torch.float32):
+        raise ArgumentError(f"{name} must be {q.dtype} as q, or torch.float32, got {x.dtype}")
+    _check_device(name, x, q)
+    if x.dim() != 1 or x.shape[0] != heads:
+        raise ArgumentError(f"{name} must be [Hq] = [{heads}], got {sizes(x)}")
+
+
+def check_alibi(slopes: Tensor) -> None:
+    """Slopes are constants: nothing computes a gradient for them."""
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            "alibi_slopes has no gradient; detach it, or give slopes that are learned as "
+            "bias=-slopes[:, None, None] * distance"
+        )
+
+
+def check_numbers(scale: Any, softcap: Any, dropout_p: Any) -> None:
+    """Ranges of the scalars."""
+    if scale is not None and not math.isfinite(scale):
+        raise ArgumentError(f"scale must be a finite number, or None for 1/sqrt(D), got {scale!r}")
+    if not 0.0 <= softcap < math.inf:
+        raise ArgumentError(f"softcap must be a finite number, at least 0 (0: no cap), got {softcap!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
+
+
+def check_align(align: Any) -> bool:
+    """Whether it is ``bottom_right``."""
+    if align == "bottom_right":
+        return True
+    if align == "top_left":
+        return False
+    raise ArgumentError(f"align must be 'bottom_right' or 'top_left', got {align!r}")
+
+
+def check_window(window: Any) -> tuple[int, int]:
+    """(left, right), each -1 or a number of positions."""
+    if window is None:
+        return -1, -1
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or any(isinstance(side, bool) or not isinstance(side, int) or side < -1 for side in window)
+    ):
+        raise ArgumentError(
+            f"window must be a pair (left, right) of integers, each -1 for no limit or at least 0, got {window!r}; "
+            "the last n keys up to the query itself are (n - 1, 0)"
+        )
+    return window[0], window[1]

@@ -1,0 +1,173 @@
+"""Train one model twice, on torch.nn and on fastseq, in turns, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastseq import explain
+from fastseq.demo.data import Text
+from fastseq.demo.models import Kind
+from fastseq.patch import Report, patch
+
+TURN = 10
+"""Steps that one side takes before the other side's turn."""
+
+TOLERANCE = 1e-2
+"""Losses agree when no step's relative difference is larger. Two right answers differ by rounding, and training
+enlarges that step by step; a wrong gradient shows as whole percents within some dozens of steps."""
+
+
+@dataclass
+class Side:
+    """One of the two: its model, and what was measured."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)  # seconds a step, of each whole turn
+
+    def take_turn(self, batches: list[tuple[Tensor, Tensor]], tell: Callable[[float], None]) -> None:
+        synchronize(batches[0][0].device)
+        start = time.perf_counter()
+        for ids, following in batches:
+            self.optimizer.zero_grad()
+            scores, _ = self.model(ids)
+            loss = cross_entropy(scores.flatten(0, 1), following.flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.losses.append(loss.item())
+            tell(self.losses[-1])
+        synchronize(batches[0][0].device)
+        self.turns.append((time.perf_counter() - start) / len(batches))
+
+
+@dataclass
+class Race:
+    """What came of one model. ``theirs`` ran on torch.nn, ``ours`` on fastseq."""
+
+    kind: Kind
+    theirs: Side
+    ours: Side
+    report: Report
+    runs_on: str
+    steps: int
+    interrupted: bool = False
+    out_of_time: bool = False
+
+    @property
+    def done(self) -> int:
+        """Steps that both sides took."""
+        return min(len(self.theirs.losses), len(self.ours.losses))
+
+    @property
+    def difference(self) -> float:
+        """The largest relative difference between the two losses of a step."""
+        pairs = list(zip(self.theirs.losses, self.ours.losses, strict=False))
+        if not all(math.isfinite(a) and math.isfinite(b) for a, b in pairs):
+            return math.inf
+        return max((abs(a - b) / max(abs(a), 1e-12) for a, b in pairs), default=math.nan)
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= TOLERANCE
+
+    def tokens_per_second(self, side: Side) -> float:
+        """From the median turn, the first left out where there are others: it warms up."""
+        turns = side.turns[1:] or side.turns
+        return self.kind.batch * self.kind.length / statistics.median(turns) if turns else math.nan
+
+    @property
+    def speedup(self) -> float:
+        """The median over the turns of torch's time / fastseq's time."""
+        ratios = [a / b for a, b in zip(self.theirs.turns, self.ours.turns, strict=False)]
+        ratios = ratios[1:] or ratios
+        return statistics.median(ratios) if ratios else math.nan
+
+
+def start(kind: Kind, text: Text, steps: int, device: torch.device, seed: int) -> Race:
+    """Build the model twice from the same seed, and patch one of the two."""
+
+    def side(name: str) -> Side:
+        torch.manual_seed(seed)
+        model = kind.build(len(text.symbols)).to(device)
+        return Side(name, model, torch.optim.Adam(model.parameters(), kind.learning_rate))
+
+    theirs, ours = side("torch.nn"), side("fastseq")
+    report = patch(ours.model)
+    sample = torch.zeros(kind.batch, kind.length, dtype=torch.int64, device=device)
+    runs_on = explain(ours.model, sample).splitlines()[0]
+    return Race(kind, theirs, ours, report, runs_on, steps)
+
+
+def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, float, float], None]) -> None:
+    """Run the race; Ctrl-C or running out of ``seconds`` ends it early and leaves what was done.
+
+    ``tell(steps, torch's loss, fastseq's loss)`` is called after each step of either side.
+    """
+    device = next(race.ours.model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    deadline = time.perf_counter() + seconds
+
+    def told(_: float) -> None:
+        last = [side.losses[-1] if side.losses else math.nan for side in (race.theirs, race.ours)]
+        tell(len(race.theirs.losses) + len(race.ours.losses), last[0], last[1])
+
+    order = [race.theirs, race.ours]
+    try:
+        while race.done < race.steps:
+            n = min(TURN, race.steps - race.done)
+            batches = [text.batch(race.kind.batch, race.kind.length, generator) for _ in range(n)]
+            batches = [(ids.to(device), following.to(device)) for ids, following in batches]
+            for side in order:
+                side.take_turn(batches, told)
+            order.reverse()
+            if time.perf_counter() > deadline and race.done < race.steps:
+                race.out_of_time = True
+                return
+    except KeyboardInterrupt:
+        race.interrupted = True
+
+
+@torch.no_grad()
+def held_out_bits(race: Race, text: Text) -> float:
+    """Bits a character that the fastseq model needs for text it has not seen."""
+    model, length = race.ours.model, race.kind.length
+    rows = min(32, (len(text.held_out) - 1) // length)
+    device = next(model.parameters()).device
+    ids = text.held_out[: rows * length].view(rows, length).to(device)
+    following = text.held_out[1 : rows * length + 1].view(rows, length).to(device)
+    model.eval()
+    scores, _ = model(ids)
+    return cross_entropy(scores.flatten(0, 1), following.flatten()).item() / math.log(2)
+
+
+@torch.no_grad()
+def write(race: Race, text: Text, prompt: str, characters: int, seed: int) -> str:
+    """Text that the fastseq model writes, one character at a time, from the prompt on."""
+    model = race.ours.model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids, state, written = text.ids(prompt).unsqueeze(0).to(device), None, []
+    for _ in range(characters):
+        scores, state = model(ids, state)
+        chances = torch.softmax(scores[0, -1].float().cpu() / 0.7, 0)
+        if not torch.isfinite(chances).all():
+            break
+        ids = torch.multinomial(chances, 1, generator=generator).view(1, 1).to(device)
+        written.append(text.symbols[int(ids)])
+    return prompt + "".join(written)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

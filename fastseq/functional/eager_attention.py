@@ -1,0 +1,111 @@
+"""The ``torch`` backend of attention: ``torch.nn.functional.scaled_dot_product_attention``, where it can express the
+call, and mended where a row sees no key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq.autograd import functorch_active, needs_reference
+from fastseq.autograd_attention import call_reference
+from fastseq.reference.attention import dense_positions, visible_pairs
+
+
+def torch_reason(
+    packed: bool, softcap: float, sinks: Tensor | None, want_lse: bool
+) -> str | None:  # fmt: skip
+    """Why torch's attention cannot run this call; None where it can."""
+    if packed:
+        return "torch's attention takes no packed sequences (cu_seqlens)"
+    if softcap > 0.0:
+        return "torch's attention has no softcap"
+    if sinks is not None:
+        return "torch's attention has no sinks"
+    if want_lse:
+        return "torch's attention does not return the log-sum-exp (return_lse=True)"
+    if needs_reference():
+        return "torch's attention has neither forward-mode nor nested derivatives"
+    return None
+
+
+def attention(
+    q, k, v,
+    bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
+    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
+) -> Tensor:  # fmt: skip
+    """o, from the operator's argument list; dropout draws from torch's own generator, not from ``seed``."""
+    queries, keys = q.shape[2], k.shape[2]
+    limited = window_left >= 0 or window_right >= 0 or lengths_q is not None or lengths_k is not None
+    plain_causal = causal and not limited and bias is None and mask is None and alibi_slopes is None
+    plain_causal = plain_causal and (not bottom_right or queries == keys)
+    if causal and bottom_right and queries == 1 and lengths_q is None and lengths_k is None:
+        causal = False  # one query, aligned to the last key: it sees them all
+    attn_mask: Tensor | None = None
+    empty: Tensor | None = None
+    if not plain_causal:
+        at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
+        visible = visible_pairs(at, mask, causal, window_left, window_right)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
+            alibi = -slopes[:, None, None] * (at.i + at.shift - at.j).abs()
+            bias = alibi if bias is None else bias + alibi
+        if bias is not None:
+            attn_mask = bias if visible is None else bias.masked_fill(~visible, -math.inf)
+            empty = (attn_mask == -math.inf).all(-1, keepdim=True)
+            attn_mask = attn_mask.masked_fill(empty, 0.0)
+        elif visible is not None:
+            empty = ~visible.any(-1, keepdim=True)
+            attn_mask = visible | empty
+    if keys == 0:
+        return call_reference(q, k, v, bias, mask, *(None,) * 7, scale, False, False, -1, -1, 0.0, 0.0)[0]
+    o = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=plain_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    if (
+        o.requires_grad
+        and dropout_p == 0.0
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not functorch_active()
+    ):
+        settings = (scale, plain_causal, bottom_right, -1, -1, 0.0, 0.0)
+        o = _SecondDerivative.apply(o, q, k, v, attn_mask, settings)
+    return o if empty is None else o.masked_fill(empty, 0.0)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """The identity on o. Its gradient goes on into torch's fused backward, unless it must itself be differentiable,
+    which that one cannot be: then it goes through the reference, past torch's node."""
+
+    @staticmethod
+    def forward(o, q, k, v, attn_mask, settings):  # type: ignore[override]
+        return o.view_as(o)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, q, k, v, attn_mask, ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, attn_mask)
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple:  # type: ignore[override]
+        if not torch.is_grad_enabled():
+            return d_o, None, None, None, None, None
+        q, k, v, attn_mask = ctx.saved_tensors
+        q, k, v = (x.view_as(x) for x in (q, k, v))  # one tensor given twice is two inputs here
+        is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+        bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
+        o, _ = call_reference(q, k, v, bias, mask, *(None,) * 7, *ctx.settings)
+        wanted = [x for x, need in zip((q, k, v, bias), ctx.needs_input_grad[1:5], strict=True) if need]
+        found = iter(torch.autograd.grad(o, wanted, d_o, create_graph=True))
+        return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:5]), None

@@ -51,7 +51,15 @@ ISAS: dict[str, dict[str, list[str]]] = {
     "aarch64": {"baseline": []},
 }
 # -iquote, as with -I our math.h would also answer to <math.h>.
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-iquotecsrc"]
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+    "-iquotecsrc",
+]
 # g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
@@ -212,14 +220,18 @@ def build_cpu(report: Report) -> Path:
     """Compiles and links the CPU extension; returns the library. Raises Unavailable."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     if sys.platform != "linux" or machine not in ISAS:
-        raise Unavailable(f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {sys.platform} {machine}")
+        raise Unavailable(
+            f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {sys.platform} {machine}"
+        )
     torch = Torch.find()
     report.torch = torch.version
     command, version = cpu_compiler()
     report.compiler = version
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
-        raise Unavailable(f"Python.h is not in {python_include}; install Python's headers (Debian: apt install python3-dev)")
+        raise Unavailable(
+            f"Python.h is not in {python_include}; install Python's headers (Debian: apt install python3-dev)"
+        )
     base = [*command, *COMMON_FLAGS]
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
 
@@ -272,7 +284,9 @@ def build_cuda(report: Report) -> Path:
     found = re.search(r"release (\d+)\.(\d+)", version := run([nvcc, "--version"]))
     if not found or found[1] != torch.cuda.split(".")[0]:
         release = found[0] if found else version
-        raise Unavailable(f"nvcc is {release}, torch is built for CUDA {torch.cuda}; set CUDA_HOME to a toolkit of that")
+        raise Unavailable(
+            f"nvcc is {release}, torch is built for CUDA {torch.cuda}; set CUDA_HOME to a toolkit of that"
+        )
     known = run([nvcc, "--list-gpu-arch"]).split()
     generate = []
     for virtual, codes in CUDA_ARCHITECTURES.items():
@@ -311,7 +325,9 @@ def build(wanted: str) -> tuple[Report, dict[str, Path]]:
             report.built.append(part)
         except Unavailable as error:
             if part in required[wanted]:
-                raise SystemExit(f"fastseq: FASTSEQ_BUILD={wanted}, but the {part} kernels cannot be built: {error}") from None
+                raise SystemExit(
+                    f"fastseq: FASTSEQ_BUILD={wanted}, but the {part} kernels cannot be built: {error}"
+                ) from None
             report.reasons[part] = str(error)
             say(f"without the {part} kernels: {error}")
     if libraries:
@@ -364,8 +380,9 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-setup(
-    ext_modules=[Extension("fastseq._native", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
-)
+if __name__ == "__main__":  # also under pip; the tests import this file for its flags
+    setup(
+        ext_modules=[Extension("fastseq._native", sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+        options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
+    )

@@ -190,9 +190,9 @@ def _all() -> Iterator[Case]:
                 for hidden in STEP_HIDDEN:
                     yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for mode in ("forward", "training"):
-            for kind, *shape in ATTENTION_GRID:
-                if not (kind == "decode" and mode == "training"):
-                    yield Attention(mode, dtype, str(kind), *shape)  # type: ignore[arg-type]
+            for shape_of_attention in ATTENTION_GRID:
+                if not (shape_of_attention[0] == "decode" and mode == "training"):
+                    yield Attention(mode, dtype, *shape_of_attention)
 
 
 @cache

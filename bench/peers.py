@@ -75,7 +75,7 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
 
     def named(y: Tensor | None, h_n: Any) -> Outputs:
         outputs = {} if y is None else {"y": y}
-        return outputs | (dict(h_n=h_n) if c0 is None else dict(h_n=h_n[0], c_n=h_n[1]))
+        return outputs | ({"h_n": h_n} if c0 is None else {"h_n": h_n[0], "c_n": h_n[1]})
 
     if case.mode == "step":
         state = hx
@@ -157,7 +157,8 @@ def fastseq_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entra
         assert isinstance(inputs, RecurrentInputs)
         yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
         return
-    assert isinstance(case, Attention) and isinstance(inputs, AttentionInputs)
+    assert isinstance(case, Attention)
+    assert isinstance(inputs, AttentionInputs)
     if case.kind == "varlen":
         cu_seqlens = cumulative(inputs)
 
@@ -203,7 +204,8 @@ def torch_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant
             raise Unavailable("torch has no GRU that resets before the product")
         yield layer_entrant(case, build_layer(nn, case, inputs.state, case.torch_dtype), inputs)
         return
-    assert isinstance(case, Attention) and isinstance(inputs, AttentionInputs)
+    assert isinstance(case, Attention)
+    assert isinstance(inputs, AttentionInputs)
     if case.kind == "varlen":
         yield torch_padded(case, inputs)
         yield torch_loop(case, inputs)
@@ -239,8 +241,8 @@ def torch_loop(case: Attention, inputs: AttentionInputs) -> Entrant:
     sizes = inputs.lengths.tolist()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(*(tensor.transpose(0, 1).split(sizes, 1) for tensor in (q, k, v)), strict=True)  # [H,t,D] each
-        outputs = [F.scaled_dot_product_attention(*(t[None] for t in part), is_causal=case.causal) for part in parts]
+        sequences = zip(*(t.transpose(0, 1)[None].split(sizes, 2) for t in (q, k, v)), strict=True)  # [1,H,t,D] each
+        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=case.causal) for q, k, v in sequences]
         return torch.cat(outputs, 2)[0].transpose(0, 1)
 
     return attention_entrant(case, attend, (inputs.q, inputs.k, inputs.v, inputs.d_o), setting="loop")
@@ -285,12 +287,13 @@ def onnx_model(case: Recurrent, state: dict[str, Tensor]) -> bytes:
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
     states = ["h", "c"] if kind == "LSTM" else ["h"]
+    options: dict[str, Any] = {"linear_before_reset": int(case.cell == "gru")} if kind == "GRU" else {}
     node = onnx.helper.make_node(
         kind,
         ["X", "W", "R", "B", "", *(f"{s}_0" for s in states)],
         ["Y", *(f"{s}_n" for s in states)],
         hidden_size=hidden,
-        **({"linear_before_reset": int(case.cell == "gru")} if kind == "GRU" else {}),
+        **options,
     )
     graph = onnx.helper.make_graph(
         [node],

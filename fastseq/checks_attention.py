@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.checks import ArgumentError, _values_visible, sizes
+from fastseq.checks import ArgumentError, sizes, values_visible
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -23,15 +23,18 @@ def check_tensors(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) 
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-    if q.dtype not in FLOATS:
+    dtype, device = q.dtype, q.device
+    if dtype not in FLOATS:
         raise ArgumentError(
-            f"{names[0]} must be float64, float32, bfloat16 or float16, got {q.dtype}; convert it with .to(dtype)"
+            f"{names[0]} must be float64, float32, bfloat16 or float16, got {dtype}; convert it with .to(dtype)"
         )
+    if k.dtype == v.dtype == dtype and k.device == v.device == device:
+        return
     for name, x in zip(names[1:], (k, v), strict=True):
-        if x.dtype != q.dtype:
-            raise ArgumentError(f"{name} is {x.dtype} but {names[0]} is {q.dtype}; convert one with .to(dtype)")
-        if x.device != q.device:
-            raise ArgumentError(f"{name} is on {x.device} but {names[0]} on {q.device}; move one with .to(device)")
+        if x.dtype != dtype:
+            raise ArgumentError(f"{name} is {x.dtype} but {names[0]} is {dtype}; convert one with .to(dtype)")
+        if x.device != device:
+            raise ArgumentError(f"{name} is on {x.device} but {names[0]} on {device}; move one with .to(device)")
 
 
 def check_sizes(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -110,7 +113,7 @@ def check_packed(
         _check_integers(name, cu_seqlens, q)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ArgumentError(f"{name} must be 1-D [B+1], got {sizes(cu_seqlens)}")
-        if cu_seqlens.device.type == "cpu" and _values_visible(cu_seqlens):
+        if cu_seqlens.device.type == "cpu" and values_visible(cu_seqlens):
             starts = cu_seqlens.tolist()
             if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
                 raise ArgumentError(
@@ -143,7 +146,7 @@ def check_lengths(name: str, lengths: Any, q: Tensor, longest: int) -> None:
     _check_integers(name, lengths, q)
     if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
         raise ArgumentError(f"{name} must be [B] = [{q.shape[0]}], got {sizes(lengths)}")
-    if lengths.shape[0] and lengths.device.type == "cpu" and _values_visible(lengths):
+    if lengths.shape[0] and lengths.device.type == "cpu" and values_visible(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > longest:
             raise ArgumentError(f"{name} must lie in 0..{longest}, got values from {low} to {high}")

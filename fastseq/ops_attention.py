@@ -13,24 +13,13 @@ _BIAS, _MASK, _SINKS, _ALIBI, _LENGTHS_Q, _LENGTHS_K, _CU_SEQLENS_Q, _CU_SEQLENS
 _DROPOUT_P = 15
 
 
-def _empty_like_rows(q: Tensor, features: int) -> Tensor:
-    """Room for o: as q with ``features`` features, in q's order of dimensions, so that a [B,T,H,D] caller gets
-    [B,T,H,Dv] back without a copy."""
-    if q.dim() == 3:
-        return q.new_empty(q.shape[0], q.shape[1], features)
-    batch, heads, length, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, length, heads, features).transpose(1, 2)
-    return q.new_empty(batch, heads, length, features)
-
-
 def _fake_forward(
     q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
 ):  # fmt: skip
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return _empty_like_rows(q, v.shape[-1]), q.new_empty(rows, dtype=accumulator)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(rows, dtype=accumulator)
 
 
 def _fake_backward(
@@ -38,7 +27,7 @@ def _fake_backward(
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, bias_grad,
 ):  # fmt: skip
     return (
-        *(_empty_like_rows(x, x.shape[-1]) for x in (q, k, v)),
+        *(x.new_empty(x.shape) for x in (q, k, v)),
         bias.new_empty(bias.shape) if bias_grad else q.new_empty(0),
         q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
     )

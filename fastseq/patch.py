@@ -1,7 +1,7 @@
 """``patch(model)`` makes an existing model run on fastseq by swapping the class of its layers; ``unpatch`` swaps back.
 
-Only ``module.__class__`` changes. Parameters, buffers, hooks, names, the training flag and the module's identity are the
-same objects before and after, so nothing is copied and an optimizer made earlier stays valid.
+Only ``module.__class__`` changes. Parameters, buffers, hooks, names, the training flag and the module's identity are
+the same objects before and after, so nothing is copied and an optimizer made earlier stays valid.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
     """
     if weights not in _WEIGHTS:
         accepted = ", ".join(map(repr, _WEIGHTS))
-        raise ValueError(f"weights: got {weights!r}, accepted is {accepted} (the weights stay in the model's own dtype)")
+        raise ValueError(f"weights: got {weights!r}, accepted is {accepted} (weights stay in the model's own dtype)")
     report = Report("patch")
     swapped: set[int] = set()
     for name, module in _modules(model, "patch"):
@@ -147,8 +147,8 @@ def unpatch(model: nn.Module) -> Report:
             if type(module) in TO_FASTSEQ:
                 report.already.append(name)
             elif isinstance(module, tuple(TO_TORCH)):
-                reason = "a subclass of a fastseq layer: its code may need what torch's does not have"
-                report.left.append(Left(name, _class_name(type(module)), reason))
+                subclass = "a subclass of a fastseq layer: its code may need what torch's does not have"
+                report.left.append(Left(name, _class_name(type(module)), subclass))
         elif reason := _why_not_unpatch(module):
             report.left.append(Left(name, _class_name(type(module)), reason))
         elif _swap(report, name, module, target):
@@ -176,7 +176,7 @@ def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module])
 
 
 def _why_not_exact(module: nn.Module) -> str | None:
-    """The reason to report a module that is not exactly one of torch.nn's layers; None if it is none of our business."""
+    """The reason to report a module that is not exactly one of torch.nn's layers; None if it is unrelated."""
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         kind = getattr(module, "original_name", "")

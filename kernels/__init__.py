@@ -3,6 +3,6 @@
 if __name__ != "fastseq.kernels":
     raise ImportError(
         f"these kernels were imported as {__name__!r}; they are the package 'fastseq.kernels': install fastseq "
-        "(pip install -e .) and import that instead. Another package is named 'kernels': if it was that one you wanted, "
-        "start Python outside of fastseq's source folder."
+        "(pip install -e .) and import that instead. Another package has that name too: for that one start "
+        "Python outside of fastseq's source folder."
     )

@@ -134,7 +134,7 @@ FASTSEQ_INLINE f16 narrow<f16>(float v) {
 
 template <class A>
 FASTSEQ_INLINE Vec<A> splat(A v) {
-  return Vec<A>{} + v;
+  return v - Vec<A>{};  // not `0 + v`: that is no plain copy for a negative zero, and costs an addition
 }
 
 // Unaligned loads and stores of kLanes<Accumulator<S>> elements, widened to the accumulator or narrowed from it.
@@ -198,6 +198,12 @@ template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> load_n(const S* p, int n) {
   using A = Accumulator<S>;
   if (n >= kLanes<A>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (__is_same(S, float))
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  if constexpr (__is_same(S, double))
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#endif
   S buffer[kLanes<A>] = {};
   std::memcpy(buffer, p, size_t(n) * sizeof(S));
   return load(buffer);
@@ -206,6 +212,12 @@ template <class S>
 FASTSEQ_INLINE void store_n(S* p, Vec<Accumulator<S>> v, int n) {
   using A = Accumulator<S>;
   if (n >= kLanes<A>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (__is_same(S, float))
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), reinterpret_cast<__m512>(v));
+  if constexpr (__is_same(S, double))
+    return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), reinterpret_cast<__m512d>(v));
+#endif
   S buffer[kLanes<A>];
   store(buffer, v);
   std::memcpy(p, buffer, size_t(n) * sizeof(S));

@@ -1,0 +1,224 @@
+"""``python -m fastseq demo``: train the same models on torch.nn and on fastseq, and see that only the speed differs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+import fastseq
+from fastseq.demo import data, race
+from fastseq.demo.console import progress
+from fastseq.demo.models import KINDS, Kind
+from fastseq.demo.race import Race
+
+LONGEST = 50.0
+"""Seconds that one model may train unless --steps was given, so that all three end within three minutes."""
+
+PROMPT = "def "
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo's options."""
+    parser.add_argument("--model", choices=[*KINDS, "all"], default="all", help="which model to train (default: all)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this file (default: Python's own sources)")
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="training steps of each model (default: what fits a minute)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results (demo-out)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the models and the batches (default: 0)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the demo. Returns the exit status: 0 losses agree, 1 they do not, 2 bad options, 130 Ctrl-C."""
+    kinds = list(KINDS.values()) if options.model == "all" else [KINDS[options.model]]
+    try:
+        device = _device(options.device)
+        text = data.load(options.text, 2 * max(kind.length for kind in kinds))
+        out = _folder(options.out)
+    except data.DataError as error:
+        print(f"fastseq demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _stopped("before any training")
+    races: list[Race] = []
+    interrupted = False
+    try:
+        _introduce(text, device)
+        for kind in kinds:
+            result = _one(kind, text, options, device)
+            interrupted = result.interrupted
+            if result.done:
+                races.append(result)
+                _show(result, text, out, options.seed)
+            if interrupted:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    try:
+        _save(races, text, out, device)
+    except KeyboardInterrupt:
+        return _stopped(f"not all results are in {out}")
+    if interrupted:
+        return _stopped(f"what was done so far is in {out}" if races else "no step was done by both sides")
+    print(f"\n{verdict(races)}")
+    return 0 if all(result.agrees for result in races) else 1
+
+
+def verdict(races: list[Race]) -> str:
+    """The last line: do the losses agree, and how much faster was it."""
+    wrong = [result for result in races if not result.agrees]
+    if wrong:
+        names = ", ".join(result.kind.name for result in wrong)
+        return (
+            f"VERDICT: the losses of {names} DIFFER by more than {race.TOLERANCE:.0%}: please report this, "
+            "with the output of python -m fastseq doctor"
+        )
+    timed = [f"{r.kind.name} {r.speedup[1]:.2f}x" for r in races if not math.isnan(r.speedup[1])]
+    worst = max(result.difference for result in races)
+    line = f"VERDICT: same losses (within {_percent(worst)}); training speed beside torch.nn: "
+    line += ", ".join(timed) if timed else "too few steps to tell"
+    if all("runs on: torch" in result.runs_on for result in races):
+        line += "\nfastseq had none of its own kernels here and used torch's: python -m fastseq doctor tells why"
+    return line
+
+
+def _one(kind: Kind, text: data.Text, options: argparse.Namespace, device: torch.device) -> Race:
+    steps = options.steps or kind.steps
+    print(f"\n{kind.title}; {steps} steps of {kind.batch} x {kind.length} characters", flush=True)
+    result = race.start(kind, text, steps, device, options.seed)
+    names = ", ".join(changed.name for changed in result.report.changed)
+    print(f"  fastseq.patch(model) changed {names}; {result.runs_on.partition(' (')[0]}", flush=True)
+    with progress(kind.name, 2 * steps) as update:
+
+        def tell(done: int, theirs: float, ours: float) -> None:
+            update(done, f"loss {theirs:.3f} | {ours:.3f}")
+
+        race.run(result, text, options.seed, math.inf if options.steps else LONGEST, tell)
+    return result
+
+
+def _introduce(text: data.Text, device: torch.device) -> None:
+    size = len(text.train) + len(text.held_out)
+    print("fastseq demo: the same model on torch.nn and on fastseq, from the same seed, on the same batches")
+    print(f"  text    {text.source}: {size:,} characters, {len(text.symbols)} symbols")
+    print(f"  on      {_where(device)}")
+    print(f"  method  turns of {race.TURN} steps; speed: the median turn after the first; ratio: the median of theirs")
+
+
+def _show(result: Race, text: data.Text, out: Path, seed: int) -> None:
+    for side in (result.theirs, result.ours):
+        first, last = side.losses[0], sum(side.losses[-10:]) / len(side.losses[-10:])
+        speed = result.tokens_per_second(side)
+        shown = "" if math.isnan(speed) else f"{speed:>10,.0f} characters/s"
+        print(f"  {side.name:<9}{shown}  loss {first:.3f} -> {last:.3f}")
+    low, middle, high = result.speedup
+    if math.isnan(middle):
+        print(f"  too few steps for a speed: it takes {(race.FEWEST_TURNS + 1) * race.TURN}")
+    else:
+        print(f"  fastseq trains {middle:.2f} times as fast as torch.nn ({low:.2f} to {high:.2f} in half of the turns)")
+    agree = "agree" if result.agrees else "DO NOT AGREE"
+    print(f"  losses {agree}: over {result.done} steps they differ by {_percent(result.difference)} at most")
+    if result.out_of_time:
+        print(f"  ended after {result.done} of {result.steps} steps to stay short; --steps {result.steps} does all")
+    bits = race.held_out_bits(result, text)
+    written = race.write(result, text, PROMPT, 600, seed)
+    path = out / f"sample-{result.kind.name}.txt"
+    path.write_text(written + "\n", encoding="utf-8")
+    print(f"  {bits:.2f} bits a character on text it has not seen; it writes ({path}):")
+    lines = [line.rstrip() for line in textwrap.dedent(written).splitlines() if line.strip()]
+    for line in lines[:5]:
+        print(f"    | {line[:100]}")
+
+
+def _save(races: list[Race], text: data.Text, out: Path, device: torch.device) -> None:
+    if not races:
+        return
+    record = {
+        "fastseq": fastseq.__version__,
+        "torch": torch.__version__,
+        "where": _where(device),
+        "text": text.source,
+        "tolerance": race.TOLERANCE,
+        "models": {
+            result.kind.name: {
+                "runs_on": result.runs_on,
+                "steps": result.done,
+                "largest_relative_difference": _finite(result.difference),
+                "characters_per_second": {
+                    side.name: _finite(result.tokens_per_second(side)) for side in (result.theirs, result.ours)
+                },
+                "speedup": dict(zip(("low", "median", "high"), map(_finite, result.speedup), strict=True)),
+                "losses": {side.name: side.losses for side in (result.theirs, result.ours)},
+            }
+            for result in races
+        },
+    }
+    numbers, image = out / "results.json", out / "demo.png"
+    numbers.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\nnumbers: {numbers}")
+    try:
+        from fastseq.demo.picture import draw
+
+        draw(races, image, _where(device))
+        print(f"picture: {image}")
+    except ImportError:
+        print("picture: none, as matplotlib is not installed: pip install matplotlib")
+    except Exception as error:
+        print(f"picture: none: {type(error).__name__}: {error}")
+
+
+def _stopped(what: str) -> int:
+    print(f"\nstopped by Ctrl-C; {what}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise data.DataError(f"--device {name}: {reason}; python -m fastseq doctor tells what is here") from None
+    return device
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.DataError(f"--out {path}: cannot make this folder: {error.strerror or error}") from None
+    return path
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{device} ({platform.machine()}), {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.2g}%"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return value

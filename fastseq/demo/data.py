@@ -17,6 +17,7 @@ MOST_SYMBOLS = 128
 """Size of the vocabulary at most; rarer characters become one symbol, so that a book in Chinese trains too."""
 
 UNKNOWN = "\ufffd"
+_SKIPPED = ("site-packages", "dist-packages", "test", "idlelib", "encodings", "pydoc_data")
 
 
 class DataError(Exception):
@@ -84,7 +85,7 @@ def _standard_library() -> str:
     parts: list[str] = []
     size = 0
     for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings"} & set(path.relative_to(folder).parts):
+        if path.parent.name in _SKIPPED and path.parent != folder:
             continue
         try:
             parts.append(path.read_text(encoding="utf-8"))

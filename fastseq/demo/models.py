@@ -50,6 +50,8 @@ class Attention(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(symbols, width)
         self.place = nn.Embedding(length, width)
+        for table in (self.embed, self.place):
+            nn.init.normal_(table.weight, std=0.1)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.read = nn.Linear(width, symbols)
@@ -90,11 +92,11 @@ KINDS = {
         Kind(
             "attention",
             "attention, 2 blocks, 4 heads, 128 wide",
-            partial(Attention, width=128, heads=4, blocks=2, length=256),
-            8,
-            256,
-            250,
-            2e-3,
+            partial(Attention, width=128, heads=4, blocks=2, length=128),
+            16,
+            128,
+            350,
+            3e-3,
         ),
     )
 }

@@ -17,8 +17,11 @@ from fastseq.demo.data import Text
 from fastseq.demo.models import Kind
 from fastseq.patch import Report, patch
 
-TURN = 10
+TURN = 5
 """Steps that one side takes before the other side's turn."""
+
+FEWEST_TURNS = 4
+"""A speed is the median of at least so many turns, or is not told."""
 
 TOLERANCE = 1e-2
 """Losses agree when no step's relative difference is larger. Two right answers differ by rounding, and training
@@ -82,16 +85,18 @@ class Race:
         return self.difference <= TOLERANCE
 
     def tokens_per_second(self, side: Side) -> float:
-        """From the median turn, the first left out where there are others: it warms up."""
-        turns = side.turns[1:] or side.turns
-        return self.kind.batch * self.kind.length / statistics.median(turns) if turns else math.nan
+        """From the median turn, without the first, which warms up; NaN where there were too few."""
+        turns = side.turns[1:]
+        return self.kind.batch * self.kind.length / statistics.median(turns) if len(turns) >= FEWEST_TURNS else math.nan
 
     @property
-    def speedup(self) -> float:
-        """The median over the turns of torch's time / fastseq's time."""
-        ratios = [a / b for a, b in zip(self.theirs.turns, self.ours.turns, strict=False)]
-        ratios = ratios[1:] or ratios
-        return statistics.median(ratios) if ratios else math.nan
+    def speedup(self) -> tuple[float, float, float]:
+        """The lower quartile, the median and the upper quartile over the turns of torch's time / fastseq's time."""
+        ratios = [a / b for a, b in zip(self.theirs.turns, self.ours.turns, strict=False)][1:]
+        if len(ratios) < FEWEST_TURNS:
+            return math.nan, math.nan, math.nan
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, middle, high
 
 
 def start(kind: Kind, text: Text, steps: int, device: torch.device, seed: int) -> Race:
@@ -116,7 +121,8 @@ def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, 
     """
     device = next(race.ours.model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    deadline = time.perf_counter() + seconds
+    start = time.perf_counter()
+    longest_turn = 0.0
 
     def told(_: float) -> None:
         last = [side.losses[-1] if side.losses else math.nan for side in (race.theirs, race.ours)]
@@ -125,15 +131,17 @@ def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, 
     order = [race.theirs, race.ours]
     try:
         while race.done < race.steps:
+            before = time.perf_counter()
+            if before - start + longest_turn > seconds:
+                race.out_of_time = True
+                return
             n = min(TURN, race.steps - race.done)
             batches = [text.batch(race.kind.batch, race.kind.length, generator) for _ in range(n)]
             batches = [(ids.to(device), following.to(device)) for ids, following in batches]
             for side in order:
                 side.take_turn(batches, told)
             order.reverse()
-            if time.perf_counter() > deadline and race.done < race.steps:
-                race.out_of_time = True
-                return
+            longest_turn = max(longest_turn, time.perf_counter() - before)
     except KeyboardInterrupt:
         race.interrupted = True
 

@@ -40,8 +40,10 @@ def attention(
     """o, from the operator's argument list; dropout draws from torch's own generator, not from ``seed``."""
     queries, keys = q.shape[2], k.shape[2]
     limited = window_left >= 0 or window_right >= 0 or lengths_q is not None or lengths_k is not None
-    plain_causal = causal and not limited and bias is None and mask is None and alibi_slopes is None
-    plain_causal = plain_causal and (not bottom_right or queries == keys)
+    plain_causal = False
+    if causal and not limited and bias is None and mask is None and alibi_slopes is None:
+        if not bottom_right or queries == keys:  # not one `and`: its value would be a traced SymBool
+            plain_causal = True
     if causal and bottom_right and queries == 1 and lengths_q is None and lengths_k is None:
         causal = False  # one query, aligned to the last key: it sees them all
     attn_mask: Tensor | None = None

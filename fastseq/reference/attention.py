@@ -31,9 +31,10 @@ class Positions(NamedTuple):
     same_sequence: Tensor | None  # packed [Tq,Tk]
 
 
-def _dense_positions(
+def dense_positions(
     q: Tensor, k: Tensor, lengths_q: Tensor | None, lengths_k: Tensor | None, bottom_right: bool
 ) -> Positions:
+    """Positions of q [B,Hq,Tq,D] and k [B,Hk,Tk,D]."""
     i = torch.arange(q.shape[2], device=q.device)[:, None]
     j = torch.arange(k.shape[2], device=q.device)
     b = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
@@ -107,11 +108,10 @@ def _without_padding(x: Tensor, is_real: Tensor | None) -> Tensor:
 
 def _heads_of_query(x: Tensor, q: Tensor) -> Tensor:
     """``x`` [B,Hk,T,D] with each head repeated for the Hq / Hk query heads that share it."""
-    batch, heads, length, features = x.shape
-    if heads == q.shape[1]:
+    if x.shape[1] == q.shape[1]:
         return x
-    group = q.shape[1] // heads
-    return x[:, :, None].expand(batch, heads, group, length, features).reshape(batch, -1, length, features)
+    group = q.shape[1] // x.shape[1]
+    return x.index_select(1, torch.arange(q.shape[1], device=x.device) // group)
 
 
 class _Softmax(NamedTuple):
@@ -145,7 +145,7 @@ def _softmax(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         at = _packed_positions(q, k, cu_seqlens_q, cu_seqlens_k, bottom_right)
     else:
-        at = _dense_positions(q, k, lengths_q, lengths_k, bottom_right)
+        at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
     q, k = _without_padding(q, at.row_is_real), _without_padding(k, at.column_is_real)
     k = _heads_of_query(k, q)
     scores = scale * (q @ k.transpose(-2, -1))  # [B,Hq,Tq,Tk]

@@ -1,0 +1,68 @@
+# make demo | test | test-full | bench | lint | sanitize | check-arm64 | wheel | build | clean
+#
+# Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
+#   PYTHON=python3.12   the interpreter to make the environment from
+#   VENV=path           another environment; a torch that is already in it is kept
+#   JOBS=4              test processes
+#   ARGS="..."          more arguments for the demo, the bench or pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+# Two threads, so that the kernels' teams are exercised on every machine. With two test processes on two cores a waiting
+# thread had better sleep than spin.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+.PHONY: demo test test-full bench lint sanitize check-arm64 wheel build clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(PY) -m fastseq demo $(ARGS)
+
+test: build
+	$(PYTEST) $(ARGS)
+
+test-full: build
+	$(PYTEST) -m full $(ARGS)
+
+bench: build
+	$(PY) -m bench $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# The native kernels as a plain C++ program: under AddressSanitizer with UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer; for arm64, cross-compiled, and run by an emulator where there is one.
+sanitize: $(READY)
+	$(PY) tests/sanitize/run.py address thread
+
+check-arm64: $(READY)
+	$(PY) tests/sanitize/run.py arm64
+
+wheel: $(READY)
+	$(PIP) --quiet wheel . --no-deps --no-build-isolation --wheel-dir dist
+	@ls dist/*.whl
+
+# Brings the extension in fastseq/ up to date with csrc/; only what changed is compiled.
+build: $(READY)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+# torch first, and only if it is missing; the tools then leave it as it is.
+$(READY): pyproject.toml constraints.txt setup.py
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed' >&2; exit 1; }
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
+	  { echo 'Installing torch (about 3 GB the first time)'; $(PIP) install -c constraints.txt torch; }
+	@grep -vE '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt
+	$(PIP) --quiet install -c $(VENV)/constraints.txt setuptools wheel
+	$(PIP) --quiet install -c $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,349 @@
+"""What was measured, as tables, as JSON, and as a picture. ratio = peer's time / ours: above 1 fastseq is ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from bench.cases import DTYPES
+from bench.peers import OURS, PEERS
+from bench.run import NOISY, Entry, Options, Result, Timing, geomean
+
+SCHEMA = 1
+"""Version of the JSON document's layout."""
+
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16")
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Three digits: 1.23 µs, 45.6 µs, 789 µs, 12.3 ms, 1.00 s."""
+    unit, factor = next(((u, f) for u, f in (("µs", 1e6), ("ms", 1e3)) if seconds * f < 999.5), ("s", 1.0))
+    value = seconds * factor
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}×" if ratio >= 0.1 else f"{ratio:.1g}×"
+
+
+@dataclasses.dataclass
+class Summary:
+    """A set of cases against one peer (or ``best``): geometric mean and lowest of the ratios, and where that is."""
+
+    of: str
+    peer: str
+    count: int
+    geomean: float
+    worst: float
+    worst_case: str
+
+
+def summarize(results: Sequence[Result], peers: Sequence[str]) -> list[Summary]:
+    """One line for each family and group, and each peer that has a ratio there; ``best`` first."""
+    sets: dict[str, list[Result]] = {}
+    for key in ("family", "group"):
+        for result in results:
+            if name := getattr(result.case, key):
+                sets.setdefault(name, []).append(result)
+    lines = []
+    for name, members in sets.items():
+        for peer in ("best", *peers):
+            ratios = {r.case.name: ratio for r in members if (ratio := r.ratio(peer)) is not None}
+            mean = geomean(list(ratios.values()))
+            if mean is not None:
+                worst = min(ratios, key=lambda case: ratios[case])
+                lines.append(Summary(name, peer, len(ratios), mean, ratios[worst], worst))
+    return lines
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+class Printer:
+    """Writes titled tables: by rich where it is installed, else plain. Cells of the first column are left-aligned."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.file = file or sys.stdout
+        try:
+            from rich.console import Console
+
+            console = Console(file=self.file, highlight=False)
+            if not console.is_terminal:
+                console = Console(file=self.file, highlight=False, width=200)
+            self.console: Any = console
+        except ImportError:
+            self.console = None
+
+    def line(self, text: str = "") -> None:
+        if self.console is not None:
+            self.console.print(text, markup=False)
+        else:
+            print(text, file=self.file)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self.console is not None:
+            from rich import box
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+            for i, name in enumerate(header):
+                table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+            self.console.print(table)
+            return
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        self.line(title)
+        for row in (header, *rows):
+            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            self.line("  ".join(cells).rstrip())
+        self.line()
+
+
+def _style(cell: str) -> str:
+    if cell == "refused":
+        return "bold red"
+    if cell.endswith("×"):
+        return "green" if float(cell[:-1]) >= 1 else "red"
+    return ""
+
+
+def labels(results: Sequence[Result]) -> dict[str, str]:
+    """Table heading of each contestant, fastseq's first, then those that have an entry."""
+    names = list(dict.fromkeys(name for result in results for name in result.entries))
+    return {name: OURS.label if name == OURS.name else PEERS[name].label for name in names}
+
+
+def cell(entry: Entry | None) -> str:
+    if entry is None or entry.status == "unavailable":
+        return "–"
+    return duration(entry.timing.median) if entry.timing else entry.status
+
+
+def print_report(results: Sequence[Result], printer: Printer) -> None:
+    """A table for each group, then the summary, then what was refused and why."""
+    heads = labels(results)
+    peers = [name for name in heads if name != OURS.name]
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.case.group, []).append(result)
+    for group, members in groups.items():
+        shown = [p for p in peers if any(r.entries[p].status != "unavailable" for r in members)]
+        memory = any(e.peak_bytes is not None for r in members for e in r.entries.values())
+        header = ["case", "backend", heads[OURS.name], *(heads[p] for p in shown), *(f"/ {heads[p]}" for p in shown)]
+        header += ["spread"] + (["peak MiB: ours", *(heads[p] for p in shown)] if memory else [])
+        rows = []
+        for r in members:
+            ours = r.entries[OURS.name]
+            row = [r.case.name, ours.backend or "–", cell(ours), *(cell(r.entries[p]) for p in shown)]
+            row += [times(r.ratio(p)) for p in shown]
+            spreads = [e.timing.spread for e in r.entries.values() if e.timing]
+            row.append(f"{max(spreads):.0%}{' !' if r.noisy else ''}" if spreads else "–")
+            if memory:
+                row += [_mebibytes(r.entries[p].peak_bytes) for p in (OURS.name, *shown)]
+            rows.append(row)
+        printer.table(group, header, rows)
+    against = {(line.of, line.peer): line for line in summarize(results, peers)}
+    rows = []
+    for best in (line for line in against.values() if line.peer == "best"):
+        others = (against.get((best.of, peer)) for peer in peers)
+        row = [best.of, str(best.count), times(best.geomean), times(best.worst)]
+        rows.append([*row, *(times(line.geomean if line else None) for line in others), best.worst_case])
+    if rows:
+        header = ["", "cases", "best peer", "worst", *(heads[peer] for peer in peers), "worst is at"]
+        printer.table("time of peer / time of fastseq: geometric means", header, rows)
+    for note in notes(results):
+        printer.line(note)
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.1f}"
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader must know beside the numbers: noise, and every refusal with its reason."""
+    lines = []
+    noisy = sum(result.noisy for result in results)
+    if noisy:
+        lines.append(
+            f"noise: {noisy} of {len(results)} cases have a contestant whose rounds spread (interquartile range over "
+            f"median) by more than {NOISY:.0%}; they are marked '!'. Quiet the machine or raise --min-time."
+        )
+    for result in results:
+        for name in result.failed:
+            lines.append(f"refused: {name} on {result.case.name}: {result.entries[name].reason}")
+    return lines
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """Machine, software and commit: what a number means nothing without."""
+    model, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    return {
+        "cpu": model,
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "instruction_set": instruction_set(),
+        "threads": options.threads,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in ("fastseq-kernels", "torch", "onnxruntime")},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def instruction_set() -> str | None:
+    """The one fastseq's native kernels run with; None where they are not built."""
+    import fastseq
+
+    if fastseq.backends()["native"] is not None:
+        return None
+    return torch.ops.fastseq.native_isa("")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        where = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*where, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def document(results: Sequence[Result], options: Options, complete: bool, environ: dict[str, Any]) -> dict[str, Any]:
+    """Everything as plain data. Times are microseconds; ``complete`` is false where the run was cut short."""
+    peers = [name for name in labels(results) if name != OURS.name]
+    return {
+        "schema": SCHEMA,
+        "complete": complete,
+        "environment": environ,
+        "options": dataclasses.asdict(options),
+        "cases": [_case_document(result) for result in results],
+        "summary": [dataclasses.asdict(line) for line in summarize(results, peers)],
+        "notes": notes(results),
+    }
+
+
+def _case_document(result: Result) -> dict[str, Any]:
+    case = result.case
+    return {
+        "name": case.name,
+        "group": case.group,
+        "family": case.family,
+        "shape": dataclasses.asdict(case),
+        "budget": result.budget,
+        "contestants": {name: _entry_document(entry) for name, entry in result.entries.items()},
+        "ratios": {name: result.ratio(name) for name in (*result.entries, "best") if name != OURS.name},
+        "noisy": result.noisy,
+    }
+
+
+def _entry_document(entry: Entry) -> dict[str, Any]:
+    document: dict[str, Any] = {"status": entry.status, "reason": entry.reason, "backend": entry.backend}
+    document["errors"] = {name: error if error != float("inf") else None for name, error in entry.errors.items()}
+    document["peak_bytes"] = entry.peak_bytes
+    if entry.timing:
+        document |= _timing_document(entry.timing) | {"setting": entry.setting}
+        document["settings"] = {name: _timing_document(timing) for name, timing in entry.timings.items()}
+    return document
+
+
+def _timing_document(timing: Timing) -> dict[str, Any]:
+    seconds = {"median_us": timing.median, "iqr_us": timing.iqr, "least_us": timing.least}
+    return {name: value * 1e6 for name, value in seconds.items()} | {"rounds": timing.rounds, "inner": timing.inner}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all: a run killed while writing leaves the file it wrote before."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    beside.replace(path)
+
+
+# --- picture --------------------------------------------------------------------------------------------------------
+
+
+def plot(results: Sequence[Result], path: Path, title: str) -> None:
+    """Bars of the ratio to each peer, a panel for each group, sorted, on a logarithmic axis that is cut at 1."""
+    from matplotlib.figure import Figure
+
+    heads = labels(results)
+    peers = [name for name in heads if name != OURS.name]
+    panels: dict[str, list[Result]] = {}
+    for result in results:
+        if result.ratio("best") is not None:
+            panels.setdefault(result.case.group, []).append(result)
+    if not panels:
+        return
+    heights = [len(members) * max(1, len(peers)) * 0.17 + 0.7 for members in panels.values()]
+    figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    colours = {peer: f"C{i}" for i, peer in enumerate(peers)}
+    for axis, (group, members) in zip(axes, panels.items(), strict=True):
+        members = sorted(members, key=lambda result: result.ratio("best") or 0)
+        present = [peer for peer in peers if any(r.ratio(peer) is not None for r in members)]
+        thick = 0.8 / len(present)
+        for i, peer in enumerate(present):
+            bars = [(row, ratio) for row, r in enumerate(members) if (ratio := r.ratio(peer)) is not None]
+            places = [row + ((len(present) - 1) / 2 - i) * thick for row, _ in bars]
+            # a bar runs from 1, the peer's own speed, to the ratio
+            drawn = axis.barh(
+                places, [r - 1 for _, r in bars], thick * 0.9, left=1, color=colours[peer], label=heads[peer]
+            )
+            axis.bar_label(drawn, [f"{r:.2f}" for _, r in bars], padding=2, fontsize=6)
+        axis.set_yticks(range(len(members)), [_short(r) for r in members], fontsize=7)
+        axis.set_ylim(-0.6, len(members) - 0.4)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", subs=range(2, 10))
+        axis.xaxis.set_major_formatter("{x:g}×")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(group, fontsize=9, loc="left")
+        axis.margins(x=0.15)
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), fontsize=8)
+    axes[-1].set_xlabel("time of peer / time of fastseq (above 1: fastseq is faster)", fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    figure.savefig(path, dpi=150)
+
+
+def _short(result: Result) -> str:
+    """A case's name without what its group says already."""
+    first, *words = result.case.name.split("-")
+    words = [word for word in words if word not in (result.case.mode, DTYPES[result.case.dtype])]
+    return " ".join(["cell"] * first.endswith("_cell") + words)

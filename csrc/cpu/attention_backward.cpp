@@ -1,0 +1,269 @@
+// dq, dk, dv and the sinks' gradient, by recomputation from lse (attention_gradient.h has the formulas):
+//
+//   dv += P^T dO;  dk += dS^T Q;  dq += dS K
+//
+// One thread has a head of K and V, with all the query heads that share it, and walks its query blocks in order, so dk
+// and dv are sums in a fixed order in memory that is its own. Where there are fewer heads than threads want, the key
+// blocks of a head are dealt out in turn, and the parts of dq are added up at the end, again in order.
+#include <atomic>
+
+#include "attention_gradient.h"
+#include "parallel.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace attention {
+namespace {
+
+template <class S>
+class Backward : Gradient<S> {
+  using G = Gradient<S>;
+  using typename G::A;
+  using typename G::Copy;
+  using typename G::Element;
+  using typename G::Keys;
+  using typename G::Op;
+  using typename G::Queries;
+  using typename G::Tile;
+  using G::call, G::group, G::kDot, G::kWiden, G::L, G::pairs, G::width, G::width_v;
+  static constexpr bool kNarrow = sizeof(S) != sizeof(A);
+
+ public:
+  explicit Backward(const AttentionBackward& call)
+      : G(call), direct_k_(!kNarrow && call.dim % L == 0), direct_v_(!kNarrow && call.dim_v % L == 0) {}
+
+  bool run() {
+    const long heads = call.batch * call.heads_k;
+    const long blocks = (call.length_k + kGradientKeys - 1) / kGradientKeys;
+    if (heads % call.threads != 0 && heads < 4 * call.threads)
+      splits_ = most(1, least(blocks, (2 * call.threads + heads - 1) / most(1, heads)));
+    rows_ = call.cu_q ? call.cu_q[call.batch] : call.batch * call.length_q;
+    const int threads = int(most(1, least(call.threads, heads * splits_)));
+    Arena counting;
+    Scratch(*this, counting);
+    const long parts = splits_ > 1 ? splits_ * call.heads_q * rows_ * width : 0;
+    const long sinks = call.dsinks ? call.batch * call.heads_q : 0;
+    Memory memory(counting.used() * threads + (parts * long(sizeof(A)) + sinks * 8 + 128));
+    if (!memory.data) return false;
+    Arena shared(memory.data + counting.used() * threads);
+    dq_parts_ = shared.take<A>(parts), dsink_parts_ = shared.take<double>(sinks);
+    std::atomic<long> next{0};
+    parallel(threads, [&](const Team& team) {
+      Arena arena(memory.data + counting.used() * team.rank);
+      Scratch scratch(*this, arena);
+      for (long item; (item = next.fetch_add(1, std::memory_order_relaxed)) < heads * splits_;)
+        compute(item / splits_ / call.heads_k, item / splits_ % call.heads_k, item % splits_, scratch);
+      if (splits_ == 1 && !call.dsinks) return;
+      team.sync();
+      if (splits_ > 1) add_parts(team);
+      if (call.dsinks && team.rank == 0) add_sinks();
+    });
+    return true;
+  }
+
+ private:
+  struct Scratch {
+    Queries queries;
+    Tile tile;
+    A *dq, *dk = nullptr, *dv = nullptr;  // [64, width], [Tk, width], [Tk, width_v]
+    Copy *k = nullptr, *v = nullptr;      // [Tk, copied row]
+    uint32_t* k_pairs = nullptr;          // [Tk / 2, width]
+
+    Scratch(const Backward& g, Arena& arena) : queries(g, arena), tile(g, arena) {
+      const long keys = round_up(g.call.length_k, 2);
+      dq = arena.take<A>(kQueries * g.width);
+      if (!g.direct_k_) dk = arena.take<A>(keys * g.width);
+      if (!g.direct_v_) dv = arena.take<A>(keys * g.width_v);
+      if (g.copy_k) k = arena.take<Copy>(keys * g.k_copy_row());
+      if (g.copy_v) v = arena.take<Copy>(keys * g.v_copy_row());
+      if (kDot) k_pairs = arena.take<uint32_t>(keys / 2 * g.width);
+    }
+  };
+
+  void compute(long b, long hk, long split, Scratch& x) const {
+    const Sequence s(call, b);
+    const long step = gradient_keys(s.tk);
+    A* const dk = direct_k_ ? at<A>(call.dk, b, hk, s.k_row) : x.dk;
+    A* const dv = direct_v_ ? at<A>(call.dv, b, hk, s.k_row) : x.dv;
+    const long dk_row = direct_k_ ? call.dk.row : width, dv_row = direct_v_ ? call.dv.row : width_v;
+    for (long j = split * step; j < s.tk; j += splits_ * step) {
+      const long end = least(j + step, s.tk);
+      for (long i = j; i < end; ++i) {
+        for (long d = 0; d < width; d += L) store(dk + i * dk_row + d, Vec<A>{});
+        for (long d = 0; d < width_v; d += L) store(dv + i * dv_row + d, Vec<A>{});
+      }
+      this->keys(s, b, hk, j, end, x.k + j * this->k_copy_row(), x.v + j * this->v_copy_row());
+      if constexpr (kDot) {
+        interleave_rows(at<S>(call.k, b, hk, s.k_row + j), call.k.row, end - j, (end - j + 1) / 2, call.dim, width,
+                        x.k_pairs + j / 2 * width);
+      }
+    }
+    const Keys keys = whole(s, b, hk, x);
+    for (long h = hk * group; h < (hk + 1) * group; ++h) {
+      double dsink = 0;
+      for (long i0 = 0; i0 < s.rows; i0 += kQueries) {
+        this->load_queries(s, b, h, i0, true, x.queries);
+        dsink += x.queries.dsink;
+        bool begun = false;
+        const long first = s.first_key(i0), last = x.queries.count ? s.end_key(i0 + x.queries.count - 1) : 0;
+        long j = (first / step / splits_ * splits_ + split) * step;
+        for (; j < last; j += splits_ * step) {
+          long j0 = j, j1 = least(j + step, s.tk);
+          const Seen seen =
+              visibility(call, s, b, h, i0, x.queries.count, Op::depth, j0, j1, x.tile.words);
+          if (seen == Seen::none) continue;
+          this->template differentiate<false>(s, b, x.queries, keys, 0, j0, j1, seen, x.tile);
+          accumulate(s, x, keys, j0, j1, seen == Seen::all ? nullptr : x.tile.words, dk + j0 * dk_row, dk_row,
+                     dv + j0 * dv_row, dv_row, begun);
+          begun = true;
+        }
+        write_dq(s, b, h, i0, split, begun ? x.dq : nullptr);
+      }
+      if (call.dsinks && split == 0) dsink_parts_[b * call.heads_q + h] = dsink;
+    }
+    if (!direct_k_) write_keys(call.dk, s, b, hk, split, step, call.dim, x.dk, width);
+    if (!direct_v_) write_keys(call.dv, s, b, hk, split, step, call.dim_v, x.dv, width_v);
+    const long keys_here = call.cu_k ? call.cu_k[b + 1] - call.cu_k[b] : call.length_k;
+    if (split == 0) {
+      clear(call.dk, s, b, hk, keys_here, call.dim);
+      clear(call.dv, s, b, hk, keys_here, call.dim_v);
+    }
+  }
+
+  Keys whole(const Sequence& s, long b, long hk, const Scratch& x) const {
+    Keys out{at<char>(bytes(call.k), b, hk, s.k_row), at<char>(bytes(call.v), b, hk, s.k_row),
+             call.k.row * long(sizeof(S)), call.v.row * long(sizeof(S))};
+    if (this->copy_k)
+      out.k = reinterpret_cast<const char*>(x.k), out.k_row = this->k_copy_row() * long(sizeof(Copy));
+    if (this->copy_v)
+      out.v = reinterpret_cast<const char*>(x.v), out.v_row = this->v_copy_row() * long(sizeof(Copy));
+    return out;
+  }
+  static AttentionCall::View bytes(AttentionCall::View view) {
+    constexpr long size = sizeof(S);
+    view.batch *= size, view.head *= size, view.row *= size;
+    return view;
+  }
+
+  // The three products of one tile; dk and dv point at key j0.
+  void accumulate(const Sequence& s, Scratch& x, const Keys& keys, long j0, long j1, const uint64_t* words, A* dk,
+                  long dk_row, A* dv, long dv_row, bool begun) const {
+    const Queries& q = x.queries;
+    const long n = j1 - j0;
+    constexpr long size = kDot ? sizeof(S) : sizeof(A);
+    const char* p = kDot ? reinterpret_cast<const char*>(x.tile.p) : reinterpret_cast<const char*>(x.tile.scores);
+    const char* ds = kDot ? reinterpret_cast<const char*>(x.tile.ds) : reinterpret_cast<const char*>(x.tile.dp);
+    const Operands<Op> to_dv{p, kQueries * size, long(sizeof(Element)), q.d_o_rows, q.d_o_row, dv, dv_row};
+    const Operands<Op> to_dk{ds, kQueries * size, long(sizeof(Element)), q.q_rows, q.q_row, dk, dk_row};
+    const auto by_keys = [&](long row, long rows, int begin, int end) {
+      const long first = begin / Op::depth, depth = (end + Op::depth - 1) / Op::depth - first;
+      Operands<Op> y = to_dv, z = to_dk;
+      y.a += row * y.a_row + first * y.a_step, y.b += first * y.b_row, y.c += row * y.c_row;
+      z.a += row * z.a_row + first * z.a_step, z.b += first * z.b_row, z.c += row * z.c_row;
+      product<Op, Into::add>(y, rows, int(width_v / L), depth);
+      product<Op, Into::add>(z, rows, int(width / L), depth);
+    };
+    if (words)
+      for_seen_rows(words, n, kTileRows, by_keys);
+    else
+      by_keys(0, n, 0, q.count);
+
+    const Element* k_rows;
+    long k_row;
+    if constexpr (kDot) {
+      k_rows = x.k_pairs + j0 / 2 * width, k_row = width;
+    } else {
+      k_row = keys.k_row / long(sizeof(A)), k_rows = reinterpret_cast<const Element*>(keys.k) + j0 * k_row;
+    }
+    const Operands<Op> to_dq{kDot ? reinterpret_cast<const char*>(x.tile.ds_pairs) : ds, long(sizeof(Element)),
+                             kQueries * long(sizeof(Element)), k_rows, k_row, x.dq, width};
+    const auto by_queries = [&](int row, int rows, long first, long end) {
+      const long k0 = first / Op::depth, depth = most(0, (end + Op::depth - 1) / Op::depth - k0);
+      Operands<Op> y = to_dq;
+      y.a += row * y.a_row + k0 * y.a_step, y.b += k0 * y.b_row, y.c += row * y.c_row;
+      if (begun)
+        product<Op, Into::add>(y, rows, int(width / L), depth);
+      else
+        product<Op, Into::store>(y, rows, int(width / L), depth);
+    };
+    if (!words) return by_queries(0, q.count, 0, n);
+    for (int row = 0; row < q.count; row += kTileRows) {
+      const int rows = int(least(kTileRows, q.count - row));
+      by_queries(row, rows, most(0, s.first_key(q.i0 + row) - j0), least(n, s.end_key(q.i0 + row + rows - 1) - j0));
+    }
+  }
+
+  // dq is what there is of the block's gradient; null: nothing, which is 0.
+  void write_dq(const Sequence& s, long b, long h, long i0, long split, const A* dq) const {
+    const long rows = least(kQueries, s.rows - i0), counted = dq ? most(0, least(rows, s.tq - i0)) : 0;
+    for (long i = 0; i < rows; ++i) {
+      if (splits_ > 1) {
+        A* out = part(split, h, (call.cu_q ? s.q_row : b * call.length_q) + i0 + i);
+        for (long d = 0; d < width; d += L) store(out + d, i < counted ? load(dq + i * width + d) : Vec<A>{});
+      } else {
+        write_row(at<S>(call.dq, b, h, s.q_row + i0 + i), i < counted ? dq + i * width : nullptr, call.dim);
+      }
+    }
+  }
+  static void write_row(S* out, const A* in, long dim) {
+    for (long d = 0; d < dim; d += L) store_n(out + d, in ? load(in + d) : Vec<A>{}, int(least(L, dim - d)));
+  }
+  A* part(long split, long h, long row) const {
+    return dq_parts_ + ((split * call.heads_q + h) * rows_ + row) * width;
+  }
+  void write_keys(const AttentionCall::View& out, const Sequence& s, long b, long hk, long split, long step, long dim,
+                  const A* in, long row) const {
+    for (long j = split * step; j < s.tk; j += splits_ * step)
+      for (long i = j; i < least(j + step, s.tk); ++i) write_row(at<S>(out, b, hk, s.k_row + i), in + i * row, dim);
+  }
+  void clear(const AttentionCall::View& out, const Sequence& s, long b, long hk, long keys, long dim) const {
+    for (long i = s.tk; i < keys; ++i) write_row(at<S>(out, b, hk, s.k_row + i), nullptr, dim);
+  }
+
+  void add_parts(const Team& team) const {
+    for (long b = 0; b < call.batch; ++b) {
+      const Sequence s(call, b);
+      const Share share = share_of(call.heads_q * s.rows, team.rank, team.size);
+      for (long i = share.begin; i < share.end; ++i) {
+        const long h = i / s.rows, row = i % s.rows;
+        A* const sum = part(0, h, (call.cu_q ? s.q_row : b * call.length_q) + row);
+        for (long split = 1; split < splits_; ++split) {
+          const A* more = sum + split * call.heads_q * rows_ * width;
+          for (long d = 0; d < width; d += L) store(sum + d, load(sum + d) + load(more + d));
+        }
+        write_row(at<S>(call.dq, b, h, s.q_row + row), sum, call.dim);
+      }
+    }
+  }
+  void add_sinks() const {
+    for (long h = 0; h < call.heads_q; ++h) {
+      double sum = 0;
+      for (long b = 0; b < call.batch; ++b) sum += dsink_parts_[b * call.heads_q + h];
+      write_number<S>(call.dsinks, call.sinks_dtype == AttentionCall::Dtype::f32, h, A(sum));
+    }
+  }
+
+  const bool direct_k_, direct_v_;
+  long splits_ = 1, rows_ = 0;
+  A* dq_parts_ = nullptr;         // [splits, Hq, rows, width]
+  double* dsink_parts_ = nullptr;  // [B, Hq]
+};
+
+}  // namespace
+}  // namespace attention
+
+bool attention_backward(const AttentionBackward& call) {
+  using Dtype = AttentionCall::Dtype;
+  switch (call.dtype) {
+    case Dtype::f64:
+      return attention::Backward<double>(call).run();
+    case Dtype::f32:
+      return attention::Backward<float>(call).run();
+    case Dtype::bf16:
+      return attention::Backward<bf16>(call).run();
+    case Dtype::f16:
+      return attention::Backward<f16>(call).run();
+  }
+  return false;
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,55 @@
+// The recurrent scan on the CPU: one layer, one direction, all time steps.
+//
+// Plain arguments, no torch: pointers, sizes, strides in elements. Letters: T steps, B batch, I input features,
+// H hidden units, P projected units (= H without w_hr), G gates of the cell in torch's order.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fastseq {
+
+// Element [t, b, e] of a tensor; what has no time or no batch has a stride that is not used.
+struct ScanView {
+  void* data = nullptr;
+  int64_t t = 0, b = 0, e = 1;
+};
+
+struct ScanSizes {
+  enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+  enum class Dtype : int { f64, f32, bf16, f16 };  // of all but states and dstates, which have the accumulator's:
+                                                   // float for the 16-bit ones
+  Cell cell;
+  Dtype dtype;
+  int64_t T, B, I, H, P;
+  bool reverse;
+  int threads;             // at most this many
+  const int64_t* lengths;  // [B] or null; from step lengths[b] on, y is 0 and the state stands still
+  const bool* reset;       // [T,B] or null: the state is cleared before that step
+  int64_t reset_t, reset_b;
+};
+
+// w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].
+struct ScanForward : ScanSizes {
+  ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // c0, biases and w_hr may be null
+  // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,4H] (LSTM i,f,g,o; GRU r,z,n,q)
+  // are null where not wanted.
+  ScanView y, h_n, c_n, states, tape;
+  void* workspace;  // of scan_forward_workspace bytes, aligned to 64; need not be initialised
+};
+
+struct ScanBackward : ScanSizes {
+  ScanView dy, dh_n, dc_n, dstates;              // any may be null: zero
+  ScanView y, states, tape, w_hh, w_hr, h0, c0;  // w_hr null without a projection; c0 null: zero
+  // Outputs with e = 1. dhidden: gru [T,B,H] gradient of W_hn h + b_hn; with w_hr [T,B,P] gradient of h_t; else null.
+  ScanView dgates, dhidden, dh0, dc0;
+  void* workspace;  // of scan_backward_workspace bytes, as above
+};
+
+FASTSEQ_DECLARE(size_t, scan_forward_workspace, (const ScanForward& p))
+FASTSEQ_DECLARE(void, scan_forward, (const ScanForward& p))
+FASTSEQ_DECLARE(size_t, scan_backward_workspace, (const ScanBackward& p))
+FASTSEQ_DECLARE(void, scan_backward, (const ScanBackward& p))
+
+}  // namespace fastseq

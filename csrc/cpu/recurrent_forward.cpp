@@ -1,0 +1,346 @@
+// The scan forward: gates = x W_ih^T + h W_hh^T + b, and the cell on top, step after step.
+//
+// A chunk of steps is projected (x W_ih^T) into a scratch that stays in the cache, then scanned at once. A step is a
+// product tile for some rows and a vector of units with all its gates, and the cell's arithmetic on that tile.
+#include "../gates.h"
+#include "recurrent_plan.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+namespace {
+
+constexpr long kChunkRows = 128;           // rows that are projected at once: enough to reuse each weight in L1
+constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
+constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights
+
+template <class S>
+struct Forward {
+  using A = Accumulator<S>;
+  static constexpr int L = kLanes<A>;
+
+  const ScanForward& p;
+  int G;
+  long Hp, Pp, Hv, Pv;  // padded units and their vectors
+  long chunk;           // steps
+  bool packed, convert;
+  Barrier* barriers;
+  A *w_ih, *w_hh, *w_hr;            // packed
+  A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
+  A *gates, *inputs;                // [chunk*B][G][Hp], [chunk*B][I]
+  A *h[2], *c, *middle, *update;    // [B][Pp] x 2, [B][Hp]; o tanh(c) or r h_prev; z
+  A* zeros;                         // [max(Hp, Pp)]
+  const A** pointers;               // a thread's lists of rows: [threads][list_length]
+  long* live_rows;                  // [threads][B]
+  long list_length;
+  size_t bytes;
+
+  Forward(const ScanForward& args, void* workspace) : p(args) {
+    G = gates_of(p.cell);
+    Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
+    Hp = Hv * L, Pp = Pv * L;
+    auto unit_stride = [](const ScanView& w) { return !w.data || w.e == 1; };
+    packed = p.T * p.B >= kPackRows || !unit_stride(p.w_ih) || !unit_stride(p.w_hh) || !unit_stride(p.w_hr);
+    convert = sizeof(S) != sizeof(A) || p.x.e != 1;
+
+    int threads = threads_for(p), ways = unit_ways(p, threads, sizeof(A));
+    long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
+    rows = rows < 1 ? 1 : rows;
+    long row_bytes = long(sizeof(A)) * (G * Hp / ways + p.I);
+    long most = kChunkBytes / row_bytes < kChunkRows ? kChunkBytes / row_bytes : kChunkRows;
+    chunk = most / rows < 1 ? 1 : most / rows > p.T ? p.T : most / rows;
+    list_length = chunk * p.B;
+
+    Arena arena{static_cast<char*>(workspace)};
+    barriers = arena.take<Barrier>(threads);
+    bool proj = p.w_hr.data, blend = p.cell == Cell::gru_reset_before;
+    w_ih = arena.take<A>(packed ? Hv * p.I * G * L : 0);
+    w_hh = arena.take<A>(packed ? Hv * p.P * G * L : 0);
+    w_hr = arena.take<A>(packed && proj ? Pv * p.H * L : 0);
+    bias_x = arena.take<A>(G * Hp);
+    bias_h = arena.take<A>(Hp);
+    gates = arena.take<A>(chunk * p.B * G * Hp);
+    inputs = arena.take<A>(convert ? chunk * p.B * p.I : 0);
+    h[0] = arena.take<A>(p.B * Pp);
+    h[1] = arena.take<A>(p.B * Pp);
+    c = arena.take<A>(p.cell == Cell::lstm ? p.B * Hp : 0);
+    middle = arena.take<A>(proj || blend ? p.B * Hp : 0);
+    update = arena.take<A>(blend ? p.B * Hp : 0);
+    zeros = arena.take<A>(Hp > Pp ? Hp : Pp);
+    pointers = arena.take<const A*>(threads * list_length * 2);
+    live_rows = arena.take<long>(threads * p.B);
+    bytes = arena.used;
+  }
+
+  void run() {
+    int threads = threads_for(p);
+    for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
+    switch (p.cell) {
+      case Cell::rnn_tanh:
+        return parallel(threads, [this](const Team& t) { Thread<Cell::rnn_tanh>(*this, t).walk(); });
+      case Cell::rnn_relu:
+        return parallel(threads, [this](const Team& t) { Thread<Cell::rnn_relu>(*this, t).walk(); });
+      case Cell::lstm:
+        return parallel(threads, [this](const Team& t) { Thread<Cell::lstm>(*this, t).walk(); });
+      case Cell::gru:
+        return parallel(threads, [this](const Team& t) { Thread<Cell::gru>(*this, t).walk(); });
+      case Cell::gru_reset_before:
+        return parallel(threads, [this](const Team& t) { Thread<Cell::gru_reset_before>(*this, t).walk(); });
+    }
+  }
+
+  template <Cell kCell>
+  struct Thread {
+    static constexpr int G = gates_of(kCell);
+    static constexpr bool kBefore = kCell == Cell::gru_reset_before;
+    static constexpr int kFused = kBefore ? 2 : G;  // gates of the first product of a step
+    const Forward& f;
+    const ScanForward& p;
+    Part part;
+    Share units, outputs;  // vectors of H and of P
+    const A **h_in, **c_in;
+    long* rows;  // live rows of the step
+    long count = 0;
+    Weights<S> input, hidden, candidate, projection;
+
+    Thread(const Forward& forward, const Team& team)
+        : f(forward), p(f.p), part(team, f.p, sizeof(A), f.barriers), units(part.share(f.Hv)),
+          outputs(part.share(f.Pv)) {
+      h_in = f.pointers + team.rank * f.list_length * 2;
+      c_in = h_in + f.list_length;
+      rows = f.live_rows + team.rank * p.B;
+      auto raw = [](const ScanView& w) { return static_cast<const S*>(w.data); };
+      input = Weights<S>{f.packed ? f.w_ih : nullptr, p.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I};
+      hidden = Weights<S>{f.packed ? f.w_hh : nullptr, p.P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P};
+      if (kBefore) {
+        // Its own block behind that of r and z: [v][k][2][lane], then [v][k][lane].
+        hidden.stride = p.P * 2 * L;
+        candidate = Weights<S>{f.packed ? f.w_hh + f.Hv * p.P * 2 * L : nullptr, p.P * L,
+                               raw(p.w_hh) + 2 * p.H * p.w_hh.b, p.w_hh.b, p.H, p.P};
+      }
+      if (p.w_hr.data)
+        projection = Weights<S>{f.packed ? f.w_hr : nullptr, p.H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H};
+    }
+
+    void walk() {
+      prepare();
+      for (long s0 = 0; s0 < p.T; s0 += f.chunk) {
+        long s1 = s0 + f.chunk < p.T ? s0 + f.chunk : p.T;
+        project(s0, s1);
+        for (long s = s0; s < s1; ++s) {
+          step(s, (s - s0) * p.B);
+          part.sync();
+        }
+      }
+      const A* last = f.h[p.T & 1];
+      for (long b = part.row0; b < part.row1; ++b) {
+        for (long v = outputs.begin; v < outputs.end; ++v)
+          put(p.h_n, 0, b, v, p.P, load(last + b * f.Pp + v * L));
+        if (kCell == Cell::lstm)
+          for (long v = units.begin; v < units.end; ++v) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
+      }
+    }
+
+    long time_of(long s) const { return p.reverse ? p.T - 1 - s : s; }
+    static int lanes(long v, long n) { return int(n - v * L < L ? n - v * L : L); }
+    static void put(const ScanView& to, long t, long b, long v, long n, Vec<A> value) {
+      store_n(at<S>(to, t, b) + v * L, value, lanes(v, n));
+    }
+    Vec<A> bias(const ScanView& from, long row, long v) const {
+      return from.data ? load_strided(at<S>(from, 0, 0) + (row + v * L) * from.e, from.e, lanes(v, p.H)) : Vec<A>{};
+    }
+
+    // Packs the weights, all threads together, and lays out biases and the first state.
+    void prepare() {
+      const Team& team = part.team;
+      Share all = share_of(f.Hv, team.rank, team.size);
+      for (long v = all.begin; v < all.end; ++v) {
+        if (f.packed) {
+          pack_units<S>(f.w_ih + v * input.stride, p.w_ih, 0, G, p.H, p.I, v);
+          pack_units<S>(f.w_hh + v * hidden.stride, p.w_hh, 0, kFused, p.H, p.P, v);
+          if (kBefore) pack_units<S>(candidate.packed + v * candidate.stride, p.w_hh, 2 * p.H, 1, p.H, p.P, v);
+        }
+        for (int g = 0; g < G; ++g) {
+          bool apart = kCell == Cell::gru && g == 2;
+          Vec<A> b_ih = bias(p.b_ih, g * p.H, v), b_hh = bias(p.b_hh, g * p.H, v);
+          store(f.bias_x + g * f.Hp + v * L, apart ? b_ih : b_ih + b_hh);
+          if (apart) store(f.bias_h + v * L, b_hh);
+        }
+      }
+      if (f.packed && p.w_hr.data) {
+        all = share_of(f.Pv, team.rank, team.size);
+        for (long v = all.begin; v < all.end; ++v)
+          pack_units<S>(f.w_hr + v * projection.stride, p.w_hr, 0, 1, p.P, p.H, v);
+      }
+      if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
+      for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
+        copy_row<S>(f.h[0] + b * f.Pp, at<S>(p.h0, 0, b), p.h0.e, p.P);
+        if (kCell == Cell::lstm)
+          copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
+      }
+      team.sync();
+    }
+
+    // gates[row] = x W_ih^T + bias for the live rows of steps [s0, s1); row = (s - s0) * B + b.
+    void project(long s0, long s1) {
+      long n = 0;
+      A** to = const_cast<A**>(c_in);
+      for (long s = s0; s < s1; ++s)
+        for (long b = part.row0; b < part.row1; ++b) {
+          long t = time_of(s), row = (s - s0) * p.B + b;
+          if (!live(p, t, b)) continue;
+          if (f.convert) {
+            h_in[n] = f.inputs + row * p.I;
+            if (n % part.ways == part.member) copy_row<S>(f.inputs + row * p.I, at<S>(p.x, t, b), p.x.e, p.I);
+          } else {
+            h_in[n] = reinterpret_cast<const A*>(at<S>(p.x, t, b));
+          }
+          to[n++] = f.gates + row * G * f.Hp;
+        }
+      if (f.convert) part.sync();
+      multiply<G>(input, h_in, n, units.begin, units.end, f.bias_x, f.Hp, false,
+                  [&](long row, long v) { return to[row] + v * L; }, [](long, int, long, int) {});
+    }
+
+    void step(long s, long gates_row) {
+      long t = time_of(s);
+      const A* h = f.h[s & 1];
+      A* h_next = f.h[~s & 1];
+      count = 0;
+      for (long b = part.row0; b < part.row1; ++b) {
+        if (!live(p, t, b)) {
+          stand(t, b, h, h_next);
+          continue;
+        }
+        bool reset = cleared(p, t, b);
+        h_in[count] = reset ? f.zeros : h + b * f.Pp;
+        if (kCell == Cell::lstm) c_in[count] = reset ? f.zeros : f.c + b * f.Hp;
+        rows[count++] = b;
+      }
+      const A* gates = f.gates + gates_row * G * f.Hp;
+      alignas(64) A sums[kMaxRows * kMaxVectors * L];
+      multiply<kFused>(
+          hidden, h_in, count, units.begin, units.end, nullptr, kFused == 1 ? 0 : tile_stride(kFused), false,
+          [&](long row, long) { return sums + (row % kMaxRows) * kMaxVectors * L; },
+          [&](long row0, int n, long v0, int width) {
+            for (long row = row0; row < row0 + n; ++row)
+              for (int nb = 0; nb < width; ++nb)
+                activate(t, row, v0 + nb, gates + rows[row] * G * f.Hp,
+                         sums + (row % kMaxRows) * kMaxVectors * L + nb * L, h_next);
+          });
+      if constexpr (kBefore) {
+        part.sync();
+        const A** mixed = c_in;  // an LSTM's list, free here
+        for (long row = 0; row < count; ++row) mixed[row] = f.middle + rows[row] * f.Hp;
+        multiply<1>(
+            candidate, mixed, count, units.begin, units.end, nullptr, 0, false,
+            [&](long row, long) { return sums + (row % kMaxRows) * kMaxVectors * L; },
+            [&](long row0, int n, long v0, int width) {
+              for (long row = row0; row < row0 + n; ++row)
+                for (int nb = 0; nb < width; ++nb)
+                  blend(t, row, v0 + nb, gates + rows[row] * G * f.Hp,
+                        load(sums + (row % kMaxRows) * kMaxVectors * L + nb * L), h_next);
+            });
+      }
+      if (kCell == Cell::lstm && p.w_hr.data) {
+        part.sync();
+        for (long row = 0; row < count; ++row) h_in[row] = f.middle + rows[row] * f.Hp;
+        multiply<1>(
+            projection, h_in, count, outputs.begin, outputs.end, nullptr, 0, false,
+            [&](long row, long v) { return h_next + rows[row] * f.Pp + v * L; },
+            [&](long row0, int n, long v0, int width) {
+              for (long row = row0; row < row0 + n; ++row)
+                for (long v = v0; v < v0 + width; ++v)
+                  put(p.y, t, rows[row], v, p.P, load(h_next + rows[row] * f.Pp + v * L));
+            });
+      }
+    }
+
+    // Gates lie side by side in `sums` as the tile has vectors: its width times L apart.
+    static constexpr long tile_stride(int gates) { return tile_width(gates) * L; }
+
+    // A row past its length: the state stands still.
+    void stand(long t, long b, const A* h, A* h_next) {
+      for (long v = outputs.begin; v < outputs.end; ++v) {
+        store(h_next + b * f.Pp + v * L, load(h + b * f.Pp + v * L));
+        put(p.y, t, b, v, p.P, Vec<A>{});
+      }
+      for (long v = units.begin; v < units.end; ++v) {
+        if (kCell == Cell::lstm && p.states.data) keep_state(t, b, v, load(f.c + b * f.Hp + v * L));
+        if (p.tape.data)
+          for (int g = 0; g < 4; ++g) keep(t, b, g, v, Vec<A>{});
+      }
+    }
+    void keep_state(long t, long b, long v, Vec<A> c) { store_n(at<A>(p.states, t, b) + v * L, c, lanes(v, p.H)); }
+    void keep(long t, long b, int g, long v, Vec<A> value) {
+      store_n(at<S>(p.tape, t, b) + g * p.H + v * L, value, lanes(v, p.H));
+    }
+
+    // The cell's arithmetic for L units of one row: x [G][Hp] the input's share, sums [kFused][..] the state's.
+    FASTSEQ_INLINE void activate(long t, long row, long v, const A* x, const A* sums, A* h_next) {
+      constexpr long step = tile_stride(kFused);
+      long b = rows[row], at_v = v * L;
+      auto pre = [&](int g) { return load(x + g * f.Hp + at_v) + load(sums + g * step); };
+      Vec<A> h_new;
+      if constexpr (kCell == Cell::lstm) {
+        Vec<A> c_new;
+        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new, h_new);
+        store(f.c + b * f.Hp + at_v, c_new);
+        if (p.states.data) keep_state(t, b, v, c_new);
+        if (p.tape.data) keep(t, b, 0, v, s.i), keep(t, b, 1, v, s.f), keep(t, b, 2, v, s.g), keep(t, b, 3, v, s.o);
+        if (p.w_hr.data) return store(f.middle + b * f.Hp + at_v, h_new);
+      } else if constexpr (kCell == Cell::gru) {
+        Vec<A> q = load(sums + 2 * step) + load(f.bias_h + at_v);
+        GruGates<Vec<A>> s =
+            gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q, load(h_in[row] + at_v), h_new);
+        if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 2, v, s.n), keep(t, b, 3, v, q);
+      } else if constexpr (kBefore) {
+        Vec<A> r = sigmoid(pre(0)), z = sigmoid(pre(1)), q = r * load(h_in[row] + at_v);
+        store(f.middle + b * f.Hp + at_v, q);
+        store(f.update + b * f.Hp + at_v, z);
+        if (p.tape.data) keep(t, b, 0, v, r), keep(t, b, 1, v, z), keep(t, b, 3, v, q);
+        return;
+      } else {
+        h_new = rnn_forward<kCell == Cell::rnn_relu>(pre(0));
+      }
+      store(h_next + b * f.Pp + at_v, h_new);
+      put(p.y, t, b, v, p.H, h_new);
+    }
+
+    // The second half of a GRU whose reset comes before the product.
+    FASTSEQ_INLINE void blend(long t, long row, long v, const A* x, Vec<A> sum, A* h_next) {
+      long b = rows[row], at_v = v * L;
+      Vec<A> n = tanh(load(x + 2 * f.Hp + at_v) + sum);
+      Vec<A> h_new = gru_blend(load(f.update + b * f.Hp + at_v), n, load(h_in[row] + at_v));
+      if (p.tape.data) keep(t, b, 2, v, n);
+      store(h_next + b * f.Pp + at_v, h_new);
+      put(p.y, t, b, v, p.H, h_new);
+    }
+  };
+};
+
+template <class Body>
+auto for_dtype(const ScanSizes& s, const Body& body) {
+  switch (s.dtype) {
+    case Dtype::f64:
+      return body(double{});
+    case Dtype::f32:
+      return body(float{});
+    case Dtype::bf16:
+      return body(bf16{});
+    default:
+      return body(f16{});
+  }
+}
+
+}  // namespace
+
+size_t scan_forward_workspace(const ScanForward& p) {
+  return for_dtype(p, [&](auto s) { return Forward<decltype(s)>(p, nullptr).bytes; });
+}
+
+void scan_forward(const ScanForward& p) {
+  for_dtype(p, [&](auto s) { Forward<decltype(s)>(p, p.workspace).run(); });
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

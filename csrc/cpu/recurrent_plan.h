@@ -1,0 +1,68 @@
+// How a scan is divided among threads, and over which rows a step runs.
+#pragma once
+#include <new>
+
+#include "parallel.h"
+#include "recurrent_pack.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+using Cell = ScanSizes::Cell;
+using Dtype = ScanSizes::Dtype;
+
+constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell <= Cell::rnn_relu ? 1 : 3; }
+
+// Below this many multiplications a second thread costs more than it brings: a call, and a step with its barrier.
+constexpr long kParallelCall = 80000;
+constexpr long kParallelStep = 12000;
+// What of a core's own cache the weights of every step may fill before they are divided among cores instead.
+constexpr long kCacheBytes = 640 << 10;
+
+inline int threads_for(const ScanSizes& s) {
+  long work = s.T * s.B * (s.I + s.P) * s.H * gates_of(s.cell);
+  return s.threads <= 1 || work < kParallelCall ? 1 : s.threads;
+}
+
+// How many threads share the units of the same rows of the batch; the rows are divided among such groups. Rows alone
+// need no barrier, but each thread then walks through all weights at every step, for few rows.
+inline int unit_ways(const ScanSizes& s, int threads, long element) {
+  if (threads == 1) return 1;
+  long macs = s.P * s.H * gates_of(s.cell), step_macs = s.B * macs;
+  int ways = 1;
+  for (int w = 2; w <= threads; ++w) {
+    if (threads % w) continue;
+    int groups = threads / (w == 1 ? 1 : w), finer = threads / ways;
+    long rows = (s.B + finer - 1) / finer;  // of a thread without this
+    bool idle = s.B < finer;
+    bool spills = macs * element > kCacheBytes && rows <= 12;
+    bool few = rows <= 2 && s.B > 0;
+    bool worth = step_macs / (long(groups) * w) >= kParallelStep;
+    if ((idle || spills || few) && worth) ways = w;
+  }
+  return ways;
+}
+
+// One thread's part: rows [row0, row1) of the batch, and a share of any number of unit vectors.
+struct Part {
+  Team team;
+  int ways, group, member;
+  Barrier* barrier;  // of the group
+  long row0, row1;
+
+  Part(const Team& t, const ScanSizes& s, long element, Barrier* barriers)
+      : team(t), ways(unit_ways(s, t.size, element)), group(t.rank / ways), member(t.rank % ways) {
+    barrier = barriers + group;
+    Share rows = share_of(s.B, group, t.size / ways);
+    row0 = rows.begin;
+    row1 = rows.end;
+  }
+  Share share(long total) const { return share_of(total, member, ways); }
+  void sync() const { barrier->wait(ways); }
+};
+
+inline bool live(const ScanSizes& s, long t, long b) { return !s.lengths || t < s.lengths[b]; }
+inline bool cleared(const ScanSizes& s, long t, long b) { return s.reset && s.reset[t * s.reset_t + b * s.reset_b]; }
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

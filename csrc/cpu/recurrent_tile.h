@@ -1,0 +1,175 @@
+// Products of the scan: a few rows of activations times all gates of a few vectors of units, held in registers.
+//
+// Packed weights lie as [unit vector][k][gate][lane], so a tile streams them once for all of its rows. Unpacked ones
+// are read as they lie, as dot products along k: no preparation, for calls too short to pay for one.
+#pragma once
+#include "simd.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+constexpr int kMaxRows = 8;
+constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
+
+constexpr int rows_of_tile(int vectors) {
+  return kVectorRegisters >= 32 ? (vectors >= 4 ? 6 : 8) : (vectors >= 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
+// How many unit vectors go into one tile beside each other.
+constexpr int tile_width(int gates) { return kMaxVectors / gates; }
+
+template <class A>
+struct Tile {
+  const A* const* rows;  // [R] pointers to K activations
+  const A* w;            // packed weights of the first unit vector
+  long w_stride;         // to the next unit vector
+  long K;
+  const A* init;         // null (zero), or [gate][..] biases, a gate `stride` apart
+  A* const* out;         // [R] pointers to [gate][..] results, a gate `stride` apart
+  long stride;
+  bool add;              // to what is in out
+};
+
+// out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
+template <class A, int R, int G, int NB>
+void run_tile(const Tile<A>& t) {
+  constexpr int L = kLanes<A>;
+  constexpr int N = G * NB;
+  // A single chain of additions a result leaves the units idle where there are few results: keep several.
+  constexpr int U = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;
+  Vec<A> acc[U][R][N];
+  const A* rows[R];
+  const A* w[NB];
+  for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
+  for (int r = 0; r < R; ++r) {
+    rows[r] = t.rows[r];
+    for (int n = 0; n < N; ++n) {
+      acc[0][r][n] = t.init ? load(t.init + (n / NB) * t.stride + (n % NB) * L) : Vec<A>{};
+      for (int u = 1; u < U; ++u) acc[u][r][n] = Vec<A>{};
+    }
+  }
+  auto step = [&](long k, Vec<A>(&sums)[R][N]) __attribute__((always_inline)) {
+    Vec<A> wv[N];
+    for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + (k * G + n / NB) * L);
+    for (int r = 0; r < R; ++r) {
+      Vec<A> a = splat(rows[r][k]);
+      for (int n = 0; n < N; ++n) sums[r][n] += a * wv[n];
+    }
+  };
+  long k = 0;
+  for (; k + U <= t.K; k += U)
+    for (int u = 0; u < U; ++u) step(k + u, acc[u]);
+  for (; k < t.K; ++k) step(k, acc[0]);
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      for (int u = 1; u < U; ++u) acc[0][r][n] += acc[u][r][n];
+      A* out = t.out[r] + (n / NB) * t.stride + (n % NB) * L;
+      store(out, t.add ? acc[0][r][n] + load(out) : acc[0][r][n]);
+    }
+}
+
+template <class A>
+using TileFunction = void (*)(const Tile<A>&);
+
+template <class A, int G, int NB, int R = 1>
+TileFunction<A> tile_function(int rows) {
+  if constexpr (R > rows_of_tile(G * NB))
+    return nullptr;
+  else
+    return rows == R ? &run_tile<A, R, G, NB> : tile_function<A, G, NB, R + 1>(rows);
+}
+template <class A, int G>
+TileFunction<A> tile_function(int rows, int width) {
+  if constexpr (G == 1) {
+    if (width == 4) return tile_function<A, 1, 4>(rows);
+    if (width == 3) return tile_function<A, 1, 3>(rows);
+  }
+  if constexpr (G <= 2)
+    if (width == 2) return tile_function<A, G, 2>(rows);
+  return tile_function<A, G, 1>(rows);
+}
+
+// Lane-wise choice between two vectors: lane l is mask(l) >= 0 ? a[mask(l)] : b[...], as __builtin_shufflevector.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using type = Lanes<I...>;
+};
+// With b's elements counted from L on. keep: a where bit D of the lane is clear, else b. cross: the partner lanes.
+template <int D, class V, int... I>
+FASTSEQ_INLINE V keep_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V cross_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I + D)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V low_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V high_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I + D)...);
+}
+
+// Lane l of the result is the sum of all lanes of v[l].
+template <class A, int D = 1>
+FASTSEQ_INLINE Vec<A> sums_of(Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  typename LanesUpTo<L>::type lanes;
+  if constexpr (D == L) {
+    return v[0];
+  } else {
+    for (int i = 0; i < L; i += 2 * D)
+      v[i] = keep_lanes<D>(v[i], v[i + D], lanes) + cross_lanes<D>(v[i], v[i + D], lanes);
+    return sums_of<A, 2 * D>(v);
+  }
+}
+
+// The L x L matrix of v's lanes, transposed in place.
+template <class A, int D = 1>
+FASTSEQ_INLINE void transpose(Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  typename LanesUpTo<L>::type lanes;
+  if constexpr (D < L) {
+    for (int i = 0; i < L; ++i)
+      if (!(i & D)) {
+        Vec<A> low = low_lanes<D>(v[i], v[i + D], lanes);
+        v[i + D] = high_lanes<D>(v[i], v[i + D], lanes);
+        v[i] = low;
+      }
+    transpose<A, 2 * D>(v);
+  }
+}
+
+// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, unpacked weights.
+template <class S>
+Vec<Accumulator<S>> dot_rows(const Accumulator<S>* row, const S* w, long w_row, long K, int n) {
+  using A = Accumulator<S>;
+  constexpr int L = kLanes<A>;
+  constexpr int C = L < 8 ? L : 8;  // rows of w at once: streams that the prefetchers follow
+  Vec<A> sums[L];
+  for (int l = 0; l < L; l += C) {
+    const S* at[C];
+    for (int c = 0; c < C; ++c) at[c] = w + (l + c < n ? l + c : n - 1) * w_row;
+    Vec<A> acc[C];
+    for (int c = 0; c < C; ++c) acc[c] = Vec<A>{};
+    long k = 0;
+    for (; k + L <= K; k += L) {
+      Vec<A> a = load(row + k);
+      for (int c = 0; c < C; ++c) acc[c] += a * load(at[c] + k);
+    }
+    if (k < K) {
+      Vec<A> a = load_n(row + k, int(K - k));
+      for (int c = 0; c < C; ++c) acc[c] += a * load_n(at[c] + k, int(K - k));
+    }
+    for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
+  }
+  return sums_of<A>(sums);
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

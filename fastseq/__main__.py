@@ -1,0 +1,38 @@
+"""``python -m fastseq doctor | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": "what works on this machine, what does not, and the command that mends it",
+    "demo": "train small models on torch.nn and on fastseq, side by side",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastseq",
+        description="Fast RNN, GRU, LSTM and attention layers for PyTorch.",
+        epilog="\n".join(f"{name:<8} {what}" for name, what in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="followed by its own options; COMMAND --help lists them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    # Only the command's own module is imported: the doctor must run where another part is broken.
+    module = importlib.import_module(f"fastseq.{chosen.command}")
+    own = argparse.ArgumentParser(prog=f"python -m fastseq {chosen.command}", description=COMMANDS[chosen.command])
+    module.add_arguments(own)
+    return module.main(own.parse_args(chosen.options))
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

@@ -1,0 +1,452 @@
+"""``python -m fastseq doctor``: what works on this machine, what does not, and the command that mends it.
+
+Every layer is tried for real, on every device and backend, against float64 references, in a process of its own: a
+kernel that crashes or hangs is one line in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LAYERS = ("RNN", "GRU", "LSTM", "MultiheadAttention")
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
+PATIENCE = 120.0
+"""Seconds that one trial may take; the first includes importing torch on a busy machine."""
+
+Cell = tuple[str, str, str]  # device, layer, backend
+
+
+@dataclass
+class Findings:
+    """All that the doctor found. ``table[device][layer][backend]`` is None where it works, else why not."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    table: dict[str, dict[str, dict[str, str | None]]] = field(default_factory=dict)
+    runs_on: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def works(self) -> bool:
+        """Whether every layer gives right answers with the backend that is chosen for it."""
+        rows = [row for device in self.table.values() for row in device.values()]
+        return bool(rows) and all(row["auto"] is None for row in rows)
+
+    def problem(self, what: str, mend: str) -> None:
+        """Note something that is wrong or missing, and the command that mends it."""
+        if not any(known["problem"] == what for known in self.problems):
+            self.problems.append({"problem": what, "mend": mend})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The doctor's options."""
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--try", dest="cells", help=argparse.SUPPRESS)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Examine this machine and print what was found; returns 0 where the layers work here, else 1."""
+    if options.cells:
+        return _try_cells(json.loads(options.cells))
+    findings = examine()
+    if options.json:
+        print(json.dumps({"works": findings.works, **vars(findings)}, indent=2))
+    else:
+        _print(findings)
+    return 0 if findings.works else 1
+
+
+def examine() -> Findings:
+    """Look at everything. Never raises: what breaks is shown as broken."""
+    findings = Findings()
+    build = _build_record()
+    for name, probe in {
+        "fastseq": _fastseq,
+        "Python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "system": lambda: f"{platform.system()} {platform.release()}, {platform.machine()}, {_processor()}",
+        "torch": _torch,
+        "threads": _threads,
+        "native kernels": lambda: _native(build),
+        "instruction sets": lambda: _instruction_sets(build),
+        "CUDA kernels": lambda: _cuda_kernels(build),
+        "Triton": _triton,
+        "GPU": _gpu,
+        "C++ compiler": _compiler,
+        "nvcc": _nvcc,
+        "FASTSEQ_BACKEND": lambda: os.environ.get("FASTSEQ_BACKEND", "not set: the choice is automatic"),
+        "extras": _extras,
+    }.items():
+        findings.facts[name] = _guarded(probe)
+    cells = [(device, layer, backend) for device in _devices() for layer in LAYERS for backend in BACKENDS]
+    for (device, layer, backend), result in _try_all(cells).items():
+        findings.table.setdefault(device, {}).setdefault(layer, {})[backend] = result["reason"]
+        if result.get("runs_on"):
+            findings.runs_on.setdefault(device, {})[layer] = result["runs_on"]
+    _guarded(lambda: _problems(findings, build))
+    return findings
+
+
+def _guarded(probe: Callable[[], str | None]) -> str:
+    try:
+        return probe() or ""
+    except Exception as error:
+        return f"cannot tell: {type(error).__name__}: {error}"
+
+
+def _first_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[0] if lines else f"{shlex.join(command)} said nothing (exit status {done.returncode})"
+
+
+# What is here ---------------------------------------------------------------------------------------------------------
+
+
+def _fastseq() -> str:
+    import fastseq
+
+    return f"{fastseq.__version__} ({Path(fastseq.__file__).parent})"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "processor unknown"
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'built without CUDA'}"
+
+
+def _threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} of torch's, {_cores()} cores for this process"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _build_record() -> dict[str, Any]:
+    """What setup.py wrote down of the build; empty where there is none."""
+    try:
+        record = json.loads(Path(__file__).with_name("_build.json").read_text())
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _native(build: dict[str, Any]) -> str:
+    from fastseq import ops
+
+    if ops.NATIVE_MISSING is None:
+        compiler = build.get("compiler") or "an unknown compiler"
+        return f"loaded; built with {compiler}, torch {build.get('torch') or 'unknown'}"
+    reason = build.get("reasons", {}).get("cpu") or ops.NATIVE_MISSING
+    return f"missing: {reason}"
+
+
+def _instruction_sets(build: dict[str, Any]) -> str:
+    import torch
+
+    from fastseq import ops
+
+    if ops.NATIVE_MISSING is not None:
+        return "none"
+    text = f"running {torch.ops.fastseq.native_isa('')}; built {', '.join(build.get('instruction_sets', []))}"
+    left_out = [f"{name} left out: {reason}" for name, reason in build.get("instruction_sets_left_out", {}).items()]
+    return "; ".join([text, *left_out])
+
+
+def _cuda_kernels(build: dict[str, Any]) -> str:
+    if "cuda" in build.get("built", []):
+        return f"built for {', '.join(build.get('cuda_architectures', []))} with nvcc {build.get('nvcc')}"
+    return "none: " + build.get("reasons", {}).get("cuda", "the build left no record")
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    return importlib.metadata.version("triton")
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB")
+    return "; ".join(found)
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    command = shlex.split(named) if named else next(([c] for c in ("g++", "c++", "clang++") if shutil.which(c)), [])
+    return _first_line([*command, "--version"]) if command else "none on PATH"
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if not found:
+        return f"none in CUDA_HOME={home}" if home else "none on PATH"
+    done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+    releases = [line for line in done.stdout.splitlines() if "release" in line]
+    return f"{releases[0].partition(', ')[2] if releases else 'version unknown'} ({found})"
+
+
+def _extras() -> str:
+    names = ("rich", "tqdm", "matplotlib", "onnxruntime")
+    return ", ".join(name if importlib.util.find_spec(name) else f"no {name}" for name in names)
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+
+        return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    except Exception:
+        return ["cpu"]
+
+
+# Trials ---------------------------------------------------------------------------------------------------------------
+
+
+def _try_all(cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
+    """The result of every cell. A child process tries them in order; when it dies or hangs, the cell it was at is to
+    blame, and another child takes up after it."""
+    results: dict[Cell, dict[str, Any]] = {}
+    while len(results) < len(cells):
+        rest = [cell for cell in cells if cell not in results]
+        results.update(_one_child(rest))
+    return results
+
+
+def _one_child(cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
+    """The results of at least the first of the cells."""
+    command = [sys.executable, "-m", "fastseq", "doctor", "--try", json.dumps(cells)]
+    environment = dict(os.environ)
+    root = Path(__file__).absolute().parent.parent
+    if root.name not in ("site-packages", "dist-packages"):  # the child is to find this very package
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    results: dict[Cell, dict[str, Any]] = {}
+    try:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+    except OSError as error:
+        return {cell: {"reason": f"cannot start a trial: {error}"} for cell in cells}
+    lines: queue.Queue[str | None] = queue.Queue()
+    errors: list[str] = []
+    assert child.stdout is not None
+    assert child.stderr is not None
+    threads = [
+        threading.Thread(target=_forward, args=(child.stdout, lines.put), daemon=True),
+        threading.Thread(target=_forward, args=(child.stderr, errors.append), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    end = ""
+    try:
+        for cell in cells:
+            line = lines.get(timeout=PATIENCE)
+            while line is not None and not line.startswith('{"reason"'):
+                line = lines.get(timeout=PATIENCE)  # something else was printed
+            if line is None:
+                break
+            results[cell] = json.loads(line)
+    except queue.Empty:
+        end = f"no answer within {PATIENCE:.0f} s"
+    finally:
+        child.kill()
+        status = child.wait()
+        for thread in threads:
+            thread.join(5)
+    missing = cells[len(results) :]
+    if not end and status > 0:  # it could not even start: so would the next one
+        return results | {cell: {"reason": _death(status, errors)} for cell in missing}
+    if missing:
+        results[missing[0]] = {"reason": end or _death(status, errors)}
+    return results
+
+
+def _forward(stream: Any, put: Callable[[Any], None]) -> None:
+    for line in stream:
+        put(line.strip())
+    put(None)
+
+
+def _death(status: int, errors: list[str]) -> str:
+    if status < 0 and status != -signal.SIGKILL:
+        return f"the trial died of {signal.Signals(-status).name}"
+    said = [line for line in errors if line]
+    return f"the trial ended: {said[-1] if said else 'no message'}"
+
+
+def _try_cells(cells: list[Cell]) -> int:
+    """The child: one line of JSON a cell."""
+    for device, layer, backend in cells:
+        try:
+            result = _try_cell(device, layer, backend)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            named = type(error).__name__ == "BackendError"
+            result = {"reason": text.partition(": ")[2] or text if named else f"{type(error).__name__}: {text}"}
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _try_cell(device: str, layer: str, backend: str) -> dict[str, Any]:
+    """A small layer forward and backward, beside torch's own in float64."""
+    import torch
+
+    import fastseq
+
+    def outputs(module: Any, x: Any) -> list[Any]:
+        x = x.detach().requires_grad_()
+        y = module(x, x, x, need_weights=False)[0] if layer == "MultiheadAttention" else module(x)[0]
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+    torch.manual_seed(0)
+    sizes = (24, 3) if layer == "MultiheadAttention" else (24, 40)
+    truth = getattr(torch.nn, layer)(*sizes).double()
+    module = getattr(fastseq.nn, layer)(*sizes)
+    module.load_state_dict(truth.state_dict())
+    x = torch.randn(9, 5, 24)
+    # From "auto" on the environment variable no longer counts, and it should where it is set.
+    forced = os.environ.get("FASTSEQ_BACKEND") or None if backend == "auto" else backend
+    module.to(device)
+    with fastseq.use_backend(forced):
+        got = outputs(module, x.to(device))
+        call = (x.to(device),) * (3 if layer == "MultiheadAttention" else 1)
+        runs_on = fastseq.explain(module, *call).splitlines()[0] if backend == "auto" else ""
+    worst = 0.0
+    for value, right in zip(got, outputs(truth, x.double()), strict=True):
+        error = (value.cpu().double() - right).abs().max() / right.abs().max().clamp(min=1.0)
+        worst = max(worst, float(error.nan_to_num(torch.inf)))
+    # float32, and TF32 on a GPU that is allowed to use it
+    reason = None if worst < (1e-4 if device == "cpu" else 1e-2) else f"WRONG: off by {worst:.1e} from float64"
+    return {"reason": reason, "runs_on": runs_on}
+
+
+# Advice ---------------------------------------------------------------------------------------------------------------
+
+
+def _install() -> str:
+    """The command that installs this package again."""
+    source = Path(__file__).resolve().parent.parent
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    if (source / "setup.py").exists():
+        return f"{pip} --no-build-isolation --no-deps -e {shlex.quote(str(source))}"
+    return f"{pip} --no-deps --force-reinstall --no-binary fastseq-kernels FOLDER_OR_ARCHIVE_OF_FASTSEQ"
+
+
+def _problems(findings: Findings, build: dict[str, Any]) -> None:
+    import torch
+
+    from fastseq import ops
+
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        findings.problem(f"torch {torch.__version__} is too old", f"{pip} 'torch>=2.10'")
+    if ops.NATIVE_MISSING is not None:
+        reason = build.get("reasons", {}).get("cpu") or ops.NATIVE_MISSING
+        mend = _install()
+        if findings.facts.get("C++ compiler", "").startswith("none"):
+            mend = f"sudo apt install g++   # or your system's way, then: {mend}"
+        findings.problem(f"the native CPU kernels are missing ({reason})", mend)
+    if "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < _cores() // 2:
+        findings.problem(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} on {_cores()} cores", "unset OMP_NUM_THREADS")
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        mend = f"{pip} --force-reinstall torch   # a CUDA build" if torch.version.cuda is None else "nvidia-smi"
+        findings.problem("this machine has an NVIDIA driver, but torch cannot use a GPU", mend)
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        findings.problem("Triton, which the GPU kernels need, is not installed", f"{pip} 'triton>=3.6'")
+    broken: dict[tuple[str, str], list[str]] = {}
+    for device, layers in findings.table.items():
+        for layer, row in layers.items():
+            for backend, reason in row.items():
+                if reason and (backend in ("auto", "torch", "reference") or _broken(reason)):
+                    broken.setdefault((device, reason), []).append(f"{layer} ({backend})")
+    for (device, reason), where in broken.items():
+        what = f"on {device}, {', '.join(where)}: {reason}"
+        findings.problem(what, "unset FASTSEQ_BACKEND" if os.environ.get("FASTSEQ_BACKEND") else _install())
+
+
+def _broken(reason: str) -> bool:
+    return reason.startswith(("WRONG", "the trial", "no answer"))
+
+
+# Printing -------------------------------------------------------------------------------------------------------------
+
+
+def _print(findings: Findings) -> None:
+    width = max(map(len, findings.facts))
+    for name, value in findings.facts.items():
+        print(f"{name:<{width}}  {value}")
+    notes: list[str] = []
+    for device, layers in findings.table.items():
+        rows = [[f"on {device}", *BACKENDS]]
+        for layer, row in layers.items():
+            cells = []
+            for backend in BACKENDS:
+                reason = row.get(backend)
+                if reason is None:
+                    cells.append("works")
+                else:
+                    if reason not in notes:
+                        notes.append(reason)
+                    cells.append(f"{'BROKEN' if _broken(reason) else 'no'} [{notes.index(reason) + 1}]")
+            rows.append([layer, *cells])
+        print()
+        _table(rows)
+        chosen = findings.runs_on.get(device, {})
+        for text in dict.fromkeys(chosen.values()):
+            print(f"{', '.join(layer for layer in chosen if chosen[layer] == text)}: {text}")
+    if notes:
+        print()
+    for i, note in enumerate(notes, 1):
+        print(f"[{i}] {note}")
+    for entry in findings.problems:
+        print(f"\nproblem: {entry['problem']}\n   mend: {entry['mend']}")
+    print("\nThe layers work here." if findings.works else "\nThe layers do NOT work here; see above.")
+
+
+def _table(rows: list[list[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    styles = {"works": "green", "BROKEN": "bold red", "no": "dim"}
+    for row in rows[1:]:
+        table.add_row(row[0], *(Text(cell, style=styles.get(cell.partition(" ")[0], "")) for cell in row[1:]))
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,276 @@
+"""Attention: torch's ``scaled_dot_product_attention``, and the same with everything later models ask of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from fastseq import autograd_attention, checks_attention
+from fastseq import backend as backends
+from fastseq.checks import ArgumentError
+from fastseq.functional import eager_attention
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    align: str = "bottom_right",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    lengths_q: Tensor | None = None,
+    lengths_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale + bias) v; Vaswani et al. 2017.
+
+    The score of query i and key j is s = scale · q[i]·k[j]; then softcap · tanh(s / softcap); then + bias[i, j];
+    then − alibi_slopes · |i + shift − j|. What ``mask``, ``causal``, ``window`` and the lengths leave is visible. A
+    row that sees no key gives 0 and has zero gradients. ``align`` sets shift, the key that the diagonal meets at
+    query 0: 0 for ``"top_left"``, Tk − Tq for ``"bottom_right"`` (of each sequence's own lengths, where they vary).
+
+    Args:
+        q: ``[B, Hq, Tq, D]``; float64, float32, bfloat16 or float16; any strides.
+        k: ``[B, Hk, Tk, D]``, q's dtype; Hk divides Hq, each of its heads serves Hq / Hk of q's.
+        v: ``[B, Hk, Tk, Dv]``, q's dtype.
+        bias: added to the scores; broadcastable to ``[B, Hq, Tq, Tk]``, q's dtype or float32; has a gradient.
+        mask: bool, broadcastable to ``[B, Hq, Tq, Tk]``; True: query i may look at key j.
+        causal: a query sees keys j <= i + shift.
+        align: ``"bottom_right"`` or ``"top_left"``.
+        window: (left, right): a query sees i + shift − left <= j <= i + shift + right; −1 for no limit.
+        softcap: bound of the scores before bias, 0 for none; Gemma 2, 2024.
+        sinks: ``[Hq]``, one more logit in each softmax's denominator that carries no value; Xiao et al. 2023. q's
+            dtype or float32; has a gradient.
+        alibi_slopes: ``[Hq]``, q's dtype or float32, constants; Press et al. 2021.
+        lengths_q, lengths_k: int ``[B]``: positions from there on are padding, never read; o is 0 there.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, running sums of lengths from 0: q, k and v are then packed,
+            ``[total, H, D]``, sequence after sequence. Not together with bias, mask or lengths.
+        scale: 1 / sqrt(D) by default.
+        dropout_p: chance in [0, 1] of each weight to be dropped, the kept ones scaled by 1 / (1 − dropout_p). Drawn
+            from torch's default generator: the same after the same ``torch.manual_seed``.
+        return_lse: also return the logarithm of each row's denominator.
+        backend: ``reference``, ``torch``, ``native`` or ``triton``; by default the one in force.
+
+    Returns:
+        o ``[B, Hq, Tq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype; with ``return_lse`` also lse ``[B, Hq, Tq]``
+        (packed ``[Hq, total_q]``), float32, float64 for float64; −inf where a row sees neither key nor sink. Both
+        have gradients, to any order.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.
+        BackendError: the backend that was named cannot do this.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+        >>> o, lse = attention(q, k, v, causal=True, window=(3, 0), return_lse=True)
+        >>> o.shape, lse.shape
+        (torch.Size([2, 8, 5, 16]), torch.Size([2, 8, 5]))
+    """
+    checks_attention.check_tensors(("q", "k", "v"), q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed:
+        checks_attention.check_packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, bias=bias, mask=mask, lengths_q=lengths_q, lengths_k=lengths_k
+        )
+        cu_seqlens_q, cu_seqlens_k = (None if c is None else c.to(torch.int32) for c in (cu_seqlens_q, cu_seqlens_k))
+    else:
+        checks_attention.check_dense(q, k, v)
+        if lengths_q is not None:
+            checks_attention.check_lengths("lengths_q", lengths_q, q, q.shape[2])
+            lengths_q = lengths_q.to(torch.int64)
+        if lengths_k is not None:
+            checks_attention.check_lengths("lengths_k", lengths_k, q, k.shape[2])
+            lengths_k = lengths_k.to(torch.int64)
+        if bias is not None:
+            checks_attention.check_pairs("bias", bias, q, (*q.shape[:3], k.shape[2]), is_bool=False)
+            bias = _with_four_dimensions(bias)
+        if mask is not None:
+            checks_attention.check_pairs("mask", mask, q, (*q.shape[:3], k.shape[2]), is_bool=True)
+            mask = _with_four_dimensions(mask)
+    if sinks is not None:
+        checks_attention.check_per_head("sinks", sinks, q, q.shape[1])
+    if alibi_slopes is not None:
+        checks_attention.check_per_head("alibi_slopes", alibi_slopes, q, q.shape[1])
+        checks_attention.check_alibi(alibi_slopes)
+        alibi_slopes = alibi_slopes.to(torch.float32)
+    checks_attention.check_numbers(scale, softcap, dropout_p)
+    bottom_right = checks_attention.check_align(align)
+    left, right = checks_attention.check_window(window)
+    return _attend(
+        q, k, v,
+        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
+        scale, bool(causal), bottom_right, left, right, float(softcap), float(dropout_p), return_lse, backend,
+    )  # fmt: skip
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, argument for argument.
+
+    It differs in one thing: a row that sees no key gives 0 and has zero gradients, whatever the mask's dtype.
+
+    Args:
+        query: ``[..., Hq, L, E]``, or ``[L, E]``; float64, float32, bfloat16 or float16.
+        key: ``[..., H, S, E]``; leading dimensions broadcast with query's.
+        value: ``[..., H, S, Ev]``.
+        attn_mask: broadcastable to ``[..., Hq, L, S]``; bool (True: may look), or floating (query's dtype or float32)
+            and added to the scores.
+        dropout_p: chance of each weight to be dropped, in [0, 1]; applied whenever it is not 0.
+        is_causal: key j is visible to query i where j <= i, counted from the top left. Not together with attn_mask.
+        scale: 1 / sqrt(E) by default.
+        enable_gqa: H may be a divisor of Hq; each of its heads then serves Hq / H of query's.
+
+    Returns:
+        ``[..., Hq, L, Ev]`` in query's dtype. Nested tensors are given to torch's own function.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.
+        BackendError: the backend in force was named and cannot do this.
+
+    Example:
+        >>> query, key = torch.randn(3, 4, 5, 16), torch.randn(3, 4, 9, 16)
+        >>> scaled_dot_product_attention(query, key, key, attn_mask=torch.rand(5, 9) < 0.5).shape
+        torch.Size([3, 4, 5, 16])
+    """
+    names = ("query", "key", "value")
+    if isinstance(query, Tensor) and query.is_nested:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    checks_attention.check_tensors(names, query, key, value)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query, key, value)
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, (query, key, value), strict=True))
+        raise ArgumentError(f"query, key and value must be at least 2-D [..., L, E], got {shapes}")
+    checks_attention.check_sizes(names, query, key, value)
+    checks_attention.check_numbers(scale, 0.0, dropout_p)
+    bottom_right = False
+    if attn_mask is not None:
+        if is_causal:
+            raise ArgumentError("attn_mask must not be given with is_causal=True; put the causal limit into the mask")
+        if isinstance(attn_mask, CausalBias):
+            is_causal, bottom_right = True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+            attn_mask = None
+    shape = None
+    if not (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and (attn_mask is None or attn_mask.dim() <= 4)
+    ):
+        query, key, value, attn_mask, shape = _four_dimensions(query, key, value, attn_mask, enable_gqa)
+    bias, mask = None, None
+    if attn_mask is not None:
+        is_bool = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+        checks_attention.check_pairs("attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]), is_bool)
+        attn_mask = _with_four_dimensions(attn_mask)
+        bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
+    o = _attend(
+        query, key, value,
+        bias, mask, None, None, None, None, None, None,
+        scale, bool(is_causal), bottom_right, -1, -1, 0.0, float(dropout_p), False, None,
+    )  # fmt: skip
+    return o if shape is None else o.reshape(*shape, *o.shape[-2:])  # type: ignore[union-attr, return-value]
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In autocast's dtype, as autocast does for torch's own attention."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    return q, k, v
+
+
+def _with_four_dimensions(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def _four_dimensions(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Whatever leading dimensions there are as one batch and one of heads; and what the result's are to be."""
+    flat = q.dim() == k.dim() == v.dim() == 2
+    shapes = [list(x.shape) for x in (q, k, v)]
+    q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (q, k, v))
+    heads_q, heads_k = q.shape[-3], k.shape[-3]
+    try:
+        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        if not enable_gqa:
+            (heads_k,) = torch.broadcast_shapes((heads_k,), v.shape[-3:-2])
+            (heads_q,) = torch.broadcast_shapes((heads_q,), (heads_k,))
+    except RuntimeError:
+        hint = "" if enable_gqa else "; grouped heads need enable_gqa=True"
+        raise ArgumentError(
+            f"the leading dimensions of query, key and value must broadcast, got {shapes[0]}, {shapes[1]} and "
+            f"{shapes[2]}{hint}"
+        ) from None
+    if enable_gqa:
+        checks_attention.check_heads(heads_q, heads_k, v.shape[-3])
+    shape = () if flat else (*lead, heads_q)
+
+    def as_batch(x: Tensor, heads: int) -> Tensor:
+        x = x.expand(*lead, heads, *x.shape[-2:])
+        return x.unsqueeze(0) if len(lead) == 0 else x.flatten(0, len(lead) - 1)
+
+    if mask is not None:
+        is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        checks_attention.check_pairs("attn_mask", mask, q, (*shape, q.shape[-2], k.shape[-2]), is_bool)
+        if mask.dim() >= 4 and len(lead) > 1:
+            alike = math.prod(mask.shape[:-3]) == 1
+            mask = mask.flatten(0, -4) if alike else as_batch(mask, mask.shape[-3])
+    return as_batch(q, heads_q), as_batch(k, heads_k), as_batch(v, heads_k), mask, shape
+
+
+def _attend(
+    q, k, v,
+    bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
+    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
+    device = q.device.type
+
+    def reasons(name: str) -> str | None:
+        if name == "reference":
+            return None
+        if name == "torch":
+            return eager_attention.torch_reason(cu_seqlens_q is not None, softcap, sinks, return_lse)
+        return backends.operator_reason(name, device)
+
+    name = backends.resolve("attention", device, reasons, backend)
+    seed = None
+    if dropout_p > 0.0 and name != "torch":
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    arguments = (
+        q, k, v,
+        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        causal, bottom_right, window_left, window_right, softcap, dropout_p,
+    )  # fmt: skip
+    if name == "torch":
+        return eager_attention.attention(*arguments)
+    o, lse = autograd_attention.run(name, arguments)
+    return (o, lse) if return_lse else o

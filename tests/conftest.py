@@ -1,0 +1,83 @@
+"""What every test gets: reproducible draws, poisoned memory, and the settings it changed put back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import fastseq
+from fastseq import ops
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+# Examples take as long as the machine is busy; a failing one is printed and replayed by hypothesis itself.
+settings.register_profile("fastseq", deadline=None, print_blob=True)
+settings.load_profile("fastseq")
+
+
+def pytest_report_header() -> list[str]:
+    native = ops.NATIVE_MISSING or torch.ops.fastseq.native_isa("")
+    return [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; fastseq {fastseq.__version__} from "
+        f"{os.path.dirname(fastseq.__file__)}; native kernels: {native}"
+    ]
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch from the test's own name: every test draws other numbers, and the same ones each time it runs."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    """Puts back the number of threads and the instruction set that a test chose."""
+    threads = torch.get_num_threads()
+    isa = torch.ops.fastseq.native_isa("") if ops.NATIVE_MISSING is None else None
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if isa is not None:
+        torch.ops.fastseq.native_isa(isa)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison() -> Iterator[None]:
+    """Fills all memory that torch hands out on the CPU with junk: what a kernel reads or returns unwritten shows.
+
+    Done by the allocator's own debug switch, the one place that the outputs of native kernels go through too:
+    torch.utils.deterministic.fill_uninitialized_memory covers torch.empty alone. The junk is 0x7fedbeef over and over,
+    a NaN in float32, a NaN in every second element of 16 bits, and 1.7e308 in float64.
+    """
+    libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    switch = ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    switch.value = True
+    assert torch.empty(3).isnan().all(), "the allocator does not poison"
+    yield
+    switch.value = False
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set of the native CPU kernels in turn; skips those that are not built or not to be had here."""
+    if ops.NATIVE_MISSING is not None:
+        pytest.skip(f"the compiled extension is not installed: {ops.NATIVE_MISSING}")
+    try:
+        return torch.ops.fastseq.native_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=[1, 2, 3], ids="threads{}".format)
+def threads(request: pytest.FixtureRequest) -> int:
+    torch.set_num_threads(request.param)
+    return request.param

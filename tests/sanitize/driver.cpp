@@ -1,0 +1,15 @@
+// driver RECURRENT ATTENTION [SEED]: runs so many random cases of each kernel family on every instruction set.
+#include "harness.h"
+
+int main(int argc, char** argv) {
+  uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
+  int cases = 0, failures = 0;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::printf("instruction sets: %s\n", fastseq::usable_isas());
+  int (*families[])(uint64_t) = {driver::recurrent_case, driver::attention_case};
+  for (int family = 0; family < 2; ++family)
+    for (long i = 0, n = argc > 1 + family ? std::atol(argv[1 + family]) : 0; i < n; ++i, ++cases)
+      failures += families[family](seed + uint64_t(i)) != 0;
+  std::printf("%d passed, %d failed\n", cases - failures, failures);
+  return failures != 0;
+}

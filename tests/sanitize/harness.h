@@ -1,0 +1,163 @@
+// What the sanitizer driver's cases share: exactly sized, poisoned heap arrays, random draws, and the comparison of
+// one instruction set's outputs with another's. No Python, no torch.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/simd.h"
+
+namespace driver {
+
+enum class Dtype : int { f64, f32, bf16, f16 };  // as in the kernels' headers
+constexpr const char* kDtypeNames[] = {"f64", "f32", "bf16", "f16"};
+inline size_t size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
+inline Dtype accumulator_of(Dtype d) { return d == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+inline double epsilon_of(Dtype d) {
+  return d == Dtype::f64 ? 0x1p-52 : d == Dtype::f32 ? 0x1p-23 : d == Dtype::bf16 ? 0x1p-7 : 0x1p-10;
+}
+
+// n elements on the heap, not a byte more, so that AddressSanitizer sees any access past the end. Filled with ones in
+// every bit, which is a NaN in all four types: what a kernel reads without its being written shows in the outputs.
+class Array {
+ public:
+  Array() = default;
+  Array(Dtype dtype, int64_t n, size_t alignment = 0) : dtype_(dtype), n_(n) {
+    void* raw = nullptr;
+    size_t bytes = size_t(n) * size_of(dtype);
+    if (alignment ? posix_memalign(&raw, alignment, bytes) : !(raw = std::malloc(bytes ? bytes : 1))) std::abort();
+    std::memset(raw, 0xff, bytes);
+    data_.reset(static_cast<char*>(raw), std::free);
+  }
+
+  bool absent() const { return !data_; }
+  void* data() const { return data_.get(); }
+  Dtype dtype() const { return dtype_; }
+  int64_t size() const { return n_; }
+  double operator[](int64_t i) const {
+    switch (dtype_) {
+      case Dtype::f64:
+        return fetch<double>(i);
+      case Dtype::f32:
+        return fetch<float>(i);
+      case Dtype::bf16:
+        return fastseq::baseline::widen(fetch<fastseq::baseline::bf16>(i));
+      default:
+        return fastseq::baseline::widen(fetch<fastseq::baseline::f16>(i));
+    }
+  }
+  void set(int64_t i, double v) {
+    switch (dtype_) {
+      case Dtype::f64:
+        return put(i, v);
+      case Dtype::f32:
+        return put(i, float(v));
+      case Dtype::bf16:
+        return put(i, fastseq::baseline::narrow<fastseq::baseline::bf16>(float(v)));
+      default:
+        return put(i, fastseq::baseline::narrow<fastseq::baseline::f16>(float(v)));
+    }
+  }
+
+ private:
+  template <class T>
+  T fetch(int64_t i) const {
+    T v;
+    std::memcpy(&v, data_.get() + i * int64_t(sizeof(T)), sizeof(T));
+    return v;
+  }
+  template <class T>
+  void put(int64_t i, T v) {
+    std::memcpy(data_.get() + i * int64_t(sizeof(T)), &v, sizeof(T));
+  }
+  Dtype dtype_ = Dtype::f32;
+  int64_t n_ = 0;
+  std::shared_ptr<char> data_;
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
+  uint64_t bits() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_ * 0x2545f4914f6cdd1du >> 16;
+  }
+  int64_t below(int64_t n) { return int64_t(bits() % uint64_t(n)); }
+  bool chance(double p) { return uniform() < p; }
+  double uniform() { return double(bits() & 0xffffffff) / 4294967296.0; }
+  double uniform(double scale) { return (2 * uniform() - 1) * scale; }
+  int64_t pick(const std::vector<int64_t>& values) { return values[size_t(below(int64_t(values.size())))]; }
+  Array array(Dtype dtype, int64_t n, double scale) {
+    Array out(dtype, n);
+    for (int64_t i = 0; i < n; ++i) out.set(i, uniform(scale));
+    return out;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+struct Output {
+  std::string name;
+  Array values;
+  bool minus_infinity = false;  // an allowed value
+  std::vector<bool> unspecified = {};
+};
+using Outputs = std::vector<Output>;
+
+// Everything finite, and two instruction sets apart by no more than `tolerance` times the largest value of an output.
+inline bool agree(const std::string& what, const Outputs& got, const Outputs& expected, double tolerance) {
+  for (size_t k = 0; k < got.size(); ++k) {
+    const Array &a = got[k].values, &b = expected[k].values;
+    auto skipped = [&](int64_t i) { return !got[k].unspecified.empty() && got[k].unspecified[size_t(i)]; };
+    double largest = 1;
+    for (int64_t i = 0; i < b.size(); ++i)
+      if (!skipped(i) && std::isfinite(b[i])) largest = std::fmax(largest, std::fabs(b[i]));
+    for (int64_t i = 0; i < a.size(); ++i) {
+      if (skipped(i) || (got[k].minus_infinity && a[i] == -INFINITY && b[i] == -INFINITY)) continue;
+      if (std::isfinite(a[i]) && std::fabs(a[i] - b[i]) <= tolerance * largest) continue;
+      std::printf("FAILED %s: %s[%ld] of %ld is %.9g, expected %.9g within %.3g\n", what.c_str(), got[k].name.c_str(),
+                  long(i), long(a.size()), a[i], b[i], tolerance * largest);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Runs `run` on each instruction set this machine has and compares all of them with baseline. Returns the failures.
+template <class Run>
+int over_isas(const std::string& what, double tolerance, const Run& run) {
+  Outputs expected;
+  int failures = 0;
+  for (int i = 0; i < fastseq::kIsaCount; ++i) {
+    fastseq::Isa isa = fastseq::Isa(i);
+    if (!fastseq::set_isa(fastseq::isa_name(isa))) continue;
+    Outputs got = run();
+    if (expected.empty()) expected = got;
+    failures += !agree(what + " on " + fastseq::isa_name(isa), got, expected, tolerance);
+  }
+  return failures;
+}
+
+// What the order of summation may change: a sum of `terms` products by about terms * eps of its largest partial sum,
+// and what is stored in 16 bits by a rounding of that type; `steps` such errors feed on each other. Two results, and
+// a factor of 2 for the nonlinearities between.
+inline double rounding(Dtype dtype, double terms, double steps) {
+  double stored = size_of(dtype) == 2 ? epsilon_of(dtype) : 0;
+  return 4 * steps * (terms * epsilon_of(accumulator_of(dtype)) + stored);
+}
+
+// Draws one case from `seed`, runs it, returns the number of failures.
+int recurrent_case(uint64_t seed);
+int attention_case(uint64_t seed);
+
+}  // namespace driver

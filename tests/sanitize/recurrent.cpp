@@ -1,0 +1,175 @@
+// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, strides, 1 to 3 threads.
+#include "cpu/recurrent.h"
+
+#include "harness.h"
+
+namespace driver {
+namespace {
+
+using fastseq::ScanBackward;
+using fastseq::ScanForward;
+using fastseq::ScanSizes;
+using fastseq::ScanView;
+using Cell = ScanSizes::Cell;
+
+constexpr const char* kCellNames[] = {"rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"};
+
+// [n, m, e] without gaps; with `swapped`, laid out as [m, n, e].
+ScanView view(const Array& a, int64_t n, int64_t m, int64_t e, bool swapped = false) {
+  if (a.absent()) return {};
+  return swapped ? ScanView{a.data(), e, n * e, 1} : ScanView{a.data(), m * e, e, 1};
+}
+// A matrix or a vector; with `transposed` its storage is column-major.
+ScanView rows(const Array& a, int64_t n, int64_t e, bool transposed = false) {
+  if (a.absent()) return {};
+  return transposed ? ScanView{a.data(), 0, 1, n} : ScanView{a.data(), 0, e, 1};
+}
+
+struct Problem {
+  Cell cell;
+  Dtype dtype;
+  int64_t T, B, I, H, P, G, tape;
+  bool reverse, batch_first, transposed, save, states;
+  int threads;
+  Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, dy, dh_n, dc_n, dstates;
+  std::vector<int64_t> lengths;
+  std::unique_ptr<bool[]> reset;
+
+  bool lstm() const { return cell == Cell::lstm; }
+  Dtype accumulator() const { return accumulator_of(dtype); }
+
+  explicit Problem(Random& random) {
+    cell = Cell(random.below(5));
+    dtype = Dtype(random.below(4));
+    T = random.pick({1, 1, 2, 3, 7, 17});
+    B = random.pick({1, 1, 2, 3, 6, 7, 9, 17, 33});
+    I = random.pick({1, 3, 7, 16, 17, 33, 40, 65});
+    H = random.pick({1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 65, 129});
+    bool projected = lstm() && random.chance(0.3);
+    P = projected ? 1 + random.below(H) : H;
+    G = lstm() ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
+    tape = G == 1 ? 0 : 4;
+    reverse = random.chance(0.4);
+    batch_first = random.chance(0.4);
+    transposed = random.chance(0.15);
+    save = random.chance(0.8);
+    states = lstm() && (save || random.chance(0.5));
+    threads = int(1 + random.below(3));
+    double scale = 1 / std::sqrt(double(H));
+    x = random.array(dtype, T * B * I, 1);
+    w_ih = random.array(dtype, G * H * I, scale);
+    w_hh = random.array(dtype, G * H * P, scale);
+    if (random.chance(0.7)) {
+      b_ih = random.array(dtype, G * H, scale);
+      b_hh = random.array(dtype, G * H, scale);
+    }
+    if (projected) w_hr = random.array(dtype, P * H, scale);
+    h0 = random.array(dtype, B * P, 1);
+    if (lstm()) c0 = random.array(dtype, B * H, 1);
+    if (random.chance(0.8)) dy = random.array(dtype, T * B * P, 1);
+    if (random.chance(0.7)) dh_n = random.array(dtype, B * P, 1);
+    if (lstm() && random.chance(0.7)) dc_n = random.array(dtype, B * H, 1);
+    if (lstm() && random.chance(0.3)) dstates = random.array(accumulator(), T * B * H, 1);
+    if (random.chance(0.4))
+      for (int64_t b = 0; b < B; ++b) lengths.push_back(random.below(T + 1));
+    if (random.chance(0.3)) {
+      reset.reset(new bool[size_t(T * B)]);
+      for (int64_t i = 0; i < T * B; ++i) reset[size_t(i)] = random.chance(0.2);
+    }
+  }
+
+  std::string describe(uint64_t seed) const {
+    char text[200];
+    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s", (unsigned long)seed,
+                  kCellNames[int(cell)], kDtypeNames[int(dtype)], long(T), long(B), long(I), long(H), long(P), threads,
+                  reverse ? " reverse" : "", lengths.empty() ? "" : " lengths", reset ? " reset" : "",
+                  transposed ? " transposed" : "");
+    return text;
+  }
+
+  void fill(ScanSizes& p) const {
+    p.cell = cell;
+    p.dtype = ScanSizes::Dtype(int(dtype));
+    p.T = T, p.B = B, p.I = I, p.H = H, p.P = P;
+    p.reverse = reverse;
+    p.threads = threads;
+    p.lengths = lengths.empty() ? nullptr : lengths.data();
+    p.reset = reset.get();
+    p.reset_t = B, p.reset_b = 1;
+  }
+
+  // Marks what may hold anything in an output [T,B,n]: the steps past each sequence's length.
+  std::vector<bool> past_lengths(int64_t n) const {
+    std::vector<bool> out(size_t(T * B * n), false);
+    for (int64_t t = 0; t < T && !lengths.empty(); ++t)
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t e = 0; e < n; ++e) out[size_t((t * B + b) * n + e)] = t >= lengths[size_t(b)];
+    return out;
+  }
+
+  Outputs run() const {
+    Array y(dtype, T * B * P), h_n(dtype, B * P), c_n, all_states, saved;
+    if (lstm()) c_n = Array(dtype, B * H);
+    if (states) all_states = Array(accumulator(), T * B * H);
+    if (save && tape) saved = Array(dtype, T * B * tape * H);
+    ScanForward p{};
+    fill(p);
+    p.x = view(x, T, B, I, batch_first);
+    p.w_ih = rows(w_ih, G * H, I, transposed);
+    p.w_hh = rows(w_hh, G * H, P, transposed);
+    p.w_hr = rows(w_hr, P, H, transposed);
+    p.b_ih = rows(b_ih, 1, G * H);
+    p.b_hh = rows(b_hh, 1, G * H);
+    p.h0 = rows(h0, B, P);
+    p.c0 = rows(c0, B, H);
+    p.y = view(y, T, B, P);
+    p.h_n = rows(h_n, B, P);
+    p.c_n = rows(c_n, B, H);
+    p.states = view(all_states, T, B, H);
+    p.tape = view(saved, T, B, tape * H);
+    Array forward_space(Dtype::bf16, int64_t(FASTSEQ_DISPATCH(scan_forward_workspace, p) + 1) / 2, 64);
+    p.workspace = forward_space.data();
+    FASTSEQ_DISPATCH(scan_forward, p);
+    Outputs out = {{"y", y}, {"h_n", h_n}};
+    if (lstm()) out.push_back({"c_n", c_n});
+    if (states) out.push_back({"states", all_states, false, past_lengths(H)});
+    if (!saved.absent()) out.push_back({"tape", saved, false, past_lengths(tape * H)});
+    if (!save) return out;
+
+    Array dgates(dtype, T * B * G * H), dhidden, dh0(dtype, B * P), dc0;
+    int64_t hidden = cell == Cell::gru ? H : !w_hr.absent() ? P : 0;
+    if (hidden) dhidden = Array(dtype, T * B * hidden);
+    if (lstm()) dc0 = Array(dtype, B * H);
+    ScanBackward q{};
+    fill(q);
+    q.dy = view(dy, T, B, P, batch_first);
+    q.dh_n = rows(dh_n, B, P);
+    q.dc_n = rows(dc_n, B, H);
+    q.dstates = view(dstates, T, B, H);
+    q.y = p.y, q.states = p.states, q.tape = p.tape;
+    q.w_hh = p.w_hh, q.w_hr = p.w_hr, q.h0 = p.h0, q.c0 = p.c0;
+    q.dgates = view(dgates, T, B, G * H);
+    q.dhidden = view(dhidden, T, B, hidden);
+    q.dh0 = rows(dh0, B, P);
+    q.dc0 = rows(dc0, B, H);
+    Array backward_space(Dtype::bf16, int64_t(FASTSEQ_DISPATCH(scan_backward_workspace, q) + 1) / 2, 64);
+    q.workspace = backward_space.data();
+    FASTSEQ_DISPATCH(scan_backward, q);
+    out.push_back({"dgates", dgates});
+    out.push_back({"dh0", dh0});
+    if (hidden) out.push_back({"dhidden", dhidden});
+    if (lstm()) out.push_back({"dc0", dc0});
+    return out;
+  }
+};
+
+}  // namespace
+
+int recurrent_case(uint64_t seed) {
+  Random random(seed);
+  Problem problem(random);
+  double tolerance = rounding(problem.dtype, double(problem.I + problem.H), double(problem.T));
+  return over_isas(problem.describe(seed), tolerance, [&] { return problem.run(); });
+}
+
+}  // namespace driver

@@ -1,0 +1,155 @@
+"""Runs the CPU kernels as a plain C++ program under a sanitizer: ``run.py address thread arm64``, any of the three.
+
+``address`` is AddressSanitizer with UndefinedBehaviorSanitizer; ``thread`` is ThreadSanitizer, with std::thread in the
+place of OpenMP, into whose runtime it cannot see; ``arm64`` cross-compiles by Debian's aarch64-linux-gnu-g++ and runs
+under qemu-aarch64, where they are installed, and says so where they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDR_NO_RANDOMIZE = 0x0040000
+
+
+def load_setup():
+    """setup.py as a module: the flags of every instruction set stand there, and nowhere else."""
+    spec = importlib.util.spec_from_file_location("fastseq_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a check compiles and runs; ``cases`` are the recurrent and the attention draws."""
+
+    flags: list[str]
+    cases: tuple[int, int]
+    link: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+LINES = ["-g1", "-fno-omit-frame-pointer"]
+CHECKS = {
+    "address": Check(
+        ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        (400, 400),
+        environment={"ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1"},
+    ),
+    "thread": Check(
+        ["-O1", *LINES, "-fsanitize=thread", "-DFASTSEQ_STD_THREADS"],
+        (150, 150),
+        environment={"TSAN_OPTIONS": "halt_on_error=1"},
+    ),
+    "arm64": Check(["-O2"], (60, 60), link=["-static"]),
+}
+
+
+def usable_sets(sets: dict[str, list[str]], everything: bool) -> list[str]:
+    """Baseline and the best set that this processor has, or all that it has."""
+    flags = Path("/proc/cpuinfo").read_text()
+    needs = {"avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16"}
+    usable = [isa for isa in sets if f" {needs.get(isa, '')}" in flags]
+    return usable if everything or len(usable) < 2 else [usable[0], usable[-1]]
+
+
+def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, list[str]]) -> Path:
+    """Compiles the kernels and the driver into build/<name>/; returns the program."""
+    folder = Path("build", name)
+    base = [*compiler, *(f for f in setup.COMMON_FLAGS if not f.startswith("-O")), *check.flags]
+    kernels = [path for path in setup.sources("csrc/cpu/*.cpp") if path.name != "isa.cpp"]
+    units = [
+        setup.Unit(folder / isa / f"{path.stem}.o", path, [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"])
+        for isa, flags in sets.items()
+        for path in kernels
+    ]
+    have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in sets if isa != "baseline"]
+    units += [
+        setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have])
+        for path in [Path("csrc/cpu/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
+    ]
+    setup.compile_all(units, setup.run([*compiler, "--version"]).splitlines()[0])
+    program = ROOT / folder / "run"
+    # ThreadSanitizer must be alone with its threads: no OpenMP in that program.
+    threads = ["-pthread"] if "-DFASTSEQ_STD_THREADS" in check.flags else ["-fopenmp"]
+    objects = [str(unit.object) for unit in units]
+    setup.run([*base, *objects, *threads, *check.link, "-o", str(program)])
+    return program
+
+
+def run_check(setup, name: str, every_set: bool, cases: tuple[int, int] | None, seed: int) -> bool:
+    check = CHECKS[name]
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    emulator: list[str] = []
+    if name == "arm64" and machine != "aarch64":
+        cross = "aarch64-linux-gnu-g++"
+        if shutil.which(cross) is None:
+            print(
+                f"{name}: NOT CHECKED, there is no {cross} here (Debian: apt install g++-aarch64-linux-gnu qemu-user)"
+            )
+            return True
+        compiler, machine = [cross], "aarch64"
+        emulator = [found] if (found := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")) else []
+    else:
+        compiler, _ = setup.cpu_compiler()
+    sets = setup.ISAS[machine]
+    if len(sets) > 1:
+        sets = {isa: sets[isa] for isa in usable_sets(sets, every_set)}
+    start = time.time()
+    program = build(setup, name, check, compiler, sets)
+    built = time.time()
+    if name == "arm64" and machine != platform.machine() and not emulator:
+        print(f"{name}: compiles and links; NOT RUN, there is no qemu-aarch64 here (Debian: apt install qemu-user)")
+        return True
+    # Where the kernel spreads addresses widely, GCC 12's ThreadSanitizer cannot find room for its shadow.
+    personality = ctypes.CDLL(None).personality
+    counts = [str(count) for count in cases or check.cases]
+    done = subprocess.run(
+        [*emulator, str(program), *counts, str(seed)],
+        env={**os.environ, **check.environment},
+        preexec_fn=lambda: personality(ADDR_NO_RANDOMIZE),
+    )
+    verdict = "clean" if done.returncode == 0 else f"FAILED, exit {done.returncode}"
+    print(
+        f"{name}: {verdict} [{' '.join(sets)}] (built in {built - start:.0f} s, ran {time.time() - built:.0f} s)",
+        flush=True,
+    )
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="+", choices=list(CHECKS))
+    parser.add_argument("--all", action="store_true", help="every instruction set, not only baseline and the best")
+    parser.add_argument("--cases", type=int, nargs=2, metavar=("RECURRENT", "ATTENTION"))
+    parser.add_argument("--seed", type=int, default=1, help="the first case's; each next case adds one")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    setup = load_setup()
+    results = []
+    for name in args.checks:
+        try:
+            results.append(run_check(setup, name, args.all, args.cases, args.seed))
+        except setup.Unavailable as error:
+            print(f"{name}: FAILED to build: {error}", file=sys.stderr)
+            results.append(False)
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What the tests share: the backends they run over, the error rule, and inputs of every recurrent cell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseq import ops
+
+needs_native = pytest.mark.skipif(
+    ops.NATIVE_MISSING is not None, reason=f"the compiled extension is not installed: {ops.NATIVE_MISSING}"
+)
+NATIVE = pytest.param("native", marks=needs_native)
+BACKENDS = ["reference", "torch", NATIVE]
+CELLS = list(ops.GATES)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference from the float64 truth."""
+    if got.shape != truth.shape:
+        raise AssertionError(f"shape {list(got.shape)} where {list(truth.shape)} was expected")
+    difference = (got.detach().double() - truth.detach()).abs()
+    return float(difference.nan_to_num(float("inf")).max()) if difference.numel() else 0.0
+
+
+def assert_within_budget(ours: Tensor, peer: Tensor, truth: Tensor, what: str = "result", floor_ulps: float = 4) -> None:
+    """At most twice the error of a peer's answer in the same dtype, plus ``floor_ulps`` roundings of the largest value.
+
+    The floor is there because a peer may be exact by luck: on T = 1, or where one product rounds the right way.
+    """
+    assert ours.dtype == peer.dtype, f"{what}: {ours.dtype} where {peer.dtype} was expected"
+    scale = float(truth.detach().abs().max()) if truth.numel() else 0.0
+    budget = 2 * error(peer, truth) + floor_ulps * torch.finfo(ours.dtype).eps * scale
+    found = error(ours, truth)
+    assert found <= budget, f"{what}: error {found:.3g} over the budget of {budget:.3g} (largest value {scale:.3g})"
+
+
+def cell_inputs(
+    cell: str,
+    steps: int,
+    batch: int,
+    features: int,
+    hidden: int,
+    *,
+    projected: int = 0,
+    biases: bool = True,
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = False,
+) -> list[Tensor | None]:
+    """x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 for :func:`fastseq.functional.recurrent.scan`."""
+    gates, state = ops.GATES[cell], projected or hidden
+    bound = hidden**-0.5
+
+    def weight(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound)
+
+    inputs: list[Tensor | None] = [
+        torch.randn(steps, batch, features, dtype=torch.float64),
+        weight(gates * hidden, features),
+        weight(gates * hidden, state),
+        weight(gates * hidden) if biases else None,
+        weight(gates * hidden) if biases else None,
+        weight(projected, hidden) if projected else None,
+        torch.randn(batch, state, dtype=torch.float64).tanh(),
+        torch.randn(batch, hidden, dtype=torch.float64) if cell == "lstm" else None,
+    ]
+    return [None if t is None else t.to(dtype).requires_grad_(requires_grad) for t in inputs]
+
+
+def flat(result: object) -> list[Tensor]:
+    """Every tensor of a layer's nested result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flat(part)] if isinstance(result, tuple | list) else []  # type: ignore[attr-defined]

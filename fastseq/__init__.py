@@ -8,7 +8,23 @@ or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take t
 
 from fastseq import functional, nn
 from fastseq.backend import BackendError, backends, explain, use_backend
+from fastseq.checks import ArgumentError
+from fastseq.functional import attention, scaled_dot_product_attention
+from fastseq.patch import Report, patch, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "backends", "explain", "functional", "nn", "use_backend"]
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "Report",
+    "attention",
+    "backends",
+    "explain",
+    "functional",
+    "nn",
+    "patch",
+    "scaled_dot_product_attention",
+    "unpatch",
+    "use_backend",
+]

@@ -30,7 +30,7 @@ class Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         q, k, v,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
         scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, backend,
@@ -49,7 +49,7 @@ class Attention(torch.autograd.Function):
         ctx.backend = inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, dlse: Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor | None, dlse: Tensor | None) -> tuple:
         *inputs, o, lse = ctx.saved_tensors
         q, k, v, *optional = inputs
         d_o = torch.zeros_like(o) if d_o is None else d_o
@@ -79,7 +79,7 @@ class AttentionGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         d_o, dlse, q, k, v, o, lse,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
         scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, bias_grad, backend,
@@ -92,13 +92,12 @@ class AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        d_o, dlse, q, k, v, o, lse, *optional = inputs[: 7 + OPTIONAL]
-        ctx.save_for_backward(d_o, dlse, q, k, v, *optional)
+        ctx.save_for_backward(*inputs[:5], *inputs[7 : 7 + OPTIONAL])  # o and lse follow from the rest
         ctx.settings = inputs[7 + OPTIONAL : -2]
         ctx.bias_grad = inputs[-2]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         d_o, dlse, q, k, v, *optional = ctx.saved_tensors
         bias, mask, sinks, *rest = optional
         places = [n for n, t in enumerate((d_o, dlse, q, k, v, bias, sinks)) if t is not None]
@@ -106,11 +105,12 @@ class AttentionGradient(torch.autograd.Function):
         def first(*present: Tensor) -> tuple[Tensor, ...]:
             """The gradient as a function of all that it depends on; o and lse are themselves functions of these."""
             given = dict(zip(places, present, strict=True))
-            again = [given.get(n) for n in range(7)]
-            options = (again[5], mask, again[6], *rest)
-            return _gradient(*again[:5], options, ctx.settings, ctx.bias_grad)  # type: ignore[arg-type]
+            options = (given.get(5), mask, given.get(6), *rest)
+            return _gradient(
+                given[0], given.get(1), given[2], given[3], given[4], options, ctx.settings, ctx.bias_grad
+            )  # fmt: skip
 
-        _, vjp = torch.func.vjp(first, *(t for t in (d_o, dlse, q, k, v, bias, sinks) if t is not None))
+        vjp: Any = torch.func.vjp(first, *(t for t in (d_o, dlse, q, k, v, bias, sinks) if t is not None))[1]
         found: list[Tensor | None] = [None] * 7
         for place, grad in zip(places, vjp(grads), strict=True):
             found[place] = grad
@@ -139,7 +139,7 @@ def _gradient(
         o, lse = call_reference(q, k, v, own_bias, mask, own_sinks, *rest, *settings)
         return (o,) if dlse is None else (o, lse)
 
-    _, vjp = torch.func.vjp(forward, q, k, v, *extra)
+    vjp: Any = torch.func.vjp(forward, q, k, v, *extra)[1]
     dq, dk, dv, *others = vjp((d_o,) if dlse is None else (d_o, dlse))
     given = iter(others)
     dbias = next(given) if bias_grad else q.new_empty(0)

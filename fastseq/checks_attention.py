@@ -7,6 +7,7 @@ Attention is called for single tokens, so the checks are plain conditions: a mes
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def check_packed(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ArgumentError(
-            f"{missing} is missing: a packed batch needs cu_seqlens_q and cu_seqlens_k (the same tensor in self-attention)"
+            f"{missing} is missing: a packed batch needs both cu_seqlens (in self-attention the same tensor)"
         )
     for name, given in dense_only.items():
         if given is not None:
@@ -105,8 +106,7 @@ def check_packed(
         )
     if q.shape[2] != k.shape[2] or q.shape[2] == 0:
         raise ArgumentError(
-            "q and k must have the same number of features (last dimension), at least 1, "
-            f"got {sizes(q)} and {sizes(k)}"
+            f"q and k must have the same number of features (last dimension), at least 1, got {sizes(q)} and {sizes(k)}"
         )
     check_heads(q.shape[1], k.shape[1], v.shape[1])
     for name, cu_seqlens, x, of in (("cu_seqlens_q", cu_seqlens_q, q, "q"), ("cu_seqlens_k", cu_seqlens_k, k, "k")):
@@ -115,7 +115,7 @@ def check_packed(
             raise ArgumentError(f"{name} must be 1-D [B+1], got {sizes(cu_seqlens)}")
         if cu_seqlens.device.type == "cpu" and values_visible(cu_seqlens):
             starts = cu_seqlens.tolist()
-            if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+            if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in pairwise(starts)):
                 raise ArgumentError(
                     f"{name} must begin with 0, never decrease, and end at or before {of}'s {x.shape[0]} rows, "
                     f"got {starts if len(starts) <= 8 else f'{starts[:4]} ... {starts[-4:]}'}; "

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq import ops_attention
+
 BACKENDS = ("native", "triton")
 """Backends that are operators of their own; ``reference`` and ``torch`` are made of torch's."""
 
@@ -120,9 +122,7 @@ def loop_over(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequ
     return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 
-def fold_batch(
-    op: Callable, axes: Sequence[int | None], out_axes: Sequence[int]
-) -> Callable[..., tuple[Any, Any]]:
+def fold_batch(op: Callable, axes: Sequence[int | None], out_axes: Sequence[int]) -> Callable[..., tuple[Any, Any]]:
     """A vmap rule that lays the mapped dimension into the batch.
 
     ``axes`` names each argument's batch dimension (None for an argument without one: where such an argument is
@@ -169,6 +169,7 @@ define(
     "scan_backward", SCAN_BACKWARD, _fake_scan_backward,
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
 )  # fmt: skip
+ops_attention.register()
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Places of arguments in ops._ATTENTION_OPTIONS, the same in both schemas once what comes before it is counted.
 _BIAS, _MASK, _SINKS, _ALIBI, _LENGTHS_Q, _LENGTHS_K, _CU_SEQLENS_Q, _CU_SEQLENS_K, _SEED = range(9)

@@ -25,7 +25,9 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float(difference.nan_to_num(float("inf")).max()) if difference.numel() else 0.0
 
 
-def assert_within_budget(ours: Tensor, peer: Tensor, truth: Tensor, what: str = "result", floor_ulps: float = 4) -> None:
+def assert_within_budget(
+    ours: Tensor, peer: Tensor, truth: Tensor, what: str = "result", floor_ulps: float = 4
+) -> None:
     """At most twice the error of a peer's answer in the same dtype, plus ``floor_ulps`` roundings of the largest value.
 
     The floor is there because a peer may be exact by luck: on T = 1, or where one product rounds the right way.

@@ -44,7 +44,7 @@ def test_reference_is_torch_nn_with_a_projection():
 
 
 def onnx_scan(cell: str, inputs: list, reverse: bool) -> list:
-    """The same scan by ONNX Runtime: gates reordered to ONNX's order, linear_before_reset telling the GRU forms apart."""
+    """The same scan by ONNX Runtime: gates in its order; linear_before_reset tells the GRU forms apart."""
     onnx = pytest.importorskip("onnx", reason="onnx is an extra (bench)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra (bench)")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper

@@ -79,7 +79,7 @@ def test_torch_func(cell, backend):
         torch.testing.assert_close(ours, truth, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_jacobian_of_every_output(backend=None):
+def test_jacobian_of_every_output():
     inputs = cell_inputs("gru", 3, 2, 2, 3)
 
     def f(name):
@@ -147,9 +147,7 @@ def test_exports_with_a_dynamic_length(name, kwargs):
     def example(steps):
         return torch.randn(2, steps, 5) if time else torch.randn(steps, 2, 5)
 
-    program = torch.export.export(
-        layer, (example(6),), dynamic_shapes=({time: torch.export.Dim("T", min=2, max=64)},)
-    )
+    program = torch.export.export(layer, (example(6),), dynamic_shapes=({time: torch.export.Dim("T", min=2, max=64)},))
     x = example(11)
     for a, b in zip(flat(program.module()(x)), flat(layer(x)), strict=True):
         torch.testing.assert_close(a, b)

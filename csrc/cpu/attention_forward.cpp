@@ -39,7 +39,8 @@ class Forward {
   explicit Forward(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
         query_blocks_((call.length_q + kQueries - 1) / kQueries), width_v_(round_up(call.dim_v, L)),
-        pairs_((call.dim + Op::depth - 1) / Op::depth), copy_k_(kWiden || (kDot && call.dim % 2 != 0)),
+        pairs_((call.dim + Op::depth - 1) / Op::depth),
+        k_copy_row_(kDot ? 2 * pairs_ : round_up(call.dim, L)), copy_k_(kWiden || (kDot && call.dim % 2 != 0)),
         copy_v_(kWiden || kDot || call.dim_v % L != 0) {}
 
   bool run() {
@@ -90,7 +91,7 @@ class Forward {
       kept = arena.take<uint64_t>(f.dropout_.active ? keys : 0);
       block_max = arena.take<A>(kQueries);
       rescale = arena.take<A>(kQueries);
-      if (f.copy_k_) k = arena.take<KCopy>(keys * Op::depth * f.pairs_);
+      if (f.copy_k_) k = arena.take<KCopy>(keys * f.k_copy_row_);
       if (f.copy_v_) v = arena.take<Element>(keys / Op::depth * f.width_v_);
     }
     using KCopy = std::conditional_t<kDot, S, A>;
@@ -155,11 +156,11 @@ class Forward {
              call_.v.row};
     if (copy_k_) {
       if constexpr (kDot) {
-        pad_rows(k, call_.k.row, n, call_.dim, 2 * pairs_, x.k);
-        out.k_row = 2 * pairs_ * long(sizeof(S));
+        pad_rows(k, call_.k.row, n, call_.dim, k_copy_row_, x.k);
+        out.k_row = k_copy_row_ * long(sizeof(S));
       } else {
-        widen_rows(k, call_.k.row, n, n, call_.dim, call_.dim, x.k);
-        out.k_row = call_.dim * long(sizeof(A));
+        widen_rows(k, call_.k.row, n, n, call_.dim, k_copy_row_, x.k);
+        out.k_row = k_copy_row_ * long(sizeof(A));
       }
       out.k = reinterpret_cast<const char*>(x.k);
     }
@@ -289,7 +290,7 @@ class Forward {
   const AttentionForward& call_;
   const Scoring<S> scoring_;
   const Dropout dropout_;
-  const long group_, query_blocks_, width_v_, pairs_;
+  const long group_, query_blocks_, width_v_, pairs_, k_copy_row_;
   const bool copy_k_, copy_v_;
   int at_once_ = 1;
   long bundles_ = 1;

@@ -46,18 +46,18 @@ class Gradient {
 
   // Length of a copied row of K or V, in Copy.
   long k_copy_row() const { return kDot ? 2 * pairs : width; }
-  long v_copy_row() const { return kDot ? 2 * pairs_v : call.dim_v; }
+  long v_copy_row() const { return kDot ? 2 * pairs_v : width_v; }
 
   // One block of queries, in the forms that the products want.
   struct Queries {
-    long h, i0;
-    int count, vectors;
+    long h = 0, i0 = 0;
+    int count = 0, vectors = 0;
     Element *q, *d_o;            // Q^T [D, 64], dO^T [Dv, 64] (by pairs of features)
-    const Element *q_rows, *d_o_rows;  // Q [64, D], dO [64, Dv] (by pairs of rows)
-    long q_row, d_o_row;         // elements
+    const Element *q_rows = nullptr, *d_o_rows = nullptr;  // Q [64, D], dO [64, Dv] (by pairs of rows)
+    long q_row = 0, d_o_row = 0;                           // elements
     Element *q_copy, *d_o_copy;
     A *offset, *delta;           // [64]: -lse log2 e, delta; -inf and 0 where nothing is seen
-    double dsink;                // the block's part of the sink's gradient
+    double dsink = 0;            // the block's part of the sink's gradient
 
     Queries(const Gradient& g, Arena& arena) {
       q = arena.take<Element>(g.pairs * kQueries), d_o = arena.take<Element>(g.pairs_v * kQueries);

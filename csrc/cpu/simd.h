@@ -138,6 +138,7 @@ FASTSEQ_INLINE Vec<A> splat(A v) {
 }
 
 // Unaligned loads and stores of kLanes<Accumulator<S>> elements, widened to the accumulator or narrowed from it.
+// (The maskz forms with a full mask are the plain instructions; GCC 12 takes the plain intrinsics for uninitialised.)
 template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> load(const S* p) {
   using A = Accumulator<S>;
@@ -148,9 +149,9 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load(const S* p) {
 #if defined(__AVX512F__)
     __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (__is_same(S, bf16))
-      out = reinterpret_cast<Vec<A>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      out = reinterpret_cast<Vec<A>>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, raw), 16));
     else
-      out = reinterpret_cast<Vec<A>>(_mm512_cvtph_ps(raw));
+      out = reinterpret_cast<Vec<A>>(_mm512_maskz_cvtph_ps(0xffff, raw));
 #elif defined(__AVX2__)
     __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(S, bf16))
@@ -177,14 +178,14 @@ FASTSEQ_INLINE void store(S* p, Vec<Accumulator<S>> v) {
       std::memcpy(&raw, &packed, sizeof raw);
 #else
       __m512i bits = reinterpret_cast<__m512i>(v);
-      __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i even = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
       __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
       __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
       rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-      raw = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+      raw = _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16));
 #endif
     } else {
-      raw = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+      raw = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), raw);
 #else

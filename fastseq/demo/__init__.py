@@ -100,7 +100,8 @@ def _one(kind: Kind, text: data.Text, options: argparse.Namespace, device: torch
     with progress(kind.name, 2 * steps) as update:
 
         def tell(done: int, theirs: float, ours: float) -> None:
-            update(done, f"loss {theirs:.3f} | {ours:.3f}")
+            losses = ["..." if math.isnan(loss) else f"{loss:.3f}" for loss in (theirs, ours)]
+            update(done, f"loss {' | '.join(losses)}")
 
         race.run(result, text, options.seed, math.inf if options.steps else LONGEST, tell)
     return result

@@ -13,6 +13,7 @@ from fastseq import autograd_attention, checks_attention
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
 from fastseq.functional import eager_attention
+from fastseq.reference.attention import attention_weights
 
 
 def attention(
@@ -81,9 +82,8 @@ def attention(
         >>> o.shape, lse.shape
         (torch.Size([2, 8, 5, 16]), torch.Size([2, 8, 5]))
     """
+    q, k, v = _autocast(q, k, v)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = _autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
         checks_attention.check_packed(
@@ -162,9 +162,8 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    query, key, value = _autocast(query, key, value)
     checks_attention.check_tensors(names, query, key, value)
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, (query, key, value), strict=True))
         raise ArgumentError(f"query, key and value must be at least 2-D [..., L, E], got {shapes}")
@@ -198,11 +197,74 @@ def scaled_dot_product_attention(
     return o if shape is None else o.reshape(*shape, *o.shape[-2:])  # type: ignore[union-attr, return-value]
 
 
+def attention_and_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` (top-left aligned), and the matrix that multiplies v.
+
+    No fused kernel forms that matrix, so AUTO leaves both to torch's products; a backend named by hand computes o, and
+    the reference the weights beside it.
+
+    Args:
+        q, k, v: ``[B, H, Tq, D]``, ``[B, H, Tk, D]``, ``[B, H, Tk, Dv]``.
+        bias, mask, causal, dropout_p, backend: as :func:`attention`.
+
+    Returns:
+        o ``[B, H, Tq, Dv]`` and weights ``[B, H, Tq, Tk]``, after dropout; 0 in a row that sees no key.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`attention`.
+    """
+    q, k, v = _autocast(q, k, v)
+    checks_attention.check_tensors(("q", "k", "v"), q, k, v)
+    checks_attention.check_dense(q, k, v)
+    checks_attention.check_numbers(None, 0.0, dropout_p)
+    shape = (*q.shape[:3], k.shape[2])
+    if bias is not None:
+        checks_attention.check_pairs("bias", bias, q, shape, is_bool=False)
+    if mask is not None:
+        checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
+    device = q.device.type
+    name = backends.resolve(
+        "attention",
+        device,
+        lambda n: None if n in ("reference", "torch") else backends.operator_reason(n, device),
+        backends.forced(backend) or "torch",
+    )
+    if name == "torch":
+        return eager_attention.attention_and_weights(q, k, v, bias, mask, causal, dropout_p)
+    seed = _seed(q) if dropout_p > 0.0 else None
+    scale = q.shape[-1] ** -0.5
+    weights = attention_weights(
+        q, k, bias=bias, mask=mask, seed=seed, scale=scale, causal=causal, bottom_right=False, dropout_p=dropout_p
+    )
+    if name == "reference":
+        return weights @ v, weights
+    bias, mask = (None if x is None else _with_four_dimensions(x) for x in (bias, mask))
+    arguments = (q, k, v, bias, mask, *(None,) * 6, seed, scale, causal, False, -1, -1, 0.0, dropout_p)
+    return autograd_attention.run(name, arguments)[0], weights
+
+
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In autocast's dtype, as autocast does for torch's own attention."""
+    """In autocast's dtype where it is on, as autocast does for torch's own attention."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
+
+
+def _seed(q: Tensor) -> Tensor:
+    """The key of this call's dropout mask, from torch's default generator of q's device: no synchronisation."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
 def _with_four_dimensions(x: Tensor) -> Tensor:
@@ -261,9 +323,7 @@ def _attend(
         return backends.operator_reason(name, device)
 
     name = backends.resolve("attention", device, reasons, backend)
-    seed = None
-    if dropout_p > 0.0 and name != "torch":
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None
     arguments = (
         q, k, v,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,

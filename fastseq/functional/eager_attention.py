@@ -40,10 +40,9 @@ def attention(
     """o, from the operator's argument list; dropout draws from torch's own generator, not from ``seed``."""
     queries, keys = q.shape[2], k.shape[2]
     limited = window_left >= 0 or window_right >= 0 or lengths_q is not None or lengths_k is not None
-    plain_causal = False
-    if causal and not limited and bias is None and mask is None and alibi_slopes is None:
-        if not bottom_right or queries == keys:  # not one `and`: its value would be a traced SymBool
-            plain_causal = True
+    plain_causal = causal and not limited and bias is None and mask is None and alibi_slopes is None
+    if plain_causal and bottom_right and queries != keys:  # a statement: the value of `and` may be a traced SymBool
+        plain_causal = False
     if causal and bottom_right and queries == 1 and lengths_q is None and lengths_k is None:
         causal = False  # one query, aligned to the last key: it sees them all
     attn_mask: Tensor | None = None
@@ -86,12 +85,35 @@ def attention(
     return o if empty is None else o.masked_fill(empty, 0.0)
 
 
+def attention_and_weights(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """o and the matrix of weights, by plain products: what torch itself does when it must return the matrix."""
+    if causal:
+        below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = below if mask is None else mask & below
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B,H,Tq,Tk]
+    empty = None
+    if bias is not None:
+        bias = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        empty = (bias == -math.inf).all(-1, keepdim=True)
+        scores = scores + bias.masked_fill(empty, 0.0)
+    elif mask is not None:
+        empty = ~mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(mask | empty), -math.inf)
+    weights = torch.softmax(scores, -1)
+    if empty is not None:
+        weights = weights.masked_fill(empty, 0.0)
+    weights = F.dropout(weights, dropout_p).to(q.dtype)
+    return weights @ v, weights
+
+
 class _SecondDerivative(torch.autograd.Function):
     """The identity on o. Its gradient goes on into torch's fused backward, unless it must itself be differentiable,
     which that one cannot be: then it goes through the reference, past torch's node."""
 
     @staticmethod
-    def forward(o, q, k, v, attn_mask, settings):  # type: ignore[override]
+    def forward(o, q, k, v, attn_mask, settings):
         return o.view_as(o)
 
     @staticmethod
@@ -100,7 +122,7 @@ class _SecondDerivative(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, attn_mask)
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor) -> tuple:
         if not torch.is_grad_enabled():
             return d_o, None, None, None, None, None
         q, k, v, attn_mask = ctx.saved_tensors

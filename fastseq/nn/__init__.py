@@ -1,5 +1,6 @@
 """Layers with the constructor, attributes, state_dict and call of their torch.nn namesakes."""
 
+from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]

@@ -4,6 +4,7 @@ Readable first. In float64 this is the truth that every kernel is held to; as th
 second derivatives, which no fused kernel gives.
 """
 
+from fastseq.reference.attention import attention
 from fastseq.reference.recurrent import scan
 
-__all__ = ["scan"]
+__all__ = ["attention", "scan"]

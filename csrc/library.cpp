@@ -1,0 +1,38 @@
+// The Python module fastseq._native: importing it registers the CPU implementations with torch. It holds nothing else.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace fastseq {
+namespace {
+
+// Forces an instruction set of the CPU kernels ("": only asks) and returns the one in force.
+std::string native_isa(const std::string& name) {
+  STD_TORCH_CHECK(name.empty() || set_isa(name.c_str()), "native_isa: cannot use '", name,
+                  "' here; expected 'auto' or one of: ", usable_isas());
+  return isa_name(active_isa());
+}
+
+}  // namespace
+}  // namespace fastseq
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("scan_forward.native", TORCH_BOX(&fastseq::scan_forward_cpu));
+  m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
+  m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
+  m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
+  m.impl("native_isa", TORCH_BOX(&fastseq::native_isa));  // no tensor among its arguments
+}
+
+extern "C" PyMODINIT_FUNC PyInit__native() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers fastseq's CPU kernels.", -1, nullptr,
+                                   nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

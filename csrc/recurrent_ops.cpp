@@ -1,0 +1,254 @@
+// torch.ops.fastseq.scan_forward.native and scan_backward.native: tensors into the structs of recurrent.h.
+// The schemas, with every shape, are in fastseq/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/recurrent.h"
+#include "ops.h"
+
+namespace fastseq {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Cell = ScanSizes::Cell;
+using Dtype = ScanSizes::Dtype;
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// A fresh buffer faults at every page it touches for the first time: ask for large pages.
+void advise(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < 2 * kHugePage) return;
+  uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  uintptr_t end = (uintptr_t(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Scratch that a thread keeps from call to call.
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+  void* of(size_t bytes) {
+    if (bytes > size_ || size_ > kKept) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(4096, size_ ? size_ : 4096);
+      if (!data_) size_ = 0;
+      STD_TORCH_CHECK(data_, "scan: cannot allocate ", bytes, " bytes of scratch");
+      advise(data_, size_);
+    }
+    return data_;
+  }
+
+ private:
+  static constexpr size_t kKept = size_t(64) << 20;  // one larger than this is not kept for a smaller call
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+thread_local Workspace workspace;
+
+Cell cell_of(const std::string& name) {
+  if (name == "lstm") return Cell::lstm;
+  if (name == "gru") return Cell::gru;
+  if (name == "gru_reset_before") return Cell::gru_reset_before;
+  if (name == "rnn_tanh") return Cell::rnn_tanh;
+  STD_TORCH_CHECK(name == "rnn_relu",
+                  "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
+  return Cell::rnn_relu;
+}
+int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::rnn_tanh || cell == Cell::rnn_relu ? 1 : 3; }
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half,
+                      "scan: the native kernels take float64, float32, bfloat16 and float16 tensors");
+      return Dtype::f16;
+  }
+}
+int32_t code_of(Dtype dtype) {
+  return dtype == Dtype::f64    ? aoti_torch_dtype_float64()
+         : dtype == Dtype::f32  ? aoti_torch_dtype_float32()
+         : dtype == Dtype::bf16 ? aoti_torch_dtype_bfloat16()
+                                : aoti_torch_dtype_float16();
+}
+Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+ScalarType scalar_of(Dtype dtype) {
+  return dtype == Dtype::f64    ? ScalarType::Double
+         : dtype == Dtype::f32  ? ScalarType::Float
+         : dtype == Dtype::bf16 ? ScalarType::BFloat16
+                                : ScalarType::Half;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
+  int64_t strides[3], count = 1, rank = int64_t(sizes.size());
+  for (int64_t i = rank; i-- > 0; count *= sizes.begin()[i]) strides[i] = count > 0 ? count : 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.begin(), strides, code_of(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  if (size_t(count) * element >= 2 * kHugePage) advise(tensor.data_ptr(), size_t(count) * element);
+  return tensor;
+}
+
+// Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e].
+ScanView view(const char* name, const Tensor& x, Dtype dtype, std::initializer_list<int64_t> sizes) {
+  int64_t rank = int64_t(sizes.size());
+  bool fits = x.dim() == rank && x.is_cpu() && x.scalar_type() == scalar_of(dtype);
+  for (int64_t i = 0; fits && i < rank; ++i) fits = x.size(i) == sizes.begin()[i];
+  if (!fits) {
+    std::string expected;
+    for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "scan: ", name, " must be a CPU tensor of shape [", expected, "] and of x's dtype",
+                    " (states and their gradient: of the dtype computed in)");
+  }
+  ScanView out;
+  out.data = x.data_ptr();
+  out.e = x.stride(rank - 1);
+  if (sizes.begin()[rank - 1] == 1) out.e = 1;
+  if (rank > 1) out.b = x.stride(rank - 2);
+  if (rank > 2) out.t = x.stride(0);
+  return out;
+}
+ScanView view(const char* name, const Optional& x, Dtype dtype, std::initializer_list<int64_t> sizes) {
+  return x ? view(name, *x, dtype, sizes) : ScanView{};
+}
+
+// What both directions share. Keeps alive what it had to copy.
+struct Common {
+  Optional lengths;
+  void fill(ScanSizes& s, const Optional& given_lengths, const Optional& reset) {
+    s.threads = int(torch::stable::get_num_threads());
+    s.lengths = nullptr;
+    s.reset = nullptr;
+    if (given_lengths) {
+      lengths = *given_lengths;
+      STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
+                          lengths->size(0) == s.B,
+                      "scan: lengths must be an int64 CPU tensor of shape [", s.B, "]");
+      if (s.B > 1 && lengths->stride(0) != 1) lengths = torch::stable::contiguous(*lengths);
+      s.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+    }
+    if (reset) {
+      STD_TORCH_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool && reset->dim() == 2 &&
+                          reset->size(0) == s.T && reset->size(1) == s.B,
+                      "scan: reset must be a bool CPU tensor of shape [", s.T, ", ", s.B, "]");
+      s.reset = static_cast<const bool*>(reset->data_ptr());
+      s.reset_t = reset->stride(0);
+      s.reset_b = reset->stride(1);
+    }
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
+    const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+    const Optional& w_hr, const Tensor& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
+    const std::string& cell, bool reverse, bool save, bool states) {
+  ScanForward p{};
+  p.cell = cell_of(cell);
+  p.dtype = dtype_of(x);
+  p.reverse = reverse;
+  const int64_t G = gates_of(p.cell);
+  const bool lstm = p.cell == Cell::lstm;
+  STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, P]");
+  p.T = x.size(0), p.B = x.size(1), p.I = x.size(2), p.H = w_hh.size(0) / G, p.P = w_hh.size(1);
+  STD_TORCH_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+  STD_TORCH_CHECK(lstm || (!w_hr && !c0), "scan: only an LSTM has w_hr and c0");
+  Common common;
+  common.fill(p, lengths, reset);
+  const Dtype dtype = p.dtype;
+  p.x = view("x", x, dtype, {p.T, p.B, p.I});
+  p.w_ih = view("w_ih", w_ih, dtype, {G * p.H, p.I});
+  p.w_hh = view("w_hh", w_hh, dtype, {G * p.H, p.P});
+  p.b_ih = view("b_ih", b_ih, dtype, {G * p.H});
+  p.b_hh = view("b_hh", b_hh, dtype, {G * p.H});
+  p.w_hr = view("w_hr", w_hr, dtype, {p.P, p.H});
+  p.h0 = view("h0", h0, dtype, {p.B, p.P});
+  p.c0 = view("c0", c0, dtype, {p.B, p.H});
+
+  const Dtype accumulator = accumulator_of(dtype);
+  const bool with_states = lstm && (save || states), with_tape = save && G > 1;
+  Tensor y = empty({p.T, p.B, p.P}, dtype), h_n = empty({p.B, p.P}, dtype);
+  Tensor c_n = lstm ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
+  Tensor c_all = with_states ? empty({p.T, p.B, p.H}, accumulator) : empty({0}, dtype);
+  Tensor tape = with_tape ? empty({p.T, p.B, 4 * p.H}, dtype) : empty({0}, dtype);
+  if (p.B > 0 && p.P > 0) {
+    auto whole = [&](const Tensor& out, int64_t n) { return ScanView{out.data_ptr(), p.B * n, n, 1}; };
+    p.y = whole(y, p.P);
+    p.h_n = whole(h_n, p.P);
+    if (lstm) p.c_n = whole(c_n, p.H);
+    if (with_states) p.states = whole(c_all, p.H);
+    if (with_tape) p.tape = whole(tape, 4 * p.H);
+    p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_forward_workspace, p));
+    FASTSEQ_DISPATCH(scan_forward, p);
+  }
+  return {y, h_n, c_n, c_all, tape};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
+    const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
+    const Tensor& states, const Tensor& tape, const Tensor& w_hh, const Optional& w_hr, const Tensor& h0,
+    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
+  ScanBackward p{};
+  p.cell = cell_of(cell);
+  p.dtype = dtype_of(y);
+  p.reverse = reverse;
+  const int64_t G = gates_of(p.cell);
+  const bool lstm = p.cell == Cell::lstm;
+  STD_TORCH_CHECK(y.dim() == 3 && w_hh.dim() == 2, "scan: y must be [T, B, P] and w_hh [G*H, P]");
+  p.T = y.size(0), p.B = y.size(1), p.P = y.size(2), p.H = w_hh.size(0) / G;
+  STD_TORCH_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+  STD_TORCH_CHECK(lstm || (!w_hr && !c0 && !dc_n && !dstates), "scan: only an LSTM has w_hr, c0, dc_n and dstates");
+  Common common;
+  common.fill(p, lengths, reset);
+  const Dtype dtype = p.dtype, accumulator = accumulator_of(dtype);
+  p.dy = view("dy", dy, dtype, {p.T, p.B, p.P});
+  p.dh_n = view("dh_n", dh_n, dtype, {p.B, p.P});
+  p.dc_n = view("dc_n", dc_n, dtype, {p.B, p.H});
+  p.dstates = view("dstates", dstates, accumulator, {p.T, p.B, p.H});
+  p.y = view("y", y, dtype, {p.T, p.B, p.P});
+  if (lstm) p.states = view("states", states, accumulator, {p.T, p.B, p.H});
+  if (G > 1) p.tape = view("tape", tape, dtype, {p.T, p.B, 4 * p.H});
+  p.w_hh = view("w_hh", w_hh, dtype, {G * p.H, p.P});
+  p.w_hr = view("w_hr", w_hr, dtype, {p.P, p.H});
+  p.h0 = view("h0", h0, dtype, {p.B, p.P});
+  p.c0 = view("c0", c0, dtype, {p.B, p.H});
+
+  const int64_t beside = p.cell == Cell::gru ? p.H : w_hr ? p.P : 0;  // what dhidden holds a row
+  Tensor dgates = empty({p.T, p.B, G * p.H}, dtype), dh0 = empty({p.B, p.P}, dtype);
+  Tensor dhidden = beside ? empty({p.T, p.B, beside}, dtype) : empty({0}, dtype);
+  Tensor dc0 = lstm ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
+  if (p.B > 0 && p.P > 0) {
+    auto whole = [&](const Tensor& out, int64_t n) { return ScanView{out.data_ptr(), p.B * n, n, 1}; };
+    p.dgates = whole(dgates, G * p.H);
+    if (beside) p.dhidden = whole(dhidden, beside);
+    p.dh0 = whole(dh0, p.P);
+    if (lstm) p.dc0 = whole(dc0, p.H);
+    p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_backward_workspace, p));
+    FASTSEQ_DISPATCH(scan_backward, p);
+  }
+  return {dgates, dhidden, dh0, dc0};
+}
+
+}  // namespace fastseq

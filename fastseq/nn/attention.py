@@ -1,0 +1,200 @@
+"""Multi-head attention, drop-in for ``torch.nn.MultiheadAttention``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseq.checks import ArgumentError, sizes
+from fastseq.functional.attention import attention, attention_and_weights
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention (Vaswani et al. 2017): constructor, attributes, state_dict and call of
+    :class:`torch.nn.MultiheadAttention`.
+
+    It differs in this: a query to which every key is masked attends to nothing and has finite gradients, where torch
+    gives NaN; ``is_causal=True`` needs no ``attn_mask`` beside it; and ``need_weights=False`` stores no matrix of
+    scores, forward or backward, whatever the masks.
+
+    Shapes (E ``embed_dim``, N batch, L queries, S keys): query ``[L, N, E]``, key ``[S, N, kdim]``, value
+    ``[S, N, vdim]``; with ``batch_first`` ``[N, L, E]`` and so on; unbatched ``[L, E]`` and so on. The output is laid
+    out as query; the weights are ``[N, L, S]``, or ``[N, heads, L, S]`` with ``average_attn_weights=False``. The keys
+    that ``add_bias_kv`` and ``add_zero_attn`` append are visible to every query, and count in S of the weights.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; the message names the argument.
+        BackendError: the backend in force was named and cannot do this.
+
+    Example:
+        >>> import torch, fastseq
+        >>> layer = fastseq.nn.MultiheadAttention(16, 4, batch_first=True)
+        >>> x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        >>> y, weights = layer(x, x, x, key_padding_mask=padding)
+        >>> y.shape, weights.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns ``(output, weights)``; weights is None with ``need_weights=False``.
+
+        Args:
+            query, key, value: see the class.
+            key_padding_mask: ``[N, S]`` (``[S]`` unbatched): bool, True hides the key; or floating, added to scores.
+            need_weights: also return the weights, which costs their matrix.
+            attn_mask: ``[L, S]`` or ``[N * heads, L, S]``: bool, True hides the pair; or floating, added to scores.
+            average_attn_weights: return the weights' mean over heads rather than each head's.
+            is_causal: query i sees keys j <= i. An ``attn_mask`` beside it is taken for that same mask, as torch does.
+
+        Nested tensors go to torch's own forward, which takes them in inference only.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batched = query.dim() == 3
+        self._check(query, key, value, batched)
+        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        if is_causal and attn_mask is not None and not need_weights and not appended:
+            attn_mask = None
+        elif attn_mask is not None:
+            is_causal = False
+        mask, bias = self._masks(key_padding_mask, attn_mask, q, k, batched)
+        if appended:
+            if is_causal:  # the limit holds for the keys that came, not for those appended
+                below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+                mask, is_causal = below if mask is None else mask & below, False
+            k, v, mask, bias = self._append(k, v, mask, bias, appended)
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            o, weights = attention_and_weights(
+                q, k, v, bias=bias, mask=mask, causal=is_causal, dropout_p=dropout_p
+            )  # fmt: skip
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            o = attention(
+                q, k, v, bias=bias, mask=mask, causal=is_causal, align="top_left", dropout_p=dropout_p
+            )  # type: ignore[assignment]  # fmt: skip
+        if not batched:
+            o = o.squeeze(0).transpose(0, 1)  # [L,heads,D]
+        else:
+            o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)
+        return F.linear(o.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
+        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+            raise ArgumentError(
+                "query, key and value must all be 3-D, or 2-D for one unbatched sequence, "
+                f"got {sizes(query)}, {sizes(key)} and {sizes(value)}"
+            )
+        for name, x, want, of in (
+            ("query", query, self.embed_dim, "embed_dim"),
+            ("key", key, self.kdim, "kdim"),
+            ("value", value, self.vdim, "vdim"),
+        ):
+            if x.shape[-1] != want:
+                raise ArgumentError(
+                    f"{name} {sizes(x)} has {x.shape[-1]} features in its last dimension, {of} is {want}"
+                )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ArgumentError(
+                "key and value must have the same length and batch: each key has one value; "
+                f"got {sizes(key)} and {sizes(value)}"
+            )
+        batch = 0 if self.batch_first else 1
+        if batched and query.shape[batch] != key.shape[batch]:
+            raise ArgumentError(
+                f"query and key must have the same batch, dimension {batch} with batch_first={self.batch_first}, "
+                f"got {sizes(query)} and {sizes(key)}"
+            )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v [...,E]: one product where the inputs are one tensor."""
+        if not self._qkv_same_embed_dim:
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        weight, bias, embed = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if query is key and key is value:
+            return F.linear(query, weight, bias).unflatten(-1, (3, embed)).unbind(-2)
+        if key is value:
+            w_q, w_kv = weight.split((embed, 2 * embed))
+            b_q, b_kv = (None, None) if bias is None else bias.split((embed, 2 * embed))
+            return F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).unflatten(-1, (2, embed)).unbind(-2)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """A view [N,heads,T,D] of a projection."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if not batched:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _masks(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor, batched: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both masks as one of bool (True: may look) and one to be added, broadcastable to [N,heads,L,S]."""
+        batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        masks: list[Tensor] = []
+        biases: list[Tensor] = []
+
+        def place(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], view: tuple[int, ...]) -> None:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+            if tuple(x.shape) not in shapes:
+                raise ArgumentError(f"{name} must be {' or '.join(str(list(s)) for s in shapes)}, got {sizes(x)}")
+            if x.device != q.device:
+                raise ArgumentError(f"{name} is on {x.device} but query on {q.device}; move it with .to(device)")
+            if x.dtype == torch.bool:
+                masks.append(~x.view(view))
+            elif x.is_floating_point():
+                biases.append(x.view(view))
+            else:
+                raise ArgumentError(
+                    f"{name} must be bool (True hides) or floating, got {x.dtype}; convert with .bool()"
+                )
+
+        if key_padding_mask is not None:
+            shape = (batch, keys) if batched else (keys,)
+            place("key_padding_mask", key_padding_mask, (shape,), (batch, 1, 1, keys))
+        if attn_mask is not None:
+            flat = isinstance(attn_mask, Tensor) and attn_mask.dim() == 2
+            shapes = ((queries, keys), (batch * heads, queries, keys))
+            place("attn_mask", attn_mask, shapes, (1 if flat else batch, 1 if flat else heads, queries, keys))
+        mask = masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
+        bias = biases[0] + biases[1] if len(biases) == 2 else biases[0] if biases else None
+        return mask, bias
+
+    def _append(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, appended: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The learned key and value of add_bias_kv and the zeros of add_zero_attn, after all others."""
+
+        def extend(x: Tensor, learned: Tensor | None) -> Tensor:
+            parts = [x]
+            if learned is not None:
+                row = learned.to(x.dtype).view(1, self.num_heads, 1, self.head_dim)
+                parts.append(row.expand(x.shape[0], -1, -1, -1))
+            if self.add_zero_attn:
+                parts.append(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))
+            return torch.cat(parts, 2)
+
+        mask = None if mask is None else F.pad(mask, (0, appended), value=True)
+        bias = None if bias is None else F.pad(bias, (0, appended))
+        return extend(k, self.bias_k), extend(v, self.bias_v), mask, bias

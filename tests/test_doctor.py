@@ -1,0 +1,142 @@
+"""The doctor tells what works, tries it for real, and survives whatever is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastseq import doctor, ops
+from fastseq.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def findings() -> doctor.Findings:
+    return doctor.examine()
+
+
+def test_every_layer_works_on_the_backends_of_this_machine(findings):
+    for layer in doctor.LAYERS:
+        row = findings.table["cpu"][layer]
+        assert list(row) == list(doctor.BACKENDS)
+        assert row["auto"] is row["reference"] is row["torch"] is None
+        assert (row["native"] is None) == (ops.NATIVE_MISSING is None)
+        assert "runs on: " in findings.runs_on["cpu"][layer]
+    assert findings.works
+
+
+def test_the_facts_are_there(findings):
+    for name in ("Python", "torch", "threads", "native kernels", "instruction sets", "Triton", "GPU", "C++ compiler"):
+        assert findings.facts[name]
+        assert "cannot tell" not in findings.facts[name]
+
+
+def test_missing_kernels_come_with_the_command_that_builds_them(findings):
+    told = [entry for entry in findings.problems if "native CPU kernels are missing" in entry["problem"]]
+    assert bool(told) == (ops.NATIVE_MISSING is not None)
+    assert all("pip install" in entry["mend"] for entry in told)
+
+
+def test_the_exit_status_says_whether_the_layers_work(findings, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("The layers work here.")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["works"] is True
+
+    broken = doctor.Findings(findings.facts, {"cpu": {"GRU": dict.fromkeys(doctor.BACKENDS, "WRONG: off by 1")}})
+    monkeypatch.setattr(doctor, "examine", lambda: broken)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "BROKEN [1]" in printed
+    assert "do NOT work" in printed
+
+
+def test_a_broken_probe_is_shown_and_stops_nothing(monkeypatch):
+    def fails() -> str:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(doctor, "_torch", fails)
+    monkeypatch.setattr(doctor, "_try_all", lambda cells: {})
+    found = doctor.examine()
+    assert found.facts["torch"] == "cannot tell: OSError: the disk is on fire"
+    assert found.facts["Python"]
+    assert not found.works
+
+
+def child_that(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Make the doctor's trials run this code in place of the layers."""
+    script = tmp_path / "child.py"
+    script.write_text("import json, os, signal, sys, time\ncells = json.loads(sys.argv[1])\n" + code)
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        doctor.subprocess, "Popen", lambda command, **rest: popen([sys.executable, script, command[-1]], **rest)
+    )
+
+
+CELLS = [("cpu", layer, "native") for layer in doctor.LAYERS]
+ANSWER = "print(json.dumps({'reason': None}), flush=True)\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_kernel_that_crashes_is_one_line_of_the_table(monkeypatch, tmp_path):
+    code = "for cell in cells:\n    if cell[1] == 'GRU': os.kill(os.getpid(), signal.SIGILL)\n    " + ANSWER
+    child_that(code, monkeypatch, tmp_path)
+    results = doctor._try_all(CELLS)
+    assert list(results) == CELLS
+    assert [results[cell]["reason"] for cell in CELLS] == [None, "the trial died of SIGILL", None, None]
+
+
+def test_a_kernel_that_hangs_is_one_line_of_the_table(monkeypatch, tmp_path):
+    child_that("for cell in cells:\n    if cell[1] == 'LSTM': time.sleep(60)\n    " + ANSWER, monkeypatch, tmp_path)
+    monkeypatch.setattr(doctor, "PATIENCE", 2.0)
+    results = doctor._try_all(CELLS)
+    assert [results[cell]["reason"] for cell in CELLS] == [None, None, "no answer within 2 s", None]
+
+
+def test_a_package_that_cannot_be_imported_is_told_once(monkeypatch, tmp_path):
+    child_that("raise ImportError('libtorch.so is gone')", monkeypatch, tmp_path)
+    results = doctor._try_all(CELLS)
+    assert {result["reason"] for result in results.values()} == {
+        "the trial ended: ImportError: libtorch.so is gone",
+    }
+
+
+def test_wrong_answers_are_told(monkeypatch):
+    from fastseq import nn
+
+    right = nn.GRU.forward
+    monkeypatch.setattr(nn.GRU, "forward", lambda self, x: (right(self, x)[0] * 1.01, None))
+    assert doctor._try_cell("cpu", "GRU", "reference")["reason"].startswith("WRONG")
+    assert doctor._try_cell("cpu", "LSTM", "reference")["reason"] is None
+
+
+def test_a_backend_that_cannot_run_is_told_with_its_reason():
+    results = doctor._try_all([("cpu", "GRU", "triton"), ("cpu", "GRU", "reference")])
+    assert results["cpu", "GRU", "triton"]["reason"]
+    assert "Traceback" not in results["cpu", "GRU", "triton"]["reason"]
+    assert results["cpu", "GRU", "reference"]["reason"] is None
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+def test_the_table_is_legible_with_and_without_rich(rich, monkeypatch, capsys):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    doctor._table([["on cpu", "native"], ["GRU", "works"], ["MultiheadAttention", "no [1]"]])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["on", "cpu", "native"], ["GRU", "works"], ["MultiheadAttention", "no", "[1]"]]
+
+
+def test_the_environment_variable_is_obeyed(monkeypatch, tmp_path):
+    environment = {**os.environ, "FASTSEQ_BACKEND": "reference"}
+    command = [sys.executable, "-m", "fastseq", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["facts"]["FASTSEQ_BACKEND"] == "reference"
+    assert all("runs on: reference" in text for text in found["runs_on"]["cpu"].values())

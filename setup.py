@@ -40,13 +40,15 @@ EXTENSIONS = {"cpu": "_native.abi3.so", "cuda": "_native_cuda.abi3.so"}
 OLDEST_TORCH = (2, 10)
 PYTHON_ABI = "cp310"
 
+# GCC 12 and 13 warn of "uninitialized" values inside their own AVX-512 headers.
+AVX512 = ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Flags of each instruction set; baseline is whatever every processor of the architecture has.
 ISAS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "baseline": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe", "-mpopcnt"],
-        "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
-        "avx512_bf16": ["-march=cooperlake", "-mprefer-vector-width=512"],
+        "avx512": ["-march=skylake-avx512", *AVX512],
+        "avx512_bf16": ["-march=cooperlake", *AVX512],
     },
     "aarch64": {"baseline": []},
 }
@@ -159,11 +161,11 @@ class Unit:
 
 
 def compile_all(units: list[Unit], versions: str) -> bool:
-    """Brings every object up to date, two at a time; returns whether any was compiled."""
+    """Brings every object up to date, one a core at a time; returns whether any was compiled."""
     for unit in units:
         unit.signature = f"{shlex.join(unit.command)}\n{versions}\n"
     stale = [unit for unit in units if unit.stale()]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = [pool.submit(unit.compile) for unit in stale]
         try:
             for job in jobs:

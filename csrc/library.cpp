@@ -23,6 +23,9 @@ std::string native_isa(const std::string& name) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_forward.native", TORCH_BOX(&fastseq::scan_forward_cpu));
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
+  m.impl("stack_forward.native", TORCH_BOX(&fastseq::stack_forward_cpu));
+  m.impl("cell_forward.native", TORCH_BOX(&fastseq::cell_forward_cpu));
+  m.impl("scan_products.native", TORCH_BOX(&fastseq::scan_products_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
 }

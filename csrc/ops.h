@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastseq {
 
@@ -27,6 +28,26 @@ scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const torch::stable::Tensor& h0, const std::optional<torch::stable::Tensor>& c0,
                   const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> stack_forward_cpu(
+    const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
+    const std::optional<torch::stable::Tensor>& c0, const std::vector<torch::stable::Tensor>& weights,
+    const std::string& cell, int64_t num_layers, bool bidirectional, bool batch_first);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> cell_forward_cpu(
+    const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h,
+    const std::optional<torch::stable::Tensor>& c, const torch::stable::Tensor& w_ih,
+    const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& b_ih,
+    const std::optional<torch::stable::Tensor>& b_hh, const std::string& cell);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+scan_products_cpu(const torch::stable::Tensor& dgates, const torch::stable::Tensor& dhidden,
+                  const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& y,
+                  const torch::stable::Tensor& tape, const torch::stable::Tensor& h0,
+                  const std::optional<torch::stable::Tensor>& lengths,
+                  const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse,
+                  bool with_dx, bool with_weights);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,

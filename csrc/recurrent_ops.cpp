@@ -159,6 +159,11 @@ struct Common {
   }
 };
 
+void run_forward(ScanForward& p) {
+  p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_forward_workspace, p));
+  FASTSEQ_DISPATCH(scan_forward, p);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
@@ -200,8 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
     if (lstm) p.c_n = whole(c_n, p.H);
     if (with_states) p.states = whole(c_all, p.H);
     if (with_tape) p.tape = whole(tape, 4 * p.H);
-    p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_forward_workspace, p));
-    FASTSEQ_DISPATCH(scan_forward, p);
+    run_forward(p);
   }
   return {y, h_n, c_n, c_all, tape};
 }
@@ -249,6 +253,170 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     FASTSEQ_DISPATCH(scan_backward, p);
   }
   return {dgates, dhidden, dh0, dc0};
+}
+
+namespace {
+
+// Row `index` of an initial or last state [rows, B, N], or [rows, N] where B is not a dimension; all zeros if absent.
+ScanView state_row(const char* name, const Optional& state, Dtype dtype, int64_t rows, int64_t B, int64_t N,
+                   bool batched, int64_t index) {
+  if (!state) return {};
+  ScanView out = batched ? view(name, *state, dtype, {rows, B, N}) : view(name, *state, dtype, {rows, N});
+  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  out.data = static_cast<char*>(out.data) + index * (batched ? out.t : out.b) * int64_t(element);
+  return out;
+}
+
+ScanView offset(ScanView v, int64_t elements, Dtype dtype) {
+  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  v.data = static_cast<char*>(v.data) + elements * int64_t(element);
+  return v;
+}
+
+thread_local Workspace between[2];  // outputs of the layer before and of this one
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Optional& h0, const Optional& c0,
+                                                     const std::vector<Tensor>& weights, const std::string& cell,
+                                                     int64_t num_layers, bool bidirectional, bool batch_first) {
+  ScanForward p{};
+  p.cell = cell_of(cell);
+  p.dtype = dtype_of(x);
+  p.threads = int(torch::stable::get_num_threads());
+  const Dtype dtype = p.dtype;
+  const bool lstm = p.cell == Cell::lstm, batched = x.dim() == 3, swapped = batched && batch_first;
+  const int64_t G = gates_of(p.cell), directions = bidirectional ? 2 : 1, rows = num_layers * directions;
+  STD_TORCH_CHECK(batched || x.dim() == 2, "scan: x must be [T, B, I] or [T, I]");
+  const int64_t width = rows > 0 ? int64_t(weights.size()) / rows : 0;
+  STD_TORCH_CHECK(width >= 2 && width <= 5 && width * rows == int64_t(weights.size()),
+                  "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
+  const bool biases = width >= 4, projected = width % 2 == 1;
+  STD_TORCH_CHECK(lstm || (!projected && !c0), "scan: only an LSTM has w_hr and c0");
+  STD_TORCH_CHECK(weights[1].dim() == 2, "scan: w_hh must be [G*H, P]");
+  p.T = x.size(swapped ? 1 : 0), p.B = batched ? x.size(swapped ? 0 : 1) : 1;
+  p.H = weights[1].size(0) / G, p.P = weights[1].size(1);
+  STD_TORCH_CHECK(p.T > 0, "scan: x has no time steps");
+  STD_TORCH_CHECK(projected || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+
+  const int64_t out = directions * p.P;
+  Tensor y = !batched  ? empty({p.T, out}, dtype)
+             : swapped ? empty({p.B, p.T, out}, dtype)
+                       : empty({p.T, p.B, out}, dtype);
+  Tensor h_n = batched ? empty({rows, p.B, p.P}, dtype) : empty({rows, p.P}, dtype);
+  Tensor c_n = !lstm ? empty({0}, dtype) : batched ? empty({rows, p.B, p.H}, dtype) : empty({rows, p.H}, dtype);
+
+  p.I = x.size(x.dim() - 1);
+  const int64_t first = p.I;
+  p.x = !batched  ? view("x", x, dtype, {p.T, first})
+        : swapped ? view("x", x, dtype, {p.B, p.T, first})
+                  : view("x", x, dtype, {p.T, p.B, first});
+  if (!batched) p.x.t = p.x.b;
+  if (swapped) std::swap(p.x.t, p.x.b);
+  if (p.B == 0 || p.P == 0) return {y, h_n, c_n};
+
+  const ScanView result{y.data_ptr(), swapped ? out : p.B * out, swapped ? p.T * out : out, 1};
+  const size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    ScanView target = result;
+    if (layer + 1 < num_layers) {
+      void* scratch = between[layer & 1].of(size_t(p.T * p.B * out) * element);
+      target = {scratch, p.B * out, out, 1};
+    }
+    for (int64_t direction = 0; direction < directions; ++direction) {
+      const int64_t index = layer * directions + direction;
+      const Tensor* w = weights.data() + index * width;
+      p.reverse = direction == 1;
+      p.w_ih = view("w_ih", w[0], dtype, {G * p.H, p.I});
+      p.w_hh = view("w_hh", w[1], dtype, {G * p.H, p.P});
+      if (biases) {
+        p.b_ih = view("b_ih", w[2], dtype, {G * p.H});
+        p.b_hh = view("b_hh", w[3], dtype, {G * p.H});
+      }
+      if (projected) p.w_hr = view("w_hr", w[width - 1], dtype, {p.P, p.H});
+      p.h0 = state_row("h0", h0, dtype, rows, p.B, p.P, batched, index);
+      p.c0 = state_row("c0", c0, dtype, rows, p.B, p.H, batched, index);
+      p.y = offset(target, direction * p.P, dtype);
+      p.h_n = offset({h_n.data_ptr(), 0, p.P, 1}, index * p.B * p.P, dtype);
+      if (lstm) p.c_n = offset({c_n.data_ptr(), 0, p.H, 1}, index * p.B * p.H, dtype);
+      run_forward(p);
+    }
+    p.x = target;
+    p.I = out;
+  }
+  return {y, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const Optional& h, const Optional& c, const Tensor& w_ih,
+                                            const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                                            const std::string& cell) {
+  ScanForward p{};
+  p.cell = cell_of(cell);
+  p.dtype = dtype_of(x);
+  p.threads = int(torch::stable::get_num_threads());
+  const Dtype dtype = p.dtype;
+  const bool lstm = p.cell == Cell::lstm, batched = x.dim() == 2;
+  const int64_t G = gates_of(p.cell);
+  STD_TORCH_CHECK((batched || x.dim() == 1) && w_hh.dim() == 2, "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
+  STD_TORCH_CHECK(lstm || !c, "scan: only an LSTM has c");
+  p.T = 1, p.B = batched ? x.size(0) : 1, p.I = x.size(batched ? 1 : 0), p.P = p.H = w_hh.size(1);
+  p.w_ih = view("w_ih", w_ih, dtype, {G * p.H, p.I});
+  p.w_hh = view("w_hh", w_hh, dtype, {G * p.H, p.H});
+  p.b_ih = view("b_ih", b_ih, dtype, {G * p.H});
+  p.b_hh = view("b_hh", b_hh, dtype, {G * p.H});
+  auto rows = [&](const char* name, const Optional& t, int64_t n) {
+    return batched ? view(name, t, dtype, {p.B, n}) : view(name, t, dtype, {n});
+  };
+  p.x = rows("x", x, p.I);
+  p.h0 = rows("h", h, p.H);
+  p.c0 = rows("c", c, p.H);
+  Tensor h_n = batched ? empty({p.B, p.H}, dtype) : empty({p.H}, dtype);
+  Tensor c_n = !lstm ? empty({0}, dtype) : batched ? empty({p.B, p.H}, dtype) : empty({p.H}, dtype);
+  if (p.B == 0) return {h_n, c_n};
+  p.y = p.h_n = ScanView{h_n.data_ptr(), 0, p.H, 1};  // after one step they are the same
+  if (lstm) p.c_n = ScanView{c_n.data_ptr(), 0, p.H, 1};
+  run_forward(p);
+  return {h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
+    const Tensor& dgates, const Tensor& dhidden, const Tensor& x, const Tensor& w_ih, const Tensor& y,
+    const Tensor& tape, const Tensor& h0, const Optional& lengths, const Optional& reset, const std::string& cell,
+    bool reverse, bool with_dx, bool with_weights) {
+  ScanProducts p{};
+  p.cell = cell_of(cell);
+  p.dtype = dtype_of(dgates);
+  p.reverse = reverse;
+  const int64_t G = gates_of(p.cell);
+  STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && dgates.dim() == 3,
+                  "scan: x must be [T, B, I], y [T, B, P] and dgates [T, B, G*H]");
+  p.T = x.size(0), p.B = x.size(1), p.I = x.size(2), p.P = y.size(2), p.H = dgates.size(2) / G;
+  Common common;
+  common.fill(p, lengths, reset);
+  const Dtype dtype = p.dtype;
+  p.dgates = view("dgates", dgates, dtype, {p.T, p.B, G * p.H});
+  if (p.cell == Cell::gru) p.dhidden = view("dhidden", dhidden, dtype, {p.T, p.B, p.H});
+  p.x = view("x", x, dtype, {p.T, p.B, p.I});
+  p.w_ih = view("w_ih", w_ih, dtype, {G * p.H, p.I});
+  p.y = view("y", y, dtype, {p.T, p.B, p.P});
+  if (p.cell == Cell::gru_reset_before) p.tape = view("tape", tape, dtype, {p.T, p.B, 4 * p.H});
+  p.h0 = view("h0", h0, dtype, {p.B, p.P});
+
+  Tensor dx = with_dx ? empty({p.T, p.B, p.I}, dtype) : empty({0}, dtype);
+  Tensor dw_ih = with_weights ? empty({G * p.H, p.I}, dtype) : empty({0}, dtype);
+  Tensor dw_hh = with_weights ? empty({G * p.H, p.P}, dtype) : empty({0}, dtype);
+  Tensor db_ih = with_weights ? empty({G * p.H}, dtype) : empty({0}, dtype);
+  Tensor db_hh = with_weights ? empty({G * p.H}, dtype) : empty({0}, dtype);
+  if (with_dx) p.dx = ScanView{dx.data_ptr(), p.B * p.I, p.I, 1};
+  if (with_weights) {
+    p.dw_ih = ScanView{dw_ih.data_ptr(), 0, p.I, 1};
+    p.dw_hh = ScanView{dw_hh.data_ptr(), 0, p.P, 1};
+    p.db_ih.data = db_ih.data_ptr();
+    p.db_hh.data = db_hh.data_ptr();
+  }
+  p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_products_workspace, p));
+  FASTSEQ_DISPATCH(scan_products, p);
+  return {dx, dw_ih, dw_hh, db_ih, db_hh};
 }
 
 }  // namespace fastseq

@@ -158,6 +158,14 @@ def operator_reason(name: str, device: str) -> str | None:
     return None
 
 
+_NATIVE_FIRST = ops.NATIVE_MISSING is None and auto_row("cpu", "scan").order[0] == "native"
+
+
+def native_scan() -> bool:
+    """Whether a scan on the CPU goes to the native kernels, asked without any detail of the call."""
+    return _NATIVE_FIRST and (_override is None or _override == "native") and _decisions is None
+
+
 class _Explained(Exception):
     """Ends the call that explain() listens to: the decision is known, nothing needs computing."""
 

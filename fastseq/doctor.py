@@ -341,10 +341,11 @@ def _try_cell(device: str, layer: str, backend: str) -> dict[str, Any]:
     module.to(device)
     with fastseq.use_backend(forced):
         got = outputs(module, x.to(device))
-        call = (x.to(device),) * (3 if layer == "MultiheadAttention" else 1)
-        runs_on = fastseq.explain(module, *call).splitlines()[0] if backend == "auto" else ""
+        x = x.to(device)
+        call, how = ((x, x, x), {"need_weights": False}) if layer == "MultiheadAttention" else ((x,), {})
+        runs_on = fastseq.explain(module, *call, **how).splitlines()[0] if backend == "auto" else ""
     worst = 0.0
-    for value, right in zip(got, outputs(truth, x.double()), strict=True):
+    for value, right in zip(got, outputs(truth, x.cpu().double()), strict=True):
         error = (value.cpu().double() - right).abs().max() / right.abs().max().clamp(min=1.0)
         worst = max(worst, float(error.nan_to_num(torch.inf)))
     # float32, and TF32 on a GPU that is allowed to use it
@@ -379,7 +380,9 @@ def _problems(findings: Findings, build: dict[str, Any]) -> None:
             mend = f"sudo apt install g++   # or your system's way, then: {mend}"
         findings.problem(f"the native CPU kernels are missing ({reason})", mend)
     if "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < _cores() // 2:
-        findings.problem(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} on {_cores()} cores", "unset OMP_NUM_THREADS")
+        findings.problem(
+            f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} on {_cores()} cores", "unset OMP_NUM_THREADS"
+        )
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         mend = f"{pip} --force-reinstall torch   # a CUDA build" if torch.version.cuda is None else "nvidia-smi"
         findings.problem("this machine has an NVIDIA driver, but torch cannot use a GPU", mend)

@@ -71,6 +71,22 @@ ATTENTION_BACKWARD = (
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
+# Inference of a whole stack on the CPU in one call, for models so small that calls are what they cost.
+#   x [T,B,I], batch_first [B,T,I], unbatched [T,I]; h0, c0 as torch.nn's hx or None for zeros; weights flat, in
+#   torch's order (biases and projections are told by their number)
+# -> y, h_n, c_n (empty unless LSTM), as torch.nn lays them out
+STACK_FORWARD = (
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int num_layers, bool bidirectional, "
+    "bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
+)
+
+# Inference of one step of a cell on the CPU: x [B,I] or [I], h and c [B,H] or [H], None for zeros.
+# -> the new h, the new c (empty unless LSTM)
+CELL_FORWARD = (
+    "(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell) "
+    "-> (Tensor h_n, Tensor c_n)"
+)
+
 NATIVE_ISA = "(str name) -> str"
 """Test hook: force an instruction set of the CPU kernels ('' only asks); returns the one now active."""
 
@@ -113,6 +129,23 @@ def _fake_scan_backward(
     )
 
 
+def _fake_stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first):
+    directions = 2 if bidirectional else 1
+    hidden, state = weights[1].shape[0] // GATES[cell], weights[1].shape[1]
+    batch = () if x.dim() == 2 else (x.shape[0 if batch_first else 1],)
+    rows = num_layers * directions
+    return (
+        x.new_empty(*x.shape[:-1], directions * state),
+        x.new_empty(rows, *batch, state),
+        x.new_empty(rows, *batch, hidden) if cell == "lstm" else x.new_empty(0),
+    )
+
+
+def _fake_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell):
+    shape = (*x.shape[:-1], w_hh.shape[1])
+    return x.new_empty(shape), x.new_empty(shape if cell == "lstm" else 0)
+
+
 def loop_over(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
     """The vmap rule that always holds: one call a slice, results stacked along a new first dimension."""
     calls = []
@@ -152,13 +185,20 @@ def fold_batch(op: Callable, axes: Sequence[int | None], out_axes: Sequence[int]
     return rule
 
 
-def define(name: str, schema: str, fake: Callable, rule: Callable[[Callable], Callable]) -> None:
-    """Define ``fastseq::name.<backend>`` for every backend, with its fake kernel and its vmap rule."""
-    for backend in BACKENDS:
+def define(
+    name: str,
+    schema: str,
+    fake: Callable,
+    rule: Callable[[Callable], Callable] | None,
+    backends: Sequence[str] = BACKENDS,
+) -> None:
+    """Define ``fastseq::name.<backend>`` for every backend, with its fake kernel and its vmap rule (None: no vmap)."""
+    for backend in backends:
         full = f"fastseq::{name}.{backend}"
         torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(full, fake)
-        torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))
+        if rule is not None:
+            torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))
 
 
 define(
@@ -169,6 +209,8 @@ define(
     "scan_backward", SCAN_BACKWARD, _fake_scan_backward,
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
 )  # fmt: skip
+define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
+define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 ops_attention.register()
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 

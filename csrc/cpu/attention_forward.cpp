@@ -70,7 +70,7 @@ class Forward {
   // What one query block carries from one block of keys to the next.
   struct State {
     Element* q;          // Q^T [D, 64], or by pairs [D / 2, 64]
-    A *o, *max, *sum;    // [64, width_v], [64], [64]
+    A *o, *max, *sum;    // [64, width_v], [64], [64]; max as an exponent of 2
     long h, i0;
     int count, vectors;
     bool begun;          // o holds something
@@ -235,10 +235,9 @@ class Forward {
     const Vec<A> factor = splat(scoring_.factor), zero{};
     for (int v = 0; v < q.vectors; ++v) {
       const Vec<A> before = load(q.max + v * L);
-      const Vec<A> top = maximum<A>(load(x.block_max + v * L), before);
-      const Vec<A> safe = top == A(-kInfinity) ? zero : top;
-      const Vec<A> offset = -safe * factor;
-      const Vec<A> rescale = exp2<A>(before * factor + offset);
+      const Vec<A> top = maximum<A>(load(x.block_max + v * L) * factor, before);
+      const Vec<A> offset = top == A(-kInfinity) ? zero : -top;
+      const Vec<A> rescale = exp2<A>(before + offset);
       Vec<A> sum = load(q.sum + v * L) * rescale;
       const auto one = [&](long j) -> Vec<A> {
         const uint64_t bits = words ? words[j] >> (v * L) & kLaneBits<A> : kLaneBits<A>;
@@ -271,7 +270,7 @@ class Forward {
     const int rows = int(least(kQueries, s.rows - q.i0));
     for (int i = 0; i < rows; ++i) {
       A top = A(-kInfinity), sum = 0;
-      if (i < q.count) top = q.max[i] * (scoring_.factor * A(kLn2)), sum = q.sum[i];
+      if (i < q.count) top = q.max[i] * A(kLn2), sum = q.sum[i];
       A share = sum > 0 || sum != sum ? 1 / sum : A(0);
       if (has_sink && i < q.count && sink > A(-kInfinity)) {
         const A higher = sink > top ? sink : top, own = sum == 0 ? A(0) : A(__builtin_exp(top - higher));

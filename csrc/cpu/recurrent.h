@@ -32,7 +32,7 @@ struct ScanSizes {
 
 // w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].
 struct ScanForward : ScanSizes {
-  ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // c0, biases and w_hr may be null
+  ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null
   // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,4H] (LSTM i,f,g,o; GRU r,z,n,q)
   // are null where not wanted.
   ScanView y, h_n, c_n, states, tape;
@@ -47,9 +47,19 @@ struct ScanBackward : ScanSizes {
   void* workspace;  // of scan_backward_workspace bytes, as above
 };
 
+// The products over all steps at once: dx = dgates W_ih, dW_ih = dgates^T x, dW_hh = dgates^T h_prev, db = sum dgates.
+// What is null is not made, dw_ih, dw_hh, db_ih and db_hh only together. y, tape and h0 as the walk had them.
+struct ScanProducts : ScanSizes {
+  ScanView dgates, dhidden, x, w_ih, y, tape, h0;
+  ScanView dx, dw_ih, dw_hh, db_ih, db_hh;  // outputs with e = 1
+  void* workspace;                          // of scan_products_workspace bytes, as above
+};
+
 FASTSEQ_DECLARE(size_t, scan_forward_workspace, (const ScanForward& p))
 FASTSEQ_DECLARE(void, scan_forward, (const ScanForward& p))
 FASTSEQ_DECLARE(size_t, scan_backward_workspace, (const ScanBackward& p))
 FASTSEQ_DECLARE(void, scan_backward, (const ScanBackward& p))
+FASTSEQ_DECLARE(size_t, scan_products_workspace, (const ScanProducts& p))
+FASTSEQ_DECLARE(void, scan_products, (const ScanProducts& p))
 
 }  // namespace fastseq

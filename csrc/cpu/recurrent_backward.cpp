@@ -175,14 +175,8 @@ struct Backward {
         for (long v = outputs.begin; v < outputs.end; ++v) put(p.dhidden, t, b, v * L, Vec<A>{}, lanes(v, p.P));
     }
 
-    // The step before this one in the order of the walk, or -1: the initial state.
-    long step_before(long t, long b) const {
-      if (!p.reverse) return t - 1;
-      long end = p.lengths && p.lengths[b] < p.T ? p.lengths[b] : p.T;
-      return t + 1 < end ? t + 1 : -1;
-    }
     Vec<A> h_before(long t, long b, long v, int n) const {
-      long before = step_before(t, b);
+      long before = step_before(p, t, b);
       return before < 0 ? get<S>(p.h0, 0, b, v * L, n) : get<S>(p.y, before, b, v * L, n);
     }
 
@@ -204,7 +198,7 @@ struct Backward {
       if constexpr (kLstm) {
         auto gate = [&](int g) { return get<S>(p.tape, t, b, (g * p.H + unit), n); };
         LstmGates<Vec<A>> s{gate(0), gate(1), gate(2), gate(3)};
-        long before = step_before(t, b);
+        long before = step_before(p, t, b);
         Vec<A> c_prev{};
         if (!reset)
           c_prev = before < 0 ? get_or_zero<S>(p.c0, 0, b, unit, n) : get<A>(p.states, before, b, unit, n);
@@ -280,28 +274,14 @@ struct Backward {
   };
 };
 
-template <class Body>
-auto for_dtype(const ScanSizes& s, const Body& body) {
-  switch (s.dtype) {
-    case Dtype::f64:
-      return body(double{});
-    case Dtype::f32:
-      return body(float{});
-    case Dtype::bf16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
-}
-
 }  // namespace
 
 size_t scan_backward_workspace(const ScanBackward& p) {
-  return for_dtype(p, [&](auto s) { return Backward<decltype(s)>(p, nullptr).bytes; });
+  return for_dtype(p.dtype, [&](auto s) { return Backward<decltype(s)>(p, nullptr).bytes; });
 }
 
 void scan_backward(const ScanBackward& p) {
-  for_dtype(p, [&](auto s) { Backward<decltype(s)>(p, p.workspace).run(); });
+  for_dtype(p.dtype, [&](auto s) { Backward<decltype(s)>(p, p.workspace).run(); });
 }
 
 }  // namespace FASTSEQ_ISA

@@ -173,7 +173,7 @@ struct Forward {
       }
       if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
-        copy_row<S>(f.h[0] + b * f.Pp, at<S>(p.h0, 0, b), p.h0.e, p.P);
+        copy_row<S>(f.h[0] + b * f.Pp, p.h0.data ? at<S>(p.h0, 0, b) : nullptr, p.h0.e, p.P);
         if (kCell == Cell::lstm)
           copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
       }
@@ -318,28 +318,14 @@ struct Forward {
   };
 };
 
-template <class Body>
-auto for_dtype(const ScanSizes& s, const Body& body) {
-  switch (s.dtype) {
-    case Dtype::f64:
-      return body(double{});
-    case Dtype::f32:
-      return body(float{});
-    case Dtype::bf16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
-}
-
 }  // namespace
 
 size_t scan_forward_workspace(const ScanForward& p) {
-  return for_dtype(p, [&](auto s) { return Forward<decltype(s)>(p, nullptr).bytes; });
+  return for_dtype(p.dtype, [&](auto s) { return Forward<decltype(s)>(p, nullptr).bytes; });
 }
 
 void scan_forward(const ScanForward& p) {
-  for_dtype(p, [&](auto s) { Forward<decltype(s)>(p, p.workspace).run(); });
+  for_dtype(p.dtype, [&](auto s) { Forward<decltype(s)>(p, p.workspace).run(); });
 }
 
 }  // namespace FASTSEQ_ISA

@@ -61,6 +61,27 @@ struct Part {
   void sync() const { barrier->wait(ways); }
 };
 
+// body(S{}) with the storage type S of a dtype.
+template <class Body>
+auto for_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f64:
+      return body(double{});
+    case Dtype::f32:
+      return body(float{});
+    case Dtype::bf16:
+      return body(bf16{});
+    default:
+      return body(f16{});
+  }
+}
+
+// The step whose state step t started from, or -1: the initial state.
+inline long step_before(const ScanSizes& s, long t, long b) {
+  if (!s.reverse) return t - 1;
+  long end = s.lengths && s.lengths[b] < s.T ? s.lengths[b] : s.T;
+  return t + 1 < end ? t + 1 : -1;
+}
 inline bool live(const ScanSizes& s, long t, long b) { return !s.lengths || t < s.lengths[b]; }
 inline bool cleared(const ScanSizes& s, long t, long b) { return s.reset && s.reset[t * s.reset_t + b * s.reset_b]; }
 

@@ -8,6 +8,12 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
+#if defined(__clang__)
+#define FASTSEQ_UNROLL _Pragma("unroll")
+#else
+#define FASTSEQ_UNROLL _Pragma("GCC unroll 16")  // early, so that arrays of vectors become registers
+#endif
+
 constexpr int kMaxRows = 8;
 constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
 
@@ -23,10 +29,10 @@ struct Tile {
   const A* w;            // packed weights of the first unit vector
   long w_stride;         // to the next unit vector
   long K;
-  const A* init;         // null (zero), or [gate][..] biases, a gate `stride` apart
+  const A* init;         // null (zero), or [gate][..] biases for all rows, a gate `stride` apart
   A* const* out;         // [R] pointers to [gate][..] results, a gate `stride` apart
   long stride;
-  bool add;              // to what is in out
+  bool add;              // to what is in out; then there is no init
 };
 
 // out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
@@ -39,32 +45,40 @@ void run_tile(const Tile<A>& t) {
   Vec<A> acc[U][R][N];
   const A* rows[R];
   const A* w[NB];
-  for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
-  for (int r = 0; r < R; ++r) {
-    rows[r] = t.rows[r];
-    for (int n = 0; n < N; ++n) {
-      acc[0][r][n] = t.init ? load(t.init + (n / NB) * t.stride + (n % NB) * L) : Vec<A>{};
-      for (int u = 1; u < U; ++u) acc[u][r][n] = Vec<A>{};
-    }
-  }
-  auto step = [&](long k, Vec<A>(&sums)[R][N]) __attribute__((always_inline)) {
-    Vec<A> wv[N];
-    for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + (k * G + n / NB) * L);
-    for (int r = 0; r < R; ++r) {
-      Vec<A> a = splat(rows[r][k]);
-      for (int n = 0; n < N; ++n) sums[r][n] += a * wv[n];
-    }
-  };
+  FASTSEQ_UNROLL for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
+  FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = Vec<A>{};
   long k = 0;
   for (; k + U <= t.K; k += U)
-    for (int u = 0; u < U; ++u) step(k + u, acc[u]);
-  for (; k < t.K; ++k) step(k, acc[0]);
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) {
-      for (int u = 1; u < U; ++u) acc[0][r][n] += acc[u][r][n];
-      A* out = t.out[r] + (n / NB) * t.stride + (n % NB) * L;
-      store(out, t.add ? acc[0][r][n] + load(out) : acc[0][r][n]);
+    FASTSEQ_UNROLL for (int u = 0; u < U; ++u) {
+      Vec<A> wv[N];
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + ((k + u) * G + n / NB) * L);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = splat(rows[r][k + u]);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] += a * wv[n];
+      }
     }
+  if constexpr (U > 1)
+    for (; k < t.K; ++k) {
+      Vec<A> wv[N];
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + (k * G + n / NB) * L);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = splat(rows[r][k]);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += a * wv[n];
+      }
+    }
+  const bool more = t.init || t.add;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+    A* out = t.out[r];
+    FASTSEQ_UNROLL for (int n = 0; n < N; ++n) {
+      FASTSEQ_UNROLL for (int u = 1; u < U; ++u) acc[0][r][n] += acc[u][r][n];
+      const long at = (n / NB) * t.stride + (n % NB) * L;
+      if (more) acc[0][r][n] += load((t.add ? out : t.init) + at);
+      store(out + at, acc[0][r][n]);
+    }
+  }
 }
 
 template <class A>

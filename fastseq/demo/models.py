@@ -88,7 +88,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("gru", "GRU, 192 wide", partial(Recurrent, nn.GRU, width=192), 32, 64, 500),
-        Kind("lstm", "LSTM, 192 wide", partial(Recurrent, nn.LSTM, width=192), 32, 64, 500),
+        Kind("lstm", "LSTM, 192 wide", partial(Recurrent, nn.LSTM, width=192), 32, 64, 500, 3e-3),
         Kind(
             "attention",
             "attention, 2 blocks, 4 heads, 128 wide",

@@ -27,7 +27,7 @@ def draw(races: list[Race], path: Path, where: str) -> None:
         axis.plot(steps, race.theirs.losses[: race.done], color=TORCH, linewidth=3.5, alpha=0.55, label="torch.nn")
         axis.plot(steps, race.ours.losses[: race.done], color=OURS, linewidth=1.0, label="fastseq")
         axis.set(title=race.kind.title, xlabel="step")
-        axis.text(0.97, 0.62, f"largest difference\n{race.difference:.2g} (relative)", ha="right", fontsize=8,
+        axis.text(0.97, 0.62, f"largest difference\n{max(race.differences):.2g} (relative)", ha="right", fontsize=8,
                   transform=axis.transAxes)  # fmt: skip
         axis.legend(frameon=False)
     axes[0].set_ylabel("loss, nats a character")

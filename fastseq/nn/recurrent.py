@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import checks, functional
+from fastseq.functional import inference
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
@@ -26,6 +27,14 @@ class _Recurrent(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._call_packed(input, hx, lengths, reset, **extra)
         return self._function(input, hx, lengths=lengths, reset=reset, batch_first=self.batch_first, **extra)
+
+    def _infer(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
+        """The whole stack in one native call, where nothing speaks against it; else None."""
+        if self.training and self.dropout:
+            return None
+        return inference.stack(
+            input, h0, c0, self._flat_weights, cell, self.num_layers, self.bidirectional, self.batch_first
+        )
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
         raise NotImplementedError
@@ -108,6 +117,10 @@ class RNN(_Recurrent):
         reset: Tensor | None = None,
     ) -> tuple:
         """Returns ``(output, h_n)``."""
+        if lengths is None and reset is None:
+            done = self._infer("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
+            if done is not None:
+                return done[:2]
         return self._call(input, hx, lengths, reset)
 
 
@@ -153,6 +166,10 @@ class GRU(_Recurrent):
         reset: Tensor | None = None,
     ) -> tuple:
         """Returns ``(output, h_n)``."""
+        if lengths is None and reset is None:
+            done = self._infer("gru" if self.reset_after else "gru_reset_before", input, hx, None)
+            if done is not None:
+                return done[:2]
         return self._call(input, hx, lengths, reset)
 
 
@@ -190,6 +207,11 @@ class LSTM(_Recurrent):
         return_all_states: bool = False,
     ) -> tuple:
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
+        if lengths is None and reset is None and not return_all_states:
+            h0, c0 = (None, None) if hx is None else hx
+            done = self._infer("lstm", input, h0, c0)
+            if done is not None:
+                return done[0], done[1:]
         return self._call(input, hx, lengths, reset, return_all_states=return_all_states)
 
 
@@ -198,6 +220,11 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
+        done = inference.cell(
+            input, hx, None, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, "rnn_" + self.nonlinearity
+        )
+        if done is not None:
+            return done[0]
         return functional.rnn_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
         )
@@ -219,6 +246,10 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
+        name = "gru" if self.reset_after else "gru_reset_before"
+        done = inference.cell(input, hx, None, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, name)
+        if done is not None:
+            return done[0]
         return functional.gru_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, reset_after=self.reset_after
         )
@@ -229,4 +260,8 @@ class LSTMCell(nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
+        h, c = (None, None) if hx is None else hx
+        done = inference.cell(input, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, "lstm")
+        if done is not None:
+            return done
         return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

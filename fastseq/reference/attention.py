@@ -11,6 +11,7 @@ Positions past a length are never met: whatever lies there, NaN included, change
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,11 @@ def _heads_of_query(x: Tensor, q: Tensor) -> Tensor:
         return x
     group = q.shape[1] // x.shape[1]
     return x.index_select(1, torch.arange(q.shape[1], device=x.device) // group)
+
+
+def _own_dtypes(q: Tensor) -> AbstractContextManager:
+    """Keeps autocast from rounding what is computed inside."""
+    return nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
 
 
 class _Softmax(NamedTuple):
@@ -238,7 +244,7 @@ def attention(
     packed = cu_seqlens_q is not None
     if packed:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with _own_dtypes(q):
         softmax = _softmax(
             q.to(accumulator),
             k.to(accumulator),
@@ -280,7 +286,7 @@ def attention_weights(
 ) -> Tensor:
     """The matrix that multiplies v, [B,Hq,Tq,Tk] in q's dtype, after dropout; arguments as ``attention``'s."""
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with _own_dtypes(q):
         softmax = _softmax(
             q.to(accumulator),
             k.to(accumulator),

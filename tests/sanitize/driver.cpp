@@ -1,10 +1,14 @@
 // driver RECURRENT ATTENTION [SEED]: runs so many random cases of each kernel family on every instruction set.
 #include "harness.h"
 
+extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
+
 int main(int argc, char** argv) {
   uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
   int cases = 0, failures = 0;
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (__sanitizer_set_death_callback)
+    __sanitizer_set_death_callback([] { std::printf("FAILED %s\n", driver::current.c_str()); });
   std::printf("instruction sets: %s\n", fastseq::usable_isas());
   int (*families[])(uint64_t) = {driver::recurrent_case, driver::attention_case};
   for (int family = 0; family < 2; ++family)

@@ -133,6 +133,9 @@ inline bool agree(const std::string& what, const Outputs& got, const Outputs& ex
   return true;
 }
 
+// What is running, for the last words of a program that a sanitizer ends.
+inline std::string current = "nothing";
+
 // Runs `run` on each instruction set this machine has and compares all of them with baseline. Returns the failures.
 template <class Run>
 int over_isas(const std::string& what, double tolerance, const Run& run) {
@@ -141,9 +144,10 @@ int over_isas(const std::string& what, double tolerance, const Run& run) {
   for (int i = 0; i < fastseq::kIsaCount; ++i) {
     fastseq::Isa isa = fastseq::Isa(i);
     if (!fastseq::set_isa(fastseq::isa_name(isa))) continue;
+    current = what + " on " + fastseq::isa_name(isa);
     Outputs got = run();
     if (expected.empty()) expected = got;
-    failures += !agree(what + " on " + fastseq::isa_name(isa), got, expected, tolerance);
+    failures += !agree(current, got, expected, tolerance);
   }
   return failures;
 }

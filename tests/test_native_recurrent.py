@@ -1,0 +1,322 @@
+"""The native scan on the CPU against the reference: every cell, dtype, instruction set and option, odd shapes."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import CELLS, DTYPES, cell_inputs, error, needs_native
+from torch import Tensor
+
+from fastseq import ops
+from fastseq.reference import recurrent as reference
+
+pytestmark = needs_native
+
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+OPTIONS = ["plain", "lengths", "reset", "reverse", "lengths+reset+reverse"]
+INPUTS = ["x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0"]
+# T, B, I, H: none a multiple of a vector's length but 16 and 128, a step or a row alone among them.
+SHAPES = [(1, 1, 1, 1), (1, 1, 33, 65), (3, 1, 7, 17), (1, 17, 16, 16), (2, 33, 17, 7), (7, 7, 65, 33), (17, 2, 1, 129)]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.ops.fastseq.native_isa("auto")
+
+
+def use_isa(name: str) -> None:
+    try:
+        torch.ops.fastseq.native_isa(name)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+
+
+def seed(*key: object) -> None:
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def options(name: str, steps: int, batch: int) -> tuple[Tensor | None, Tensor | None, bool]:
+    lengths = torch.randint(0, steps + 1, (batch,)) if "lengths" in name else None
+    reset = torch.rand(steps, batch) < 0.3 if "reset" in name else None
+    return lengths, reset, "reverse" in name
+
+
+def forward(inputs: list[Tensor | None], lengths, reset, cell: str, reverse: bool, save=True, states=True):
+    return torch.ops.fastseq.scan_forward.native(*inputs, lengths, reset, cell, reverse, save, states)
+
+
+def backward(grads: list[Tensor | None], out, inputs: list[Tensor | None], lengths, reset, cell: str, reverse: bool):
+    y, _, _, states, tape = out
+    _, _, w_hh, _, _, w_hr, h0, c0 = inputs
+    return torch.ops.fastseq.scan_backward.native(
+        *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+    )
+
+
+def assert_within_budget(ours: Tensor, peer: Tensor, truth: Tensor, what: str, floor_ulps: float = 8) -> None:
+    """At most twice the reference's error in the same dtype, plus some roundings of terms of about 1.
+
+    Gates are sums of such terms, which may cancel: a value is then small, and its error is not.
+    """
+    assert ours.dtype == peer.dtype, what
+    scale = max(1.0, float(truth.detach().abs().max()))
+    budget = 2 * error(peer, truth) + floor_ulps * torch.finfo(ours.dtype).eps * scale
+    found = error(ours, truth)
+    assert found <= budget, f"{what}: error {found:.3g} over the budget of {budget:.3g} (largest value {scale:.3g})"
+
+
+def whole(dtype: torch.dtype, inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+
+
+def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype):
+    """The reference's results and the gradients of all inputs, computed from the same values in another dtype."""
+    own = whole(dtype, inputs)
+    out = reference.scan(*own, lengths, reset, cell=cell, reverse=reverse)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
+    wanted = [t for t in own if t is not None]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
+    return out, [None if t is None else next(found) for t in own]
+
+
+def native_gradients(inputs, grads, lengths, reset, cell, reverse):
+    """The native results, and the gradients they give; large products in float64: only the walk is judged."""
+    out = forward(inputs, lengths, reset, cell, reverse)
+    x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
+    dgates, dhidden, dh0, dc0 = backward(grads, out, inputs, lengths, reset, cell, reverse)
+    steps, hidden = x.shape[0], w_hh.shape[0] // ops.GATES[cell]
+    live = torch.ones(x.shape[:2], dtype=torch.bool)
+    if lengths is not None:
+        live = torch.arange(steps)[:, None] < lengths
+    assert not dgates[~live].any(), "past the lengths"
+    assert dhidden.dim() == 1 or not dhidden[~live].any(), "past the lengths"
+    d, y = dgates.double(), out[0].double()
+    h_prev = torch.empty_like(y)
+    for b in range(y.shape[1]):
+        end = steps if lengths is None else int(lengths[b])
+        column, first = y[:end, b], h0[b : b + 1].double()
+        h_prev[:end, b] = torch.cat((column[1:], first) if reverse else (first, column[:-1])) if end else 0
+    if reset is not None:
+        h_prev[reset] = 0
+    h_prev[~live] = 0
+    hidden_side = d
+    if cell == "gru":
+        hidden_side = torch.cat((d[..., : 2 * hidden], dhidden.double()), -1)
+    product = torch.einsum("tbg,tbp->gp", hidden_side, h_prev)
+    if cell == "gru_reset_before":
+        product[2 * hidden :] = torch.einsum("tbg,tbp->gp", d[..., 2 * hidden :], out[4][..., 3 * hidden :].double())
+    gradients = [
+        d @ w_ih.double(),
+        torch.einsum("tbg,tbi->gi", d, x.double()),
+        product,
+        d.sum((0, 1)) if inputs[3] is not None else None,
+        hidden_side.sum((0, 1)) if inputs[4] is not None else None,
+        None,
+        dh0,
+        dc0 if c0 is not None else None,
+    ]
+    if w_hr is not None:
+        m = out[4][..., 3 * hidden :].double() * out[3].double().tanh()
+        gradients[5] = torch.einsum("tbp,tbh->ph", dhidden.double(), m)
+    return out, gradients
+
+
+def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, False)) -> None:
+    x = inputs[0]
+    steps, batch, state = x.shape[0], x.shape[1], inputs[2].shape[1]
+    hidden, lstm = inputs[2].shape[0] // ops.GATES[cell], cell == "lstm"
+    shapes = [(steps, batch, state), (batch, state), (batch, hidden), (steps, batch, hidden)]
+    grads: list[Tensor | None] = [
+        torch.randn(shape).to(x.dtype) if wanted and (lstm or i < 2) else None
+        for i, (shape, wanted) in enumerate(zip(shapes, given, strict=True))
+    ]
+    if grads[3] is not None:
+        grads[3] = grads[3].to(ops.accumulator(x.dtype))
+    truth, want = reference_gradients(inputs, grads, lengths, reset, cell, reverse, torch.float64)
+    peer, peer_gradients = reference_gradients(inputs, grads, lengths, reset, cell, reverse, x.dtype)
+    ours, found = native_gradients(inputs, grads, lengths, reset, cell, reverse)
+    for name, o, p, t in zip(["y", "h_n", "c_n", "states"], ours, peer, truth, strict=False):
+        if t is None:
+            assert o.shape == (0,), name
+        else:
+            assert_within_budget(o, p, t, name)
+    # A 16-bit gradient comes from gates and states that were rounded on the tape, which eager float32 never does.
+    floor = 8.0 if x.dtype.itemsize > 2 else 16.0
+    for name, o, p, t in zip(INPUTS, found, peer_gradients, want, strict=True):
+        if o is not None:
+            assert_within_budget(o.to(x.dtype), p, t, f"gradient of {name}", floor)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype, isa: str) -> None:
+    use_isa(isa)
+    plain = cell.removesuffix("_projected")
+    for shape, option, threads in zip(SHAPES, itertools.cycle(OPTIONS), itertools.cycle([2, 1, 3]), strict=False):
+        for biases in (True, False) if shape == SHAPES[-2] else (True,):
+            seed(cell, dtype, shape)
+            torch.set_num_threads(threads)
+            projected = max(1, shape[3] // 2) if cell != plain else 0
+            inputs = cell_inputs(plain, *shape, projected=projected, biases=biases, dtype=dtype)
+            lengths, reset, reverse = options(option, *shape[:2])
+            compare(inputs, lengths, reset, plain, reverse)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+def test_every_option_on_every_cell(cell: str, option: str) -> None:
+    plain = cell.removesuffix("_projected")
+    for threads, given in [(1, (True, False, False, True)), (2, (False, True, True, False)), (3, (True,) * 4)]:
+        seed(cell, option, threads)
+        torch.set_num_threads(threads)
+        inputs = cell_inputs(plain, 17, 7, 17, 33, projected=9 if cell != plain else 0, dtype=torch.float32)
+        lengths, reset, reverse = options(option, 17, 7)
+        compare(inputs, lengths, reset, plain, reverse, given)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", [(5, 1, 129, 256), (9, 2, 33, 300), (3, 4, 16, 512), (2, 40, 65, 128)])
+def test_work_split_among_threads(cell: str, shape: tuple[int, int, int, int]) -> None:
+    for threads in (1, 2, 3, 4):
+        seed(cell, shape)
+        torch.set_num_threads(threads)
+        compare(cell_inputs(cell, *shape, dtype=torch.float32), None, None, cell, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+def test_strides_do_not_matter(cell: str, dtype: torch.dtype) -> None:
+    seed(cell, dtype)
+    inputs = cell_inputs(cell, 7, 3, 17, 33, dtype=dtype)
+    lengths, reset, _ = options("lengths+reset", 7, 3)
+    assert lengths is not None
+    assert reset is not None
+    grads = [torch.randn(7, 3, 33).to(dtype), torch.randn(3, 33).to(dtype), None, None]
+
+    def strange(t: Tensor | None) -> Tensor | None:  # every second element of a transposed, larger tensor
+        if t is None:
+            return None
+        big = torch.full([2 * size for size in reversed(t.shape)], float("nan")).to(t.dtype)
+        view = big.permute(*reversed(range(t.dim())))[tuple(slice(None, None, 2) for _ in t.shape)]
+        return view.copy_(t)
+
+    want = forward(inputs, lengths, reset, cell, False)
+    want_back = backward(grads, want, inputs, lengths, reset, cell, False)
+    odd_inputs = [strange(t) for t in inputs]
+    got = forward(odd_inputs, lengths.repeat_interleave(2)[::2], reset.t().contiguous().t(), cell, False)
+    odd_out = tuple(strange(t) if t.dim() > 1 else t for t in want)
+    got_back = backward([strange(g) for g in grads], odd_out, odd_inputs, lengths, reset, cell, False)
+    for a, b in zip((*want, *want_back), (*got, *got_back), strict=True):
+        assert torch.equal(a, b)
+        assert b.is_contiguous()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_batch_first_and_expanded_gradients(cell: str) -> None:
+    seed(cell)
+    inputs = cell_inputs(cell, 9, 5, 16, 24, dtype=torch.float32)
+    want = forward(inputs, None, None, cell, False)
+    got = forward([inputs[0].transpose(0, 1).contiguous().transpose(0, 1), *inputs[1:]], None, None, cell, False)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    one = torch.ones(())
+    full = backward([torch.ones(9, 5, 24), None, None, None], want, inputs, None, None, cell, False)
+    expanded = backward([one.expand(9, 5, 24), None, None, None], want, inputs, None, None, cell, False)
+    assert all(torch.equal(a, b) for a, b in zip(full, expanded, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_bits_every_time(cell: str, threads: int) -> None:
+    seed(cell)
+    torch.set_num_threads(threads)
+    inputs = cell_inputs(cell, 20, 9, 33, 65, dtype=torch.float32)
+    lengths, reset, reverse = options("lengths+reset+reverse", 20, 9)
+    grads = [torch.randn(20, 9, 65), None, None, None]
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward(inputs, lengths, reset, cell, reverse)
+        return (*out, *backward(grads, out, inputs, lengths, reset, cell, reverse))
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    lean = forward(inputs, lengths, reset, cell, reverse, False, False)
+    assert torch.equal(lean[0], first[0])
+    assert torch.equal(lean[1], first[1])
+    assert lean[3].shape == lean[4].shape == (0,)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_do_not_touch_each_other(cell: str) -> None:
+    seed(cell)
+    inputs = cell_inputs(cell, 6, 9, 17, 33, dtype=torch.float32)
+    clean = forward(inputs, None, None, cell, False)
+    inputs[0][2, 4] = float("nan")
+    y, h_n, *_ = forward(inputs, None, None, cell, False)
+    others = [b for b in range(9) if b != 4]
+    assert torch.equal(y[:, others], clean[0][:, others])
+    assert torch.equal(y[:2], clean[0][:2])
+    assert y[2:, 4].isnan().all()
+    assert h_n[4].isnan().all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_is_never_read(cell: str) -> None:
+    seed(cell)
+    inputs = cell_inputs(cell, 8, 4, 5, 17, dtype=torch.float32)
+    lengths = torch.tensor([8, 3, 0, 5])
+    grads = [torch.randn(8, 4, 17), None, None, None]
+    for reverse in (False, True):
+        want = forward(inputs, lengths, None, cell, reverse)
+        want_back = backward(grads, want, inputs, lengths, None, cell, reverse)
+        past = torch.arange(8)[:, None] >= lengths
+        poisoned = [inputs[0].masked_fill(past[:, :, None], float("nan")), *inputs[1:]]
+        got = forward(poisoned, lengths, None, cell, reverse)
+        dirty = [grads[0].masked_fill(past[:, :, None], float("nan")), None, None, None]
+        got_back = backward(dirty, got, poisoned, lengths, None, cell, reverse)
+        for a, b in zip((*want, *want_back), (*got, *got_back), strict=True):
+            assert torch.equal(a, b)
+            assert not b.isnan().any()
+        if got[4].dim() == 3:
+            assert not got[4][past].any()
+
+
+def test_an_empty_batch_gives_empty_results() -> None:
+    for cell in CELLS:
+        inputs = cell_inputs(cell, 4, 0, 5, 6, dtype=torch.float32)
+        out = forward(inputs, None, None, cell, False)
+        assert out[0].shape == (4, 0, 6)
+        assert out[1].shape == (0, 6)
+        back = backward([torch.empty(4, 0, 6), None, None, None], out, inputs, None, None, cell, False)
+        assert back[0].shape == (4, 0, 6 * ops.GATES[cell])
+        assert back[2].shape == (0, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_cell_state_survives_16_bits(dtype: torch.dtype) -> None:
+    inputs = cell_inputs("lstm", 50, 2, 4, 8, dtype=dtype)
+    inputs[1].zero_()
+    inputs[2].zero_()
+    inputs[3].copy_(torch.tensor([30.0, 30.0, 30.0, 0.0]).repeat_interleave(8))  # i = f = g = 1
+    inputs[4].zero_()
+    inputs[7].fill_(1e4)
+    *_, states, _ = forward(inputs, None, None, "lstm", False)
+    torch.testing.assert_close(states[-1], torch.full((2, 8), 1e4).to(dtype).float() + 50, rtol=1e-6, atol=0)
+
+
+def test_wrong_arguments_are_named() -> None:
+    inputs = cell_inputs("gru", 4, 2, 5, 6, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"b_ih must be .* shape"):
+        forward([*inputs[:3], torch.zeros(5), *inputs[4:]], None, None, "gru", False)
+    with pytest.raises(RuntimeError, match="lengths must be an int64"):
+        forward(inputs, torch.ones(2), None, "gru", False)
+    with pytest.raises(RuntimeError, match="cell must be"):
+        forward(inputs, None, None, "gru2", False)

@@ -1,0 +1,32 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastseq
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_python_example_runs_and_prints_what_it_says(capsys):
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+        printed = capsys.readouterr().out.splitlines()
+        for line in re.findall(r"^# (.*)", block, re.MULTILINE):
+            assert line in printed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layer", [fastseq.nn.GRU(3, 4), fastseq.nn.LSTM(3, 4)], ids=["gru", "lstm"])
+def test_the_limits_are_still_limits(layer):
+    with pytest.raises(Exception, match=r"."):
+        torch.jit.script(layer)
+    assert not isinstance(layer, (torch.nn.GRU, torch.nn.LSTM))
+    assert isinstance(layer, torch.nn.RNNBase)

@@ -113,14 +113,17 @@ FASTSEQ_HD V exp_parts(V x, V& power) {
   return r * r * q + r;
 }
 
-// e^x / (1 + e^x); below -87 (float; double: -708) it stays at about 1e-38 (1e-308).
+// e^x / (1 + e^x); exactly 0 below -87 (float; double: -708), where it would leave the normal numbers: a shut gate is
+// shut.
 template <class V>
 FASTSEQ_HD V sigmoid(V x) {
-  constexpr bool single = sizeof(Scalar<V>) == 4;
+  using S = Scalar<V>;
+  constexpr S limit = sizeof(S) == 4 ? S(87) : S(708);
   V power;
-  V p = exp_parts(clamp(x, Scalar<V>(single ? -87 : -708), Scalar<V>(single ? 87 : 708)), power);
+  V p = exp_parts(clamp(x, -limit, limit), power);
   V e = power + power * p;
-  return divide(e, e + Scalar<V>(1));
+  e = x < -limit ? V{} : e;
+  return divide(e, e + S(1));
 }
 
 // (e^2x - 1) / (e^2x + 1)

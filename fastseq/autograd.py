@@ -28,7 +28,7 @@ def needs_reference() -> bool:
     """Whether a derivative is being taken that the fused operators do not have: forward mode, or a nested gradient."""
     if torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
     stack = torch._C._functorch.get_interpreter_stack()
     if stack is None:
@@ -44,7 +44,7 @@ class Scan(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         w_ih: Tensor,
         w_hh: Tensor,
@@ -72,7 +72,7 @@ class Scan(torch.autograd.Function):
         ctx.save_for_backward(*tensors, y, states, tape)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dstates: Tensor | None, _: None
     ) -> tuple:
         x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, y, states, tape = ctx.saved_tensors
@@ -173,8 +173,11 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The gradient as a differentiable function of everything: forward and backward again, in eager torch."""
     # Views of their own, so that one tensor given twice (h0 as c0) is two inputs here.
-    own = [None if t is None else t.view_as(t) for t in inputs]
-    outputs = reference.scan(*own, lengths, reset, cell=cell, reverse=reverse)  # type: ignore[arg-type]
+    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
+    outputs = reference.scan(
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse
+    )  # fmt: skip
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t, n in zip(own, need, strict=False) if t is not None and n]
     found = iter(

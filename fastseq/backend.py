@@ -83,7 +83,7 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        self.name = None if name in (None, "auto") else _checked(name, "use_backend")  # type: ignore[arg-type]
+        self.name = None if name in (None, "auto") else _checked(name, "use_backend")
 
     def __enter__(self) -> use_backend:
         global _override

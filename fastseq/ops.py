@@ -218,7 +218,7 @@ torch.library.define("fastseq::native_isa", NATIVE_ISA)
 def _load_native() -> str | None:
     """Load the compiled extension; returns None, or the reason why there is none."""
     try:
-        import fastseq._native  # noqa: F401
+        import fastseq._native  # type: ignore[import-not-found]  # noqa: F401
     except ImportError as error:
         return str(error)
     return None

@@ -209,7 +209,7 @@ def test_every_feature_alone(name: str, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_with_few_queries(name: str, isa: str) -> None:
     shape = (2, 6, 2, 3, 301, 33, 40)
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):
         assert_right(*dense(shape, dtype), feature(name, dtype, shape))
 
 
@@ -222,7 +222,7 @@ def test_packed_sequences(dtype: torch.dtype, isa: str) -> None:
     assert_right(q, k, v, {**cu, "causal": True, "dropout_p": 0.2, "seed": torch.tensor([5])})
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 33, 64, 65, 129, 257])
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 33, 64, 65, 257])
 def test_odd_shapes(length: int, isa: str) -> None:
     for dim, dim_v, keys in [(1, 1, length), (7, 3, 129), (17, 65, 1), (64, 64, 300), (33, 16, length + 1)]:
         for dtype in (torch.float32, torch.bfloat16):

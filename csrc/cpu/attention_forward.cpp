@@ -182,18 +182,21 @@ class Forward {
                            x.scores, kQueries};
     const bool all = seen == Seen::all;
     for (int l = 0; l < kQueries; ++l) x.block_max[l] = A(-kInfinity);
-    if (all) {
+    const bool max_at_once = all && pairs_ <= kDepth;
+    if (max_at_once) {
       to_scores.max = x.block_max;
       product<Op, Into::store_max>(to_scores, n, q.vectors, pairs_);
+    } else if (all) {
+      deep_product(to_scores, n, q.vectors, pairs_);
     } else {
       for_seen_rows(x.words, n, kTileRows, [&](long row, long rows, int begin, int end) {
         const int v0 = begin / L, v1 = (end + L - 1) / L;
         Operands<Op> y = to_scores;
         y.a += row * y.a_row, y.b += v0 * L, y.c += row * kQueries + v0 * L;
-        product<Op, Into::store>(y, rows, v1 - v0, pairs_);
+        deep_product(y, rows, v1 - v0, pairs_);
       });
     }
-    if (!all || !scoring_.plain)
+    if (!max_at_once || !scoring_.plain)
       scoring_.finish({x.scores, all ? nullptr : x.words, n, q.vectors}, s, b, q.h, q.i0, q.count, j0, x.bias,
                       x.block_max, nullptr);
     if (dropout_.active) dropout_.keep(b, q.h, q.i0, j0, j1, x.kept);

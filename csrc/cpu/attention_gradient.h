@@ -150,15 +150,15 @@ class Gradient {
     const Operands<Op> to_dp{keys.v + (j0 - base) * keys.v_row, keys.v_row, long(sizeof(Element)), q.d_o, kQueries,
                              x.dp, kQueries};
     if (!words) {
-      product<Op, Into::store>(to_s, n, q.vectors, pairs);
-      product<Op, Into::store>(to_dp, n, q.vectors, pairs_v);
+      deep_product(to_s, n, q.vectors, pairs);
+      deep_product(to_dp, n, q.vectors, pairs_v);
     } else {
       for_seen_rows(words, n, kTileRows, [&](long row, long rows, int begin, int end) {
         const int v0 = begin / L, v1 = (end + L - 1) / L;
         for (Operands<Op> y : {to_s, to_dp}) {
           const long depth = y.c == x.scores ? pairs : pairs_v;
           y.a += row * y.a_row, y.b += v0 * L, y.c += row * kQueries + v0 * L;
-          product<Op, Into::store>(y, rows, v1 - v0, depth);
+          deep_product(y, rows, v1 - v0, depth);
         }
       });
     }

@@ -144,6 +144,18 @@ void product(Operands<Op> x, long rows, int vectors, long depth) {
   }
 }
 
+// Depth summed at one go: longer sums are made of parts, whose rounding errors add up more slowly.
+constexpr long kDepth = 128;
+
+template <class Op>
+void deep_product(Operands<Op> x, long rows, int vectors, long depth) {
+  product<Op, Into::store>(x, rows, vectors, least(kDepth, depth));
+  for (long k = kDepth; k < depth; k += kDepth) {
+    x.a += kDepth * x.a_step, x.b += kDepth * x.b_row;
+    product<Op, Into::add>(x, rows, vectors, least(kDepth, depth - k));
+  }
+}
+
 // out[d][lane] = rows[lane][d] in the accumulator's type, for 64 lanes; those from `count` on are 0.
 template <class S>
 void pack_transposed(const S* rows, long stride, int count, long dim, Accumulator<S>* out) {

@@ -3,7 +3,7 @@
 // dx is made as the scan makes its input's share: rows of dgates times packed columns of W_ih. The weights' gradients
 // are sums over rows of outer products: chunks of rows of x and h_prev are laid out in panels, blocks of columns of
 // dgates beside them, and a register tile of a gradient takes in a whole chunk before it is written back.
-// Every number is one thread's sum in one order: the result does not depend on how many threads there are.
+// Each of their numbers is one thread's sum in one order, however many threads there are.
 #include "recurrent_plan.h"
 
 namespace fastseq {
@@ -237,7 +237,7 @@ struct Products {
   // [row][kBlock] of a block's columns, and their sums into the biases' gradients.
   void pack_block(const Job& j, long first, long count, long k0, long n, A* d) {
     const ScanView& from = j.beside ? p.dhidden : p.dgates;
-    Vec<A> sums[kBlock / 4];
+    Vec<A> sums[kBlock / L];
     const long vectors = vectors_of<A>(count);
     for (long v = 0; v < vectors; ++v) sums[v] = Vec<A>{};
     for (long k = 0; k < n; ++k) {

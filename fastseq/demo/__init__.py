@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -130,7 +129,7 @@ def _show(result: Race, text: data.Text, out: Path, seed: int) -> None:
         print(f"  {side.name:<9}{shown}  loss {first:.3f} -> {last:.3f}")
     low, middle, high = result.speedup
     if math.isnan(middle):
-        print(f"  too few steps for a speed: it takes {(race.FEWEST_TURNS + 1) * race.TURN}")
+        print(f"  too few steps for a speed: it takes {race.FEWEST_TURNS * race.TURN + 1}")
     else:
         print(f"  fastseq trains {middle:.2f} times as fast as torch.nn ({low:.2f} to {high:.2f} in half of the turns)")
     agree = "agree" if result.agrees else "DO NOT AGREE"
@@ -146,9 +145,9 @@ def _show(result: Race, text: data.Text, out: Path, seed: int) -> None:
     path = out / f"sample-{result.kind.name}.txt"
     path.write_text(written + "\n", encoding="utf-8")
     print(f"  {bits:.2f} bits a character on text it has not seen; it writes ({path}):")
-    lines = [line.rstrip() for line in textwrap.dedent(written).splitlines() if line.strip()]
+    lines = [line[:100].rstrip() for line in written.splitlines() if len(line[:100].strip()) > 2]
     for line in lines[:5]:
-        print(f"    | {line[:100]}")
+        print(f"    | {line}")
 
 
 def _save(races: list[Race], text: data.Text, out: Path, device: torch.device) -> None:

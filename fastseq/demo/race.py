@@ -155,7 +155,7 @@ def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, 
             if before - start + longest_turn > seconds:
                 race.out_of_time = True
                 return
-            n = min(TURN, race.steps - race.done)
+            n = min(TURN, race.steps - race.done) if race.done else 1  # the first one warms up
             batches = [text.batch(race.kind.batch, race.kind.length, generator) for _ in range(n)]
             batches = [(ids.to(device), following.to(device)) for ids, following in batches]
             for side in order:

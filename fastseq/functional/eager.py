@@ -47,7 +47,8 @@ def torch_stack(
         return y, last[0], last[1] if c0 is not None else None
     packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
     order, back = packed.sorted_indices, packed.unsorted_indices
-    assert order is not None and back is not None
+    assert order is not None
+    assert back is not None
     state = h0[:, order] if c0 is None else (h0[:, order], c0[:, order])
     data, *last = function(packed.data, packed.batch_sizes, state, list(weights), *tail)
     y, _ = pad_packed_sequence(PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0])

@@ -36,7 +36,7 @@ def stack(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y, h_n, c_n of a stack of layers (c_n empty unless an LSTM), as ``ops.STACK_FORWARD``; None: take the other way."""
+    """y, h_n, c_n of a stack (c_n empty unless an LSTM), as ``ops.STACK_FORWARD``; None: take the general way."""
     if not _plain(x):
         return None
     try:
@@ -55,7 +55,7 @@ def cell(
     b_hh: Tensor | None,
     name: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """The new h and c (empty unless an LSTM) of one step, as ``ops.CELL_FORWARD``; None: take the other way."""
+    """The new h and c (empty unless an LSTM) of one step, as ``ops.CELL_FORWARD``; None: take the general way."""
     if not _plain(x):
         return None
     try:

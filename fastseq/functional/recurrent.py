@@ -34,7 +34,9 @@ class Stack:
         """1, or 2 where bidirectional."""
         return 2 if self.bidirectional else 1
 
-    def of(self, weights: Sequence[Tensor], index: int) -> tuple[Tensor | None, ...]:
+    def of(
+        self, weights: Sequence[Tensor], index: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """w_ih, w_hh, b_ih, b_hh, w_hr of the ``index``-th layer and direction; None for those absent."""
         width = 2 + 2 * self.has_biases + self.projected
         w = weights[index * width : (index + 1) * width]
@@ -251,7 +253,7 @@ def run(
     want_states: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check the arguments, choose the backend, run the stack; returns y, h_n, c_n and all c_t, laid out as the input."""
+    """Check the arguments, choose the backend, run the stack; y, h_n, c_n and all c_t come laid out as the input."""
     w_ih, w_hh = weights[0], weights[1]
     if torch.is_autocast_enabled(w_ih.device.type):
         x, h0, c0, weights = eager.autocast(x, h0, c0, weights)
@@ -330,7 +332,7 @@ def _layers(
             y, h, c, all_c = scan(
                 name,
                 x,
-                *stack.of(weights, index),  # type: ignore[arg-type]
+                *stack.of(weights, index),
                 h0[index],
                 None if c0 is None else c0[index],
                 lengths,

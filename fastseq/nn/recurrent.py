@@ -21,6 +21,8 @@ Hidden = Tensor | tuple[Tensor, Tensor] | None
 class _Recurrent(nn.RNNBase):
     """What the three layers share: how a call is unpacked, and how its results are laid out again."""
 
+    _flat_weights: list[Tensor]  # type: ignore[assignment]
+
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:

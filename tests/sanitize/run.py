@@ -49,7 +49,8 @@ CHECKS = {
     "address": Check(
         ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
         (400, 400),
-        environment={"ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1"},
+        # Not detect_stack_use_after_return: GCC 12's does not align 64-byte vectors on its fake stack.
+        environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
     ),
     "thread": Check(
         ["-O1", *LINES, "-fsanitize=thread", "-DFASTSEQ_STD_THREADS"],

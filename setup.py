@@ -13,6 +13,7 @@ their source or a header changed.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.machinery
 import json
 import os
@@ -122,6 +123,11 @@ class Torch:
         return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
 
 
+def files_read(rule: Path) -> list[str]:
+    """The source and the headers that a compiler's dependency file names."""
+    return rule.read_text().replace("\\\n", " ").partition(":")[2].split()
+
+
 @dataclass
 class Unit:
     """One object file and the command that makes it (to which the output's name is added)."""
@@ -131,14 +137,16 @@ class Unit:
     command: list[str]
     signature: str = ""
 
+    def stamp(self) -> str:
+        """What the object depends on: the command, the compiler, and the contents of every file that was read."""
+        digest = hashlib.sha256()
+        for name in files_read(self.object.with_suffix(".d")):
+            digest.update(f"{name}\n".encode() + (ROOT / name).read_bytes())
+        return f"{self.signature}{digest.hexdigest()}\n"
+
     def stale(self) -> bool:
-        stamp, deps = self.object.with_suffix(".cmd"), self.object.with_suffix(".d")
         try:
-            if stamp.read_text() != self.signature:
-                return True
-            made = self.object.stat().st_mtime
-            _, _, listed = deps.read_text().replace("\\\n", " ").partition(":")
-            return any((ROOT / name).stat().st_mtime > made for name in listed.split())
+            return not self.object.exists() or self.object.with_suffix(".cmd").read_text() != self.stamp()
         except OSError:
             return True
 
@@ -147,15 +155,17 @@ class Unit:
         self.object.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and moved into place: two builds may run in one tree, and a broken one must leave nothing.
         aside = self.object.with_suffix(f".{os.getpid()}.tmp")
-        deps = self.object.with_suffix(".d")
+        listed = Path(f"{aside}.d")
         try:
-            run([*self.command, "-MMD", "-MF", str(aside) + ".d", "-c", str(self.source), "-o", str(aside)])
-            os.utime(aside, (start, start))  # an edit made during the compilation is newer
-            os.replace(f"{aside}.d", deps)
+            run([*self.command, "-MMD", "-MF", str(listed), "-c", str(self.source), "-o", str(aside)])
+            edited = any((ROOT / name).stat().st_mtime > start for name in files_read(listed))
+            self.object.with_suffix(".cmd").unlink(missing_ok=True)
+            os.replace(listed, self.object.with_suffix(".d"))
             os.replace(aside, self.object)
-            self.object.with_suffix(".cmd").write_text(self.signature)
+            if not edited:  # else it is not known which contents were compiled
+                self.object.with_suffix(".cmd").write_text(self.stamp())
         finally:
-            for leftover in (aside, Path(f"{aside}.d")):
+            for leftover in (aside, listed):
                 leftover.unlink(missing_ok=True)
         say(f"compiled {self.source} [{self.object.parent.name}] in {time.time() - start:.1f} s")
 

@@ -163,7 +163,9 @@ def fastseq_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entra
         cu_seqlens = cumulative(inputs)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return fastseq.attention(q, k, v, causal=case.causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+            o = fastseq.attention(q, k, v, causal=case.causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+            assert isinstance(o, Tensor)
+            return o
 
         yield attention_entrant(case, attend, (inputs.q, inputs.k, inputs.v, inputs.d_o))
     else:

@@ -76,7 +76,7 @@ FASTSEQ_HD Floats512 divide(Floats512 a, Floats512 b) {
 }
 #endif
 
-// 2^n and p with e^x = 2^n (1 + p), for x where 2^n is a normal number.
+// 2^n and p with e^x = 2^n (1 + p), for x where 2^n is a normal number, or (n one lower) 0.
 template <class V>
 FASTSEQ_HD V exp_parts(V x, V& power) {
   using S = Scalar<V>;

@@ -1,11 +1,12 @@
 """The scan as one differentiable function.
 
-A backend walks the cell forward and back; the large products of the backward pass (``dx``, ``dW``, ``db``) are one
-matrix product each for the whole sequence, are the same for every backend, and are written here once.
+A backend walks the cell forward and back. The large products of the backward pass (``dx``, ``dW``, ``db``) are one
+matrix product each for the whole sequence: the backend's own where it has them, else torch's, written here once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fastseq import ops, reference
 
 FORWARD = {name: getattr(torch.ops.fastseq.scan_forward, name) for name in ops.BACKENDS}
 BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops.BACKENDS}
+# dx, dW and db of the backends that make them themselves.
+PRODUCTS = {"native": torch.ops.fastseq.scan_products.native}
 
 
 def functorch_active() -> bool:
@@ -27,7 +30,7 @@ def functorch_active() -> bool:
 def needs_reference() -> bool:
     """Whether a derivative is being taken that the fused operators do not have: forward mode, or a nested gradient."""
     if torch.compiler.is_compiling():
-        return False
+        return transform_is_traced()
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     stack = torch._C._functorch.get_interpreter_stack()
@@ -36,6 +39,15 @@ def needs_reference() -> bool:
     kinds = [level.key() for level in stack]
     transform = torch._C._functorch.TransformType
     return transform.Jvp in kinds or kinds.count(transform.Grad) > 1
+
+
+def transform_is_traced() -> bool:
+    """Whether a torch.func transform is active, asked while Dynamo traces: it enters transforms as it meets them, and
+    takes this answer for a constant. It loses a Function's backward inside one, so the reference must run there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Scan(torch.autograd.Function):
@@ -75,50 +87,149 @@ class Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dstates: Tensor | None, _: None
     ) -> tuple:
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, y, states, tape = ctx.saved_tensors
+        *inputs, lengths, reset, y, states, tape = ctx.saved_tensors
         if ctx.cell != "lstm":
             dc_n = dstates = None
-        if torch.is_grad_enabled() and not functorch_active():
-            inputs = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
-            grads = _differentiable_backward(
-                ctx.needs_input_grad, inputs, lengths, reset, ctx.cell, ctx.reverse, (dy, dh_n, dc_n, dstates)
+        grads, need = (dy, dh_n, dc_n, dstates), ctx.needs_input_grad[:8]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            found = fused_gradient(
+                grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
             )
-            return (*grads, None, None, None, None, None)
-        dgates, dhidden, dh0, dc0 = BACKWARD[ctx.backend](
-            dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, ctx.cell, ctx.reverse
+        elif needs_reference():
+            found = reference_gradient(grads, inputs, lengths, reset, ctx.cell, ctx.reverse, need)
+        else:
+            found = ScanGradient.apply(
+                *grads, *inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
+            )
+        return (*(g if n else None for g, n in zip(found, need, strict=True)), *(None,) * 5)
+
+
+class ScanGradient(torch.autograd.Function):
+    """The gradient as a function of its own: the fused kernels, and behind them, for whoever differentiates once more,
+    the reference. Second derivatives are rare, so nothing is computed for them until one is taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        lengths, reset, y, states, tape, cell, reverse, backend, need = args[12:]
+        return fused_gradient(
+            args[:4], args[4:12], lengths, reset, y, states, tape, cell, reverse, backend, need
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:14])  # y, states and tape follow from these
+        ctx.cell, ctx.reverse, _, ctx.need = inputs[17:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        *tensors, lengths, reset = ctx.saved_tensors
+        places = [n for n, t in enumerate(tensors) if t is not None]
+
+        def first(*present: Tensor) -> tuple[Tensor, ...]:
+            """The gradient that was asked for, as a function of all that it depends on."""
+            given = dict(zip(places, present, strict=True))
+            values = [given.get(n) for n in range(12)]
+            found = reference_gradient(values[:4], values[4:], lengths, reset, ctx.cell, ctx.reverse, ctx.need)
+            return tuple(g for g, n in zip(found, ctx.need, strict=True) if n)
+
+        vjp: Any = torch.func.vjp(first, *(t for t in tensors if t is not None))[1]
+        found: list[Tensor | None] = [None] * 21
+        for place, grad in zip(places, vjp(tuple(g for g, n in zip(grads, ctx.need, strict=True) if n)), strict=True):
+            found[place] = grad
+        return tuple(found)
+
+
+def fused_gradient(
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    states: Tensor,
+    tape: Tensor,
+    cell: str,
+    reverse: bool,
+    backend: str,
+    need: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 by a backend; of shape [0] where not needed."""
+    x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
+    dgates, dhidden, dh0, dc0 = BACKWARD[backend](
+        *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+    )
+    products = PRODUCTS.get(backend, torch_products)
+    dx, dw_ih, dw_hh, db_ih, db_hh = products(
+        dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, need[0], any(need[1:5])
+    )
+    dw_hr = None
+    if w_hr is not None and need[5]:
+        o = tape[..., 3 * states.shape[-1] :]
+        dw_hr = dhidden.flatten(0, 1).t() @ (o * torch.tanh(states).to(o.dtype)).flatten(0, 1)
+    found = (dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0)
+    return tuple(g if n and g is not None else x.new_empty(0) for g, n in zip(found, need, strict=True))
+
+
+def reference_gradient(
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    reverse: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The same by the reference: slower, and differentiable itself."""
+    wanted = [n for n, t in enumerate(inputs) if t is not None and need[n]]
+    outputs = [n for n, g in enumerate(grads) if g is not None]
+
+    def forward(*own: Tensor) -> tuple[Tensor, ...]:
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = (
+            own[wanted.index(n)] if n in wanted else t for n, t in enumerate(inputs)
         )
-        need = ctx.needs_input_grad
-        hidden = w_hh.shape[0] // ops.GATES[ctx.cell]
-        dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
-        flat = dgates.flatten(0, 1)
-        if need[0]:
-            dx = (flat @ w_ih).unflatten(0, dgates.shape[:2])
-        if need[1]:
-            if lengths is not None:  # the padding may hold anything, and 0 * NaN is NaN
-                steps = torch.arange(x.shape[0], device=x.device)
-                x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
-            dw_ih = flat.t() @ x.flatten(0, 1)
-        if need[2]:
-            dw_hh = _dw_hh(dgates, dhidden, y, tape, h0, lengths, reset, ctx.cell, ctx.reverse)
-        if need[3] or need[4]:
-            db_ih = db_hh = flat.sum(0)
-            if ctx.cell == "gru" and need[4]:
-                db_hh = torch.cat((db_ih[: 2 * hidden], dhidden.sum((0, 1))))
-        if w_hr is not None and need[5]:
-            o = tape[..., 3 * hidden :]
-            m = (o * torch.tanh(states).to(o.dtype)).flatten(0, 1)
-            dw_hr = dhidden.flatten(0, 1).t() @ m
-        return (
-            dx,
-            dw_ih,
-            dw_hh,
-            db_ih if need[3] else None,
-            db_hh if need[4] else None,
-            dw_hr,
-            dh0,
-            dc0 if c0 is not None else None,
-            *(None,) * 5,
-        )
+        results: Any = reference.scan(
+            x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse
+        )  # fmt: skip
+        return tuple(results[n] for n in outputs)
+
+    vjp: Any = torch.func.vjp(forward, *(inputs[n] for n in wanted))[1]
+    found = [inputs[0].new_empty(0)] * 8
+    for place, grad in zip(wanted, vjp(tuple(g for g in grads if g is not None)), strict=True):
+        found[place] = grad
+    return tuple(found)
+
+
+def torch_products(
+    dgates: Tensor,
+    dhidden: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    y: Tensor,
+    tape: Tensor,
+    h0: Tensor,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    reverse: bool,
+    with_dx: bool,
+    with_weights: bool,
+) -> tuple[Tensor | None, ...]:
+    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_products``."""
+    dx = dw_ih = dw_hh = db_ih = db_hh = None
+    flat = dgates.flatten(0, 1)
+    if with_dx:
+        dx = (flat @ w_ih).unflatten(0, dgates.shape[:2])
+    if with_weights:
+        if lengths is not None:  # the padding may hold anything, and 0 * NaN is NaN
+            steps = torch.arange(x.shape[0], device=x.device)
+            x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
+        dw_ih = flat.t() @ x.flatten(0, 1)
+        dw_hh = _dw_hh(dgates, dhidden, y, tape, h0, lengths, reset, cell, reverse)
+        db_ih = db_hh = flat.sum(0)
+        if cell == "gru":
+            db_hh = torch.cat((db_ih[: -dhidden.shape[-1]], dhidden.sum((0, 1))))
+    return dx, dw_ih, dw_hh, db_ih, db_hh
 
 
 def _dw_hh(
@@ -160,27 +271,3 @@ def _dw_hh(
 def _at(values: Tensor, steps: Tensor) -> Tensor:
     """``values[steps[b], b]`` of ``values [T, B, N]``."""
     return values.gather(0, steps.to(torch.int64)[None, :, None].expand(1, -1, values.shape[-1]))[0]
-
-
-def _differentiable_backward(
-    need: tuple[bool, ...],
-    inputs: tuple[Tensor | None, ...],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    reverse: bool,
-    grads: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:
-    """The gradient as a differentiable function of everything: forward and backward again, in eager torch."""
-    # Views of their own, so that one tensor given twice (h0 as c0) is two inputs here.
-    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
-    outputs = reference.scan(
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse
-    )  # fmt: skip
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t, n in zip(own, need, strict=False) if t is not None and n]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if t is not None and n else None for t, n in zip(own, need, strict=False)]

@@ -162,23 +162,11 @@ def call_reference(
     )  # fmt: skip
 
 
-def transform_is_traced() -> bool:
-    """Whether a torch.func transform is active, asked while Dynamo traces: it enters transforms as it meets them, and
-    takes this answer for a constant."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def run(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
     """o and lse on the reference or an operator backend; ``arguments`` in the operator's order."""
     if backend == "reference" or needs_reference():
         return call_reference(*arguments)
-    if torch.compiler.is_compiling():
-        if transform_is_traced():  # Dynamo loses a Function's backward inside a transform
-            return call_reference(*arguments)
-    elif functorch_active():
+    if functorch_active():
         return Attention.apply(*arguments, backend)
     if torch.is_grad_enabled():
         q, k, v, bias, _, sinks = arguments[:6]

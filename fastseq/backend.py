@@ -54,13 +54,9 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _from_environment() -> str | None:
-    name = os.environ.get("FASTSEQ_BACKEND", "")
-    return _checked(name, "FASTSEQ_BACKEND") if name and name != "auto" else None
-
-
 # Plain module globals: torch.compile guards them, which it cannot do with a ContextVar.
-_override: str | None = _from_environment()
+# A name from the environment is checked at its first use, so that the import and the doctor work whatever it says.
+_override: str | None = os.environ.get("FASTSEQ_BACKEND", "").replace("auto", "") or None
 _decisions: list[str] | None = None  # where explain() listens
 _logged: set[tuple[str, str, str]] = set()
 
@@ -101,7 +97,7 @@ def forced(argument: str | None = None) -> str | None:
     """The backend named by argument, ``use_backend`` or the environment; None leaves the choice to AUTO."""
     if argument is not None and argument != "auto":
         return _checked(argument, "backend")
-    return _override
+    return None if _override is None else _checked(_override, "FASTSEQ_BACKEND")
 
 
 def auto_row(device: str, op: str) -> Row:

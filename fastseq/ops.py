@@ -9,16 +9,11 @@ G gates a cell (1 for an RNN, 3 for a GRU, 4 for an LSTM); Tq, Tk query and key 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from fastseq import ops_attention
-
-BACKENDS = ("native", "triton")
-"""Backends that are operators of their own; ``reference`` and ``torch`` are made of torch's."""
+from fastseq.ops_attention import attention_rule, fake_attention_backward, fake_attention_forward
+from fastseq.ops_define import BACKENDS as BACKENDS
+from fastseq.ops_define import define, fold_batch, loop_over
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 """Number of gates G of each cell; rows of ``w_ih`` and ``w_hh`` are G blocks of H, in torch's order."""
@@ -40,7 +35,7 @@ SCAN_FORWARD = (
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
-# The walk back through time; the large products (dx, dW, db) are torch's and live in autograd.py.
+# The walk back through time; the large products (dx, dW, db) are SCAN_PRODUCTS or, in autograd.py, torch's.
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
@@ -49,6 +44,14 @@ SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor states, Tensor tape, Tensor w_hh, "
     "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, bool reverse) "
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
+)
+
+# The products of the backward pass over all steps at once, for a backend that has its own:
+# -> dx [T,B,I] (empty unless with_dx), dw_ih [G*H,I], dw_hh [G*H,P], db_ih, db_hh [G*H] (empty unless with_weights)
+SCAN_PRODUCTS = (
+    "(Tensor dgates, Tensor dhidden, Tensor x, Tensor w_ih, Tensor y, Tensor tape, Tensor h0, Tensor? lengths, "
+    "Tensor? reset, str cell, bool reverse, bool with_dx, bool with_weights) "
+    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)"
 )
 
 # Dense: q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv]. Packed (cu_seqlens given): [total,H,D].
@@ -129,6 +132,17 @@ def _fake_scan_backward(
     )
 
 
+def _fake_scan_products(
+    dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, with_dx, with_weights
+):  # fmt: skip
+    rows = dgates.shape[2]
+    shapes = [(rows, x.shape[2]), (rows, y.shape[2]), (rows,), (rows,)]
+    return (
+        x.new_empty(x.shape if with_dx else 0),
+        *(x.new_empty(shape if with_weights else 0) for shape in shapes),
+    )
+
+
 def _fake_stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first):
     directions = 2 if bidirectional else 1
     hidden, state = weights[1].shape[0] // GATES[cell], weights[1].shape[1]
@@ -146,61 +160,6 @@ def _fake_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell):
     return x.new_empty(shape), x.new_empty(shape if cell == "lstm" else 0)
 
 
-def loop_over(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
-    """The vmap rule that always holds: one call a slice, results stacked along a new first dimension."""
-    calls = []
-    for index in range(size):
-        slices = (a if d is None else a.select(d, index) for a, d in zip(args, in_dims, strict=True))
-        calls.append(op(*slices))
-    return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
-def fold_batch(op: Callable, axes: Sequence[int | None], out_axes: Sequence[int]) -> Callable[..., tuple[Any, Any]]:
-    """A vmap rule that lays the mapped dimension into the batch.
-
-    ``axes`` names each argument's batch dimension (None for an argument without one: where such an argument is
-    mapped, weights for instance, the rule falls back to a loop); ``out_axes`` that of each result.
-    """
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        if any(d is not None and axis is None for d, axis in zip(in_dims, axes, strict=True)) or size == 0:
-            return loop_over(op, size, in_dims, args)
-        folded = []
-        for arg, dim, axis in zip(args, in_dims, axes, strict=True):
-            if axis is None or not isinstance(arg, Tensor) or arg.shape == (0,):
-                folded.append(arg)
-            elif dim is None:
-                shape = (*arg.shape[:axis], size, *arg.shape[axis:])
-                folded.append(arg.unsqueeze(axis).expand(shape).flatten(axis, axis + 1))
-            else:
-                folded.append(arg.movedim(dim, axis).flatten(axis, axis + 1))
-        outs, dims = [], []
-        for out, axis in zip(op(*folded), out_axes, strict=True):
-            absent = out.shape == (0,)
-            outs.append(out if absent else out.unflatten(axis, (size, out.shape[axis] // size)))
-            dims.append(None if absent else axis)
-        return tuple(outs), tuple(dims)
-
-    return rule
-
-
-def define(
-    name: str,
-    schema: str,
-    fake: Callable,
-    rule: Callable[[Callable], Callable] | None,
-    backends: Sequence[str] = BACKENDS,
-) -> None:
-    """Define ``fastseq::name.<backend>`` for every backend, with its fake kernel and its vmap rule (None: no vmap)."""
-    for backend in backends:
-        full = f"fastseq::{name}.{backend}"
-        torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(full, fake)
-        if rule is not None:
-            torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))
-
-
 define(
     "scan_forward", SCAN_FORWARD, _fake_scan_forward,
     lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 1, *[None] * 4), (1, 0, 0, 1, 1)),
@@ -209,9 +168,14 @@ define(
     "scan_backward", SCAN_BACKWARD, _fake_scan_backward,
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
 )  # fmt: skip
+define(
+    "scan_products", SCAN_PRODUCTS, _fake_scan_products,
+    lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("native",),
+)  # fmt: skip
 define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
 define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
-ops_attention.register()
+define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
+define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 
 

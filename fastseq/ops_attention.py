@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from fastseq.ops_define import loop_over
+
 # Places of arguments in ops._ATTENTION_OPTIONS, the same in both schemas once what comes before it is counted.
 _BIAS, _MASK, _SINKS, _ALIBI, _LENGTHS_Q, _LENGTHS_K, _CU_SEQLENS_Q, _CU_SEQLENS_K, _SEED = range(9)
 _DROPOUT_P = 15
 
 
-def _fake_forward(
+def fake_attention_forward(
     q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
 ):  # fmt: skip
@@ -21,7 +23,7 @@ def _fake_forward(
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(rows, dtype=accumulator)
 
 
-def _fake_backward(
+def fake_attention_backward(
     d_o, dlse, q, k, v, o, lse, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, bias_grad,
 ):  # fmt: skip
@@ -32,7 +34,7 @@ def _fake_backward(
     )
 
 
-def _rule(leading: int, backward: bool) -> Callable[[Callable], Callable[..., tuple[Any, Any]]]:
+def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callable[..., tuple[Any, Any]]]:
     """The vmap rule of an operator with ``leading`` arguments before the options: the mapped dimension is laid into
     the batch where that means the same, else the slices are run one by one."""
 
@@ -43,19 +45,12 @@ def _rule(leading: int, backward: bool) -> Callable[[Callable], Callable[..., tu
             # Dropout's bits depend on the place in the batch, and sinks have one gradient a batch.
             one_by_one = packed or options[_DROPOUT_P] > 0.0 or (backward and options[_SINKS] is not None)
             if one_by_one or dims[_SINKS] is not None or dims[_ALIBI] is not None:
-                return _loop(op, info.batch_size, in_dims, args)
+                return loop_over(op, info.batch_size, in_dims, args)
             return _fold(op, info.batch_size, in_dims, args, leading, backward)
 
         return rule
 
     return of
-
-
-def _loop(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
-    calls = []
-    for index in range(size):
-        calls.append(op(*(a if d is None else a.select(d, index) for a, d in zip(args, in_dims, strict=True))))
-    return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 
 def _fold(
@@ -87,11 +82,3 @@ def _fold(
         if own != batch:
             outs[3] = outs[3].sum(1, keepdim=True)
     return tuple(outs), tuple(None if out.shape == (0,) else 0 for out in outs)
-
-
-def register() -> None:
-    """Define both operators for every operator backend."""
-    from fastseq import ops
-
-    ops.define("attention_forward", ops.ATTENTION_FORWARD, _fake_forward, _rule(3, backward=False))
-    ops.define("attention_backward", ops.ATTENTION_BACKWARD, _fake_backward, _rule(7, backward=True))

@@ -79,6 +79,40 @@ def test_torch_func(cell, backend):
         torch.testing.assert_close(ours, truth, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@needs_native
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_transforms_inside_a_compiled_function(name):
+    layer = getattr(fastseq.nn, name)(3, 4).double().requires_grad_(False)
+    x = torch.randn(5, 2, 3).double()
+
+    def f(x):
+        return layer(x)[0].sin().sum()
+
+    for g in (torch.func.grad(f), lambda x: torch.func.vmap(torch.func.grad(f))(torch.stack((x, 2 * x)))):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(g, fullgraph=True, backend="aot_eager")(x), g(x))
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_plain_autograd_reaches_through_a_transform(name, backend):
+    layer = getattr(fastseq.nn, name)(3, 4).double()
+    x = torch.randn(5, 2, 3).double().requires_grad_()
+    results = []
+    for which in (backend, "reference"):
+        with fastseq.use_backend(which):
+            inner = torch.func.grad(lambda x: layer(x)[0].sin().sum())(x)
+            results.append(torch.autograd.grad(inner.square().sum(), [x, *layer.parameters()], allow_unused=True))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_meta_tensors_give_shapes(name):
+    layer = getattr(fastseq.nn, name)(3, 4, device="meta")
+    assert layer(torch.randn(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
+
+
 def test_jacobian_of_every_output():
     inputs = cell_inputs("gru", 3, 2, 2, 3)
 

@@ -1,7 +1,8 @@
 // softmax(Q Kᵀ) V on the CPU, tiled, forward and backward: plain structs in, plain arrays out, nothing of torch.
 //
 //   s[i,j] = scale * q[i]·k[j];  softcap * tanh(s / softcap);  + bias[i,j];  - alibi * |i + shift - j|
-//   lse[i] = log( sum over visible j of exp s[i,j]  +  exp sink ),   o[i] = sum over visible j of exp(s[i,j] - lse[i]) v[j]
+//   lse[i] = log( sum over visible j of exp s[i,j]  +  exp sink )
+//   o[i]   = sum over visible j of  exp(s[i,j] - lse[i]) v[j]
 //
 // with shift = 0, or tk - tq of each sequence where bottom_right. The matrix of scores is never stored. Results do not
 // depend on chance: no sum is shared between threads but in a fixed order.

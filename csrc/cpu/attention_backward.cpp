@@ -91,7 +91,8 @@ class Backward : Gradient<S> {
         for (long d = 0; d < width; d += L) store(dk + i * dk_row + d, Vec<A>{});
         for (long d = 0; d < width_v; d += L) store(dv + i * dv_row + d, Vec<A>{});
       }
-      this->keys(s, b, hk, j, end, x.k + j * this->k_copy_row(), x.v + j * this->v_copy_row());
+      this->keys(s, b, hk, j, end, x.k ? x.k + j * this->k_copy_row() : nullptr,
+                 x.v ? x.v + j * this->v_copy_row() : nullptr);
       if constexpr (kDot) {
         interleave_rows(at<S>(call.k, b, hk, s.k_row + j), call.k.row, end - j, (end - j + 1) / 2, call.dim, width,
                         x.k_pairs + j / 2 * width);

@@ -2,7 +2,8 @@
 //
 // A task is a head of K and V and a chunk of its keys; all queries that share the head are its rows. Within a chunk,
 // blocks of keys stay in the first cache while four rows at a time meet them: scores by dot products, lanes along the
-// features; then the online softmax, lanes along the keys; then O. Chunks are merged by their maxima and sums, in order.
+// features; then the online softmax, lanes along the keys; then O. Chunks are merged by their maxima and sums, in
+// order.
 #include <atomic>
 
 #include "attention.h"
@@ -66,15 +67,19 @@ class Decode {
     Arena shared(memory.data + counting.used() * threads);
     o_ = shared.take<A>(tasks * rows_ * width_v_);
     max_ = shared.take<A>(tasks * rows_), sum_ = shared.take<A>(tasks * rows_);
+    // Merging is little work where heads are few: not worth another meeting of the team.
+    const bool merge_alone = tasks * rows_ * width_v_ < 65536;
     std::atomic<long> next{0};
     parallel(threads, [&](const Team& team) {
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
       for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) compute(task, scratch);
+      if (merge_alone) return;
       team.sync();
       const Share share = share_of(call_.batch * call_.heads_q, team.rank, team.size);
       for (long i = share.begin; i < share.end; ++i) merge(i / call_.heads_q, i % call_.heads_q);
     });
+    for (long i = 0; merge_alone && i < call_.batch * call_.heads_q; ++i) merge(i / call_.heads_q, i % call_.heads_q);
     return true;
   }
 
@@ -229,7 +234,8 @@ class Decode {
       const bool is_float = call_.bias_dtype == AttentionCall::Dtype::f32;
       const long* step = call_.bias.stride;
       const long start = b * step[0] + h * step[1] + i * step[2] + j0 * step[3];
-      for (long j = 0; j < n; ++j) bias[j] = call_.bias.data ? read_number<S>(call_.bias.data, is_float, start + j * step[3]) : A(0);
+      for (long j = 0; j < n; ++j)
+        bias[j] = call_.bias.data ? read_number<S>(call_.bias.data, is_float, start + j * step[3]) : A(0);
       for (long j = n; j < round_up(n, L); ++j) bias[j] = scores[j] = 0;
       for (long j = 0; j < n; j += L) {
         Vec<A> x = load(scores + j) * A(call_.scale);

@@ -139,10 +139,11 @@ class Forward {
       for (int i = 0; i < used; ++i) {
         if (states[i].count == 0) continue;
         long j0 = j, j1 = j_end;
-        const Seen seen = visibility(call_, s, b, states[i].h, states[i].i0, states[i].count, Op::depth, j0, j1, x.words);
+        State& q = states[i];
+        const Seen seen = visibility(call_, s, b, q.h, q.i0, q.count, Op::depth, j0, j1, x.words);
         if (seen == Seen::none) continue;
         if (!ready) keys = prepare(s, b, hk, j, j_end, x), ready = true;
-        attend(s, b, states[i], keys, j, j0, j1, seen, x);
+        attend(s, b, q, keys, j, j0, j1, seen, x);
       }
     }
     for (int i = 0; i < used; ++i) finish(s, b, states[i]);

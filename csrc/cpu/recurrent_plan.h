@@ -14,7 +14,7 @@ using Dtype = ScanSizes::Dtype;
 constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell <= Cell::rnn_relu ? 1 : 3; }
 
 // Below this many multiplications a second thread costs more than it brings: a call, and a step with its barrier.
-constexpr long kParallelCall = 80000;
+constexpr long kParallelCall = 300000;
 constexpr long kParallelStep = 12000;
 // What of a core's own cache the weights of every step may fill before they are divided among cores instead.
 constexpr long kCacheBytes = 640 << 10;

@@ -255,7 +255,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the arguments, choose the backend, run the stack; y, h_n, c_n and all c_t come laid out as the input."""
     w_ih, w_hh = weights[0], weights[1]
-    if torch.is_autocast_enabled(w_ih.device.type):
+    if not w_ih.is_meta and torch.is_autocast_enabled(w_ih.device.type):  # autocast knows no meta device
         x, h0, c0, weights = eager.autocast(x, h0, c0, weights)
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)

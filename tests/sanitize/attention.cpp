@@ -21,7 +21,7 @@ struct Problem {
   std::vector<int64_t> lengths_q, lengths_k;
   int64_t bias_size[4] = {}, mask_size[4] = {};
   Array q, k, v, bias, sinks, alibi, d_o, dlse;
-  std::unique_ptr<unsigned char[]> mask;
+  std::shared_ptr<unsigned char[]> mask;
   AttentionCall options{};
 
   explicit Problem(Random& random) {
@@ -142,6 +142,13 @@ struct Problem {
     call.threads = threads;
   }
 
+  Problem widened() const {
+    Problem out = *this;
+    out.dtype = out.bias_dtype = out.sinks_dtype = Dtype::f64;
+    for (Array* a : {&out.q, &out.k, &out.v, &out.bias, &out.sinks, &out.d_o, &out.dlse}) *a = a->widened();
+    return out;
+  }
+
   Outputs run() const {
     Array o(dtype, d_o.size()), lse(accumulator_of(dtype), (packed ? 1 : B) * Hq * rows_q);
     AttentionForward forward{};
@@ -186,7 +193,7 @@ int attention_case(uint64_t seed) {
   Random random(seed + 1000000);
   Problem problem(random);
   double terms = double(problem.D + problem.Dv + problem.Tk + problem.Tq);
-  return over_isas(problem.describe(seed), rounding(problem.dtype, terms, 1), [&] { return problem.run(); });
+  return over_isas(problem.describe(seed), rounding(problem.dtype, terms, 1), problem);
 }
 
 }  // namespace driver

@@ -41,6 +41,13 @@ class Array {
   void* data() const { return data_.get(); }
   Dtype dtype() const { return dtype_; }
   int64_t size() const { return n_; }
+  // The same values as double.
+  Array widened() const {
+    if (absent()) return {};
+    Array out(Dtype::f64, n_);
+    for (int64_t i = 0; i < n_; ++i) out.set(i, (*this)[i]);
+    return out;
+  }
   double operator[](int64_t i) const {
     switch (dtype_) {
       case Dtype::f64:
@@ -114,7 +121,7 @@ struct Output {
 };
 using Outputs = std::vector<Output>;
 
-// Everything finite, and two instruction sets apart by no more than `tolerance` times the largest value of an output.
+// Everything finite, and no further from what is expected than `tolerance` times the largest value of an output.
 inline bool agree(const std::string& what, const Outputs& got, const Outputs& expected, double tolerance) {
   for (size_t k = 0; k < got.size(); ++k) {
     const Array &a = got[k].values, &b = expected[k].values;
@@ -136,25 +143,25 @@ inline bool agree(const std::string& what, const Outputs& got, const Outputs& ex
 // What is running, for the last words of a program that a sanitizer ends.
 inline std::string current = "nothing";
 
-// Runs `run` on each instruction set this machine has and compares all of them with baseline. Returns the failures.
-template <class Run>
-int over_isas(const std::string& what, double tolerance, const Run& run) {
-  Outputs expected;
+// Runs the problem on each instruction set this machine has, and compares all of them with the same problem in f64 on
+// the baseline set, whose kernels are other instances of the templates. Returns the number of failures.
+template <class Problem>
+int over_isas(const std::string& what, double tolerance, const Problem& problem) {
+  fastseq::set_isa("baseline");
+  current = what + ", in f64";
+  const Outputs expected = problem.widened().run();
   int failures = 0;
   for (int i = 0; i < fastseq::kIsaCount; ++i) {
-    fastseq::Isa isa = fastseq::Isa(i);
-    if (!fastseq::set_isa(fastseq::isa_name(isa))) continue;
-    current = what + " on " + fastseq::isa_name(isa);
-    Outputs got = run();
-    if (expected.empty()) expected = got;
-    failures += !agree(current, got, expected, tolerance);
+    if (!fastseq::set_isa(fastseq::isa_name(fastseq::Isa(i)))) continue;
+    current = what + " on " + fastseq::isa_name(fastseq::Isa(i));
+    failures += !agree(current, problem.run(), expected, tolerance);
   }
   return failures;
 }
 
-// What the order of summation may change: a sum of `terms` products by about terms * eps of its largest partial sum,
-// and what is stored in 16 bits by a rounding of that type; `steps` such errors feed on each other. Two results, and
-// a factor of 2 for the nonlinearities between.
+// What rounding may change: a sum of `terms` products by about terms * eps of its largest partial sum, and what is stored
+// in 16 bits by a rounding of that type; `steps` such errors feed on each other. A factor of 4 for the few sums and
+// roundings that stand in a row within a step.
 inline double rounding(Dtype dtype, double terms, double steps) {
   double stored = size_of(dtype) == 2 ? epsilon_of(dtype) : 0;
   return 4 * steps * (terms * epsilon_of(accumulator_of(dtype)) + stored);

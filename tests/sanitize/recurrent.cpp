@@ -1,4 +1,4 @@
-// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, strides, 1 to 3 threads.
+// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, strides, 1 to 4 threads.
 #include "cpu/recurrent.h"
 
 #include "harness.h"
@@ -33,7 +33,7 @@ struct Problem {
   int threads;
   Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, dy, dh_n, dc_n, dstates;
   std::vector<int64_t> lengths;
-  std::unique_ptr<bool[]> reset;
+  std::shared_ptr<bool[]> reset;
 
   bool lstm() const { return cell == Cell::lstm; }
   Dtype accumulator() const { return accumulator_of(dtype); }
@@ -45,7 +45,16 @@ struct Problem {
     B = random.pick({1, 1, 2, 3, 6, 7, 9, 17, 33});
     I = random.pick({1, 3, 7, 16, 17, 33, 40, 65});
     H = random.pick({1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 65, 129});
-    bool projected = lstm() && random.chance(0.3);
+    threads = int(1 + random.below(3));
+    // Work enough for the threads to share the units of one step: few rows, many units.
+    if (random.chance(0.4)) {
+      T = random.pick({2, 3, 7});
+      B = random.pick({1, 1, 2, 3, 4});
+      I = random.pick({17, 65, 129});
+      H = random.pick({65, 129, 177, 257});
+      threads = int(2 + random.below(3));
+    }
+    bool projected = lstm() && random.chance(0.4);
     P = projected ? 1 + random.below(H) : H;
     G = lstm() ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
     tape = G == 1 ? 0 : 4;
@@ -54,7 +63,6 @@ struct Problem {
     transposed = random.chance(0.15);
     save = random.chance(0.8);
     states = lstm() && (save || random.chance(0.5));
-    threads = int(1 + random.below(3));
     double scale = 1 / std::sqrt(double(H));
     x = random.array(dtype, T * B * I, 1);
     w_ih = random.array(dtype, G * H * I, scale);
@@ -104,6 +112,15 @@ struct Problem {
     for (int64_t t = 0; t < T && !lengths.empty(); ++t)
       for (int64_t b = 0; b < B; ++b)
         for (int64_t e = 0; e < n; ++e) out[size_t((t * B + b) * n + e)] = t >= lengths[size_t(b)];
+    return out;
+  }
+
+  Problem widened() const {
+    Problem out = *this;
+    out.dtype = Dtype::f64;
+    for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.dy, &out.dh_n,
+                     &out.dc_n, &out.dstates})
+      *a = a->widened();
     return out;
   }
 
@@ -169,7 +186,7 @@ int recurrent_case(uint64_t seed) {
   Random random(seed);
   Problem problem(random);
   double tolerance = rounding(problem.dtype, double(problem.I + problem.H), double(problem.T));
-  return over_isas(problem.describe(seed), tolerance, [&] { return problem.run(); });
+  return over_isas(problem.describe(seed), tolerance, problem);
 }
 
 }  // namespace driver

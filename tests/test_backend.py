@@ -1,0 +1,124 @@
+"""Which backend runs: the order of overrides, AUTO and its log, reasons, explain."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import needs_native
+
+import fastseq
+from fastseq import backend, functional
+from fastseq.backend import AUTO, NAMES
+
+
+def weights():
+    return [torch.randn(15, 3), torch.randn(15, 5), torch.randn(15), torch.randn(15)]
+
+
+def ran_on(monkeypatch, call) -> str:
+    """The backend that a call was resolved to."""
+    seen = []
+    resolve = backend.resolve
+
+    def listen(*args, **kwargs):
+        seen.append(resolve(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "resolve", listen)
+    call()
+    monkeypatch.setattr(backend, "resolve", resolve)
+    return seen[-1]
+
+
+def test_argument_beats_the_block_and_the_block_beats_auto(monkeypatch):
+    x = torch.randn(4, 2, 3)
+
+    def call(**kwargs):
+        return lambda: functional.gru(x, None, weights(), **kwargs)
+
+    first = ran_on(monkeypatch, call())
+    with fastseq.use_backend("reference"):
+        assert ran_on(monkeypatch, call()) == "reference"
+        assert ran_on(monkeypatch, call(backend="torch")) == "torch"
+        with fastseq.use_backend("torch"):
+            assert ran_on(monkeypatch, call()) == "torch"
+        with fastseq.use_backend("auto"):
+            assert ran_on(monkeypatch, call()) == first
+        assert ran_on(monkeypatch, call()) == "reference"
+    assert ran_on(monkeypatch, call()) == first
+
+
+def test_block_gives_the_choice_back_after_an_error():
+    before = backend.forced()
+    with pytest.raises(ZeroDivisionError), fastseq.use_backend("reference"):
+        _ = 1 / 0
+    assert backend.forced() == before
+
+
+def run_with(value: str, code: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "FASTSEQ_BACKEND": value}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_environment_names_a_backend():
+    code = "import fastseq, torch; print(fastseq.explain(fastseq.nn.GRU(3, 5), torch.randn(4, 2, 3)))"
+    assert "scan on cpu runs on: reference (named: reference)" in run_with("reference", code).stdout
+    assert "AUTO" in run_with("auto", code).stdout
+    assert "AUTO" in run_with("", code).stdout
+    failed = run_with("fast", code)
+    assert failed.returncode != 0
+    assert "FASTSEQ_BACKEND: unknown backend 'fast'; choose one of reference, torch, native, triton" in failed.stderr
+
+
+@needs_native
+def test_every_backend_has_a_reason_or_runs():
+    for name, reason in fastseq.backends().items():
+        with fastseq.use_backend(name):
+            if name == "triton" or reason is not None:
+                with pytest.raises(fastseq.BackendError, match="cannot run this scan"):
+                    fastseq.nn.GRU(3, 5)(torch.randn(4, 2, 3))
+            else:
+                assert fastseq.nn.GRU(3, 5)(torch.randn(4, 2, 3))[0].isfinite().all()
+
+
+def test_auto_has_a_row_for_every_device_and_names_only_backends():
+    for device in ("cpu", "cuda", "mps", "meta"):
+        for op in ("scan", "attention"):
+            row = backend.auto_row(device, op)
+            assert row.because
+            assert set(row.order) <= set(NAMES)
+            assert row.order[-1] == "reference"  # which can do everything
+    assert not any("triton" in row.order for row in AUTO)  # no kernel enters AUTO before it has run on hardware
+
+
+def test_auto_logs_a_fallback_once(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "AUTO", (backend.Row("*", "scan", ("torch", "reference"), "for this test"),))
+    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_NATIVE_FIRST", False)
+    layer = fastseq.nn.GRU(3, 5, reset_after=False)
+    with caplog.at_level(logging.INFO, "fastseq"):
+        for _ in range(3):
+            layer(torch.randn(4, 2, 3))
+    assert len([r for r in caplog.records if "reset gate before" in r.getMessage()]) == 1
+
+
+def test_explain_computes_nothing_and_names_every_backend():
+    layer = fastseq.nn.GRU(3, 5, reset_after=False)
+    x = torch.randn(4, 2, 3)
+    text = fastseq.explain(layer, x)
+    for name in NAMES:
+        assert name in text
+    assert "torch has no GRU with the reset gate before the product" in text
+    with torch.no_grad():
+        assert fastseq.explain(layer, x) == text
+    assert layer(x)[0].shape == (4, 2, 5)  # and the layer is as it was
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+    assert fastseq.explain(model, x) == text
+    assert "reaches no operation of fastseq" in fastseq.explain(torch.nn.Linear(3, 3), x)
+    q = torch.randn(1, 2, 4, 8)
+    assert fastseq.explain(fastseq.attention, q, q, q).startswith("attention on cpu runs on:")

@@ -346,3 +346,31 @@ def test_peak_memory_counts_what_a_training_step_holds():
         pytest.skip("the system does not tell its high-water mark")
     found = peak.in_subprocess(case, "torch", threads=1, backend=None)
     assert found > 4 * 1024 * 8 * 64 * 4  # o and three gradients at least
+
+
+def test_readme_section_is_written_from_a_result_file(tmp_path):
+    from bench.readme import main
+
+    line = {"of": "recurrent inference fp32", "count": 2, "geomean": 1.5, "worst": 1.25, "worst_case": "gru-x"}
+    document = {
+        "complete": True,
+        "environment": {
+            "cpu": "a chip", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
+            "versions": {"torch": "2.11", "onnxruntime": "1.2"},
+        },
+        "summary": [line | {"peer": "best"}, line | {"peer": "torch", "geomean": 3.0}],
+        "cases": [{"noisy": False}],
+    }  # fmt: skip
+    results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    results.write_text(json.dumps(document))
+    readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
+    assert main([str(results), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in text
+    assert text.startswith("above\n")
+    assert text.endswith("<!-- bench:end -->\nbelow\n")
+    assert "old" not in text
+    assert "[cpu.json](cpu.json)" in text
+    results.write_text(json.dumps(document | {"complete": False}))
+    assert main([str(results), "--readme", str(readme)]) == 2
+    assert readme.read_text() == text

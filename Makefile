@@ -61,6 +61,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	  { echo 'Installing torch (about 3 GB the first time)'; $(PIP) install -c constraints.txt torch; }
 	@grep -vE '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt
 	$(PIP) --quiet install -c $(VENV)/constraints.txt setuptools wheel
+	@$(PY) setup.py --quiet build_ext --inplace  # here, where it can be watched: pip would compile in silence
 	$(PIP) --quiet install -c $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 

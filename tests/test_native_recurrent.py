@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,11 @@ def restored() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.ops.fastseq.native_isa("auto")
+
+
+def draw(*sizes: Any, **settings: Any) -> list[Any]:
+    """cell_inputs, for callers who know which of them are there."""
+    return list(cell_inputs(*sizes, **settings))
 
 
 def use_isa(name: str) -> None:
@@ -78,8 +84,9 @@ def whole(dtype: torch.dtype, inputs: list[Tensor | None]) -> list[Tensor | None
 
 def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype):
     """The reference's results and the gradients of all inputs, computed from the same values in another dtype."""
-    own = whole(dtype, inputs)
-    out = reference.scan(*own, lengths, reset, cell=cell, reverse=reverse)
+    own: list[Any] = whole(dtype, inputs)
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
+    out = reference.scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t in own if t is not None]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
@@ -165,7 +172,7 @@ def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype,
             seed(cell, dtype, shape)
             torch.set_num_threads(threads)
             projected = max(1, shape[3] // 2) if cell != plain else 0
-            inputs = cell_inputs(plain, *shape, projected=projected, biases=biases, dtype=dtype)
+            inputs = draw(plain, *shape, projected=projected, biases=biases, dtype=dtype)
             lengths, reset, reverse = options(option, *shape[:2])
             compare(inputs, lengths, reset, plain, reverse)
 
@@ -177,25 +184,27 @@ def test_every_option_on_every_cell(cell: str, option: str) -> None:
     for threads, given in [(1, (True, False, False, True)), (2, (False, True, True, False)), (3, (True,) * 4)]:
         seed(cell, option, threads)
         torch.set_num_threads(threads)
-        inputs = cell_inputs(plain, 17, 7, 17, 33, projected=9 if cell != plain else 0, dtype=torch.float32)
+        inputs = draw(plain, 17, 7, 17, 33, projected=9 if cell != plain else 0, dtype=torch.float32)
         lengths, reset, reverse = options(option, 17, 7)
         compare(inputs, lengths, reset, plain, reverse, given)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("shape", [(5, 1, 129, 256), (9, 2, 33, 300), (3, 4, 16, 512), (2, 40, 65, 128)])
+@pytest.mark.parametrize(
+    "shape", [(5, 1, 129, 256), (9, 2, 33, 300), (3, 4, 16, 512), (2, 40, 65, 128), (4, 17, 7, 65)]
+)
 def test_work_split_among_threads(cell: str, shape: tuple[int, int, int, int]) -> None:
     for threads in (1, 2, 3, 4):
         seed(cell, shape)
         torch.set_num_threads(threads)
-        compare(cell_inputs(cell, *shape, dtype=torch.float32), None, None, cell, False)
+        compare(draw(cell, *shape, dtype=torch.float32), None, None, cell, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_strides_do_not_matter(cell: str, dtype: torch.dtype) -> None:
     seed(cell, dtype)
-    inputs = cell_inputs(cell, 7, 3, 17, 33, dtype=dtype)
+    inputs = draw(cell, 7, 3, 17, 33, dtype=dtype)
     lengths, reset, _ = options("lengths+reset", 7, 3)
     assert lengths is not None
     assert reset is not None
@@ -222,7 +231,7 @@ def test_strides_do_not_matter(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_batch_first_and_expanded_gradients(cell: str) -> None:
     seed(cell)
-    inputs = cell_inputs(cell, 9, 5, 16, 24, dtype=torch.float32)
+    inputs = draw(cell, 9, 5, 16, 24, dtype=torch.float32)
     want = forward(inputs, None, None, cell, False)
     got = forward([inputs[0].transpose(0, 1).contiguous().transpose(0, 1), *inputs[1:]], None, None, cell, False)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
@@ -237,7 +246,7 @@ def test_batch_first_and_expanded_gradients(cell: str) -> None:
 def test_the_same_bits_every_time(cell: str, threads: int) -> None:
     seed(cell)
     torch.set_num_threads(threads)
-    inputs = cell_inputs(cell, 20, 9, 33, 65, dtype=torch.float32)
+    inputs = draw(cell, 20, 9, 33, 65, dtype=torch.float32)
     lengths, reset, reverse = options("lengths+reset+reverse", 20, 9)
     grads = [torch.randn(20, 9, 65), None, None, None]
 
@@ -257,7 +266,7 @@ def test_the_same_bits_every_time(cell: str, threads: int) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_do_not_touch_each_other(cell: str) -> None:
     seed(cell)
-    inputs = cell_inputs(cell, 6, 9, 17, 33, dtype=torch.float32)
+    inputs = draw(cell, 6, 9, 17, 33, dtype=torch.float32)
     clean = forward(inputs, None, None, cell, False)
     inputs[0][2, 4] = float("nan")
     y, h_n, *_ = forward(inputs, None, None, cell, False)
@@ -271,16 +280,17 @@ def test_rows_do_not_touch_each_other(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_is_never_read(cell: str) -> None:
     seed(cell)
-    inputs = cell_inputs(cell, 8, 4, 5, 17, dtype=torch.float32)
+    inputs = draw(cell, 8, 4, 5, 17, dtype=torch.float32)
     lengths = torch.tensor([8, 3, 0, 5])
-    grads = [torch.randn(8, 4, 17), None, None, None]
+    dy = torch.randn(8, 4, 17)
+    grads: list[Tensor | None] = [dy, None, None, None]
     for reverse in (False, True):
         want = forward(inputs, lengths, None, cell, reverse)
         want_back = backward(grads, want, inputs, lengths, None, cell, reverse)
         past = torch.arange(8)[:, None] >= lengths
         poisoned = [inputs[0].masked_fill(past[:, :, None], float("nan")), *inputs[1:]]
         got = forward(poisoned, lengths, None, cell, reverse)
-        dirty = [grads[0].masked_fill(past[:, :, None], float("nan")), None, None, None]
+        dirty: list[Tensor | None] = [dy.masked_fill(past[:, :, None], float("nan")), None, None, None]
         got_back = backward(dirty, got, poisoned, lengths, None, cell, reverse)
         for a, b in zip((*want, *want_back), (*got, *got_back), strict=True):
             assert torch.equal(a, b)
@@ -289,20 +299,59 @@ def test_padding_is_never_read(cell: str) -> None:
             assert not got[4][past].any()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, isa: str) -> None:
+    use_isa(isa)
+    plain = cell.removesuffix("_projected")
+    shapes = [*SHAPES, (300, 2, 5, 9), (9, 7, 130, 50)]
+    for shape, option, threads in zip(shapes, itertools.cycle(OPTIONS), itertools.cycle([2, 1, 3]), strict=False):
+        seed(cell, dtype, shape)
+        torch.set_num_threads(threads)
+        projected = max(1, shape[3] // 2) if cell != plain else 0
+        inputs = draw(plain, *shape, projected=projected, dtype=dtype)
+        lengths, reset, reverse = options(option, *shape[:2])
+        grads: list[Tensor | None] = [torch.randn(*shape[:2], projected or shape[3]).to(dtype), None, None, None]
+        out, want = native_gradients(inputs, grads, lengths, reset, plain, reverse)
+        y, _, _, _, tape = out
+        dgates, dhidden, _, _ = backward(grads, out, inputs, lengths, reset, plain, reverse)
+        x, w_ih, _, _, _, _, h0, _ = inputs
+        if lengths is not None:  # padding may hold anything
+            x = x.masked_fill((torch.arange(shape[0])[:, None] >= lengths)[:, :, None], float("nan"))
+        fixed = (dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, plain, reverse)
+        found = torch.ops.fastseq.scan_products.native(*fixed, True, True)
+        for name, f, w in zip(INPUTS[:5], found, want, strict=False):
+            # Each is one sum of T * B (dx: G * H) terms, in the accumulator's dtype, rounded once.
+            floor = 4 + (shape[0] * shape[1] + dgates.shape[2]) ** 0.5
+            assert_within_budget(f, w.to(dtype), w, f"gradient of {name}", floor)
+        only_dx = torch.ops.fastseq.scan_products.native(*fixed, True, False)
+        assert torch.equal(only_dx[0], found[0])
+        assert all(t.shape == (0,) for t in only_dx[1:])
+        only_weights = torch.ops.fastseq.scan_products.native(*fixed, False, True)
+        assert all(torch.equal(a, b) for a, b in zip(only_weights[1:], found[1:], strict=True))
+
+
 def test_an_empty_batch_gives_empty_results() -> None:
     for cell in CELLS:
-        inputs = cell_inputs(cell, 4, 0, 5, 6, dtype=torch.float32)
+        inputs = draw(cell, 4, 0, 5, 6, dtype=torch.float32)
         out = forward(inputs, None, None, cell, False)
         assert out[0].shape == (4, 0, 6)
         assert out[1].shape == (0, 6)
         back = backward([torch.empty(4, 0, 6), None, None, None], out, inputs, None, None, cell, False)
         assert back[0].shape == (4, 0, 6 * ops.GATES[cell])
         assert back[2].shape == (0, 6)
+        x, w_ih, _, _, _, _, h0, _ = inputs
+        products = torch.ops.fastseq.scan_products.native(
+            *back[:2], x, w_ih, out[0], out[4], h0, None, None, cell, False, True, True
+        )
+        assert products[0].shape == (4, 0, 5)
+        assert all(not t.any() for t in products[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_large_cell_state_survives_16_bits(dtype: torch.dtype) -> None:
-    inputs = cell_inputs("lstm", 50, 2, 4, 8, dtype=dtype)
+    inputs = draw("lstm", 50, 2, 4, 8, dtype=dtype)
     inputs[1].zero_()
     inputs[2].zero_()
     inputs[3].copy_(torch.tensor([30.0, 30.0, 30.0, 0.0]).repeat_interleave(8))  # i = f = g = 1
@@ -313,7 +362,7 @@ def test_a_large_cell_state_survives_16_bits(dtype: torch.dtype) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    inputs = cell_inputs("gru", 4, 2, 5, 6, dtype=torch.float32)
+    inputs = draw("gru", 4, 2, 5, 6, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"b_ih must be .* shape"):
         forward([*inputs[:3], torch.zeros(5), *inputs[4:]], None, None, "gru", False)
     with pytest.raises(RuntimeError, match="lengths must be an int64"):

@@ -81,7 +81,7 @@ struct Backward {
     Weights<S> hidden, candidate, projection;
 
     Thread(const Backward& backward, const Team& team)
-        : f(backward), p(f.p), part(team, f.p, sizeof(A), f.barriers), units(part.share(f.Hv)),
+        : f(backward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(A)), f.barriers), units(part.share(f.Hv)),
           outputs(part.share(f.Pv)) {
       from = f.pointers + team.rank * p.B * 2;
       from_n = from + p.B;

@@ -2,6 +2,8 @@
 //
 // A chunk of steps is projected (x W_ih^T) into a scratch that stays in the cache, then scanned at once. A step is a
 // product tile for some rows and a vector of units with all its gates, and the cell's arithmetic on that tile.
+#include <initializer_list>
+
 #include "../gates.h"
 #include "recurrent_plan.h"
 
@@ -11,7 +13,8 @@ namespace {
 
 constexpr long kChunkRows = 128;           // rows that are projected at once: enough to reuse each weight in L1
 constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
-constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights
+constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights,
+constexpr long kAcrossTotal = 256;         // nor up to this many where each step has enough for multiply_across
 
 template <class S>
 struct Forward {
@@ -22,7 +25,7 @@ struct Forward {
   int G;
   long Hp, Pp, Hv, Pv;  // padded units and their vectors
   long chunk;           // steps
-  bool packed, convert;
+  bool packed, across, convert;
   Barrier* barriers;
   A *w_ih, *w_hh, *w_hr;            // packed
   A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
@@ -32,6 +35,8 @@ struct Forward {
   const A** pointers;               // a thread's lists of rows: [threads][list_length]
   long* live_rows;                  // [threads][B]
   long list_length;
+  A* columns;  // [threads][columns_length]: scratch of multiply_across
+  long columns_length;
   size_t bytes;
 
   Forward(const ScanForward& args, void* workspace) : p(args) {
@@ -39,10 +44,12 @@ struct Forward {
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
     auto unit_stride = [](const ScanView& w) { return !w.data || w.e == 1; };
-    packed = p.T * p.B >= kPackRows || !unit_stride(p.w_ih) || !unit_stride(p.w_hh) || !unit_stride(p.w_hr);
+    const bool as_is = unit_stride(p.w_ih) && unit_stride(p.w_hh) && unit_stride(p.w_hr);
+    across = as_is && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
+    packed = !across && !(as_is && p.T * p.B < kPackRows);
     convert = sizeof(S) != sizeof(A) || p.x.e != 1;
 
-    int threads = threads_for(p), ways = unit_ways(p, threads, sizeof(A));
+    int threads = threads_for(p), ways = ways_of(threads);
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
     rows = rows < 1 ? 1 : rows;
     long row_bytes = long(sizeof(A)) * (G * Hp / ways + p.I);
@@ -68,7 +75,18 @@ struct Forward {
     zeros = arena.take<A>(Hp > Pp ? Hp : Pp);
     pointers = arena.take<const A*>(threads * list_length * 2);
     live_rows = arena.take<long>(threads * p.B);
+    const long widest = p.I > Pp ? p.I : Pp;
+    columns_length = across ? padded<A>(list_length) * (widest > Hp ? widest : Hp) : 0;
+    columns = arena.take<A>(threads * columns_length);
     bytes = arena.used;
+  }
+
+  // Across, rows are lanes, so only units are divided.
+  int ways_of(int threads) const {
+    if (!across) return unit_ways(p, threads, sizeof(A));
+    int ways = threads;
+    while (ways > 1 && (threads % ways || ways > Hv)) --ways;
+    return ways;
   }
 
   void run() {
@@ -103,7 +121,7 @@ struct Forward {
     Weights<S> input, hidden, candidate, projection;
 
     Thread(const Forward& forward, const Team& team)
-        : f(forward), p(f.p), part(team, f.p, sizeof(A), f.barriers), units(part.share(f.Hv)),
+        : f(forward), p(f.p), part(team, f.p, f.ways_of(team.size), f.barriers), units(part.share(f.Hv)),
           outputs(part.share(f.Pv)) {
       h_in = f.pointers + team.rank * f.list_length * 2;
       c_in = h_in + f.list_length;
@@ -119,6 +137,9 @@ struct Forward {
       }
       if (p.w_hr.data)
         projection = Weights<S>{f.packed ? f.w_hr : nullptr, p.H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H};
+      if (f.across)
+        for (Weights<S>* w : {&input, &hidden, &candidate, &projection})
+          w->across = f.columns + team.rank * f.columns_length;
     }
 
     void walk() {

@@ -32,13 +32,11 @@ inline int unit_ways(const ScanSizes& s, int threads, long element) {
   int ways = 1;
   for (int w = 2; w <= threads; ++w) {
     if (threads % w) continue;
-    int groups = threads / (w == 1 ? 1 : w), finer = threads / ways;
+    int groups = threads / w, finer = threads / ways;
     long rows = (s.B + finer - 1) / finer;  // of a thread without this
-    bool idle = s.B < finer;
     bool spills = macs * element > kCacheBytes && rows <= 12;
-    bool few = rows <= 2 && s.B > 0;
     bool worth = step_macs / (long(groups) * w) >= kParallelStep;
-    if ((idle || spills || few) && worth) ways = w;
+    if ((rows <= 1 || spills) && worth) ways = w;
   }
   return ways;
 }
@@ -50,8 +48,8 @@ struct Part {
   Barrier* barrier;  // of the group
   long row0, row1;
 
-  Part(const Team& t, const ScanSizes& s, long element, Barrier* barriers)
-      : team(t), ways(unit_ways(s, t.size, element)), group(t.rank / ways), member(t.rank % ways) {
+  Part(const Team& t, const ScanSizes& s, int unit_ways, Barrier* barriers)
+      : team(t), ways(unit_ways), group(t.rank / ways), member(t.rank % ways) {
     barrier = barriers + group;
     Share rows = share_of(s.B, group, t.size / ways);
     row0 = rows.begin;

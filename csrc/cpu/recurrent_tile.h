@@ -14,7 +14,7 @@ namespace FASTSEQ_ISA {
 #define FASTSEQ_UNROLL _Pragma("GCC unroll 16")  // early, so that arrays of vectors become registers
 #endif
 
-constexpr int kMaxRows = 8;
+constexpr int kMaxRows = 16;    // rows whose results are handed on together
 constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
 
 constexpr int rows_of_tile(int vectors) {

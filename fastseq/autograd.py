@@ -19,6 +19,8 @@ BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops
 # dx, dW and db of the backends that make them themselves.
 PRODUCTS = {"native": torch.ops.fastseq.scan_products.native}
 
+_unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its transform
+
 
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is being traced."""
@@ -48,6 +50,17 @@ def transform_is_traced() -> bool:
 
 
 transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)`` for a Function without default arguments.
+
+    torch.autograd.Function's own inspects the signature of ``forward`` at every call, to bind defaults: that costs more
+    than a small layer's kernels. What it does besides is done here.
+    """
+    if torch.compiler.is_compiling() or functorch_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*[_unwrap(a) if isinstance(a, Tensor) else a for a in args])
 
 
 class Scan(torch.autograd.Function):
@@ -98,8 +111,8 @@ class Scan(torch.autograd.Function):
         elif needs_reference():
             found = reference_gradient(grads, inputs, lengths, reset, ctx.cell, ctx.reverse, need)
         else:
-            found = ScanGradient.apply(
-                *grads, *inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
+            found = apply(
+                ScanGradient, *grads, *inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
             )
         return (*(g if n else None for g, n in zip(found, need, strict=True)), *(None,) * 5)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq import ops
-from fastseq.autograd import functorch_active, needs_reference
+from fastseq.autograd import apply, functorch_active, needs_reference
 from fastseq.reference.attention import attention as reference_attention
 
 FORWARD = {name: getattr(torch.ops.fastseq.attention_forward, name) for name in ops.BACKENDS}
@@ -60,7 +60,7 @@ class Attention(torch.autograd.Function):
         elif needs_reference():
             grads = _gradient(d_o, dlse, q, k, v, optional, ctx.settings, bias_grad)
         else:
-            grads = AttentionGradient.apply(*arguments, ctx.backend)
+            grads = apply(AttentionGradient, *arguments, ctx.backend)
         dq, dk, dv, dbias, dsinks = grads
         return (
             dq,
@@ -167,7 +167,7 @@ def run(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
     if backend == "reference" or needs_reference():
         return call_reference(*arguments)
     if functorch_active():
-        return Attention.apply(*arguments, backend)
+        return apply(Attention, *arguments, backend)
     if torch.is_grad_enabled():
         q, k, v, bias, _, sinks = arguments[:6]
         if (
@@ -177,5 +177,5 @@ def run(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
             or (bias is not None and bias.requires_grad)
             or (sinks is not None and sinks.requires_grad)
         ):
-            return Attention.apply(*arguments, backend)
+            return apply(Attention, *arguments, backend)
     return FORWARD[backend](*arguments)

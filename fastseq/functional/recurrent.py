@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fastseq import backend as backends
 from fastseq import checks, ops, reference
-from fastseq.autograd import FORWARD, Scan, functorch_active, needs_reference
+from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference
 from fastseq.functional import eager
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """How layers are stacked. ``weights`` come flat, a layer and direction at a time, in torch's order:
     w_ih, w_hh, then b_ih, b_hh with biases, then w_hr with a projection."""
 
@@ -283,7 +282,12 @@ def run(
     if lstm:
         c0 = _initial("c_0", c0, rows, batch, hidden, x, unbatched)
 
-    name = backends.resolve("scan", x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend)
+    if backend is None and x.is_cpu and backends.native_scan():
+        name = "native"
+    else:
+        name = backends.resolve(
+            "scan", x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
+        )
     if name == "torch":
         y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths)
         states = None
@@ -353,7 +357,11 @@ def _layers(
     all_states = None
     if want_states and states[0] is not None:
         all_states = torch.cat(states, -1) if len(states) > 1 else states[0]  # type: ignore[arg-type]
-    return x, torch.stack(h_n), torch.stack(c_n) if c_n else None, all_states
+    return x, _stacked(h_n), _stacked(c_n) if c_n else None, all_states
+
+
+def _stacked(states: list[Tensor]) -> Tensor:
+    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
 
 def scan(
@@ -376,13 +384,18 @@ def scan(
     inputs = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset)
     if name == "reference" or needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
-    if functorch_active() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
-    ):  # fmt: skip
-        y, h_n, c_n, states, _ = Scan.apply(*inputs, cell, reverse, name)
+    if functorch_active() or (torch.is_grad_enabled() and _wants_gradient(inputs[:8])):
+        y, h_n, c_n, states, _ = apply(Scan, *inputs, cell, reverse, name)
     else:
         y, h_n, c_n, states, _ = FORWARD[name](*inputs, cell, reverse, False, want_states)
     return (y, h_n, c_n, states) if cell == "lstm" else (y, h_n, None, None)
+
+
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    for t in tensors:  # noqa: SIM110 - a plain loop takes half the time of any() over a generator
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _reason(

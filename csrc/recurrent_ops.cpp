@@ -1,4 +1,4 @@
-// torch.ops.fastseq.scan_forward.native and scan_backward.native: tensors into the structs of recurrent.h.
+// torch.ops.fastseq.scan_*.native, stack_forward and cell_forward: tensors into the structs of recurrent.h.
 // The schemas, with every shape, are in fastseq/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -379,7 +379,7 @@ std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const Optional& h, 
   return {h_n, c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
     const Tensor& dgates, const Tensor& dhidden, const Tensor& x, const Tensor& w_ih, const Tensor& y,
     const Tensor& tape, const Tensor& h0, const Optional& lengths, const Optional& reset, const std::string& cell,
     bool reverse, bool with_dx, bool with_weights) {
@@ -417,6 +417,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
   p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_products_workspace, p));
   FASTSEQ_DISPATCH(scan_products, p);
   return {dx, dw_ih, dw_hh, db_ih, db_hh};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_gradient_cpu(
+    const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
+    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Tensor& h0, const Optional& c0,
+    const Optional& lengths, const Optional& reset, const Tensor& y, const Tensor& states, const Tensor& tape,
+    const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
+  auto [dgates, dhidden, dh0, dc0] = scan_backward_cpu(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0,
+                                                       lengths, reset, cell, reverse);
+  if (!with_dx && !with_weights) {
+    auto absent = [&] { return empty({0}, dtype_of(x)); };  // one each: results must not alias
+    return {absent(), absent(), absent(), absent(), absent(), dh0, dc0, dhidden};
+  }
+  auto [dx, dw_ih, dw_hh, db_ih, db_hh] = scan_products_cpu(dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset,
+                                                            cell, reverse, with_dx, with_weights);
+  return {dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden};
 }
 
 }  // namespace fastseq

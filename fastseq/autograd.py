@@ -16,8 +16,8 @@ from fastseq import ops, reference
 
 FORWARD = {name: getattr(torch.ops.fastseq.scan_forward, name) for name in ops.BACKENDS}
 BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops.BACKENDS}
-# dx, dW and db of the backends that make them themselves.
-PRODUCTS = {"native": torch.ops.fastseq.scan_products.native}
+# The whole gradient, of the backends that have it in one call.
+GRADIENT = {"native": torch.ops.fastseq.scan_gradient.native}
 
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its transform
 
@@ -169,13 +169,18 @@ def fused_gradient(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 by a backend; of shape [0] where not needed."""
     x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
-    dgates, dhidden, dh0, dc0 = BACKWARD[backend](
-        *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
-    )
-    products = PRODUCTS.get(backend, torch_products)
-    dx, dw_ih, dw_hh, db_ih, db_hh = products(
-        dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, need[0], any(need[1:5])
-    )
+    flags = (need[0], need[1] or need[2] or need[3] or need[4])
+    if backend in GRADIENT:
+        dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden = GRADIENT[backend](
+            *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell, reverse, *flags
+        )
+    else:
+        dgates, dhidden, dh0, dc0 = BACKWARD[backend](
+            *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+        )
+        dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(
+            dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, *flags
+        )
     dw_hr = None
     if w_hr is not None and need[5]:
         o = tape[..., 3 * states.shape[-1] :]
@@ -228,7 +233,7 @@ def torch_products(
     with_dx: bool,
     with_weights: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_products``."""
+    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_gradient``."""
     dx = dw_ih = dw_hh = db_ih = db_hh = None
     flat = dgates.flatten(0, 1)
     if with_dx:

@@ -35,7 +35,7 @@ SCAN_FORWARD = (
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
-# The walk back through time; the large products (dx, dW, db) are SCAN_PRODUCTS or, in autograd.py, torch's.
+# The walk back through time; the large products (dx, dW, db) follow, in autograd.py or in SCAN_GRADIENT.
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
@@ -46,12 +46,14 @@ SCAN_BACKWARD = (
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
 )
 
-# The products of the backward pass over all steps at once, for a backend that has its own:
-# -> dx [T,B,I] (empty unless with_dx), dw_ih [G*H,I], dw_hh [G*H,P], db_ih, db_hh [G*H] (empty unless with_weights)
-SCAN_PRODUCTS = (
-    "(Tensor dgates, Tensor dhidden, Tensor x, Tensor w_ih, Tensor y, Tensor tape, Tensor h0, Tensor? lengths, "
-    "Tensor? reset, str cell, bool reverse, bool with_dx, bool with_weights) "
-    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)"
+# The walk and the products over all steps (dx, dW, db) in one call, for a backend that has them all:
+# -> dx [T,B,I] (empty unless with_dx), dw_ih [G*H,I], dw_hh [G*H,P], db_ih, db_hh [G*H] (empty unless with_weights),
+#    dh0, dc0, dhidden as SCAN_BACKWARD
+SCAN_GRADIENT = (
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
+    "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor states, Tensor tape, str cell, "
+    "bool reverse, bool with_dx, bool with_weights) -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, "
+    "Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dhidden)"
 )
 
 # Dense: q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv]. Packed (cu_seqlens given): [total,H,D].
@@ -132,14 +134,20 @@ def _fake_scan_backward(
     )
 
 
-def _fake_scan_products(
-    dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, with_dx, with_weights
+def _fake_scan_gradient(
+    dy, dh_n, dc_n, dstates, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell, reverse,
+    with_dx, with_weights,
 ):  # fmt: skip
-    rows = dgates.shape[2]
-    shapes = [(rows, x.shape[2]), (rows, y.shape[2]), (rows,), (rows,)]
+    shapes = [w_ih.shape, w_hh.shape, w_ih.shape[:1], w_ih.shape[:1]]
+    _, dhidden, dh0, dc0 = _fake_scan_backward(
+        dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+    )
     return (
         x.new_empty(x.shape if with_dx else 0),
         *(x.new_empty(shape if with_weights else 0) for shape in shapes),
+        dh0,
+        dc0,
+        dhidden,
     )
 
 
@@ -169,7 +177,7 @@ define(
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
 )  # fmt: skip
 define(
-    "scan_products", SCAN_PRODUCTS, _fake_scan_products,
+    "scan_gradient", SCAN_GRADIENT, _fake_scan_gradient,
     lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("native",),
 )  # fmt: skip
 define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))

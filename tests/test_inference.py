@@ -141,11 +141,6 @@ def test_opcheck():
     torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, "gru", 1, False, False))
     torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, "gru"))
     torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], None, None, "gru_reset_before"))
-    dgates, dhidden, x, y = torch.randn(6, 3, 51), torch.randn(6, 3, 17), torch.randn(6, 3, 5), torch.randn(6, 3, 17)
-    products = torch.ops.fastseq.scan_products.native
-    for flags in ((True, True), (False, True), (True, False)):
-        tail = (torch.randn(3, 17), None, None, "gru", False, *flags)
-        torch.library.opcheck(products, (dgates, dhidden, x, g[0], y, torch.randn(6, 3, 68), *tail))
 
 
 def test_operator_refuses_what_would_read_out_of_bounds():

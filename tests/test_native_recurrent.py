@@ -314,21 +314,21 @@ def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, i
         lengths, reset, reverse = options(option, *shape[:2])
         grads: list[Tensor | None] = [torch.randn(*shape[:2], projected or shape[3]).to(dtype), None, None, None]
         out, want = native_gradients(inputs, grads, lengths, reset, plain, reverse)
-        y, _, _, _, tape = out
-        dgates, dhidden, _, _ = backward(grads, out, inputs, lengths, reset, plain, reverse)
-        x, w_ih, _, _, _, _, h0, _ = inputs
+        y, _, _, states, tape = out
+        x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
         if lengths is not None:  # padding may hold anything
             x = x.masked_fill((torch.arange(shape[0])[:, None] >= lengths)[:, :, None], float("nan"))
-        fixed = (dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, plain, reverse)
-        found = torch.ops.fastseq.scan_products.native(*fixed, True, True)
-        for name, f, w in zip(INPUTS[:5], found, want, strict=False):
+        fixed = (*grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, plain, reverse)
+        gradient = torch.ops.fastseq.scan_gradient.native
+        found = gradient(*fixed, True, True)
+        for name, f, w in zip(INPUTS[:5], found[:5], want, strict=False):
             # Each is one sum of T * B (dx: G * H) terms, in the accumulator's dtype, rounded once.
-            floor = 4 + (shape[0] * shape[1] + dgates.shape[2]) ** 0.5
+            floor = 4 + (shape[0] * shape[1] + w_hh.shape[0]) ** 0.5
             assert_within_budget(f, w.to(dtype), w, f"gradient of {name}", floor)
-        only_dx = torch.ops.fastseq.scan_products.native(*fixed, True, False)
+        only_dx = gradient(*fixed, True, False)
         assert torch.equal(only_dx[0], found[0])
-        assert all(t.shape == (0,) for t in only_dx[1:])
-        only_weights = torch.ops.fastseq.scan_products.native(*fixed, False, True)
+        assert all(t.shape == (0,) for t in only_dx[1:5])
+        only_weights = gradient(*fixed, False, True)
         assert all(torch.equal(a, b) for a, b in zip(only_weights[1:], found[1:], strict=True))
 
 
@@ -341,12 +341,12 @@ def test_an_empty_batch_gives_empty_results() -> None:
         back = backward([torch.empty(4, 0, 6), None, None, None], out, inputs, None, None, cell, False)
         assert back[0].shape == (4, 0, 6 * ops.GATES[cell])
         assert back[2].shape == (0, 6)
-        x, w_ih, _, _, _, _, h0, _ = inputs
-        products = torch.ops.fastseq.scan_products.native(
-            *back[:2], x, w_ih, out[0], out[4], h0, None, None, cell, False, True, True
+        x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
+        found = torch.ops.fastseq.scan_gradient.native(
+            *(None,) * 4, x, w_ih, w_hh, w_hr, h0, c0, None, None, out[0], out[3], out[4], cell, False, True, True
         )
-        assert products[0].shape == (4, 0, 5)
-        assert all(not t.any() for t in products[1:])
+        assert found[0].shape == (4, 0, 5)
+        assert all(not t.any() for t in found[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,37 +20,36 @@ def weights():
     return [torch.randn(15, 3), torch.randn(15, 5), torch.randn(15), torch.randn(15)]
 
 
-def ran_on(monkeypatch, call) -> str:
-    """The backend that a call was resolved to."""
-    seen = []
-    resolve = backend.resolve
-
-    def listen(*args, **kwargs):
-        seen.append(resolve(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "resolve", listen)
-    call()
-    monkeypatch.setattr(backend, "resolve", resolve)
-    return seen[-1]
+def runs_on(**kwargs) -> str:
+    """The backend that a call would run on."""
+    text = fastseq.explain(functional.gru, torch.randn(4, 2, 3), None, weights(), **kwargs)
+    return text.splitlines()[0].removeprefix("scan on cpu runs on: ").split()[0]
 
 
-def test_argument_beats_the_block_and_the_block_beats_auto(monkeypatch):
-    x = torch.randn(4, 2, 3)
-
-    def call(**kwargs):
-        return lambda: functional.gru(x, None, weights(), **kwargs)
-
-    first = ran_on(monkeypatch, call())
+def test_argument_beats_the_block_and_the_block_beats_auto():
+    first = runs_on()
     with fastseq.use_backend("reference"):
-        assert ran_on(monkeypatch, call()) == "reference"
-        assert ran_on(monkeypatch, call(backend="torch")) == "torch"
+        assert runs_on() == "reference"
+        assert runs_on(backend="torch") == "torch"
         with fastseq.use_backend("torch"):
-            assert ran_on(monkeypatch, call()) == "torch"
+            assert runs_on() == "torch"
         with fastseq.use_backend("auto"):
-            assert ran_on(monkeypatch, call()) == first
-        assert ran_on(monkeypatch, call()) == "reference"
-    assert ran_on(monkeypatch, call()) == first
+            assert runs_on() == first
+        assert runs_on() == "reference"
+    assert runs_on() == first
+
+
+@needs_native
+def test_what_explain_says_is_what_runs():
+    x, w = torch.randn(4, 2, 3), weights()
+    seen = {}
+    for name in ("reference", "torch", "native"):
+        with torch.profiler.profile() as profile, fastseq.use_backend(name):
+            functional.gru(x, None, w)
+        seen[name] = {event.key for event in profile.key_averages()}
+        assert ("fastseq::scan_forward" in seen[name]) == (name == "native")
+        assert ("aten::gru" in seen[name]) == (name == "torch")
+    assert runs_on() == "native"
 
 
 def test_block_gives_the_choice_back_after_an_error():

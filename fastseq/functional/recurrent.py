@@ -278,9 +278,8 @@ def run(
     lstm = stack.cell == "lstm"
     hidden = w_hh.shape[0] // ops.GATES[stack.cell]
     rows = stack.num_layers * stack.directions
-    h0 = _initial("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
-    if lstm:
-        c0 = _initial("c_0", c0, rows, batch, hidden, x, unbatched)
+    h0 = _given("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
+    c0 = _given("c_0", c0, rows, batch, hidden, x, unbatched)
 
     if backend is None and x.is_cpu and backends.native_scan():
         name = "native"
@@ -289,6 +288,8 @@ def run(
             "scan", x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
         )
     if name == "torch":
+        h0 = x.new_zeros(rows, batch, w_hh.shape[1]) if h0 is None else h0
+        c0 = x.new_zeros(rows, batch, hidden) if lstm and c0 is None else c0
         y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths)
         states = None
     else:
@@ -303,11 +304,12 @@ def run(
     return y, h_n, c_n, states
 
 
-def _initial(
+def _given(
     name: str, state: Tensor | None, rows: int, batch: int, size: int, x: Tensor, unbatched: bool
-) -> Tensor:  # fmt: skip
+) -> Tensor | None:
+    """The initial state that was given, checked, as ``[rows, B, size]``."""
     if state is None:
-        return x.new_zeros(rows, batch, size)
+        return None
     checks.check_state(name, state, (rows, size) if unbatched else (rows, batch, size), x)
     return state.unsqueeze(1) if unbatched else state
 
@@ -316,7 +318,7 @@ def _layers(
     name: str,
     stack: Stack,
     x: Tensor,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     lengths: Tensor | None,
@@ -324,6 +326,13 @@ def _layers(
     want_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Layer after layer, both directions of each, dropout between layers."""
+    batch, w_hh, lstm = x.shape[1], weights[1], stack.cell == "lstm"
+    rows = stack.num_layers * stack.directions
+    # One state of zeros serves all layers.
+    h_start: Sequence[Tensor] = rows * [x.new_zeros(batch, w_hh.shape[1])] if h0 is None else h0.unbind(0)
+    c_start: Sequence[Tensor | None] = rows * [None]
+    if lstm:
+        c_start = rows * [x.new_zeros(batch, w_hh.shape[0] // 4)] if c0 is None else c0.unbind(0)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     states: list[Tensor | None] = []
@@ -337,8 +346,8 @@ def _layers(
                 name,
                 x,
                 *stack.of(weights, index),
-                h0[index],
-                None if c0 is None else c0[index],
+                h_start[index],
+                c_start[index],
                 lengths,
                 reset,
                 stack.cell,
@@ -347,8 +356,7 @@ def _layers(
             )
             outputs.append(y)
             h_n.append(h)
-            if c0 is not None:
-                assert c is not None
+            if c is not None:
                 c_n.append(c)
                 states.append(all_c)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

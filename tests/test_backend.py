@@ -87,12 +87,31 @@ def test_every_backend_has_a_reason_or_runs():
 
 def test_auto_has_a_row_for_every_device_and_names_only_backends():
     for device in ("cpu", "cuda", "mps", "meta"):
-        for op in ("scan", "attention"):
+        for op in ("scan", "scan_bf16_batch", "attention"):
             row = backend.auto_row(device, op)
             assert row.because
             assert set(row.order) <= set(NAMES)
             assert row.order[-1] == "reference"  # which can do everything
     assert not any("triton" in row.order for row in AUTO)  # no kernel enters AUTO before it has run on hardware
+
+
+@needs_native
+def test_auto_gives_large_bf16_batches_to_torch_and_the_rest_to_native():
+    def first_line(layer, x):
+        with torch.no_grad():
+            return fastseq.explain(layer, x).splitlines()[0]
+
+    layers = {torch.bfloat16: fastseq.nn.LSTM(8, 16).bfloat16(), torch.float32: fastseq.nn.LSTM(8, 16)}
+    for (dtype, steps), expected in {
+        (torch.bfloat16, 50): "torch",
+        (torch.bfloat16, 1): "native",
+        (torch.float32, 50): "native",
+    }.items():
+        assert f"runs on: {expected} " in first_line(layers[dtype], torch.randn(steps, 32, 8, dtype=dtype))
+    assert "runs on: native " in first_line(fastseq.nn.GRU(8, 16).bfloat16(), torch.randn(50, 32, 8).bfloat16())
+    reset = torch.zeros(50, 32, dtype=torch.bool)  # which torch has not
+    text = fastseq.explain(layers[torch.bfloat16], torch.randn(50, 32, 8).bfloat16(), reset=reset)
+    assert "runs on: native " in text.splitlines()[0]
 
 
 def test_auto_logs_a_fallback_once(monkeypatch, caplog):

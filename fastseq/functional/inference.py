@@ -39,6 +39,8 @@ def stack(
     """y, h_n, c_n of a stack (c_n empty unless an LSTM), as ``ops.STACK_FORWARD``; None: take the general way."""
     if not _plain(x):
         return None
+    if x.dtype is torch.bfloat16 and x.numel() > backend.BF16_ROWS * x.shape[-1] and backend.forced() is None:
+        return None  # AUTO has more than one answer here
     try:
         return _stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
     except (RuntimeError, TypeError):

@@ -281,11 +281,12 @@ def run(
     h0 = _given("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
     c0 = _given("c_0", c0, rows, batch, hidden, x, unbatched)
 
-    if backend is None and x.is_cpu and backends.native_scan():
+    if backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and backends.native_scan():
         name = "native"
     else:
+        kind = backends.scan_class(stack.cell, x.dtype, steps * batch, hidden)
         name = backends.resolve(
-            "scan", x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
+            kind, x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
         )
     if name == "torch":
         h0 = x.new_zeros(rows, batch, w_hh.shape[1]) if h0 is None else h0

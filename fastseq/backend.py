@@ -37,7 +37,12 @@ class Row:
 
 
 AUTO: tuple[Row, ...] = (
-    Row("cpu", "scan", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch, or level with it"),
+    Row(
+        "cpu",
+        "scan",
+        ("native", "torch", "reference"),
+        "tested on every CPU run; on the bench ahead of torch, or level with it",
+    ),
     Row(
         "cpu",
         "scan_bf16_batch",

@@ -166,8 +166,8 @@ def fused_gradient(
     reverse: bool,
     backend: str,
     need: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 by a backend; of shape [0] where not needed."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 by a backend; anything, or None, where not needed."""
     x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
     flags = (need[0], need[1] or need[2] or need[3] or need[4])
     if backend in GRADIENT:
@@ -185,8 +185,7 @@ def fused_gradient(
     if w_hr is not None and need[5]:
         o = tape[..., 3 * states.shape[-1] :]
         dw_hr = dhidden.flatten(0, 1).t() @ (o * torch.tanh(states).to(o.dtype)).flatten(0, 1)
-    found = (dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0)
-    return tuple(g if n and g is not None else x.new_empty(0) for g, n in zip(found, need, strict=True))
+    return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
 
 
 def reference_gradient(

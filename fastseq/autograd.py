@@ -126,9 +126,10 @@ class ScanGradient(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         lengths, reset, y, states, tape, cell, reverse, backend, need = args[12:]
-        return fused_gradient(
+        found = fused_gradient(
             args[:4], args[4:12], lengths, reset, y, states, tape, cell, reverse, backend, need
         )  # fmt: skip
+        return tuple(y.new_empty(0) if g is None or not n else g for g, n in zip(found, need, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -90,6 +90,7 @@ int32_t code_of(Dtype dtype) {
          : dtype == Dtype::bf16 ? aoti_torch_dtype_bfloat16()
                                 : aoti_torch_dtype_float16();
 }
+size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 ScalarType scalar_of(Dtype dtype) {
   return dtype == Dtype::f64    ? ScalarType::Double
@@ -105,8 +106,8 @@ Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.begin(), strides, code_of(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-  if (size_t(count) * element >= 2 * kHugePage) advise(tensor.data_ptr(), size_t(count) * element);
+  const size_t bytes = size_t(count) * bytes_of(dtype);
+  if (bytes >= 2 * kHugePage) advise(tensor.data_ptr(), bytes);
   return tensor;
 }
 
@@ -257,20 +258,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
 
 namespace {
 
+ScanView offset(ScanView v, int64_t elements, Dtype dtype) {
+  v.data = static_cast<char*>(v.data) + elements * int64_t(bytes_of(dtype));
+  return v;
+}
+
 // Row `index` of an initial or last state [rows, B, N], or [rows, N] where B is not a dimension; all zeros if absent.
 ScanView state_row(const char* name, const Optional& state, Dtype dtype, int64_t rows, int64_t B, int64_t N,
                    bool batched, int64_t index) {
   if (!state) return {};
   ScanView out = batched ? view(name, *state, dtype, {rows, B, N}) : view(name, *state, dtype, {rows, N});
-  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-  out.data = static_cast<char*>(out.data) + index * (batched ? out.t : out.b) * int64_t(element);
-  return out;
-}
-
-ScanView offset(ScanView v, int64_t elements, Dtype dtype) {
-  size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-  v.data = static_cast<char*>(v.data) + elements * int64_t(element);
-  return v;
+  return offset(out, index * (batched ? out.t : out.b), dtype);
 }
 
 thread_local Workspace between[2];  // outputs of the layer before and of this one
@@ -316,11 +314,10 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Opti
   if (p.B == 0 || p.P == 0) return {y, h_n, c_n};
 
   const ScanView result{y.data_ptr(), swapped ? out : p.B * out, swapped ? p.T * out : out, 1};
-  const size_t element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   for (int64_t layer = 0; layer < num_layers; ++layer) {
     ScanView target = result;
     if (layer + 1 < num_layers) {
-      void* scratch = between[layer & 1].of(size_t(p.T * p.B * out) * element);
+      void* scratch = between[layer & 1].of(size_t(p.T * p.B * out) * bytes_of(dtype));
       target = {scratch, p.B * out, out, 1};
     }
     for (int64_t direction = 0; direction < directions; ++direction) {

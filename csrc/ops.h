@@ -14,7 +14,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
            torch::stable::Tensor>
 scan_forward_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
                  const std::optional<torch::stable::Tensor>& b_ih, const std::optional<torch::stable::Tensor>& b_hh,
-                 const std::optional<torch::stable::Tensor>& w_hr, const torch::stable::Tensor& h0,
+                 const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
                  const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
                  const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse, bool save,
                  bool states);
@@ -23,9 +23,9 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
                   const std::optional<torch::stable::Tensor>& dc_n,
                   const std::optional<torch::stable::Tensor>& dstates, const torch::stable::Tensor& y,
-                  const torch::stable::Tensor& states, const torch::stable::Tensor& tape,
-                  const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
-                  const torch::stable::Tensor& h0, const std::optional<torch::stable::Tensor>& c0,
+                  const std::optional<torch::stable::Tensor>& states,
+                  const std::optional<torch::stable::Tensor>& tape, const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
+                  const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
                   const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse);
 
@@ -46,10 +46,11 @@ scan_gradient_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& dc_n,
                   const std::optional<torch::stable::Tensor>& dstates, const torch::stable::Tensor& x,
                   const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
-                  const std::optional<torch::stable::Tensor>& w_hr, const torch::stable::Tensor& h0,
+                  const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
                   const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
-                  const torch::stable::Tensor& states, const torch::stable::Tensor& tape, const std::string& cell,
+                  const std::optional<torch::stable::Tensor>& states,
+                  const std::optional<torch::stable::Tensor>& tape, const std::string& cell,
                   bool reverse, bool with_dx, bool with_weights);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(

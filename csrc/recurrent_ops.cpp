@@ -169,7 +169,7 @@ void run_forward(ScanForward& p) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-    const Optional& w_hr, const Tensor& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
+    const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
     const std::string& cell, bool reverse, bool save, bool states) {
   ScanForward p{};
   p.cell = cell_of(cell);
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
-    const Tensor& states, const Tensor& tape, const Tensor& w_hh, const Optional& w_hr, const Tensor& h0,
+    const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
     const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
   ScanBackward p{};
   p.cell = cell_of(cell);
@@ -221,6 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
   const bool lstm = p.cell == Cell::lstm;
+  STD_TORCH_CHECK((tape || G == 1) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");
   STD_TORCH_CHECK(y.dim() == 3 && w_hh.dim() == 2, "scan: y must be [T, B, P] and w_hh [G*H, P]");
   p.T = y.size(0), p.B = y.size(1), p.P = y.size(2), p.H = w_hh.size(0) / G;
   STD_TORCH_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
@@ -241,15 +242,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.c0 = view("c0", c0, dtype, {p.B, p.H});
 
   const int64_t beside = p.cell == Cell::gru ? p.H : w_hr ? p.P : 0;  // what dhidden holds a row
-  Tensor dgates = empty({p.T, p.B, G * p.H}, dtype), dh0 = empty({p.B, p.P}, dtype);
+  Tensor dgates = empty({p.T, p.B, G * p.H}, dtype), dh0 = h0 ? empty({p.B, p.P}, dtype) : empty({0}, dtype);
   Tensor dhidden = beside ? empty({p.T, p.B, beside}, dtype) : empty({0}, dtype);
-  Tensor dc0 = lstm ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
+  Tensor dc0 = c0 ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
   if (p.B > 0 && p.P > 0) {
     auto whole = [&](const Tensor& out, int64_t n) { return ScanView{out.data_ptr(), p.B * n, n, 1}; };
     p.dgates = whole(dgates, G * p.H);
     if (beside) p.dhidden = whole(dhidden, beside);
-    p.dh0 = whole(dh0, p.P);
-    if (lstm) p.dc0 = whole(dc0, p.H);
+    if (h0) p.dh0 = whole(dh0, p.P);
+    if (c0) p.dc0 = whole(dc0, p.H);
     p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_backward_workspace, p));
     FASTSEQ_DISPATCH(scan_backward, p);
   }
@@ -378,7 +379,7 @@ std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const Optional& h, 
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
     const Tensor& dgates, const Tensor& dhidden, const Tensor& x, const Tensor& w_ih, const Tensor& y,
-    const Tensor& tape, const Tensor& h0, const Optional& lengths, const Optional& reset, const std::string& cell,
+    const Optional& tape, const Optional& h0, const Optional& lengths, const Optional& reset, const std::string& cell,
     bool reverse, bool with_dx, bool with_weights) {
   ScanProducts p{};
   p.cell = cell_of(cell);
@@ -418,8 +419,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_gradient_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
-    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Tensor& h0, const Optional& c0,
-    const Optional& lengths, const Optional& reset, const Tensor& y, const Tensor& states, const Tensor& tape,
+    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
+    const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
     const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
   auto [dgates, dhidden, dh0, dc0] = scan_backward_cpu(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0,
                                                        lengths, reset, cell, reverse);

@@ -64,7 +64,8 @@ def apply(function: Any, *args: Any) -> Any:
 
 
 class Scan(torch.autograd.Function):
-    """One layer, one direction, on an operator backend. Arguments and results as ``ops.SCAN_FORWARD``."""
+    """One layer, one direction, on an operator backend. Arguments and results as ``ops.SCAN_FORWARD``, without the
+    results that are empty: y, h_n; then an LSTM's c_n and states; then the tape, but for an RNN."""
 
     generate_vmap_rule = True
 
@@ -76,7 +77,7 @@ class Scan(torch.autograd.Function):
         b_ih: Tensor | None,
         b_hh: Tensor | None,
         w_hr: Tensor | None,
-        h0: Tensor,
+        h0: Tensor | None,
         c0: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
@@ -84,26 +85,27 @@ class Scan(torch.autograd.Function):
         reverse: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        return FORWARD[backend](
+        y, h_n, c_n, states, tape = FORWARD[backend](
             x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, True, True
         )  # fmt: skip
+        if cell == "lstm":
+            return y, h_n, c_n, states, tape
+        return (y, h_n, tape) if ops.TAPE[cell] else (y, h_n)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, ctx.cell, ctx.reverse, ctx.backend = inputs
-        y, _, _, states, tape = output
-        ctx.mark_non_differentiable(tape)
+        tape = output[-1] if len(output) > 2 else None
+        if tape is not None:
+            ctx.mark_non_differentiable(tape)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, states, tape)
+        ctx.save_for_backward(*tensors, output[0], output[3] if len(output) > 3 else None, tape)
 
     @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dstates: Tensor | None, _: None
-    ) -> tuple:
+    def backward(ctx: Any, *results: Tensor | None) -> tuple:
         *inputs, lengths, reset, y, states, tape = ctx.saved_tensors
-        if ctx.cell != "lstm":
-            dc_n = dstates = None
-        grads, need = (dy, dh_n, dc_n, dstates), ctx.needs_input_grad[:8]
+        grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
+        need = ctx.needs_input_grad[:8]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             found = fused_gradient(
                 grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
@@ -161,8 +163,8 @@ def fused_gradient(
     lengths: Tensor | None,
     reset: Tensor | None,
     y: Tensor,
-    states: Tensor,
-    tape: Tensor,
+    states: Tensor | None,
+    tape: Tensor | None,
     cell: str,
     reverse: bool,
     backend: str,
@@ -184,6 +186,7 @@ def fused_gradient(
         )
     dw_hr = None
     if w_hr is not None and need[5]:
+        assert states is not None and tape is not None  # noqa: PT018
         o = tape[..., 3 * states.shape[-1] :]
         dw_hr = dhidden.flatten(0, 1).t() @ (o * torch.tanh(states).to(o.dtype)).flatten(0, 1)
     return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
@@ -224,8 +227,8 @@ def torch_products(
     x: Tensor,
     w_ih: Tensor,
     y: Tensor,
-    tape: Tensor,
-    h0: Tensor,
+    tape: Tensor | None,
+    h0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
     cell: str,
@@ -254,8 +257,8 @@ def _dw_hh(
     dgates: Tensor,
     dhidden: Tensor,
     y: Tensor,
-    tape: Tensor,
-    h0: Tensor,
+    tape: Tensor | None,
+    h0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
     cell: str,
@@ -267,20 +270,23 @@ def _dw_hh(
         dgates = dgates * keep
         dhidden = dhidden * keep if cell == "gru" else dhidden
 
+    start = y.new_zeros(y.shape[1:]) if h0 is None else h0
+
     def product(d: Tensor) -> Tensor:
         if reverse:
             first = d[-1] if lengths is None else _at(d, (lengths - 1).clamp_min(0))
             later, before = d[:-1], y[1:]
         else:
             first, later, before = d[0], d[1:], y[:-1]
-        return torch.addmm(first.t() @ h0, later.flatten(0, 1).t(), before.flatten(0, 1))
+        return torch.addmm(first.t() @ start, later.flatten(0, 1).t(), before.flatten(0, 1))
 
     if cell not in ("gru", "gru_reset_before"):
         return product(dgates)
-    hidden = h0.shape[-1]
+    hidden = start.shape[-1]
     if cell == "gru":
         candidate = product(dhidden)
     else:
+        assert tape is not None
         q = tape[..., 3 * hidden :]  # r * h_prev
         candidate = dgates[..., 2 * hidden :].flatten(0, 1).t() @ q.flatten(0, 1)
     return torch.cat((product(dgates[..., : 2 * hidden]), candidate))

@@ -24,13 +24,13 @@ or q = r * h_prev (reset before it). An RNN needs only its output."""
 
 # One layer, one direction, all time steps.
 #   x [T,B,I], w_ih [G*H,I], w_hh [G*H,P], b_ih, b_hh [G*H], w_hr [P,H] (LSTM only), h0 [B,P], c0 [B,H] (LSTM only),
-#   lengths int64 [B], reset bool [T,B]
+#   lengths int64 [B], reset bool [T,B]; a state that is absent starts from zeros
 # -> y [T,B,P] contiguous, h_n [B,P], c_n [B,H] (empty unless LSTM),
 #    states [T,B,H]: c_t of each step in the accumulator's dtype (LSTM, where asked for by save or states; else empty),
 #    tape [T,B,TAPE*H] in x's dtype (where save is set; else empty); all outputs contiguous, 0 on the tape past lengths
 # From step lengths[b] on y is 0 and the state stands still; a reverse scan starts at lengths[b]-1.
 SCAN_FORWARD = (
-    "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
+    "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, "
     "Tensor? lengths, Tensor? reset, str cell, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
@@ -39,10 +39,11 @@ SCAN_FORWARD = (
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
-#    dh0 [B,P], dc0 [B,H] (empty unless LSTM). All contiguous, in x's dtype. "empty" is a tensor of shape [0].
+#    dh0 [B,P], dc0 [B,H] (each empty where that state is absent). All contiguous, in x's dtype. "empty" is a tensor
+#    of shape [0]. states and tape: as the forward pass gave them, or None in place of an empty one.
 SCAN_BACKWARD = (
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor states, Tensor tape, Tensor w_hh, "
-    "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, bool reverse) "
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
+    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, bool reverse) "
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
 )
 
@@ -51,7 +52,7 @@ SCAN_BACKWARD = (
 #    dh0, dc0, dhidden as SCAN_BACKWARD
 SCAN_GRADIENT = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
-    "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor states, Tensor tape, str cell, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor? states, Tensor? tape, str cell, "
     "bool reverse, bool with_dx, bool with_weights) -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, "
     "Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dhidden)"
 )
@@ -129,8 +130,8 @@ def _fake_scan_backward(
     return (
         y.new_empty(steps, batch, w_hh.shape[0]),
         dhidden,
-        y.new_empty(batch, w_hh.shape[1]),
-        y.new_empty(batch, hidden) if cell == "lstm" else y.new_empty(0),
+        y.new_empty((batch, w_hh.shape[1]) if h0 is not None else 0),
+        y.new_empty((batch, hidden) if c0 is not None else 0),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from support import CELLS, DTYPES, cell_inputs, error, needs_native
 from torch import Tensor
 
-from fastseq import ops
+from fastseq import autograd, ops
 from fastseq.reference import recurrent as reference
 
 pytestmark = needs_native
@@ -332,6 +332,43 @@ def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, i
         assert all(torch.equal(a, b) for a, b in zip(only_weights[1:], found[1:], strict=True))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+def test_absent_states_are_zeros(cell: str, option: str) -> None:
+    plain = cell.removesuffix("_projected")
+    for steps, batch in ((1, 1), (1, 3), (4, 3)):
+        seed(cell, option, steps, batch)
+        inputs = draw(plain, steps, batch, 16, 17, projected=9 if cell != plain else 0, dtype=torch.float32)
+        absent = [*inputs[:6], None, None]
+        zeros = [*inputs[:6], *(None if s is None else torch.zeros_like(s) for s in inputs[6:])]
+        lengths, reset, reverse = options(option, steps, batch)
+        out, same = (forward(given, lengths, reset, plain, reverse) for given in (absent, zeros))
+        assert all(torch.equal(a, b) for a, b in zip(out, same, strict=True))
+        y, _, _, states, tape = out
+        grads: list[Tensor | None] = [torch.randn_like(y), torch.randn_like(y[0]), None, None]
+        back, want = (backward(grads, out, given, lengths, reset, plain, reverse) for given in (absent, zeros))
+        assert all(torch.equal(a, b) for a, b in zip(back[:2], want[:2], strict=True))
+        assert all(d.shape == (0,) for d in back[2:])
+        x, w_ih, w_hh, _, _, w_hr = inputs[:6]
+        own, theirs = (
+            torch.ops.fastseq.scan_gradient.native(
+                *grads, x, w_ih, w_hh, w_hr, *given[6:], lengths, reset, y, states, tape, plain, reverse, True, True
+            )
+            for given in (absent, zeros)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(own[:5], theirs[:5], strict=True))
+        torches, again = (
+            autograd.torch_products(
+                back[0], back[1], x, w_ih, y, tape, given[6], lengths, reset, plain, reverse, True, True
+            )
+            for given in (absent, zeros)
+        )
+        for a, b in zip(torches, again, strict=True):
+            assert a is not None
+            assert b is not None
+            torch.testing.assert_close(a, b)
+
+
 def test_an_empty_batch_gives_empty_results() -> None:
     for cell in CELLS:
         inputs = draw(cell, 4, 0, 5, 6, dtype=torch.float32)
@@ -367,5 +404,7 @@ def test_wrong_arguments_are_named() -> None:
         forward([*inputs[:3], torch.zeros(5), *inputs[4:]], None, None, "gru", False)
     with pytest.raises(RuntimeError, match="lengths must be an int64"):
         forward(inputs, torch.ones(2), None, "gru", False)
+    with pytest.raises(RuntimeError, match="needs its tape"):
+        backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
     with pytest.raises(RuntimeError, match="cell must be"):
         forward(inputs, None, None, "gru2", False)

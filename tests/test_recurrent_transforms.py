@@ -215,6 +215,9 @@ def test_opcheck(cell, kwargs, dtype):
         tail = (y, states, tape, inputs[2], inputs[5], inputs[6], inputs[7], *options)
         torch.library.opcheck(backward, (torch.randn_like(y), torch.randn_like(h_n), None, None, *tail))
         torch.library.opcheck(backward, (None, None, None, None, *tail))
+        stateless = (*inputs[:6], None, None, *options, True, True)
+        torch.library.opcheck(forward, stateless)
+        torch.library.opcheck(backward, (torch.randn_like(y), None, None, None, *tail[:5], None, None, *options))
         x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
         given = (x, w_ih, w_hh, w_hr, h0, c0, *options[:2], y, states, tape, *options[2:])
         for flags in ((True, True), (False, True), (True, False), (False, False)):

@@ -41,14 +41,16 @@ struct ScanForward : ScanSizes {
 
 struct ScanBackward : ScanSizes {
   ScanView dy, dh_n, dc_n, dstates;              // any may be null: zero
-  ScanView y, states, tape, w_hh, w_hr, h0, c0;  // w_hr null without a projection; c0 null: zero
+  ScanView y, states, tape, w_hh, w_hr, h0, c0;  // w_hr null without a projection; h0, c0 null: zero
   // Outputs with e = 1. dhidden: gru [T,B,H] gradient of W_hn h + b_hn; with w_hr [T,B,P] gradient of h_t; else null.
+  // dh0 and dc0 are null where not wanted.
   ScanView dgates, dhidden, dh0, dc0;
   void* workspace;  // of scan_backward_workspace bytes, as above
 };
 
 // The products over all steps at once: dx = dgates W_ih, dW_ih = dgates^T x, dW_hh = dgates^T h_prev, db = sum dgates.
-// What is null is not made, dw_ih, dw_hh, db_ih and db_hh only together. y, tape and h0 as the walk had them.
+// What is null is not made, dw_ih, dw_hh, db_ih and db_hh only together. y, tape and h0 (null: zero) as the walk had
+// them.
 struct ScanProducts : ScanSizes {
   ScanView dgates, dhidden, x, w_ih, y, tape, h0;
   ScanView dx, dw_ih, dw_hh, db_ih, db_hh;  // outputs with e = 1

@@ -129,13 +129,15 @@ struct Backward {
         }
         part.sync();
         if (kBefore) reset_back(s, t, n, dgates);
+        if (s == 0 && !p.dh0.data) break;  // nobody asks what reaches the state before
         multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, kGru || kBefore,
                     [&](long row, long v) { return to[row] + v * L; }, [](long, int, long, int) {});
       }
       for (long b = part.row0; b < part.row1; ++b) {
-        for (long v = outputs.begin; v < outputs.end; ++v)
-          put(p.dh0, 0, b, v * L, load(f.dh + b * f.Pp + v * L), lanes(v, p.P));
-        if (kLstm)
+        if (p.dh0.data)
+          for (long v = outputs.begin; v < outputs.end; ++v)
+            put(p.dh0, 0, b, v * L, load(f.dh + b * f.Pp + v * L), lanes(v, p.P));
+        if (p.dc0.data)
           for (long v = units.begin; v < units.end; ++v)
             put(p.dc0, 0, b, v * L, load(f.dc + b * f.Hp + v * L), lanes(v, p.H));
       }
@@ -144,7 +146,9 @@ struct Backward {
     void prepare() {
       const Team& team = part.team;
       Share all = share_of(f.Pv, team.rank, team.size);
-      for (long v = all.begin; v < all.end; ++v) pack_columns<S>(f.w_hh + v * hidden.stride, p.w_hh, G * p.H, p.P, v);
+      const bool multiplied = p.T > 1 || p.dh0.data || kBefore;
+      for (long v = all.begin; multiplied && v < all.end; ++v)
+        pack_columns<S>(f.w_hh + v * hidden.stride, p.w_hh, G * p.H, p.P, v);
       if (p.w_hr.data) {
         all = share_of(f.Hv, team.rank, team.size);
         for (long v = all.begin; v < all.end; ++v)
@@ -177,7 +181,7 @@ struct Backward {
 
     Vec<A> h_before(long t, long b, long v, int n) const {
       long before = step_before(p, t, b);
-      return before < 0 ? get<S>(p.h0, 0, b, v * L, n) : get<S>(p.y, before, b, v * L, n);
+      return before < 0 ? get_or_zero<S>(p.h0, 0, b, v * L, n) : get<S>(p.y, before, b, v * L, n);
     }
 
     // From dh and the tape to the gradients of the gates, for L units of one row. A GRU leaves in dh what reaches

@@ -73,7 +73,9 @@ struct Products {
   Job job[3];
   A *w_ih, *rows_in, *rows_out;  // packed; [threads][kInputRows][columns or Ip]
   A *panel[kSources], *block;    // [panel][chunk row][kPanel]; [threads][chunk row][kBlock]
-  A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][padded width]; of the biases
+  A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases
+  long dw_row[2];
+  bool direct[2];                // dw is the result itself
   long* index;                   // [T * B] live rows, as t * B + b
   size_t bytes;
 
@@ -106,7 +108,11 @@ struct Products {
     }
     block = arena.take<A>(weights ? threads * chunk * kBlock : 0);
     for (int i = 0; i < 2; ++i) {
-      dw[i] = arena.take<A>(weights ? columns * padded<A>(i ? p.P : p.I) : 0);
+      const ScanView& to = i ? p.dw_hh : p.dw_ih;
+      dw_row[i] = padded<A>(i ? p.P : p.I);
+      direct[i] = sizeof(S) == sizeof(A) && dw_row[i] == (i ? p.P : p.I);
+      dw[i] = arena.take<A>(weights && !direct[i] ? columns * dw_row[i] : 0);
+      if (direct[i]) dw[i] = static_cast<A*>(to.data);
       db[i] = arena.take<A>(weights ? padded<A>(columns) + L : 0);
     }
     index = arena.take<long>(weights ? most : 0);
@@ -184,12 +190,12 @@ struct Products {
     }
     for_blocks(mine, [&](const Job& j, long first, long count) {
       for (int s = 0; s < kSources; ++s) {
-        if (!j.with[s]) continue;
+        if (!j.with[s] || direct[s != from_x]) continue;
         const ScanView& to = s == from_x ? p.dw_ih : p.dw_hh;
         const long n = width[s];
         for (long r = j.unit + first; r < j.unit + first + count; ++r)
           for (long e = 0; e < n; e += L)
-            store_n(at<S>(to, 0, r) + e, load(dw[s != from_x] + r * padded<A>(n) + e), lanes(e, n));
+            store_n(at<S>(to, 0, r) + e, load(dw[s != from_x] + r * dw_row[s != from_x] + e), lanes(e, n));
       }
       for (int i = 0; i < 2; ++i) {
         if (!j.with[from_x] && i == 0) continue;
@@ -214,8 +220,8 @@ struct Products {
   const S* row_of(Source s, long t, long b, long& stride) const {
     if (s == from_x) return stride = p.x.e, at<S>(p.x, t, b);
     if (s == from_q) return stride = p.tape.e, at<S>(p.tape, t, b) + 3 * p.H * p.tape.e;
-    if (cleared(p, t, b)) return nullptr;
     const long before = step_before(p, t, b);
+    if (cleared(p, t, b) || (before < 0 && !p.h0.data)) return nullptr;
     stride = before < 0 ? p.h0.e : p.y.e;
     return before < 0 ? at<S>(p.h0, 0, b) : at<S>(p.y, before, b);
   }
@@ -260,7 +266,7 @@ struct Products {
   }
 
   void outer(Source s, const A* d, long unit, long count, long n, bool add) {
-    const long vectors = vectors_of<A>(width[s]), row = padded<A>(width[s]);
+    const long vectors = vectors_of<A>(width[s]), row = dw_row[s != from_x];
     constexpr int most = rows_of_tile(kMaxVectors);
     for (long v = 0; v < vectors; v += kMaxVectors) {
       const int wide = int(vectors - v < kMaxVectors ? vectors - v : kMaxVectors);

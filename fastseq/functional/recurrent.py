@@ -327,13 +327,8 @@ def _layers(
     want_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Layer after layer, both directions of each, dropout between layers."""
-    batch, w_hh, lstm = x.shape[1], weights[1], stack.cell == "lstm"
     rows = stack.num_layers * stack.directions
-    # One state of zeros serves all layers.
-    h_start: Sequence[Tensor] = rows * [x.new_zeros(batch, w_hh.shape[1])] if h0 is None else h0.unbind(0)
-    c_start: Sequence[Tensor | None] = rows * [None]
-    if lstm:
-        c_start = rows * [x.new_zeros(batch, w_hh.shape[0] // 4)] if c0 is None else c0.unbind(0)
+    h_start, c_start = (rows * [None] if s is None else s.unbind(0) for s in (h0, c0))
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     states: list[Tensor | None] = []
@@ -381,7 +376,7 @@ def scan(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
@@ -394,10 +389,10 @@ def scan(
     if name == "reference" or needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
     if functorch_active() or (torch.is_grad_enabled() and _wants_gradient(inputs[:8])):
-        y, h_n, c_n, states, _ = apply(Scan, *inputs, cell, reverse, name)
+        found = apply(Scan, *inputs, cell, reverse, name)
     else:
-        y, h_n, c_n, states, _ = FORWARD[name](*inputs, cell, reverse, False, want_states)
-    return (y, h_n, c_n, states) if cell == "lstm" else (y, h_n, None, None)
+        found = FORWARD[name](*inputs, cell, reverse, False, want_states)
+    return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
 
 
 def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -14,7 +14,7 @@ def scan(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
@@ -30,8 +30,8 @@ def scan(
         w_hh: ``[G*H, P]``.
         b_ih, b_hh: ``[G*H]`` or None.
         w_hr: projection ``[P, H]`` (LSTM only) or None, and then P = H.
-        h0: ``[B, P]``.
-        c0: ``[B, H]`` for an LSTM, else None.
+        h0: ``[B, P]``, or None for zeros.
+        c0: ``[B, H]`` for an LSTM, or None for zeros.
         lengths: int ``[B]`` or None: from step ``lengths[b]`` on, y is 0 and the state stands still; a reverse scan
             of row b starts at ``lengths[b] - 1``.
         reset: bool ``[T, B]`` or None: where set, the state is cleared before that step.
@@ -50,8 +50,12 @@ def scan(
         return None if tensor is None else tensor.to(compute)
 
     w_ih, w_hh, b_ih, b_hh, w_hr = (widen(w) for w in (w_ih, w_hh, b_ih, b_hh, w_hr))  # type: ignore[assignment]
-    h, c = h0.to(compute), widen(c0)
-    steps = x.shape[0]
+    steps, batch = x.shape[:2]
+    h, c = widen(h0), widen(c0)
+    if h is None:
+        h = w_hh.new_zeros(batch, w_hh.shape[1])
+    if c is None and cell == "lstm":
+        c = w_hh.new_zeros(batch, w_hh.shape[0] // 4)
     if lengths is not None:  # what lies in the padding has no influence, not even a NaN
         x = x.masked_fill((torch.arange(steps, device=x.device)[:, None] >= lengths)[:, :, None], 0)
     gates_x = F.linear(x.to(compute), w_ih, b_ih)

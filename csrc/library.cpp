@@ -1,10 +1,12 @@
-// The Python module fastseq._native: importing it registers the CPU implementations with torch. It holds nothing else.
+// The Python module fastseq._native: importing it registers the CPU implementations with torch. Its functions are the
+// short way into inference (direct.cpp).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "direct.h"
 #include "ops.h"
 
 namespace fastseq {
@@ -35,7 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
 }
 
 extern "C" PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers fastseq's CPU kernels.", -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers fastseq's CPU kernels.", -1,
+                                   fastseq::direct_methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -8,6 +8,7 @@ from support import DTYPES, flat, needs_native
 
 import fastseq
 from fastseq import functional
+from fastseq.functional import direct, inference
 
 pytestmark = needs_native
 
@@ -28,9 +29,14 @@ LAYOUTS = [
 CELLS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("GRUCell", {}), ("GRUCell", {"reset_after": False})]
 
 
-@pytest.fixture
-def only_native_calls(monkeypatch):
-    """The general way is closed: what still answers came from one native call."""
+@pytest.fixture(params=["direct", "operator"])
+def only_native_calls(request, monkeypatch):
+    """The general way is closed: what still answers came from one native call, of the kind that was asked for."""
+    if request.param == "operator":
+        monkeypatch.setattr(direct, "stack", None)
+        monkeypatch.setattr(direct, "cell", None)
+    else:
+        monkeypatch.setattr(inference, "_plain", lambda x: False)
 
     def closed(*args, **kwargs):
         raise AssertionError("took the general way")

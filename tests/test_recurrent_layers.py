@@ -384,3 +384,50 @@ def test_results_are_bitwise_repeatable(name, backend):
             runs.append(y + list(gradients(layer, y, x)))
     for a, b in itertools.product(runs[:1], runs[1:]):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_functional_call_runs_on_the_parameters_it_was_given(name, backend):
+    ours, theirs, x = getattr(fastseq.nn, name)(5, 5), getattr(nn, name)(5, 5), torch.randn(4, 5)
+    state = {key: torch.randn_like(p).requires_grad_() for key, p in ours.named_parameters()}
+    for shuffled in (False, True):
+        if shuffled:  # registered in another order
+            for key in list(state)[:1]:
+                held = getattr(ours, key)
+                delattr(ours, key)
+                setattr(ours, key, held)
+        for grad in (True, False):
+            with fastseq.use_backend(backend), torch.set_grad_enabled(grad):
+                found = flat(torch.func.functional_call(ours, state, (x,)))
+                expected = flat(torch.func.functional_call(theirs, state, (x,)))
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b)
+                if grad:
+                    grads = [torch.autograd.grad(out[0].sum(), list(state.values())) for out in (found, expected)]
+                    for a, b in zip(*grads, strict=True):
+                        torch.testing.assert_close(a, b)
+                own = flat(ours(x))
+                assert not torch.equal(own[0], found[0])
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_parametrised_and_pruned_weights_are_used(name):
+    from torch.nn.utils import parametrize, prune
+
+    class Zero(nn.Module):
+        def forward(self, weight):
+            return torch.zeros_like(weight)
+
+    x = torch.randn(4, 2, 5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            layer, plain = getattr(fastseq.nn, name)(5, 7), getattr(nn, name)(5, 7)
+            plain.load_state_dict(layer.state_dict())
+            layer(x)
+            for each in (layer, plain):
+                prune.random_unstructured(each, "weight_hh_l0", amount=1.0)
+                parametrize.register_parametrization(each, "weight_ih_l0", Zero())
+            torch.testing.assert_close(layer(x)[0], plain(x)[0])
+            layer.register_parameter("own", nn.Parameter(torch.zeros(())))
+            torch.testing.assert_close(layer(x)[0], plain(x)[0])

@@ -7,12 +7,14 @@ the general way, which checks everything and has the error messages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastseq import backend
+from fastseq.functional import direct
 
 _stack = torch.ops.fastseq.stack_forward.native
 _cell = torch.ops.fastseq.cell_forward.native
@@ -20,14 +22,14 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def _plain(x: object) -> bool:
-    """An ordinary CPU tensor, no gradient, no tracing, no transform, and the native backend in force."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+    """An ordinary CPU tensor, no gradient, no transform; for what the operators do not ask themselves."""
+    if torch.is_grad_enabled() or type(x) is not Tensor:
         return False
-    return x.is_cpu and backend.native_scan() and not torch.is_autocast_enabled("cpu") and _transforms() is None
+    return x.is_cpu and not torch.is_autocast_enabled("cpu") and _transforms() is None
 
 
 def stack(
-    x: Tensor,
+    x: Any,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -35,32 +37,49 @@ def stack(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y, h_n, c_n of a stack (c_n empty unless an LSTM), as ``ops.STACK_FORWARD``; None: take the general way."""
-    if not _plain(x):
+) -> tuple[Tensor, ...] | None:
+    """y, h_n and an LSTM's c_n of a stack, as ``ops.STACK_FORWARD``; None: take the general way."""
+    if torch.compiler.is_compiling() or not backend.native_scan():
+        return None
+    if type(x) is not Tensor:  # a PackedSequence, or nothing that we know
         return None
     if x.dtype is torch.bfloat16 and x.numel() > backend.BF16_ROWS * x.shape[-1] and backend.forced() is None:
         return None  # AUTO has more than one answer here
-    try:
-        return _stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
-    except (RuntimeError, TypeError):
-        return None
-
-
-def cell(
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    name: str,
-) -> tuple[Tensor, Tensor] | None:
-    """The new h and c (empty unless an LSTM) of one step, as ``ops.CELL_FORWARD``; None: take the general way."""
+    if direct.stack is not None:
+        done = direct.stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
+        if done is not None:
+            return done
     if not _plain(x):
         return None
     try:
-        return _cell(x, h, c, w_ih, w_hh, b_ih, b_hh, name)
+        done = _stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
     except (RuntimeError, TypeError):
         return None
+    return done if cell == "lstm" else done[:2]
+
+
+def cell(
+    x: Any,
+    h: Tensor | None,
+    c: Tensor | None,
+    parameters: Mapping[str, Tensor | None],
+    name: str,
+) -> tuple[Tensor, ...] | None:
+    """The new h, and an LSTM's new c, of one step, as ``ops.CELL_FORWARD``; None: take the general way.
+
+    ``parameters``: the cell module's own dictionary, for asking the module for each takes longer than the arithmetic.
+    """
+    if torch.compiler.is_compiling() or not backend.native_scan():
+        return None
+    weights = [parameters.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    if direct.cell is not None:
+        done = direct.cell(x, h, c, *weights, name)
+        if done is not None:
+            return done
+    if not _plain(x):
+        return None
+    try:
+        done = _cell(x, h, c, *weights, name)
+    except (RuntimeError, TypeError):
+        return None
+    return done if name == "lstm" else done[:1]

@@ -23,6 +23,13 @@ class _Recurrent(nn.RNNBase):
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
 
+    def _weights(self) -> list[Tensor]:
+        """The weights in their flat order, as they are now: torch.func.functional_call swaps them behind our back."""
+        if list(self._parameters) == self._flat_weights_names:
+            return list(self._parameters.values())  # type: ignore[arg-type]
+        self._update_flat_weights()  # parametrised, pruned, or with a parameter more
+        return self._flat_weights
+
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
@@ -35,7 +42,7 @@ class _Recurrent(nn.RNNBase):
         if self.training and self.dropout:
             return None
         return inference.stack(
-            input, h0, c0, self._flat_weights, cell, self.num_layers, self.bidirectional, self.batch_first
+            input, h0, c0, self._weights(), cell, self.num_layers, self.bidirectional, self.batch_first
         )
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
@@ -108,7 +115,7 @@ class RNN(_Recurrent):
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
-        return functional.rnn(input, hx, self._flat_weights, nonlinearity=nonlinearity, **self._options(), **kwargs)
+        return functional.rnn(input, hx, self._weights(), nonlinearity=nonlinearity, **self._options(), **kwargs)
 
     def forward(
         self,
@@ -122,7 +129,7 @@ class RNN(_Recurrent):
         if lengths is None and reset is None:
             done = self._infer("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
             if done is not None:
-                return done[:2]
+                return done
         return self._call(input, hx, lengths, reset)
 
 
@@ -156,7 +163,7 @@ class GRU(_Recurrent):
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         return functional.gru(
-            input, hx, self._flat_weights, reset_after=self.reset_after, **self._options(), **kwargs
+            input, hx, self._weights(), reset_after=self.reset_after, **self._options(), **kwargs
         )  # fmt: skip
 
     def forward(
@@ -171,7 +178,7 @@ class GRU(_Recurrent):
         if lengths is None and reset is None:
             done = self._infer("gru" if self.reset_after else "gru_reset_before", input, hx, None)
             if done is not None:
-                return done[:2]
+                return done
         return self._call(input, hx, lengths, reset)
 
 
@@ -196,7 +203,7 @@ class LSTM(_Recurrent):
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         return functional.lstm(
-            input, hx, self._flat_weights, projected=self.proj_size > 0, **self._options(), **kwargs
+            input, hx, self._weights(), projected=self.proj_size > 0, **self._options(), **kwargs
         )  # fmt: skip
 
     def forward(
@@ -222,9 +229,7 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
-        done = inference.cell(
-            input, hx, None, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, "rnn_" + self.nonlinearity
-        )
+        done = inference.cell(input, hx, None, self._parameters, "rnn_" + self.nonlinearity)
         if done is not None:
             return done[0]
         return functional.rnn_cell(
@@ -249,7 +254,7 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
         name = "gru" if self.reset_after else "gru_reset_before"
-        done = inference.cell(input, hx, None, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, name)
+        done = inference.cell(input, hx, None, self._parameters, name)
         if done is not None:
             return done[0]
         return functional.gru_cell(
@@ -263,7 +268,7 @@ class LSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
         h, c = (None, None) if hx is None else hx
-        done = inference.cell(input, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, "lstm")
+        done = inference.cell(input, h, c, self._parameters, "lstm")
         if done is not None:
-            return done
+            return done[0], done[1]
         return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

@@ -1,0 +1,221 @@
+// One step of a small model takes 1 us of arithmetic and, through an operator, 4 us of finding out what was called:
+// matching the schema, boxing each tensor, handing the lock over. These functions are handed the Python objects and
+// ask only what has an influence here. Where anything speaks against the short way they return None, and the caller
+// takes the operator, which has all the answers and all the messages.
+//
+// The one assumption beyond torch's stable interface: a Tensor's attribute `_cdata` is the address of its TensorImpl,
+// and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. fastseq/functional/direct.py turns
+// this on only for releases of torch with which it was tested, after a trial.
+#include "direct.h"
+
+#include <exception>
+
+#include "inference.h"
+
+namespace fastseq {
+namespace {
+
+constexpr Py_ssize_t kMostWeights = 64;        // a larger stack gains nothing from this
+constexpr int64_t kAlone = int64_t(1) << 18;   // more multiplications than this: let other threads run meanwhile
+
+// Set once by bind(): the exact types that are ordinary tensors, questions that must all be answered with something
+// false, and torch.empty_like. Interned names of attributes.
+PyObject *tensor_type, *parameter_type, *questions, *empty_like, *cdata_name, *new_empty_name, *is_neg_name;
+
+// An owned reference.
+class Object {
+ public:
+  explicit Object(PyObject* object) : object_(object) {}
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+
+ private:
+  PyObject* object_;
+};
+
+// A tensor borrowed from Python. impl is what an at::Tensor would hold: its address serves as a handle.
+struct Borrowed {
+  void* impl = nullptr;
+  // False: not an ordinary tensor. None is no tensor, and fine.
+  bool take(PyObject* object) {
+    if (object == Py_None) return true;
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_type && type != parameter_type) return false;
+    Object address(PyObject_GetAttr(object, cdata_name));
+    if (!address.get()) return false;
+    impl = PyLong_AsVoidPtr(address.get());
+    return impl != nullptr && is_as_it_lies(object);
+  }
+  // Not negated in the reader's mind, as the imaginary part of a conjugate is: such a view has strides of 2.
+  bool is_as_it_lies(PyObject* object) {
+    int64_t elements;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
+    if (elements > 1 && is_contiguous(handle())) return true;
+    Object negative(PyObject_CallMethodObjArgs(object, is_neg_name, nullptr));
+    return negative.get() == Py_False;
+  }
+  AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
+};
+
+bool nothing_speaks_against_it() {
+  if (!questions) return false;
+  const Py_ssize_t count = PyTuple_Size(questions);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
+    if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
+  }
+  return true;
+}
+
+// A new tensor of x's kind. `like` has the shape already if it is contiguous: that is the quickest way to make one.
+PyObject* make(PyObject* x, PyObject* like, AtenTensorHandle like_handle, const int64_t* sizes, int64_t rank) {
+  if (like_handle && rank_of(like_handle) == rank && is_contiguous(like_handle)) {
+    const int64_t* have = sizes_of(like_handle);
+    bool same = true;
+    for (int64_t i = 0; i < rank; ++i) same = same && have[i] == sizes[i];
+    if (same) return PyObject_CallFunctionObjArgs(empty_like, like, nullptr);
+  }
+  Object shape(PyTuple_New(Py_ssize_t(rank)));
+  for (int64_t i = 0; shape.get() && i < rank; ++i) {
+    PyObject* size = PyLong_FromLongLong(sizes[i]);
+    if (!size) return nullptr;
+    PyTuple_SetItem(shape.get(), Py_ssize_t(i), size);
+  }
+  return shape.get() ? PyObject_CallMethodObjArgs(x, new_empty_name, shape.get(), nullptr) : nullptr;
+}
+
+void* data_of(PyObject* tensor) {
+  Borrowed borrowed;
+  void* data = nullptr;
+  if (borrowed.take(tensor)) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(borrowed.handle(), &data));
+  return data;
+}
+
+template <class Work>
+void compute(int64_t products, const Work& work) {
+  if (products < kAlone) return work();
+  std::exception_ptr failure;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    work();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  Py_END_ALLOW_THREADS
+  if (failure) std::rethrow_exception(failure);
+}
+
+// None in place of whatever went wrong.
+PyObject* decline() {
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
+
+// stack(x, h0, c0, weights: list, cell, num_layers, bidirectional, batch_first) -> (y, h_n[, c_n]) or None
+PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 8 || !PyList_Check(args[3]) || !nothing_speaks_against_it()) return decline();
+  Borrowed x, h0, c0, weights[kMostWeights];
+  AtenTensorHandle handles[kMostWeights];
+  Object kept(PyList_AsTuple(args[3]));  // the list may change while others run
+  const Py_ssize_t total = kept.get() ? PyTuple_Size(kept.get()) : kMostWeights + 1;
+  if (total > kMostWeights || args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]))
+    return decline();
+  for (Py_ssize_t i = 0; i < total; ++i) {
+    PyObject* weight = PyTuple_GetItem(kept.get(), i);
+    if (weight == Py_None || !weights[i].take(weight)) return decline();
+    handles[i] = weights[i].handle();
+  }
+  const char* cell = text_of(args[4]);
+  if (!cell) return decline();
+  const StackCall call{x.handle(), h0.handle(), c0.handle(), handles, int64_t(total), cell, PyLong_AsLongLong(args[5]),
+                       PyObject_IsTrue(args[6]) == 1, PyObject_IsTrue(args[7]) == 1};
+  Stack layers(call);
+  const bool lstm = layers.lstm();
+  Object h_n(make(args[0], args[1], h0.handle(), layers.h_sizes, layers.rank()));
+  if (!h_n.get()) return decline();
+  Borrowed last;
+  last.take(h_n.get());
+  Object y(make(args[0], h_n.get(), last.handle(), layers.y_sizes, layers.rank()));
+  Object c_n(lstm ? make(args[0], h_n.get(), last.handle(), layers.c_sizes, layers.rank()) : nullptr);
+  if (!y.get() || (lstm && !c_n.get())) return decline();
+  void *to_y = data_of(y.get()), *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
+  compute(layers.products(), [&] { layers.run(to_y, to_h, to_c); });
+  return lstm ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
+} catch (const std::exception&) {
+  return decline();
+}
+
+// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, cell) -> (h_n[, c_n]) or None
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 8 || !nothing_speaks_against_it()) return decline();
+  Borrowed t[7];
+  for (int i = 0; i < 7; ++i)
+    if (!t[i].take(args[i])) return decline();
+  const char* name = text_of(args[7]);
+  if (!name || !t[0].impl || !t[3].impl || !t[4].impl) return decline();
+  CellStep step({t[0].handle(), t[1].handle(), t[2].handle(), t[3].handle(), t[4].handle(), t[5].handle(),
+                 t[6].handle(), name});
+  const bool lstm = step.lstm();
+  Object h_n(make(args[0], args[1], t[1].handle(), step.sizes, step.rank()));
+  if (!h_n.get()) return decline();
+  Borrowed last;
+  last.take(h_n.get());
+  Object c_n(lstm ? make(args[0], h_n.get(), last.handle(), step.sizes, step.rank()) : nullptr);
+  if (lstm && !c_n.get()) return decline();
+  void *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
+  compute(step.products(), [&] { step.run(to_h, to_c); });
+  return lstm ? PyTuple_Pack(2, h_n.get(), c_n.get()) : PyTuple_Pack(1, h_n.get());
+} catch (const std::exception&) {
+  return decline();
+}
+
+// bind(Tensor, Parameter, empty_like, questions)
+PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4 || !PyTuple_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, empty_like, questions: tuple)");
+    return nullptr;
+  }
+  if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
+  if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
+  if (!new_empty_name) new_empty_name = PyUnicode_InternFromString("new_empty");
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for as long as the process lives
+  tensor_type = args[0], parameter_type = args[1], empty_like = args[2], questions = args[3];
+  Py_RETURN_NONE;
+}
+
+// described(tensor) -> (address of its data, sizes): what the assumption above leads to, for a trial.
+PyObject* described(PyObject*, PyObject* tensor) try {
+  Borrowed borrowed;
+  if (!tensor_type || tensor == Py_None || !borrowed.take(tensor)) return decline();
+  const int64_t rank = rank_of(borrowed.handle()), *sizes = sizes_of(borrowed.handle());
+  Object shape(PyTuple_New(Py_ssize_t(rank)));
+  for (int64_t i = 0; i < rank; ++i) PyTuple_SetItem(shape.get(), Py_ssize_t(i), PyLong_FromLongLong(sizes[i]));
+  Object address(PyLong_FromVoidPtr(data_of(tensor)));
+  return PyTuple_Pack(2, address.get(), shape.get());
+} catch (const std::exception&) {
+  return decline();
+}
+
+template <class Function>
+PyCFunction method(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+}  // namespace
+
+PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
+                                {"cell", method(cell), METH_FASTCALL, nullptr},
+                                {"bind", method(bind), METH_FASTCALL, nullptr},
+                                {"described", method(described), METH_O, nullptr},
+                                {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace fastseq

@@ -1,0 +1,58 @@
+// Inference of a whole stack of layers, or of one step of a cell, in one call: two ways in (an operator, and directly
+// from Python objects), one way through.
+#pragma once
+#include "recurrent_marshal.h"
+
+namespace fastseq {
+
+// Tensors are borrowed: they must outlive the call. h0 and c0 may be null: zeros.
+struct StackCall {
+  AtenTensorHandle x, h0, c0;
+  const AtenTensorHandle* weights;  // flat, in torch's order
+  int64_t weight_count;
+  const char* cell;
+  int64_t num_layers;
+  bool bidirectional, batch_first;
+};
+
+// Checks the call and knows the shapes of its results; run() computes them into contiguous memory.
+class Stack {
+ public:
+  explicit Stack(const StackCall& call);
+  void run(void* y, void* h_n, void* c_n);
+
+  Dtype dtype() const { return p_.dtype; }
+  bool lstm() const { return p_.cell == Cell::lstm; }
+  int64_t rank() const { return batched_ ? 3 : 2; }  // of all results
+  int64_t y_sizes[3], h_sizes[3], c_sizes[3];
+  int64_t products() const;  // multiplications in all, about
+
+ private:
+  const StackCall& call_;
+  ScanForward p_{};
+  bool batched_, swapped_, biases_, projected_;
+  int64_t gates_, directions_, rows_, width_;
+};
+
+struct CellCall {
+  AtenTensorHandle x, h, c, w_ih, w_hh, b_ih, b_hh;
+  const char* cell;
+};
+
+class CellStep {
+ public:
+  explicit CellStep(const CellCall& call);
+  void run(void* h_n, void* c_n);
+
+  Dtype dtype() const { return p_.dtype; }
+  bool lstm() const { return p_.cell == Cell::lstm; }
+  int64_t rank() const { return rank_; }
+  int64_t sizes[2];  // of both results
+  int64_t products() const { return p_.B * (p_.I + p_.H) * p_.H * gates_of(p_.cell); }
+
+ private:
+  ScanForward p_{};
+  int64_t rank_;
+};
+
+}  // namespace fastseq

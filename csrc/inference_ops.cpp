@@ -1,0 +1,154 @@
+// torch.ops.fastseq.stack_forward.native and cell_forward.native.
+#include "inference.h"
+#include "ops.h"
+
+namespace fastseq {
+namespace {
+
+using torch::stable::Tensor;
+
+// Row `index` of an initial or last state [rows, B, N], or [rows, N] where B is not a dimension; all zeros if absent.
+ScanView state_row(const char* name, AtenTensorHandle state, Dtype dtype, int64_t rows, int64_t B, int64_t N,
+                   bool batched, int64_t index) {
+  if (!state) return {};
+  ScanView out = batched ? view(name, state, dtype, {rows, B, N}) : view(name, state, dtype, {rows, N});
+  return offset(out, index * (batched ? out.t : out.b), dtype);
+}
+
+thread_local Workspace between[2];  // outputs of the layer before and of this one
+
+}  // namespace
+
+Stack::Stack(const StackCall& call) : call_(call) {
+  ScanForward& p = p_;
+  p.cell = cell_of(call.cell);
+  p.dtype = dtype_of(call.x);
+  p.threads = int(torch::stable::get_num_threads());
+  const int64_t rank = rank_of(call.x), *x = sizes_of(call.x);
+  STD_TORCH_CHECK(rank == 3 || rank == 2, "scan: x must be [T, B, I] or [T, I]");
+  batched_ = rank == 3, swapped_ = batched_ && call.batch_first;
+  gates_ = gates_of(p.cell), directions_ = call.bidirectional ? 2 : 1, rows_ = call.num_layers * directions_;
+  width_ = rows_ > 0 ? call.weight_count / rows_ : 0;
+  STD_TORCH_CHECK(width_ >= 2 && width_ <= 5 && width_ * rows_ == call.weight_count,
+                  "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
+  biases_ = width_ >= 4, projected_ = width_ % 2 == 1;
+  STD_TORCH_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
+  STD_TORCH_CHECK(rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
+  const int64_t* w_hh = sizes_of(call.weights[1]);
+  p.T = x[swapped_ ? 1 : 0], p.B = batched_ ? x[swapped_ ? 0 : 1] : 1, p.I = x[rank - 1];
+  p.H = w_hh[0] / gates_, p.P = w_hh[1];
+  STD_TORCH_CHECK(p.T > 0, "scan: x has no time steps");
+  STD_TORCH_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+
+  int64_t i = 0, j = 0;
+  for (int64_t n = 0; n < rank - 1; ++n) y_sizes[i++] = x[n];
+  y_sizes[i] = directions_ * p.P;
+  h_sizes[j++] = rows_;
+  if (batched_) h_sizes[j++] = p.B;
+  h_sizes[j] = p.P;
+  for (int64_t n = 0; n < rank; ++n) c_sizes[n] = h_sizes[n];
+  c_sizes[j] = p.H;
+}
+
+int64_t Stack::products() const { return p_.T * p_.B * (p_.I + p_.P) * p_.H * gates_ * rows_; }
+
+void Stack::run(void* y, void* h_n, void* c_n) {
+  ScanForward& p = p_;
+  const Dtype dtype = p.dtype;
+  const int64_t rank = this->rank(), out = directions_ * p.P, *x = sizes_of(call_.x);
+  p.x = batched_ ? view("x", call_.x, dtype, {x[0], x[1], p.I}) : view("x", call_.x, dtype, {x[0], p.I});
+  if (rank == 2) p.x.t = p.x.b;
+  if (swapped_) std::swap(p.x.t, p.x.b);
+  if (p.B == 0 || p.P == 0) return;
+
+  const ScanView result{y, swapped_ ? out : p.B * out, swapped_ ? p.T * out : out, 1};
+  for (int64_t layer = 0; layer < call_.num_layers; ++layer) {
+    ScanView target = result;
+    if (layer + 1 < call_.num_layers) {
+      void* rows = between[layer & 1].of(size_t(p.T * p.B * out) * bytes_of(dtype));
+      target = {rows, p.B * out, out, 1};
+    }
+    for (int64_t direction = 0; direction < directions_; ++direction) {
+      const int64_t index = layer * directions_ + direction;
+      const AtenTensorHandle* w = call_.weights + index * width_;
+      p.reverse = direction == 1;
+      p.w_ih = view("w_ih", w[0], dtype, {gates_ * p.H, p.I});
+      p.w_hh = view("w_hh", w[1], dtype, {gates_ * p.H, p.P});
+      if (biases_) {
+        p.b_ih = view("b_ih", w[2], dtype, {gates_ * p.H});
+        p.b_hh = view("b_hh", w[3], dtype, {gates_ * p.H});
+      }
+      if (projected_) p.w_hr = view("w_hr", w[width_ - 1], dtype, {p.P, p.H});
+      p.h0 = state_row("h0", call_.h0, dtype, rows_, p.B, p.P, batched_, index);
+      p.c0 = state_row("c0", call_.c0, dtype, rows_, p.B, p.H, batched_, index);
+      p.y = offset(target, direction * p.P, dtype);
+      p.h_n = offset({h_n, 0, p.P, 1}, index * p.B * p.P, dtype);
+      if (lstm()) p.c_n = offset({c_n, 0, p.H, 1}, index * p.B * p.H, dtype);
+      run_forward(p);
+    }
+    p.x = target;
+    p.I = out;
+  }
+}
+
+CellStep::CellStep(const CellCall& call) {
+  ScanForward& p = p_;
+  p.cell = cell_of(call.cell);
+  p.dtype = dtype_of(call.x);
+  p.threads = int(torch::stable::get_num_threads());
+  rank_ = rank_of(call.x);
+  const bool batched = rank_ == 2;
+  const int64_t G = gates_of(p.cell), *x = sizes_of(call.x);
+  STD_TORCH_CHECK((batched || rank_ == 1) && rank_of(call.w_hh) == 2,
+                  "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
+  STD_TORCH_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
+  p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = sizes_of(call.w_hh)[1];
+  p.w_ih = view("w_ih", call.w_ih, p.dtype, {G * p.H, p.I});
+  p.w_hh = view("w_hh", call.w_hh, p.dtype, {G * p.H, p.H});
+  p.b_ih = view("b_ih", call.b_ih, p.dtype, {G * p.H});
+  p.b_hh = view("b_hh", call.b_hh, p.dtype, {G * p.H});
+  auto rows = [&](const char* name, AtenTensorHandle t, int64_t n) {
+    return batched ? view(name, t, p.dtype, {p.B, n}) : view(name, t, p.dtype, {n});
+  };
+  p.x = rows("x", call.x, p.I);
+  p.h0 = rows("h", call.h, p.H);
+  p.c0 = rows("c", call.c, p.H);
+  sizes[0] = batched ? p.B : p.H;
+  sizes[1] = p.H;
+}
+
+void CellStep::run(void* h_n, void* c_n) {
+  ScanForward& p = p_;
+  if (p.B == 0) return;
+  p.y = p.h_n = ScanView{h_n, 0, p.H, 1};  // after one step they are the same
+  if (lstm()) p.c_n = ScanView{c_n, 0, p.H, 1};
+  run_forward(p);
+}
+
+std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const OptionalTensor& h0,
+                                                     const OptionalTensor& c0, const std::vector<Tensor>& weights,
+                                                     const std::string& cell, int64_t num_layers, bool bidirectional,
+                                                     bool batch_first) {
+  std::vector<AtenTensorHandle> handles;
+  for (const Tensor& w : weights) handles.push_back(w.get());
+  const StackCall call{x.get(),      handle_of(h0), handle_of(c0), handles.data(), int64_t(handles.size()),
+                       cell.c_str(), num_layers,    bidirectional, batch_first};
+  Stack stack(call);
+  Tensor y = empty(stack.y_sizes, stack.rank(), stack.dtype()), h_n = empty(stack.h_sizes, stack.rank(), stack.dtype());
+  Tensor c_n = stack.lstm() ? empty(stack.c_sizes, stack.rank(), stack.dtype()) : empty({0}, stack.dtype());
+  stack.run(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr());
+  return {y, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
+                                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                                            const OptionalTensor& b_hh, const std::string& cell) {
+  CellStep step({x.get(), handle_of(h), handle_of(c), w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh),
+                 cell.c_str()});
+  Tensor h_n = empty(step.sizes, step.rank(), step.dtype());
+  Tensor c_n = step.lstm() ? empty(step.sizes, step.rank(), step.dtype()) : empty({0}, step.dtype());
+  step.run(h_n.data_ptr(), c_n.data_ptr());
+  return {h_n, c_n};
+}
+
+}  // namespace fastseq

@@ -1,0 +1,144 @@
+#include "recurrent_marshal.h"
+
+#include <cstdlib>
+#include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastseq {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// A fresh buffer faults at every page it touches for the first time: ask for large pages.
+void advise(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < 2 * kHugePage) return;
+  uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  uintptr_t end = (uintptr_t(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+int32_t code_of(Dtype dtype) {
+  static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16()};
+  return codes[int(dtype)];
+}
+
+thread_local Workspace workspace;
+
+}  // namespace
+
+Cell cell_of(const char* name) {
+  if (!std::strcmp(name, "lstm")) return Cell::lstm;
+  if (!std::strcmp(name, "gru")) return Cell::gru;
+  if (!std::strcmp(name, "gru_reset_before")) return Cell::gru_reset_before;
+  if (!std::strcmp(name, "rnn_tanh")) return Cell::rnn_tanh;
+  STD_TORCH_CHECK(!std::strcmp(name, "rnn_relu"),
+                  "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
+  return Cell::rnn_relu;
+}
+int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::rnn_tanh || cell == Cell::rnn_relu ? 1 : 3; }
+
+Dtype dtype_of(AtenTensorHandle x) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
+  for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+    if (code == code_of(dtype)) return dtype;
+  STD_TORCH_CHECK(false, "scan: the native kernels take float64, float32, bfloat16 and float16 tensors");
+}
+size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
+  int64_t strides[3], count = 1;
+  for (int64_t i = rank; i-- > 0; count *= sizes[i]) strides[i] = count > 0 ? count : 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  torch::stable::Tensor tensor(handle);
+  const size_t bytes = size_t(count) * bytes_of(dtype);
+  if (bytes >= 2 * kHugePage) advise(tensor.data_ptr(), bytes);
+  return tensor;
+}
+torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
+  return empty(sizes.begin(), int64_t(sizes.size()), dtype);
+}
+
+int64_t rank_of(AtenTensorHandle x) {
+  int64_t rank;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(x, &rank));
+  return rank;
+}
+const int64_t* sizes_of(AtenTensorHandle x) {
+  int64_t* sizes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &sizes));
+  return sizes;
+}
+bool is_contiguous(AtenTensorHandle x) {
+  bool result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(x, &result));
+  return result;
+}
+
+ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initializer_list<int64_t> expected) {
+  if (!x) return {};
+  const int64_t rank = int64_t(expected.size());
+  const int64_t *sizes = sizes_of(x), *want = expected.begin();
+  int64_t* strides;
+  int32_t code, device;
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &device));
+  bool fits = rank_of(x) == rank && device == aoti_torch_device_type_cpu() && code == code_of(dtype);
+  for (int64_t i = 0; fits && i < rank; ++i) fits = sizes[i] == want[i];
+  if (!fits) {
+    std::string shape;
+    for (int64_t size : expected) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "scan: ", name, " must be a CPU tensor of shape [", shape, "] and of x's dtype",
+                    " (states and their gradient: of the dtype computed in)");
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(x, &data));
+  ScanView out;
+  out.data = data;
+  out.e = want[rank - 1] == 1 ? 1 : strides[rank - 1];
+  if (rank > 1) out.b = strides[rank - 2];
+  if (rank > 2) out.t = strides[0];
+  return out;
+}
+
+ScanView offset(ScanView v, int64_t elements, Dtype dtype) {
+  v.data = static_cast<char*>(v.data) + elements * int64_t(bytes_of(dtype));
+  return v;
+}
+
+Workspace::~Workspace() { std::free(data_); }
+
+void* Workspace::of(size_t bytes) {
+  constexpr size_t kKept = size_t(64) << 20;  // one larger than this is not kept for a smaller call
+  if (bytes > size_ || size_ > kKept) {
+    std::free(data_);
+    size_ = (bytes + 4095) / 4096 * 4096;
+    data_ = std::aligned_alloc(4096, size_ ? size_ : 4096);
+    if (!data_) size_ = 0;
+    STD_TORCH_CHECK(data_, "scan: cannot allocate ", bytes, " bytes of scratch");
+    advise(data_, size_);
+  }
+  return data_;
+}
+
+Workspace& scratch() { return workspace; }
+
+void run_forward(ScanForward& p) {
+  p.workspace = workspace.of(FASTSEQ_DISPATCH(scan_forward_workspace, p));
+  FASTSEQ_DISPATCH(scan_forward, p);
+}
+
+}  // namespace fastseq

@@ -1,0 +1,57 @@
+// What the recurrent operators share: names and dtypes into enums, tensors into the views of recurrent.h, scratch.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "cpu/recurrent.h"
+
+namespace fastseq {
+
+using Cell = ScanSizes::Cell;
+using Dtype = ScanSizes::Dtype;
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+Cell cell_of(const char* name);
+int gates_of(Cell cell);
+Dtype dtype_of(AtenTensorHandle x);  // throws on one that the kernels do not take
+size_t bytes_of(Dtype dtype);
+Dtype accumulator_of(Dtype dtype);
+
+inline AtenTensorHandle handle_of(const torch::stable::Tensor& x) { return x.get(); }
+inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get() : nullptr; }
+
+// A new contiguous CPU tensor, not initialised.
+torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype);
+torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype);
+
+// Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e]. No tensor: an empty view.
+ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initializer_list<int64_t> sizes);
+template <class T>
+ScanView view(const char* name, const T& x, Dtype dtype, std::initializer_list<int64_t> sizes) {
+  return view(name, handle_of(x), dtype, sizes);
+}
+ScanView offset(ScanView v, int64_t elements, Dtype dtype);
+
+int64_t rank_of(AtenTensorHandle x);
+const int64_t* sizes_of(AtenTensorHandle x);
+bool is_contiguous(AtenTensorHandle x);
+
+// Scratch that a thread keeps from call to call.
+class Workspace {
+ public:
+  ~Workspace();
+  void* of(size_t bytes);
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void run_forward(ScanForward& p);  // in the calling thread's workspace
+Workspace& scratch();
+
+}  // namespace fastseq

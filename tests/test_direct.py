@@ -1,0 +1,250 @@
+"""The way past the operators: taken for ordinary tensors, left as soon as a tensor is more than its numbers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from support import flat, needs_native
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastseq
+from fastseq.functional import direct
+
+pytestmark = needs_native
+
+MODES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "gru_reset_before": "GRU", "lstm": "LSTM"}
+
+
+def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.float32, **options):
+    """What ``direct.stack`` and the operator take."""
+    layer = getattr(torch.nn, MODES[cell])(shape[-1], hidden, layers, dtype=dtype, **options)
+    weights = [p.detach() for p in layer._flat_weights]
+    rows = layers * (2 if options.get("bidirectional") else 1)
+    batch = () if len(shape) == 2 else (shape[0 if options.get("batch_first") else 1],)
+    h = torch.randn(rows, *batch, options.get("proj_size") or hidden, dtype=dtype)
+    c = torch.randn(rows, *batch, hidden, dtype=dtype) if cell == "lstm" else None
+    tail = (cell, layers, bool(options.get("bidirectional")), bool(options.get("batch_first")))
+    return [torch.randn(shape, dtype=dtype), h, c, weights, *tail]
+
+
+def by_operator(args):
+    found = torch.ops.fastseq.stack_forward.native(*args)
+    return found if args[4] == "lstm" else found[:2]
+
+
+def test_it_is_on_with_this_torch():
+    assert direct.stack is not None
+    assert direct.cell is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", MODES)
+def test_the_operators_bits(cell, dtype):
+    projected = [{"proj_size": 4}] if cell == "lstm" else []
+    for options in ({}, {"bidirectional": True, "batch_first": True}, {"bias": False}, *projected):
+        for shape in ((4, 3, 5), (1, 1, 5), (6, 5), (3, 0, 5)):
+            if shape == (3, 0, 5) and options.get("batch_first"):
+                continue  # no steps
+            for layers in (1, 2):
+                args = arguments(cell, layers, shape, dtype=dtype, **options)
+                for given in (args, [args[0], None, None, *args[3:]]):
+                    with torch.no_grad():
+                        found = direct.stack(*given)
+                    assert found is not None
+                    for a, b in zip(found, by_operator(given), strict=True):
+                        assert a.shape == b.shape
+                        assert a.dtype == b.dtype
+                        assert a.is_contiguous()
+                        assert torch.equal(a, b)
+
+
+def test_results_share_no_memory():
+    for cell in MODES:
+        x, h, c, *rest = arguments(cell, shape=(1, 2, 5))
+        with torch.no_grad():
+            found = direct.stack(x, h, c, *rest)
+        places = {t.untyped_storage().data_ptr() for t in (*found, x, h, *([] if c is None else [c]))}
+        assert len(places) == len(found) + (2 if c is None else 3)
+
+
+def test_strange_strides():
+    x, h, c, *rest = arguments(shape=(4, 3, 5))
+    weights = [torch.empty(*w.shape[:-1], 2 * w.shape[-1])[..., ::2].copy_(w) for w in rest[0]]
+    odd_h = torch.empty(3, 1, 34)[..., ::2].transpose(0, 1).copy_(h)
+    with torch.no_grad():
+        found = direct.stack(x.transpose(0, 1).contiguous().transpose(0, 1), odd_h, c, weights, *rest[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, by_operator([x, h, c, *rest]), strict=True))
+
+
+def test_a_negated_view_is_read_as_what_it_means():
+    spectrum = torch.randn(4, 3, 5, dtype=torch.complex64)
+    negated = spectrum.conj().imag
+    assert negated.is_neg()
+    layer = fastseq.nn.GRU(5, 17)
+    with torch.no_grad():
+        assert torch.equal(layer(negated)[0], layer(negated.resolve_neg())[0])
+        one = torch.randn(1, 1, 1, dtype=torch.complex64).conj().imag
+        assert one.is_neg()
+        small = fastseq.nn.RNN(1, 3)
+        assert torch.equal(small(one)[0], small(one.resolve_neg())[0])
+
+
+class Counting(torch.Tensor):
+    pass
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_it_declines_whatever_is_not_plain():
+    args = arguments()
+    x, h, c, weights, *tail = args
+    with torch.no_grad():
+        assert direct.stack(*args) is not None
+        for mode in (Functions(), Dispatch(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile()):
+            with mode:
+                assert direct.stack(*args) is None
+        assert direct.stack(*args) is not None
+        assert torch.func.vmap(lambda x: torch.tensor(direct.stack(x, *args[1:]) is None))(x[None]).all()
+        bad = [
+            [x.as_subclass(Counting), *args[1:]],
+            [x, h, c, [weights[0].as_subclass(Counting), *weights[1:]], *tail],
+            [x, h, c, tuple(weights), *tail],
+            [x, h, c, [*weights[:3], None], *tail],
+            [x, h, c, weights[:3], *tail],
+            [None, *args[1:]],
+            [3, *args[1:]],
+            [x.double(), *args[1:]],
+            [x.to("meta"), *args[1:]],
+            [x[0, 0], *args[1:]],
+            [x[:0], *args[1:]],
+            [x[..., :4], *args[1:]],
+            [x, h[..., :4], c, weights, *tail],
+            [x, h, c.double(), weights, *tail],
+            [x, h, c, weights, "elman", *tail[1:]],
+            [x, h, c, weights, 5, *tail[1:]],
+            [x, h, c, weights, "lstm", "one", *tail[2:]],
+            [x, h, c, weights, "lstm", 0, *tail[2:]],
+            [x, h, c, weights],
+            [],
+        ]
+        for given in bad:
+            assert direct.stack(*given) is None
+        assert direct.cell(x[0], h[0], c[0], *weights, "lstm") is not None
+        for given in ([], [x[0], h[0], c[0], None, *weights[1:], "lstm"], [None, h[0], c[0], *weights, "lstm"]):
+            assert direct.cell(*given) is None
+    assert direct.stack(*args) is None, "gradients are on"
+
+
+def test_a_profiler_sees_the_operator():
+    layer, x = fastseq.nn.GRU(5, 17), torch.randn(4, 3, 5)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        layer(x)
+    assert "fastseq::stack_forward" in {event.key for event in profile.key_averages()}
+
+
+def test_a_trace_holds_the_operator_not_its_result():
+    layer = fastseq.nn.LSTM(5, 17).eval().requires_grad_(False)
+    first, second = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, (first,))
+        torch.testing.assert_close(traced(second)[0], layer(second)[0])
+
+
+def test_a_fake_tensor_passes():
+    from torch._subclasses import FakeTensorMode
+
+    layer = fastseq.nn.GRU(5, 17)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y, _ = layer(mode.from_tensor(torch.randn(4, 3, 5)))
+    assert y.shape == (4, 3, 17)
+
+
+def test_swapped_and_replaced_weights_are_seen():
+    args, other = arguments(), arguments()
+    with torch.no_grad():
+        direct.stack(*args)
+        for mine, theirs in zip(args[3], other[3], strict=True):
+            torch.utils.swap_tensors(mine, theirs)
+        other[3].clear()
+        gc.collect()
+        assert all(torch.equal(a, b) for a, b in zip(direct.stack(*args), by_operator(args), strict=True))
+        layer, x = fastseq.nn.RNN(5, 17), torch.randn(4, 3, 5)
+        layer(x)
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            setattr(layer, name, torch.nn.Parameter(torch.zeros_like(getattr(layer, name))))
+        assert not layer(x)[0].any()
+        layer.double().weight_ih_l0.fill_(1)
+        assert layer(x.double())[0].dtype == torch.float64
+        state = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+        assert not torch.func.functional_call(layer, state, (x.double(),))[0].any()
+        assert layer(x.double())[0].any()
+
+
+def test_nothing_is_left_behind():
+    args = arguments()
+    with torch.no_grad():
+
+        def rounds():
+            for _ in range(300):
+                direct.stack(*args)
+                direct.stack(args[0].double(), *args[1:])
+                direct.cell(args[0][0], args[1][0], args[2][0], *args[3], "lstm")
+
+        rounds()
+        gc.collect()
+        tensors = [args[0], args[1], args[2], *args[3], args[3], torch.empty_like, "lstm"]
+        counts, objects = [sys.getrefcount(t) for t in tensors], len(gc.get_objects())
+        rounds()
+        gc.collect()
+        assert [sys.getrefcount(t) for t in tensors] == counts
+        assert abs(len(gc.get_objects()) - objects) < 50
+
+
+def test_threads_share_a_layer_while_its_weights_are_replaced():
+    layer = fastseq.nn.LSTM(64, 128).eval()
+    x = torch.randn(60, 2, 64)  # long enough for the interpreter's lock to be let go
+    with torch.no_grad():
+        want = layer(x)[0]
+    wrong: list[str] = []
+
+    def call():
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.equal(layer(x)[0], want):
+                    wrong.append("differs")
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        for name in ("weight_ih_l0", "weight_hh_l0"):  # same values, fresh objects
+            setattr(layer, name, torch.nn.Parameter(getattr(layer, name).detach().clone()))
+    assert not wrong
+
+
+def test_copies_of_a_used_layer():
+    layer, x = fastseq.nn.GRU(5, 17), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        want = layer(x)[0]
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert all(torch.equal(a, b) for a, b in zip(flat(twin(x)), flat(layer(x)), strict=True))
+            layer.weight_hh_l0.mul_(2)
+            assert torch.equal(twin(x)[0], want)
+            layer.weight_hh_l0.div_(2)

@@ -120,24 +120,38 @@ PyObject* decline() {
 
 const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
 
-// stack(x, h0, c0, weights: list, cell, num_layers, bidirectional, batch_first) -> (y, h_n[, c_n]) or None
-PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 8 || !PyList_Check(args[3]) || !nothing_speaks_against_it()) return decline();
-  Borrowed x, h0, c0, weights[kMostWeights];
+// The tensors of a list, which stays alive as a tuple: the list may change while others run.
+struct BorrowedList {
+  Object kept;
+  Borrowed tensors[kMostWeights];
   AtenTensorHandle handles[kMostWeights];
-  Object kept(PyList_AsTuple(args[3]));  // the list may change while others run
-  const Py_ssize_t total = kept.get() ? PyTuple_Size(kept.get()) : kMostWeights + 1;
-  if (total > kMostWeights || args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]))
-    return decline();
-  for (Py_ssize_t i = 0; i < total; ++i) {
-    PyObject* weight = PyTuple_GetItem(kept.get(), i);
-    if (weight == Py_None || !weights[i].take(weight)) return decline();
-    handles[i] = weights[i].handle();
+  Py_ssize_t count = 0;
+
+  explicit BorrowedList(PyObject* list) : kept(PyList_Check(list) ? PyList_AsTuple(list) : nullptr) {}
+  bool take() {
+    if (!kept.get() || PyTuple_Size(kept.get()) > kMostWeights) return false;
+    for (; count < PyTuple_Size(kept.get()); ++count) {
+      PyObject* tensor = PyTuple_GetItem(kept.get(), count);
+      if (tensor == Py_None || !tensors[count].take(tensor)) return false;
+      handles[count] = tensors[count].handle();
+    }
+    return true;
   }
-  const char* cell = text_of(args[4]);
+};
+
+// stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first) -> (y, h_n[, c_n]) or None
+PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 9 || !nothing_speaks_against_it()) return decline();
+  Borrowed x, h0, c0;
+  BorrowedList weights(args[3]), scales(args[4]);
+  if (args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]) || !weights.take() ||
+      !scales.take())
+    return decline();
+  const char* cell = text_of(args[5]);
   if (!cell) return decline();
-  const StackCall call{x.handle(), h0.handle(), c0.handle(), handles, int64_t(total), cell, PyLong_AsLongLong(args[5]),
-                       PyObject_IsTrue(args[6]) == 1, PyObject_IsTrue(args[7]) == 1};
+  const StackCall call{x.handle(), h0.handle(), c0.handle(), weights.handles, int64_t(weights.count), scales.handles,
+                       int64_t(scales.count), cell, PyLong_AsLongLong(args[6]), PyObject_IsTrue(args[7]) == 1,
+                       PyObject_IsTrue(args[8]) == 1};
   Stack layers(call);
   const bool lstm = layers.lstm();
   Object h_n(make(args[0], args[1], h0.handle(), layers.h_sizes, layers.rank()));
@@ -154,16 +168,17 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
-// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, cell) -> (h_n[, c_n]) or None
+// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell) -> (h_n[, c_n]) or None
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 8 || !nothing_speaks_against_it()) return decline();
-  Borrowed t[7];
-  for (int i = 0; i < 7; ++i)
+  constexpr int kTensors = 9;
+  if (count != kTensors + 1 || !nothing_speaks_against_it()) return decline();
+  Borrowed t[kTensors];
+  for (int i = 0; i < kTensors; ++i)
     if (!t[i].take(args[i])) return decline();
-  const char* name = text_of(args[7]);
+  const char* name = text_of(args[kTensors]);
   if (!name || !t[0].impl || !t[3].impl || !t[4].impl) return decline();
   CellStep step({t[0].handle(), t[1].handle(), t[2].handle(), t[3].handle(), t[4].handle(), t[5].handle(),
-                 t[6].handle(), name});
+                 t[6].handle(), t[7].handle(), t[8].handle(), name});
   const bool lstm = step.lstm();
   Object h_n(make(args[0], args[1], t[1].handle(), step.sizes, step.rank()));
   if (!h_n.get()) return decline();

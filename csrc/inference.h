@@ -10,6 +10,8 @@ struct StackCall {
   AtenTensorHandle x, h0, c0;
   const AtenTensorHandle* weights;  // flat, in torch's order
   int64_t weight_count;
+  const AtenTensorHandle* scales;  // of int8 matrices, in their order; else none
+  int64_t scale_count;
   const char* cell;
   int64_t num_layers;
   bool bidirectional, batch_first;
@@ -30,12 +32,12 @@ class Stack {
  private:
   const StackCall& call_;
   ScanForward p_{};
-  bool batched_, swapped_, biases_, projected_;
+  bool batched_, swapped_, biases_, projected_, scaled_;
   int64_t gates_, directions_, rows_, width_;
 };
 
 struct CellCall {
-  AtenTensorHandle x, h, c, w_ih, w_hh, b_ih, b_hh;
+  AtenTensorHandle x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh;
   const char* cell;
 };
 

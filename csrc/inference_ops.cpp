@@ -32,6 +32,10 @@ Stack::Stack(const StackCall& call) : call_(call) {
   STD_TORCH_CHECK(width_ >= 2 && width_ <= 5 && width_ * rows_ == call.weight_count,
                   "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
   biases_ = width_ >= 4, projected_ = width_ % 2 == 1;
+  p.weights = weights_of(call.weights[0], p.dtype);
+  scaled_ = p.weights == Dtype::i8;
+  STD_TORCH_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
+                  "scan: scales must be one [rows] of each int8 matrix, and none without these");
   STD_TORCH_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
   STD_TORCH_CHECK(rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
   const int64_t* w_hh = sizes_of(call.weights[1]);
@@ -72,13 +76,19 @@ void Stack::run(void* y, void* h_n, void* c_n) {
       const int64_t index = layer * directions_ + direction;
       const AtenTensorHandle* w = call_.weights + index * width_;
       p.reverse = direction == 1;
-      p.w_ih = view("w_ih", w[0], dtype, {gates_ * p.H, p.I});
-      p.w_hh = view("w_hh", w[1], dtype, {gates_ * p.H, p.P});
+      p.w_ih = view("w_ih", w[0], p.weights, {gates_ * p.H, p.I});
+      p.w_hh = view("w_hh", w[1], p.weights, {gates_ * p.H, p.P});
       if (biases_) {
         p.b_ih = view("b_ih", w[2], dtype, {gates_ * p.H});
         p.b_hh = view("b_hh", w[3], dtype, {gates_ * p.H});
       }
-      if (projected_) p.w_hr = view("w_hr", w[width_ - 1], dtype, {p.P, p.H});
+      if (projected_) p.w_hr = view("w_hr", w[width_ - 1], p.weights, {p.P, p.H});
+      if (scaled_) {
+        const AtenTensorHandle* s = call_.scales + index * (2 + projected_);
+        p.s_ih = view("scale of w_ih", s[0], dtype, {gates_ * p.H});
+        p.s_hh = view("scale of w_hh", s[1], dtype, {gates_ * p.H});
+        if (projected_) p.s_hr = view("scale of w_hr", s[2], dtype, {p.P});
+      }
       p.h0 = state_row("h0", call_.h0, dtype, rows_, p.B, p.P, batched_, index);
       p.c0 = state_row("c0", call_.c0, dtype, rows_, p.B, p.H, batched_, index);
       p.y = offset(target, direction * p.P, dtype);
@@ -103,8 +113,12 @@ CellStep::CellStep(const CellCall& call) {
                   "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
   STD_TORCH_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
   p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = sizes_of(call.w_hh)[1];
-  p.w_ih = view("w_ih", call.w_ih, p.dtype, {G * p.H, p.I});
-  p.w_hh = view("w_hh", call.w_hh, p.dtype, {G * p.H, p.H});
+  p.weights = weights_of(call.w_ih, p.dtype);
+  STD_TORCH_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
+  p.w_ih = view("w_ih", call.w_ih, p.weights, {G * p.H, p.I});
+  p.w_hh = view("w_hh", call.w_hh, p.weights, {G * p.H, p.H});
+  p.s_ih = view("scale of w_ih", call.s_ih, p.dtype, {G * p.H});
+  p.s_hh = view("scale of w_hh", call.s_hh, p.dtype, {G * p.H});
   p.b_ih = view("b_ih", call.b_ih, p.dtype, {G * p.H});
   p.b_hh = view("b_hh", call.b_hh, p.dtype, {G * p.H});
   auto rows = [&](const char* name, AtenTensorHandle t, int64_t n) {
@@ -127,12 +141,14 @@ void CellStep::run(void* h_n, void* c_n) {
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const OptionalTensor& h0,
                                                      const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                     const std::string& cell, int64_t num_layers, bool bidirectional,
+                                                     const std::vector<Tensor>& scales, const std::string& cell, int64_t num_layers, bool bidirectional,
                                                      bool batch_first) {
   std::vector<AtenTensorHandle> handles;
   for (const Tensor& w : weights) handles.push_back(w.get());
-  const StackCall call{x.get(),      handle_of(h0), handle_of(c0), handles.data(), int64_t(handles.size()),
-                       cell.c_str(), num_layers,    bidirectional, batch_first};
+  for (const Tensor& s : scales) handles.push_back(s.get());
+  const int64_t count = int64_t(weights.size());
+  const StackCall call{x.get(),  handle_of(h0), handle_of(c0), handles.data(), count, handles.data() + count,
+                       int64_t(scales.size()), cell.c_str(), num_layers, bidirectional, batch_first};
   Stack stack(call);
   Tensor y = empty(stack.y_sizes, stack.rank(), stack.dtype()), h_n = empty(stack.h_sizes, stack.rank(), stack.dtype());
   Tensor c_n = stack.lstm() ? empty(stack.c_sizes, stack.rank(), stack.dtype()) : empty({0}, stack.dtype());
@@ -142,9 +158,10 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Opti
 
 std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                            const OptionalTensor& b_hh, const std::string& cell) {
+                                            const OptionalTensor& b_hh, const OptionalTensor& s_ih, const OptionalTensor& s_hh,
+                                            const std::string& cell) {
   CellStep step({x.get(), handle_of(h), handle_of(c), w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh),
-                 cell.c_str()});
+                 handle_of(s_ih), handle_of(s_hh), cell.c_str()});
   Tensor h_n = empty(step.sizes, step.rank(), step.dtype());
   Tensor c_n = step.lstm() ? empty(step.sizes, step.rank(), step.dtype()) : empty({0}, step.dtype());
   step.run(h_n.data_ptr(), c_n.data_ptr());

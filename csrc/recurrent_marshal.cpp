@@ -27,7 +27,7 @@ void advise(void* data, size_t bytes) {
 
 int32_t code_of(Dtype dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16()};
+                                  aoti_torch_dtype_float16(), aoti_torch_dtype_int8()};
   return codes[int(dtype)];
 }
 
@@ -53,7 +53,15 @@ Dtype dtype_of(AtenTensorHandle x) {
     if (code == code_of(dtype)) return dtype;
   STD_TORCH_CHECK(false, "scan: the native kernels take float64, float32, bfloat16 and float16 tensors");
 }
-size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+Dtype weights_of(AtenTensorHandle w, Dtype beside) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w, &code));
+  if (code == code_of(beside)) return beside;
+  STD_TORCH_CHECK(beside == Dtype::f32 && (code == code_of(Dtype::bf16) || code == code_of(Dtype::i8)),
+                  "scan: weights must be of x's dtype, or bfloat16 or int8 beside a float32 x");
+  return code == code_of(Dtype::i8) ? Dtype::i8 : Dtype::bf16;
+}
+size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
@@ -102,7 +110,7 @@ ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initialize
     std::string shape;
     for (int64_t size : expected) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "scan: ", name, " must be a CPU tensor of shape [", shape, "] and of x's dtype",
-                    " (states and their gradient: of the dtype computed in)");
+                    " (states, their gradient and scales: of the dtype computed in)");
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x, &strides));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(x, &data));

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
   STD_TORCH_CHECK(lstm || (!w_hr && !c0), "scan: only an LSTM has w_hr and c0");
   Common common;
   common.fill(p, lengths, reset);
-  const Dtype dtype = p.dtype;
+  const Dtype dtype = p.weights = p.dtype;
   p.x = view("x", x, dtype, {p.T, p.B, p.I});
   p.w_ih = view("w_ih", w_ih, dtype, {G * p.H, p.I});
   p.w_hh = view("w_hh", w_hh, dtype, {G * p.H, p.P});

@@ -79,18 +79,20 @@ ATTENTION_BACKWARD = (
 
 # Inference of a whole stack on the CPU in one call, for models so small that calls are what they cost.
 #   x [T,B,I], batch_first [B,T,I], unbatched [T,I]; h0, c0 as torch.nn's hx or None for zeros; weights flat, in
-#   torch's order (biases and projections are told by their number)
+#   torch's order (biases and projections are told by their number); beside a float32 x the matrices may be bfloat16, or
+#   int8 with a float32 scale a row: then scales holds [G*H], [G*H] (and [P]) of w_ih, w_hh (and w_hr) in that order
 # -> y, h_n, c_n (empty unless LSTM), as torch.nn lays them out
 STACK_FORWARD = (
-    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, int num_layers, bool bidirectional, "
-    "bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor[] scales, str cell, int num_layers, "
+    "bool bidirectional, bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
-# Inference of one step of a cell on the CPU: x [B,I] or [I], h and c [B,H] or [H], None for zeros.
+# Inference of one step of a cell on the CPU: x [B,I] or [I], h and c [B,H] or [H], None for zeros; s_ih and s_hh:
+# scales of int8 matrices, as above.
 # -> the new h, the new c (empty unless LSTM)
 CELL_FORWARD = (
-    "(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell) "
-    "-> (Tensor h_n, Tensor c_n)"
+    "(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? s_ih, "
+    "Tensor? s_hh, str cell) -> (Tensor h_n, Tensor c_n)"
 )
 
 NATIVE_ISA = "(str name) -> str"
@@ -152,7 +154,7 @@ def _fake_scan_gradient(
     )
 
 
-def _fake_stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first):
+def _fake_stack_forward(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first):
     directions = 2 if bidirectional else 1
     hidden, state = weights[1].shape[0] // GATES[cell], weights[1].shape[1]
     batch = () if x.dim() == 2 else (x.shape[0 if batch_first else 1],)
@@ -164,7 +166,7 @@ def _fake_stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, bat
     )
 
 
-def _fake_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, cell):
+def _fake_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell):
     shape = (*x.shape[:-1], w_hh.shape[1])
     return x.new_empty(shape), x.new_empty(shape if cell == "lstm" else 0)
 

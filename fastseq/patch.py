@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastseq import nn as fast
+from fastseq.nn.compressed import KINDS, CompressedWeights
 
 TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: fast.RNN,
@@ -24,11 +25,11 @@ TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: fast.LSTMCell,
     nn.MultiheadAttention: fast.MultiheadAttention,
 }
+_RECURRENT = tuple(ours for ours in TO_FASTSEQ.values() if ours is not fast.MultiheadAttention)
 TO_TORCH = {ours: theirs for theirs, ours in TO_FASTSEQ.items()}
 
 _NAMES = frozenset(cls.__name__ for cls in TO_FASTSEQ)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WEIGHTS = (None,)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
 
     Args:
         model: any module.
-        weights: None keeps the weights as they are; no other value is accepted yet.
+        weights: None: the kernels read the model's own weights. ``"bfloat16"`` or ``"int8"`` (a scale a row): without
+            gradients, the recurrent layers and cells read copies of their float32 matrices that are half or a quarter
+            the size; inputs, states, biases and the arithmetic stay float32. For models that stream a step at a time
+            and are bound by reading weights. The float32 weights stay in the model, serve in training, with
+            ``lengths`` or ``reset``, for a PackedSequence and under torch.compile, and are what a state_dict holds; the
+            copies follow their changes, save those written through ``.data`` or ``.numpy()``: patch again after those.
 
     Returns:
         a :class:`Report`; print it to see the table.
@@ -111,9 +117,9 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
         fastseq.patch: 1 layer changed, 0 left
           changed  1  torch.nn.LSTM -> fastseq.nn.LSTM
     """
-    if weights not in _WEIGHTS:
-        accepted = ", ".join(map(repr, _WEIGHTS))
-        raise ValueError(f"weights: got {weights!r}, accepted is {accepted} (weights stay in the model's own dtype)")
+    if weights is not None and weights not in KINDS:
+        accepted = ", ".join(map(repr, (None, *KINDS)))
+        raise ValueError(f"weights: got {weights!r}, accepted is one of {accepted}")
     report = Report("patch")
     swapped: set[int] = set()
     for name, module in _modules(model, "patch"):
@@ -128,6 +134,8 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
         elif _swap(report, name, module, target):
             swapped.add(id(module))
     report.notes += _fast_path_note(model, swapped)
+    if weights is not None:
+        report.notes.append(_compress(model, weights))
     return report
 
 
@@ -152,8 +160,23 @@ def unpatch(model: nn.Module) -> Report:
         elif reason := _why_not_unpatch(module):
             report.left.append(Left(name, _class_name(type(module)), reason))
         elif _swap(report, name, module, target):
-            vars(module).pop("reset_after", None)  # torch's layer has no such attribute
+            for attribute in ("reset_after", "_compressed"):  # torch's layer has no such attributes
+                vars(module).pop(attribute, None)
     return report
+
+
+def _compress(model: nn.Module, weights: str) -> str:
+    """Give every recurrent layer of ours its smaller copies; says how many."""
+    count, others = 0, 0
+    for module in model.modules():
+        if isinstance(module, _RECURRENT):
+            if any(p.dtype is torch.float32 for p in module.parameters(recurse=False)):
+                module._compressed = CompressedWeights(weights)  # type: ignore[assignment]
+                count += 1
+            else:
+                others += 1
+    note = f"{_count(count)} with {weights} weights in inference"
+    return note + (f"; {_count(others)} not, having no float32 weights" if others else "")
 
 
 def _modules(model: nn.Module, action: str) -> Iterator[tuple[str, nn.Module]]:

@@ -32,12 +32,12 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
     h = torch.randn(rows, *batch, options.get("proj_size") or hidden, dtype=dtype)
     c = torch.randn(rows, *batch, hidden, dtype=dtype) if cell == "lstm" else None
     tail = (cell, layers, bool(options.get("bidirectional")), bool(options.get("batch_first")))
-    return [torch.randn(shape, dtype=dtype), h, c, weights, *tail]
+    return [torch.randn(shape, dtype=dtype), h, c, weights, [], *tail]
 
 
 def by_operator(args):
     found = torch.ops.fastseq.stack_forward.native(*args)
-    return found if args[4] == "lstm" else found[:2]
+    return found if args[5] == "lstm" else found[:2]
 
 
 def test_it_is_on_with_this_torch():
@@ -136,17 +136,22 @@ def test_it_declines_whatever_is_not_plain():
             [x[..., :4], *args[1:]],
             [x, h[..., :4], c, weights, *tail],
             [x, h, c.double(), weights, *tail],
-            [x, h, c, weights, "elman", *tail[1:]],
-            [x, h, c, weights, 5, *tail[1:]],
-            [x, h, c, weights, "lstm", "one", *tail[2:]],
-            [x, h, c, weights, "lstm", 0, *tail[2:]],
+            [x, h, c, weights, [], "elman", *tail[2:]],
+            [x, h, c, weights, [], 5, *tail[2:]],
+            [x, h, c, weights, [], "lstm", "one", *tail[3:]],
+            [x, h, c, weights, [], "lstm", 0, *tail[3:]],
+            [x, h, c, weights, [x[0, 0]], *tail[1:]],
+            [x, h, c, weights, None, *tail[1:]],
+            [x, h, c, [w.to(torch.int8) if w.dim() == 2 else w for w in weights], [], *tail[1:]],
+            [x, h, c, [w.half() for w in weights], [], *tail[1:]],
             [x, h, c, weights],
             [],
         ]
         for given in bad:
             assert direct.stack(*given) is None
-        assert direct.cell(x[0], h[0], c[0], *weights, "lstm") is not None
-        for given in ([], [x[0], h[0], c[0], None, *weights[1:], "lstm"], [None, h[0], c[0], *weights, "lstm"]):
+        assert direct.cell(x[0], h[0], c[0], *weights, None, None, "lstm") is not None
+        end = (None, None, "lstm")
+        for given in ([], [x[0], h[0], c[0], None, *weights[1:], *end], [None, h[0], c[0], *weights, *end]):
             assert direct.cell(*given) is None
     assert direct.stack(*args) is None, "gradients are on"
 
@@ -205,7 +210,7 @@ def test_nothing_is_left_behind():
             for _ in range(300):
                 direct.stack(*args)
                 direct.stack(args[0].double(), *args[1:])
-                direct.cell(args[0][0], args[1][0], args[2][0], *args[3], "lstm")
+                direct.cell(args[0][0], args[1][0], args[2][0], *args[3], None, None, "lstm")
 
         rounds()
         gc.collect()

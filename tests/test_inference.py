@@ -140,13 +140,13 @@ def test_opcheck():
     w = [p.detach() for p in layer._flat_weights]
     h, c = torch.randn(4, 3, 4), torch.randn(4, 3, 17)
     stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), h, c, w, "lstm", 2, True, False))
-    torch.library.opcheck(stack, (torch.randn(3, 6, 5), None, None, w, "lstm", 2, True, True))
-    torch.library.opcheck(stack, (torch.randn(6, 5), None, None, w, "lstm", 2, True, False))
+    torch.library.opcheck(stack, (torch.randn(6, 3, 5), h, c, w, [], "lstm", 2, True, False))
+    torch.library.opcheck(stack, (torch.randn(3, 6, 5), None, None, w, [], "lstm", 2, True, True))
+    torch.library.opcheck(stack, (torch.randn(6, 5), None, None, w, [], "lstm", 2, True, False))
     g = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, "gru", 1, False, False))
-    torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, "gru"))
-    torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], None, None, "gru_reset_before"))
+    torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, [], "gru", 1, False, False))
+    torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, None, None, "gru"))
+    torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], None, None, None, None, "gru_reset_before"))
 
 
 def test_operator_refuses_what_would_read_out_of_bounds():
@@ -166,6 +166,6 @@ def test_operator_refuses_what_would_read_out_of_bounds():
     ]
     for args in bad:
         with pytest.raises(RuntimeError, match="scan"):
-            stack(args[0], args[1], None, args[2], "gru", 1, False, False)
+            stack(args[0], args[1], None, args[2], [], "gru", 1, False, False)
     with pytest.raises(RuntimeError, match="cell must be"):
-        stack(x, None, None, w, "elman", 1, False, False)
+        stack(x, None, None, w, [], "elman", 1, False, False)

@@ -18,8 +18,8 @@ struct ScanView {
 
 struct ScanSizes {
   enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
-  enum class Dtype : int { f64, f32, bf16, f16 };  // of all but states and dstates, which have the accumulator's:
-                                                   // float for the 16-bit ones
+  enum class Dtype : int { f64, f32, bf16, f16, i8 };  // of all but states and dstates, which have the accumulator's:
+                                                       // float for the 16-bit ones; i8 is for weights only
   Cell cell;
   Dtype dtype;
   int64_t T, B, I, H, P;
@@ -32,6 +32,10 @@ struct ScanSizes {
 
 // w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].
 struct ScanForward : ScanSizes {
+  // Of w_ih, w_hh and w_hr: dtype, or with f32 the smaller bf16 or i8. Of i8 each row has a float scale: s_ih and s_hh
+  // [G*H], s_hr [P].
+  Dtype weights;
+  ScanView s_ih, s_hh, s_hr;
   ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null
   // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,4H] (LSTM i,f,g,o; GRU r,z,n,q)
   // are null where not wanted.

@@ -7,7 +7,7 @@ the general way, which checks everything and has the error messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def stack(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     cell: str,
     num_layers: int,
     bidirectional: bool,
@@ -46,13 +47,13 @@ def stack(
     if x.dtype is torch.bfloat16 and x.numel() > backend.BF16_ROWS * x.shape[-1] and backend.forced() is None:
         return None  # AUTO has more than one answer here
     if direct.stack is not None:
-        done = direct.stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
+        done = direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first)
         if done is not None:
             return done
     if not _plain(x):
         return None
     try:
-        done = _stack(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
+        done = _stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first)
     except (RuntimeError, TypeError):
         return None
     return done if cell == "lstm" else done[:2]
@@ -62,24 +63,25 @@ def cell(
     x: Any,
     h: Tensor | None,
     c: Tensor | None,
-    parameters: Mapping[str, Tensor | None],
+    weights: Sequence[Tensor | None],
+    scales: Sequence[Tensor],
     name: str,
 ) -> tuple[Tensor, ...] | None:
     """The new h, and an LSTM's new c, of one step, as ``ops.CELL_FORWARD``; None: take the general way.
 
-    ``parameters``: the cell module's own dictionary, for asking the module for each takes longer than the arithmetic.
+    weights: w_ih, w_hh, b_ih, b_hh. scales: those of int8 matrices, else empty.
     """
     if torch.compiler.is_compiling() or not backend.native_scan():
         return None
-    weights = [parameters.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    s_ih, s_hh = scales or (None, None)
     if direct.cell is not None:
-        done = direct.cell(x, h, c, *weights, name)
+        done = direct.cell(x, h, c, *weights, s_ih, s_hh, name)
         if done is not None:
             return done
     if not _plain(x):
         return None
     try:
-        done = _cell(x, h, c, *weights, name)
+        done = _cell(x, h, c, *weights, s_ih, s_hh, name)
     except (RuntimeError, TypeError):
         return None
     return done if name == "lstm" else done[:1]

@@ -14,11 +14,26 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import checks, functional
 from fastseq.functional import inference
+from fastseq.nn.compressed import CompressedWeights
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 
-class _Recurrent(nn.RNNBase):
+_NO_SCALES: list[Tensor] = []
+
+
+class _Compressible(nn.Module):
+    """A layer or cell whose matrices may be read from smaller copies in inference; fastseq.patch(weights=) sets it."""
+
+    _compressed: CompressedWeights | None = None  # on the class, so that a torch.nn layer needs nothing more
+
+    def extra_repr(self) -> str:
+        """Torch's, and the smaller copies where there are any."""
+        text = super().extra_repr()
+        return text if self._compressed is None else f"{text}, weights={self._compressed.kind!r} in inference"
+
+
+class _Recurrent(_Compressible, nn.RNNBase):
     """What the three layers share: how a call is unpacked, and how its results are laid out again."""
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
@@ -41,8 +56,11 @@ class _Recurrent(nn.RNNBase):
         """The whole stack in one native call, where nothing speaks against it; else None."""
         if self.training and self.dropout:
             return None
+        weights, scales = self._weights(), _NO_SCALES
+        if self._compressed is not None and not torch.compiler.is_compiling():
+            weights, scales = self._compressed.of(weights)
         return inference.stack(
-            input, h0, c0, self._weights(), cell, self.num_layers, self.bidirectional, self.batch_first
+            input, h0, c0, weights, scales, cell, self.num_layers, self.bidirectional, self.batch_first
         )
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
@@ -224,12 +242,23 @@ class LSTM(_Recurrent):
         return self._call(input, hx, lengths, reset, return_all_states=return_all_states)
 
 
-class RNNCell(nn.RNNCell):
+class _Cell(_Compressible):
+    def _infer(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
+        """One step in one native call, where nothing speaks against it; else None."""
+        own = self._parameters  # asking the module for each takes longer than the arithmetic
+        weights: list[Any] = [own.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        scales = _NO_SCALES
+        if self._compressed is not None and not torch.compiler.is_compiling():
+            weights, scales = self._compressed.of(weights)
+        return inference.cell(input, h, c, weights, scales, name)
+
+
+class RNNCell(_Cell, nn.RNNCell):
     """One step of an RNN, drop-in for :class:`torch.nn.RNNCell`: input ``[B, I]`` or ``[I]``, hx ``[B, H]``."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
-        done = inference.cell(input, hx, None, self._parameters, "rnn_" + self.nonlinearity)
+        done = self._infer("rnn_" + self.nonlinearity, input, hx, None)
         if done is not None:
             return done[0]
         return functional.rnn_cell(
@@ -237,7 +266,7 @@ class RNNCell(nn.RNNCell):
         )
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(_Cell, nn.GRUCell):
     """One step of a GRU, drop-in for :class:`torch.nn.GRUCell`, with ``reset_after`` as :class:`GRU`'s."""
 
     reset_after: bool = True
@@ -254,7 +283,7 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
         name = "gru" if self.reset_after else "gru_reset_before"
-        done = inference.cell(input, hx, None, self._parameters, name)
+        done = self._infer(name, input, hx, None)
         if done is not None:
             return done[0]
         return functional.gru_cell(
@@ -262,13 +291,13 @@ class GRUCell(nn.GRUCell):
         )
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`: hx is ``(h, c)``, each ``[B, H]``."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
         h, c = (None, None) if hx is None else hx
-        done = inference.cell(input, h, c, self._parameters, "lstm")
+        done = self._infer("lstm", input, h, c)
         if done is not None:
             return done[0], done[1]
         return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

@@ -132,6 +132,7 @@ struct Problem {
     if (save && tape) saved = Array(dtype, T * B * tape * H);
     ScanForward p{};
     fill(p);
+    p.weights = dtype;
     p.x = view(x, T, B, I, batch_first);
     p.w_ih = rows(w_ih, G * H, I, transposed);
     p.w_hh = rows(w_hh, G * H, P, transposed);

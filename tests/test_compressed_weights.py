@@ -1,0 +1,262 @@
+"""fastseq.patch(weights=): inference reads smaller copies of the weights; everything else is as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support import flat, needs_native
+from torch import nn
+
+import fastseq
+from fastseq.functional import direct
+from fastseq.nn.compressed import KINDS, CompressedWeights
+
+pytestmark = needs_native
+
+LAYERS = [
+    ("RNN", {"nonlinearity": "relu"}),
+    ("RNN", {}),
+    ("GRU", {}),
+    ("GRU", {"reset_after": False}),
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 9}),
+]
+CELLS = [("RNNCell", {}), ("GRUCell", {}), ("GRUCell", {"reset_after": False}), ("LSTMCell", {})]
+LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}, {"bias": False}]
+
+
+def plain(weight, kind):
+    """A weight as its copy means it, in its own dtype."""
+    (copied,), scales = CompressedWeights(kind).of([weight])
+    return copied.to(weight.dtype) * (scales[0][:, None] if scales else 1)
+
+
+def meant(layer, kind):
+    """A twin in float64 whose weights are what the copies mean."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(plain(parameter, kind))
+    return twin.double()
+
+
+def state_of(layer, shape):
+    lstm = "LSTM" in type(layer).__name__
+    hidden = layer.hidden_size
+    if isinstance(layer, nn.RNNCellBase):
+        h, c = (torch.randn(*shape[:-1], hidden) for _ in range(2))
+    else:
+        rows = layer.num_layers * (2 if layer.bidirectional else 1)
+        batch = () if len(shape) == 2 else (shape[0 if layer.batch_first else 1],)
+        h, c = torch.randn(rows, *batch, layer.proj_size or hidden), torch.randn(rows, *batch, hidden)
+    return (h, c) if lstm else h
+
+
+def double(state):
+    return tuple(s.double() for s in state) if isinstance(state, tuple) else state.double()
+
+
+def assert_close_to_meaning(layer, kind, shapes):
+    fastseq.patch(layer, weights=kind)
+    truth, full = meant(layer, kind), copy.deepcopy(layer)
+    full._compressed = None
+    for shape in shapes:
+        x, state = torch.randn(shape), state_of(layer, shape)
+        with torch.no_grad():
+            for hx in (None, state):
+                want = flat(truth(x.double(), None if hx is None else double(hx)))
+                for y, t, other in zip(flat(layer(x, hx)), want, flat(full(x, hx)), strict=True):
+                    assert y.dtype == torch.float32
+                    torch.testing.assert_close(y.double(), t, rtol=2e-5, atol=2e-5)
+                    assert y.numel() < 50 or not torch.equal(y, other), "the copies were not read"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), LAYERS, ids=str)
+def test_a_layer_computes_with_what_its_copies_mean(name, kwargs, layout, kind, isa):
+    for features, hidden in ((17, 33), (64, 128)):
+        layer = getattr(fastseq.nn, name)(features, hidden, **kwargs, **layout)
+        assert_close_to_meaning(layer, kind, [(1, 1, features), (3, features), (5, 3, features), (4, 40, features)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "kwargs"), CELLS, ids=str)
+def test_a_cell_computes_with_what_its_copies_mean(name, kwargs, kind, isa):
+    for features, hidden in ((17, 33), (64, 300)):
+        cell = getattr(fastseq.nn, name)(features, hidden, **kwargs)
+        assert_close_to_meaning(cell, kind, [(features,), (1, features), (3, features), (40, features)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_work_split_among_threads(kind, threads):
+    torch.set_num_threads(threads)
+    for name, kwargs in LAYERS:
+        layer = getattr(fastseq.nn, name)(300, 257, **kwargs)
+        assert_close_to_meaning(layer, kind, [(1, 1, 300), (3, 2, 300), (2, 33, 300)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_and_direct_calls_are_one(kind, monkeypatch):
+    layer, cell = fastseq.nn.LSTM(17, 33, num_layers=2), fastseq.nn.LSTMCell(17, 33)
+    fastseq.patch(nn.ModuleList([layer, cell]), weights=kind)
+    x = torch.randn(3, 2, 17)
+    with torch.no_grad():
+        found = flat(layer(x)) + flat(cell(x[0]))
+        monkeypatch.setattr(direct, "stack", None)
+        monkeypatch.setattr(direct, "cell", None)
+        again = flat(layer(x)) + flat(cell(x[0]))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_the_copies_are_as_near_as_their_format_allows():
+    weight = torch.randn(65, 129) * torch.logspace(-6, 6, 65)[:, None]
+    weight[3] = 0
+    assert torch.equal(plain(weight, "bfloat16"), weight.bfloat16().float())
+    (rounded,), (scale,) = CompressedWeights("int8").of([weight])
+    assert rounded.dtype == torch.int8
+    assert rounded.abs().amax(1)[weight.any(1)].eq(127).all()
+    error = (rounded.double() * scale.double()[:, None] - weight.double()).abs()
+    assert (error <= 0.5001 * scale.double()[:, None]).all()
+    assert not error[3].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_training_reads_the_weights_themselves(name, kind):
+    plain_layer = getattr(nn, name)(5, 7)
+    layer = copy.deepcopy(plain_layer)
+    fastseq.patch(layer, weights=kind)
+    x = torch.randn(3, 5)
+    expected, found = flat(plain_layer(x)), flat(layer(x))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(
+        torch.autograd.grad(found[0].sum(), list(layer.parameters())),
+        torch.autograd.grad(expected[0].sum(), list(plain_layer.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert layer.state_dict().keys() == plain_layer.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_the_copies_follow_their_weights(name, kind):
+    layer = getattr(fastseq.nn, name)(5, 17)
+    fastseq.patch(layer, weights=kind)
+    x = torch.randn(3, 5)
+
+    def fresh():
+        twin = pickle.loads(pickle.dumps(layer))
+        with torch.no_grad():
+            return flat(twin(x))
+
+    def assert_follows():
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(flat(layer(x)), fresh(), strict=True))
+
+    assert_follows()
+    before = fresh()[0]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    flat(layer(x))[0].sum().backward()
+    optimizer.step()
+    assert_follows()
+    assert not torch.equal(fresh()[0], before)
+    layer.load_state_dict({key: torch.randn_like(value) for key, value in layer.state_dict().items()})
+    assert_follows()
+    first = next(name for name, _ in layer.named_parameters())
+    shape = getattr(layer, first).shape
+    for _ in range(3):  # freed and made again: the same address may come back
+        delattr(layer, first)
+        setattr(layer, first, nn.Parameter(torch.randn(shape)))
+        assert_follows()
+    layer.double()
+    with torch.no_grad():
+        assert flat(layer(x.double()))[0].dtype == torch.float64
+    layer.float()
+    assert_follows()
+    with torch.inference_mode():
+        twin = getattr(fastseq.nn, name)(5, 17)  # without version counters
+        fastseq.patch(twin, weights=kind)
+        assert flat(twin(x))[0].isfinite().all()
+
+
+def test_copies_of_a_layer_have_their_own():
+    layer = fastseq.nn.GRU(5, 17)
+    fastseq.patch(layer, weights="int8")
+    x = torch.randn(4, 2, 5)
+    with torch.no_grad():
+        want = layer(x)[0]
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x)[0], want)
+            twin.weight_hh_l0.zero_()
+            assert not torch.equal(twin(x)[0], want)
+    assert torch.equal(layer(x)[0].detach(), fastseq.functional.gru(x, None, layer._flat_weights)[0].detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patch_reports_and_unpatch_restores(kind):
+    model = nn.ModuleDict(
+        {"a": nn.LSTM(5, 7), "b": nn.GRU(5, 7).double(), "c": nn.GRUCell(5, 7), "d": nn.MultiheadAttention(8, 2)}
+    )
+    names = {name: set(vars(module)) for name, module in model.items()}
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        before = model["a"](x)[0]
+        report = fastseq.patch(model, weights=kind)
+        assert f"2 layers with {kind} weights in inference; 1 layer not, having no float32 weights" in str(report)
+        assert f"weights='{kind}' in inference" in repr(model["a"])
+        assert not torch.equal(model["a"](x)[0], before)
+        assert not fastseq.patch(model)  # None leaves what is there
+        assert f"weights='{kind}' in inference" in repr(model["a"])
+        fastseq.unpatch(model)
+        assert torch.equal(model["a"](x)[0], before)
+    assert {name: set(vars(module)) for name, module in model.items()} == names
+
+
+def test_the_general_ways_read_the_weights_themselves():
+    layer = fastseq.nn.GRU(5, 17)
+    x, lengths = torch.randn(4, 2, 5), torch.tensor([4, 4])
+    with torch.no_grad():
+        full = layer(x)[0]
+        fastseq.patch(layer, weights="int8")
+        assert not torch.equal(layer(x)[0], full)
+        torch.testing.assert_close(layer(x, lengths=lengths)[0], full)
+        with fastseq.use_backend("torch"):
+            torch.testing.assert_close(layer(x)[0], full)
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], full)
+
+
+def test_operators_refuse_weights_they_cannot_read():
+    stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
+    w = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
+    small = [p.to(torch.int8) if p.dim() == 2 else p for p in w]
+    half = [p.to(torch.bfloat16) if p.dim() == 2 else p for p in w]
+    x, scale = torch.randn(3, 2, 5), torch.ones(51)
+    assert stack(x, None, None, small, [scale, scale], "gru", 1, False, False)[0].shape == (3, 2, 17)
+    torch.library.opcheck(stack, (x, None, None, small, [scale, scale], "gru", 1, False, False))
+    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, "gru"))
+    bad = [
+        (x, small, []),
+        (x, small, [scale]),
+        (x, small, [scale, scale[:-1]]),
+        (x, small, [scale, scale.double()]),
+        (x, half, [scale, scale]),
+        (x, [half[0], small[1], *w[2:]], []),
+        (x, [half[0], *w[1:]], []),
+        (x, [w[0], half[1], *w[2:]], []),
+        (x, [*half[:2], w[2].bfloat16(), w[3]], []),
+        (x.double(), half, []),
+        (x.bfloat16(), small, [scale, scale]),
+    ]
+    for given, weights, scales in bad:
+        with pytest.raises(RuntimeError, match="scan"):
+            stack(given, None, None, weights, scales, "gru", 1, False, False)
+    with pytest.raises(RuntimeError, match="scales"):
+        cell(x[0], None, None, *small, None, None, "gru")

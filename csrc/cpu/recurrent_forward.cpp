@@ -26,11 +26,12 @@ struct Forward {
   long Hp, Pp, Hv, Pv;  // padded units and their vectors
   long chunk;           // steps
   bool packed, across, convert;
+  bool once;            // a single step of few rows: one walk through the weights as they lie
   Barrier* barriers;
   A *w_ih, *w_hh, *w_hr;            // packed
   A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
   A *gates, *inputs;                // [chunk*B][G][Hp], [chunk*B][I]
-  A *h[2], *c, *middle, *update;    // [B][Pp] x 2, [B][Hp]; o tanh(c) or r h_prev; z
+  A *h[2], *c, *middle, *update;    // [B][Pp] x 2, [B][Hp]; o tanh(c), r h_prev, or the one step's q; z
   A* zeros;                         // [max(Hp, Pp)]
   const A** pointers;               // a thread's lists of rows: [threads][list_length]
   long* live_rows;                  // [threads][B]
@@ -48,6 +49,7 @@ struct Forward {
     across = as_is && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
     packed = !across && !(as_is && p.T * p.B < kPackRows);
     convert = sizeof(S) != sizeof(A) || p.x.e != 1;
+    once = p.T == 1 && !packed && !across && !p.w_hr.data && p.cell != Cell::gru_reset_before && !p.lengths && !p.reset;
 
     int threads = threads_for(p), ways = ways_of(threads);
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
@@ -70,7 +72,7 @@ struct Forward {
     h[0] = arena.take<A>(p.B * Pp);
     h[1] = arena.take<A>(p.B * Pp);
     c = arena.take<A>(p.cell == Cell::lstm ? p.B * Hp : 0);
-    middle = arena.take<A>(proj || blend ? p.B * Hp : 0);
+    middle = arena.take<A>(proj || blend || (once && p.cell == Cell::gru) ? p.B * Hp : 0);
     update = arena.take<A>(blend ? p.B * Hp : 0);
     zeros = arena.take<A>(Hp > Pp ? Hp : Pp);
     pointers = arena.take<const A*>(threads * list_length * 2);
@@ -143,6 +145,7 @@ struct Forward {
     }
 
     void walk() {
+      if (f.once) return step_once();
       prepare();
       for (long s0 = 0; s0 < p.T; s0 += f.chunk) {
         long s1 = s0 + f.chunk < p.T ? s0 + f.chunk : p.T;
@@ -170,21 +173,71 @@ struct Forward {
       return from.data ? load_strided(at<S>(from, 0, 0) + (row + v * L) * from.e, from.e, lanes(v, p.H)) : Vec<A>{};
     }
 
+    static constexpr bool apart(int g) { return kCell == Cell::gru && g == 2; }  // r stands between the two products
+    void lay_biases(long v) {
+      for (int g = 0; g < G; ++g) {
+        Vec<A> b_ih = bias(p.b_ih, g * p.H, v), b_hh = bias(p.b_hh, g * p.H, v);
+        store(f.bias_x + g * f.Hp + v * L, apart(g) ? b_ih : b_ih + b_hh);
+        if (apart(g)) store(f.bias_h + v * L, b_hh);
+      }
+    }
+
+    // A call of one step and few rows: each gate's rows of W_ih and W_hh are read once, in the order in which they lie,
+    // and meet in one sum. Where x and h can be read as they lie, no thread needs anything from another.
+    void step_once() {
+      const bool copy_h = sizeof(S) != sizeof(A) || !p.h0.data || p.h0.e != 1;
+      A* h = f.h[0];
+      for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
+        if (f.convert) copy_row<S>(f.inputs + b * p.I, at<S>(p.x, 0, b), p.x.e, p.I);
+        if (copy_h) copy_row<S>(h + b * f.Pp, p.h0.data ? at<S>(p.h0, 0, b) : nullptr, p.h0.e, p.P);
+      }
+      if (f.convert || copy_h) part.sync();
+      for (long v = units.begin; v < units.end; ++v) lay_biases(v);
+      const S *w_ih = static_cast<const S*>(p.w_ih.data), *w_hh = static_cast<const S*>(p.w_hh.data);
+      auto multiply = [&](int g, int first, int parts, A* out, long row, const A* biases) {
+        for (long v = units.begin; v < units.end; ++v)
+          for (long b = part.row0; b < part.row1; ++b) {
+            const long unit = g * p.H + v * L;
+            const Dots<S> both[] = {
+                {f.convert ? f.inputs + b * p.I : reinterpret_cast<const A*>(at<S>(p.x, 0, b)),
+                 w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
+                {copy_h ? h + b * f.Pp : reinterpret_cast<const A*>(at<S>(p.h0, 0, b)), w_hh + unit * p.w_hh.b,
+                 p.w_hh.b, p.P}};
+            Vec<A> sum = dot_rows(both + first, parts, lanes(v, p.H));
+            store(out + b * row + v * L, biases ? sum + load(biases + v * L) : sum);
+          }
+      };
+      for (int g = 0; g < G; ++g) {
+        multiply(g, 0, apart(g) ? 1 : 2, f.gates + g * f.Hp, G * f.Hp, f.bias_x + g * f.Hp);
+        if (apart(g)) multiply(g, 1, 1, f.middle, f.Hp, nullptr);
+      }
+      for (long b = part.row0; b < part.row1; ++b) {
+        rows[0] = b, h_in[0] = h + b * f.Pp, c_in[0] = f.c + b * f.Hp;
+        for (long v = units.begin; v < units.end; ++v) {
+          const int n = lanes(v, p.H);
+          if (!copy_h) store(h + b * f.Pp + v * L, load_n(at<S>(p.h0, 0, b) + v * L, n));
+          if (kCell == Cell::lstm)
+            store(f.c + b * f.Hp + v * L,
+                  p.c0.data ? load_strided(at<S>(p.c0, 0, b) + v * L * p.c0.e, p.c0.e, n) : Vec<A>{});
+          A sums[kMaxVectors * L] = {};
+          if (apart(G - 1)) store(sums + (G - 1) * tile_stride(kFused), load(f.middle + b * f.Hp + v * L));
+          activate(0, 0, v, f.gates + b * G * f.Hp, sums, f.h[1]);
+          put(p.h_n, 0, b, v, p.H, load(f.h[1] + b * f.Pp + v * L));
+          if (kCell == Cell::lstm) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
+        }
+      }
+    }
+
     // Packs the weights, all threads together, and lays out biases and the first state.
     void prepare() {
       const Team& team = part.team;
       Share all = share_of(f.Hv, team.rank, team.size);
       for (long v = all.begin; v < all.end; ++v) {
+        lay_biases(v);
         if (f.packed) {
           pack_units<S>(f.w_ih + v * input.stride, p.w_ih, 0, G, p.H, p.I, v);
           pack_units<S>(f.w_hh + v * hidden.stride, p.w_hh, 0, kFused, p.H, p.P, v);
           if (kBefore) pack_units<S>(candidate.packed + v * candidate.stride, p.w_hh, 2 * p.H, 1, p.H, p.P, v);
-        }
-        for (int g = 0; g < G; ++g) {
-          bool apart = kCell == Cell::gru && g == 2;
-          Vec<A> b_ih = bias(p.b_ih, g * p.H, v), b_hh = bias(p.b_hh, g * p.H, v);
-          store(f.bias_x + g * f.Hp + v * L, apart ? b_ih : b_ih + b_hh);
-          if (apart) store(f.bias_h + v * L, b_hh);
         }
       }
       if (f.packed && p.w_hr.data) {

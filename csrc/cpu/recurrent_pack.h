@@ -174,9 +174,9 @@ FASTSEQ_INLINE void multiply(const Weights<S>& w, const Accumulator<S>* const* r
                      add};
         tile_function<A, G>(n, width)(tile);
       } else {
-        for (int r = 0; r < n; ++r)
-          for (int g = 0; g < G; ++g)
-            for (int nb = 0; nb < width; ++nb) {
+        for (int g = 0; g < G; ++g)
+          for (int nb = 0; nb < width; ++nb)
+            for (int r = 0; r < n; ++r) {
               long unit = (v + nb) * L, at = g * stride + nb * L;
               int some = int(w.H - unit < L ? w.H - unit : L);
               Vec<A> sum = dot_rows(rows[row + r], w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K, some);

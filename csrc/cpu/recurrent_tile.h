@@ -159,30 +159,57 @@ FASTSEQ_INLINE void transpose(Vec<A>* v) {
   }
 }
 
-// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, unpacked weights.
+// One row of activations and the rows of unpacked weights that it meets.
 template <class S>
-Vec<Accumulator<S>> dot_rows(const Accumulator<S>* row, const S* w, long w_row, long K, int n) {
+struct Dots {
+  const Accumulator<S>* row;  // [K]
+  const S* w;                 // of the first lane
+  long w_row, K;
+};
+
+// Asks for memory that will be read soon. Any address will do, also one past the end.
+FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)));
+}
+
+// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`. Rows of w are read in order, a few
+// beside each other, and each of them is asked for as many rows before: the prefetchers of the processor lose more at
+// the start of a row than they bring, short as rows are.
+template <class S>
+Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
-  constexpr int C = L < 8 ? L : 8;  // rows of w at once: streams that the prefetchers follow
+  constexpr int C = L < 4 ? L : 4;
   Vec<A> sums[L];
   for (int l = 0; l < L; l += C) {
-    const S* at[C];
-    for (int c = 0; c < C; ++c) at[c] = w + (l + c < n ? l + c : n - 1) * w_row;
     Vec<A> acc[C];
     for (int c = 0; c < C; ++c) acc[c] = Vec<A>{};
-    long k = 0;
-    for (; k + L <= K; k += L) {
-      Vec<A> a = load(row + k);
-      for (int c = 0; c < C; ++c) acc[c] += a * load(at[c] + k);
-    }
-    if (k < K) {
-      Vec<A> a = load_n(row + k, int(K - k));
-      for (int c = 0; c < C; ++c) acc[c] += a * load_n(at[c] + k, int(K - k));
+    for (int part = 0; part < parts; ++part) {
+      const A* row = of[part].row;
+      const long K = of[part].K, ahead = C * of[part].w_row * long(sizeof(S));
+      const S* at[C];
+      for (int c = 0; c < C; ++c) at[c] = of[part].w + (l + c < n ? l + c : n - 1) * of[part].w_row;
+      long k = 0;
+      for (; k + L <= K; k += L) {
+        Vec<A> a = load(row + k);
+        for (int c = 0; c < C; ++c) {
+          prefetch(at[c] + k, ahead);
+          acc[c] += a * load(at[c] + k);
+        }
+      }
+      if (k < K) {
+        Vec<A> a = load_n(row + k, int(K - k));
+        for (int c = 0; c < C; ++c) acc[c] += a * load_n(at[c] + k, int(K - k));
+      }
     }
     for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
   }
   return sums_of<A>(sums);
+}
+template <class S>
+Vec<Accumulator<S>> dot_rows(const Accumulator<S>* row, const S* w, long w_row, long K, int n) {
+  const Dots<S> one{row, w, w_row, K};
+  return dot_rows(&one, 1, n);
 }
 
 }  // namespace FASTSEQ_ISA

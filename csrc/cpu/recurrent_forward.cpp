@@ -266,10 +266,14 @@ struct Forward {
           hidden, from, count, units.begin, units.end, nullptr, kFused == 1 ? 0 : tile_stride(kFused), false,
           [&](long row, long) { return sums + (row % kMaxRows) * kMaxVectors * L; },
           [&](long row0, int n, long v0, int width) {
+            auto sums_of_row = [&](long row) { return sums + (row % kMaxRows) * kMaxVectors * L; };
             for (long row = row0; row < row0 + n; ++row)
               for (int nb = 0; nb < width; ++nb)
-                activate(t, row, v0 + nb, gates + rows[row] * G * f.Hp,
-                         sums + (row % kMaxRows) * kMaxVectors * L + nb * L, next);
+                activate(t, row, v0 + nb, gates + rows[row] * G * f.Hp, sums_of_row(row) + nb * L);
+            if (kBefore) return;
+            for (long row = row0; row < row0 + n; ++row)
+              for (int nb = 0; nb < width; ++nb)
+                finish(t, row, v0 + nb, gates + rows[row] * G * f.Hp, sums_of_row(row) + nb * L, next);
           });
       if constexpr (kBefore) {
         part.sync();
@@ -325,32 +329,45 @@ struct Forward {
       store_n(at<S>(p.tape, t, b) + g * p.H + v * L, value, lanes(v, p.H));
     }
 
-    // The cell's arithmetic for L units of one row: x [G][Hp] the input's share, sums [kFused][..] the state's.
-    FASTSEQ_INLINE void activate(long t, long row, long v, const A* x, const A* sums, State next) {
+    // The cell's arithmetic for L units of one row: x [G][Hp] the input's share, sums [kFused][..] the state's. What the
+    // second half needs is left in sums.
+    FASTSEQ_INLINE void activate(long t, long row, long v, const A* x, A* sums) {
       constexpr long step = tile_stride(kFused);
       long b = rows[row], at_v = v * L;
       auto pre = [&](int g) { return load(x + g * f.Hp + at_v) + load(sums + g * step); };
-      Vec<A> h_new;
       if constexpr (kCell == Cell::lstm) {
         Vec<A> c_new;
-        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new, h_new);
+        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new);
         store(f.c + b * f.Hp + at_v, c_new);
+        store(sums, s.o);
         if (p.states.data) keep_state(t, b, v, c_new);
         if (p.tape.data) keep(t, b, 0, v, s.i), keep(t, b, 1, v, s.f), keep(t, b, 2, v, s.g), keep(t, b, 3, v, s.o);
-        if (p.w_hr.data) return store_activations(f.middle + b * f.Hp + at_v, h_new, lanes(v, p.H));
       } else if constexpr (kCell == Cell::gru) {
         Vec<A> q = load(sums + 2 * step) + load(f.bias_h + at_v);
-        GruGates<Vec<A>> s =
-            gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q, load(h_in[row] + at_v), h_new);
-        if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 2, v, s.n), keep(t, b, 3, v, q);
+        GruGates<Vec<A>> s = gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q);
+        store(sums, s.z);
+        store(sums + step, s.x_n);
+        if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 3, v, q);
       } else if constexpr (kBefore) {
         Vec<A> r = sigmoid(pre(0)), z = sigmoid(pre(1)), q = r * load(h_in[row] + at_v);
         store_activations(f.middle + b * f.Hp + at_v, q, lanes(v, p.H));
         store(f.update + b * f.Hp + at_v, z);
         if (p.tape.data) keep(t, b, 0, v, r), keep(t, b, 1, v, z), keep(t, b, 3, v, q);
-        return;
+      }
+    }
+    FASTSEQ_INLINE void finish(long t, long row, long v, const A* x, const A* sums, State next) {
+      constexpr long step = tile_stride(kFused);
+      long b = rows[row], at_v = v * L;
+      Vec<A> h_new;
+      if constexpr (kCell == Cell::lstm) {
+        h_new = lstm_hidden(load(sums), load(f.c + b * f.Hp + at_v));
+        if (p.w_hr.data) return store_activations(f.middle + b * f.Hp + at_v, h_new, lanes(v, p.H));
+      } else if constexpr (kCell == Cell::gru) {
+        Vec<A> n = tanh(load(sums + step));
+        h_new = gru_blend(load(sums), n, load(h_in[row] + at_v));
+        if (p.tape.data) keep(t, b, 2, v, n);
       } else {
-        h_new = rnn_forward<kCell == Cell::rnn_relu>(pre(0));
+        h_new = rnn_forward<kCell == Cell::rnn_relu>(load(x + at_v) + load(sums));
       }
       hand_on(next, b, v, h_new);
       put(p.y, t, b, v, p.H, h_new);

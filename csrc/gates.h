@@ -24,17 +24,23 @@ FASTSEQ_HD V rnn_backward(V h, V dh) {
     return dh * (Scalar<V>(1) - h * h);
 }
 
+// A forward step comes in two halves where a second function waits for a first one's value: a caller with several
+// vectors takes all of them through the first half, then all through the second, and nothing waits.
+
 // LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
 template <class V>
 struct LstmGates {
   V i, f, g, o;
 };
 template <class V>
-FASTSEQ_HD LstmGates<V> lstm_forward(V x_i, V x_f, V x_g, V x_o, V c_prev, V& c, V& h) {
+FASTSEQ_HD LstmGates<V> lstm_forward(V x_i, V x_f, V x_g, V x_o, V c_prev, V& c) {
   LstmGates<V> gates{sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)};
   c = gates.f * c_prev + gates.i * gates.g;
-  h = gates.o * tanh(c);
   return gates;
+}
+template <class V>
+FASTSEQ_HD V lstm_hidden(V o, V c) {
+  return o * tanh(c);
 }
 // dc comes in as the gradient of c_t from later steps and goes out as that of c_prev.
 template <class V>
@@ -56,14 +62,12 @@ FASTSEQ_HD V gru_blend(V z, V n, V h_prev) {
 }
 template <class V>
 struct GruGates {
-  V r, z, n;
+  V r, z, x_n;  // x_n: all of n's pre-activation
 };
 template <class V>
-FASTSEQ_HD GruGates<V> gru_forward(V x_r, V x_z, V x_n, V q, V h_prev, V& h) {
+FASTSEQ_HD GruGates<V> gru_forward(V x_r, V x_z, V x_n, V q) {
   V r = sigmoid(x_r);
-  GruGates<V> gates{r, sigmoid(x_z), tanh(x_n + r * q)};
-  h = gru_blend(gates.z, gates.n, h_prev);
-  return gates;
+  return {r, sigmoid(x_z), x_n + r * q};
 }
 // What does not depend on where the reset stands: gradients of z and n (its pre-activation).
 template <class V>

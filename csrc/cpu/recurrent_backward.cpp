@@ -12,18 +12,19 @@ namespace {
 template <class S>
 struct Backward {
   using A = Accumulator<S>;
+  using E = Operand<S>;
   static constexpr int L = kLanes<A>;
 
   const ScanBackward& p;
   int G;
   long Hp, Pp, Hv, Pv, K;      // padded units, their vectors; columns of a row of dgates
   Barrier* barriers;
-  A *w_hh, *w_hr;              // packed: [vector of P][G*H][lane], [vector of H][P][lane]
+  E *w_hh, *w_hr;              // packed: [vector of P][G*H][lane], [vector of H][P][lane]
   A *dh, *dc;                  // [B][Pp], [B][Hp]: carried to the step before
-  A* dgates[2];                // [B][K]: of the hidden side
-  A *dh_all, *middle;          // [B][Pp] whole gradient of a projected h_t; [B][Hp] that of o tanh(c), or of r h_prev
-  A* zeros;                    // [Hp]
-  const A** pointers;          // [threads][2 B]
+  E* dgates[2];                // [B][K]: of the hidden side
+  E* dh_all;                   // [B][Pp]: whole gradient of a projected h_t
+  A* middle;                   // [B][Hp]: that of o tanh(c), or of r h_prev
+  const E** pointers;          // [threads][2 B]
   A** targets;                 // [threads][B]
   size_t bytes;
 
@@ -36,16 +37,15 @@ struct Backward {
     bool lstm = p.cell == Cell::lstm, proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
-    w_hh = arena.take<A>(Pv * G * p.H * L);
-    w_hr = arena.take<A>(proj ? Hv * p.P * L : 0);
+    w_hh = arena.take<E>(Pv * whole_terms<E>(G * p.H) * L);
+    w_hr = arena.take<E>(proj ? Hv * whole_terms<E>(p.P) * L : 0);
     dh = arena.take<A>(p.B * Pp);
     dc = arena.take<A>(lstm ? p.B * Hp : 0);
-    dgates[0] = arena.take<A>(p.B * K);
-    dgates[1] = arena.take<A>(p.B * K);
-    dh_all = arena.take<A>(proj ? p.B * Pp : 0);
+    dgates[0] = arena.take<E>(p.B * K);
+    dgates[1] = arena.take<E>(p.B * K);
+    dh_all = arena.take<E>(proj ? p.B * Pp : 0);
     middle = arena.take<A>(proj || p.cell == Cell::gru_reset_before ? p.B * Hp : 0);
-    zeros = arena.take<A>(Hp);
-    pointers = arena.take<const A*>(threads * p.B * 2);
+    pointers = arena.take<const E*>(threads * p.B * 2);
     targets = arena.take<A*>(threads * p.B);
     bytes = arena.used;
   }
@@ -76,20 +76,20 @@ struct Backward {
     const ScanBackward& p;
     Part part;
     Share units, outputs;  // vectors of H and of P
-    const A **from, **from_n;
+    const E **from, **from_n;
     A** to;
     Weights<S> hidden, candidate, projection;
 
     Thread(const Backward& backward, const Team& team)
-        : f(backward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(A)), f.barriers), units(part.share(f.Hv)),
+        : f(backward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(E)), f.barriers), units(part.share(f.Hv)),
           outputs(part.share(f.Pv)) {
       from = f.pointers + team.rank * p.B * 2;
       from_n = from + p.B;
       to = f.targets + team.rank * p.B;
-      long stride = G * p.H * L;
+      long stride = whole_terms<E>(G * p.H) * L;
       hidden = Weights<S>{f.w_hh, stride, nullptr, 0, p.P, kBefore ? 2 * p.H : G * p.H};
       if (kBefore) candidate = Weights<S>{f.w_hh + 2 * p.H * L, stride, nullptr, 0, p.P, p.H};
-      if (p.w_hr.data) projection = Weights<S>{f.w_hr, p.P * L, nullptr, 0, p.H, p.P};
+      if (p.w_hr.data) projection = Weights<S>{f.w_hr, whole_terms<E>(p.P) * L, nullptr, 0, p.H, p.P};
     }
 
     long time_of(long s) const { return p.reverse ? p.T - 1 - s : s; }
@@ -110,7 +110,7 @@ struct Backward {
       prepare();
       for (long s = p.T - 1; s >= 0; --s) {
         long t = time_of(s);
-        A* dgates = f.dgates[s & 1];
+        E* dgates = f.dgates[s & 1];
         if (kLstm && p.w_hr.data) project_back(t);
         long n = 0;
         for (long b = part.row0; b < part.row1; ++b) {
@@ -157,6 +157,8 @@ struct Backward {
       for (long b = part.row0; b < part.row1; ++b) {
         for (long v = outputs.begin; v < outputs.end; ++v)
           store(f.dh + b * f.Pp + v * L, get_or_zero<S>(p.dh_n, 0, b, v * L, lanes(v, p.P)));
+        if (G * p.H % kTerm<E> && part.member == 0)
+          for (E* dgates : f.dgates) dgates[b * f.K + G * p.H] = E{};
         if (kLstm)
           for (long v = units.begin; v < units.end; ++v)
             store(f.dc + b * f.Hp + v * L, get_or_zero<S>(p.dc_n, 0, b, v * L, lanes(v, p.H)));
@@ -186,7 +188,7 @@ struct Backward {
 
     // From dh and the tape to the gradients of the gates, for L units of one row. A GRU leaves in dh what reaches
     // h_prev beside the product.
-    FASTSEQ_INLINE void cell(long, long t, long b, long v, bool reset, A* dgates) {
+    FASTSEQ_INLINE void cell(long, long t, long b, long v, bool reset, E* dgates) {
       const int n = lanes(v, p.H);
       const long unit = v * L;
       A* carry = f.dh + b * f.Pp + unit;
@@ -233,7 +235,7 @@ struct Backward {
     }
 
     // Reset before the product: d(r h_prev) = dn W_hn, then r's gradient and r's share of h_prev's.
-    void reset_back(long, long t, long n, A* dgates) {
+    void reset_back(long, long t, long n, E* dgates) {
       A** into = to;
       for (long row = 0; row < n; ++row) {
         from_n[row] = from[row] + 2 * p.H;
@@ -265,7 +267,7 @@ struct Backward {
         for (long v = outputs.begin; v < outputs.end; ++v) {
           int some = lanes(v, p.P);
           Vec<A> dh = load(f.dh + b * f.Pp + v * L) + get_or_zero<S>(p.dy, t, b, v * L, some);
-          store(f.dh_all + b * f.Pp + v * L, dh);
+          store_activations(f.dh_all + b * f.Pp + v * L, dh, some);
           put(p.dhidden, t, b, v * L, dh, some);
         }
         from[n] = f.dh_all + b * f.Pp;

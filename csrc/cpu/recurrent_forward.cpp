@@ -19,7 +19,14 @@ constexpr long kAcrossTotal = 256;         // nor up to this many where each ste
 template <class S>
 struct Forward {
   using A = Accumulator<S>;
+  using E = Operand<S>;
   static constexpr int L = kLanes<A>;
+  static constexpr bool kPairs = kTerm<E> > 1;  // then the state is kept twice: as it is, and as products read it
+
+  struct State {
+    A* h;
+    E* rows;  // the same memory, or h rounded
+  };
 
   const ScanForward& p;
   int G;
@@ -28,12 +35,17 @@ struct Forward {
   bool packed, across, convert;
   bool once;            // a single step of few rows: one walk through the weights as they lie
   Barrier* barriers;
-  A *w_ih, *w_hh, *w_hr;            // packed
+  long I;               // input features, in whole terms
+  E *w_ih, *w_hh, *w_hr;            // packed
   A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
-  A *gates, *inputs;                // [chunk*B][G][Hp], [chunk*B][I]
-  A *h[2], *c, *middle, *update;    // [B][Pp] x 2, [B][Hp]; o tanh(c), r h_prev, or the one step's q; z
+  A* gates;                         // [chunk*B][G][Hp]
+  E* inputs;                        // [chunk*B][I]
+  State h[2];                       // [B][Pp]
+  A *c, *update;                    // [B][Hp]; z, or the one step's q
+  E* middle;                        // [B][Hp]: o tanh(c) or r h_prev
   A* zeros;                         // [max(Hp, Pp)]
-  const A** pointers;               // a thread's lists of rows: [threads][list_length]
+  const A** pointers;               // a thread's lists of rows: [threads][2][list_length]
+  const E** operands;               // the same: [threads][list_length]
   long* live_rows;                  // [threads][B]
   long list_length;
   A* columns;  // [threads][columns_length]: scratch of multiply_across
@@ -48,13 +60,14 @@ struct Forward {
     const bool as_is = unit_stride(p.w_ih) && unit_stride(p.w_hh) && unit_stride(p.w_hr);
     across = as_is && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
     packed = !across && !(as_is && p.T * p.B < kPackRows);
-    convert = sizeof(S) != sizeof(A) || p.x.e != 1;
+    convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed && p.I % kTerm<E>);
+    I = whole_terms<E>(p.I);
     once = p.T == 1 && !packed && !across && !p.w_hr.data && p.cell != Cell::gru_reset_before && !p.lengths && !p.reset;
 
     int threads = threads_for(p), ways = ways_of(threads);
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
     rows = rows < 1 ? 1 : rows;
-    long row_bytes = long(sizeof(A)) * (G * Hp / ways + p.I);
+    long row_bytes = long(sizeof(A)) * (G * Hp / ways) + long(sizeof(E)) * p.I;
     long most = kChunkBytes / row_bytes < kChunkRows ? kChunkBytes / row_bytes : kChunkRows;
     chunk = most / rows < 1 ? 1 : most / rows > p.T ? p.T : most / rows;
     list_length = chunk * p.B;
@@ -62,20 +75,26 @@ struct Forward {
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
     bool proj = p.w_hr.data, blend = p.cell == Cell::gru_reset_before;
-    w_ih = arena.take<A>(packed ? Hv * p.I * G * L : 0);
-    w_hh = arena.take<A>(packed ? Hv * p.P * G * L : 0);
-    w_hr = arena.take<A>(packed && proj ? Pv * p.H * L : 0);
+    w_ih = arena.take<E>(packed ? Hv * I * G * L : 0);
+    w_hh = arena.take<E>(packed ? Hv * whole_terms<E>(p.P) * G * L : 0);
+    w_hr = arena.take<E>(packed && proj ? Pv * whole_terms<E>(p.H) * L : 0);
     bias_x = arena.take<A>(G * Hp);
     bias_h = arena.take<A>(Hp);
     gates = arena.take<A>(chunk * p.B * G * Hp);
-    inputs = arena.take<A>(convert ? chunk * p.B * p.I : 0);
-    h[0] = arena.take<A>(p.B * Pp);
-    h[1] = arena.take<A>(p.B * Pp);
+    inputs = arena.take<E>(convert ? chunk * p.B * I : 0);
+    for (State& state : h) {
+      state.h = arena.take<A>(p.B * Pp);
+      if constexpr (kPairs)
+        state.rows = arena.take<E>(p.B * Pp);
+      else
+        state.rows = state.h;
+    }
     c = arena.take<A>(p.cell == Cell::lstm ? p.B * Hp : 0);
-    middle = arena.take<A>(proj || blend || (once && p.cell == Cell::gru) ? p.B * Hp : 0);
-    update = arena.take<A>(blend ? p.B * Hp : 0);
+    middle = arena.take<E>(proj || blend ? p.B * Hp : 0);
+    update = arena.take<A>(blend || (once && p.cell == Cell::gru) ? p.B * Hp : 0);
     zeros = arena.take<A>(Hp > Pp ? Hp : Pp);
     pointers = arena.take<const A*>(threads * list_length * 2);
+    operands = arena.take<const E*>(threads * list_length);
     live_rows = arena.take<long>(threads * p.B);
     const long widest = p.I > Pp ? p.I : Pp;
     columns_length = across ? padded<A>(list_length) * (widest > Hp ? widest : Hp) : 0;
@@ -85,7 +104,7 @@ struct Forward {
 
   // Across, rows are lanes, so only units are divided.
   int ways_of(int threads) const {
-    if (!across) return unit_ways(p, threads, sizeof(A));
+    if (!across) return unit_ways(p, threads, sizeof(E));
     int ways = threads;
     while (ways > 1 && (threads % ways || ways > Hv)) --ways;
     return ways;
@@ -118,7 +137,8 @@ struct Forward {
     Part part;
     Share units, outputs;  // vectors of H and of P
     const A **h_in, **c_in;
-    long* rows;  // live rows of the step
+    const E** from;  // rows of a product
+    long* rows;      // live rows of the step
     long count = 0;
     Weights<S> input, hidden, candidate, projection;
 
@@ -127,18 +147,19 @@ struct Forward {
           outputs(part.share(f.Pv)) {
       h_in = f.pointers + team.rank * f.list_length * 2;
       c_in = h_in + f.list_length;
+      from = f.operands + team.rank * f.list_length;
       rows = f.live_rows + team.rank * p.B;
       auto raw = [](const ScanView& w) { return static_cast<const S*>(w.data); };
-      input = Weights<S>{f.packed ? f.w_ih : nullptr, p.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I};
-      hidden = Weights<S>{f.packed ? f.w_hh : nullptr, p.P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P};
+      const long P = whole_terms<E>(p.P), H = whole_terms<E>(p.H);
+      input = Weights<S>{f.packed ? f.w_ih : nullptr, f.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I};
+      hidden = Weights<S>{f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P};
       if (kBefore) {
         // Its own block behind that of r and z: [v][k][2][lane], then [v][k][lane].
-        hidden.stride = p.P * 2 * L;
-        candidate = Weights<S>{f.packed ? f.w_hh + f.Hv * p.P * 2 * L : nullptr, p.P * L,
+        hidden.stride = P * 2 * L;
+        candidate = Weights<S>{f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L,
                                raw(p.w_hh) + 2 * p.H * p.w_hh.b, p.w_hh.b, p.H, p.P};
       }
-      if (p.w_hr.data)
-        projection = Weights<S>{f.packed ? f.w_hr : nullptr, p.H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H};
+      if (p.w_hr.data) projection = Weights<S>{f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H};
       if (f.across)
         for (Weights<S>* w : {&input, &hidden, &candidate, &projection})
           w->across = f.columns + team.rank * f.columns_length;
@@ -155,7 +176,7 @@ struct Forward {
           part.sync();
         }
       }
-      const A* last = f.h[p.T & 1];
+      const A* last = f.h[p.T & 1].h;
       for (long b = part.row0; b < part.row1; ++b) {
         for (long v = outputs.begin; v < outputs.end; ++v)
           put(p.h_n, 0, b, v, p.P, load(last + b * f.Pp + v * L));
@@ -185,11 +206,14 @@ struct Forward {
     // A call of one step and few rows: each gate's rows of W_ih and W_hh are read once, in the order in which they lie,
     // and meet in one sum. Where x and h can be read as they lie, no thread needs anything from another.
     void step_once() {
-      const bool copy_h = sizeof(S) != sizeof(A) || !p.h0.data || p.h0.e != 1;
-      A* h = f.h[0];
+      const bool copy_h = sizeof(S) != sizeof(E) || !p.h0.data || p.h0.e != 1;
+      A* h = f.h[0].h;
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
-        if (f.convert) copy_row<S>(f.inputs + b * p.I, at<S>(p.x, 0, b), p.x.e, p.I);
-        if (copy_h) copy_row<S>(h + b * f.Pp, p.h0.data ? at<S>(p.h0, 0, b) : nullptr, p.h0.e, p.P);
+        if (f.convert) copy_row<S>(f.inputs + b * f.I, at<S>(p.x, 0, b), p.x.e, p.I);
+        if (!copy_h) continue;
+        const S* h0 = p.h0.data ? at<S>(p.h0, 0, b) : nullptr;
+        copy_row<S>(h + b * f.Pp, h0, p.h0.e, p.P);
+        if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
       }
       if (f.convert || copy_h) part.sync();
       for (long v = units.begin; v < units.end; ++v) lay_biases(v);
@@ -199,30 +223,32 @@ struct Forward {
           for (long b = part.row0; b < part.row1; ++b) {
             const long unit = g * p.H + v * L;
             const Dots<S> both[] = {
-                {f.convert ? f.inputs + b * p.I : reinterpret_cast<const A*>(at<S>(p.x, 0, b)),
+                {f.convert ? f.inputs + b * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b)),
                  w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
-                {copy_h ? h + b * f.Pp : reinterpret_cast<const A*>(at<S>(p.h0, 0, b)), w_hh + unit * p.w_hh.b,
-                 p.w_hh.b, p.P}};
+                {copy_h ? f.h[0].rows + b * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b)),
+                 w_hh + unit * p.w_hh.b, p.w_hh.b, p.P}};
             Vec<A> sum = dot_rows(both + first, parts, lanes(v, p.H));
             store(out + b * row + v * L, biases ? sum + load(biases + v * L) : sum);
           }
       };
       for (int g = 0; g < G; ++g) {
         multiply(g, 0, apart(g) ? 1 : 2, f.gates + g * f.Hp, G * f.Hp, f.bias_x + g * f.Hp);
-        if (apart(g)) multiply(g, 1, 1, f.middle, f.Hp, nullptr);
+        if (apart(g)) multiply(g, 1, 1, f.update, f.Hp, nullptr);
       }
       for (long b = part.row0; b < part.row1; ++b) {
         rows[0] = b, h_in[0] = h + b * f.Pp, c_in[0] = f.c + b * f.Hp;
         for (long v = units.begin; v < units.end; ++v) {
           const int n = lanes(v, p.H);
+          const A* x = f.gates + b * G * f.Hp;
           if (!copy_h) store(h + b * f.Pp + v * L, load_n(at<S>(p.h0, 0, b) + v * L, n));
           if (kCell == Cell::lstm)
             store(f.c + b * f.Hp + v * L,
                   p.c0.data ? load_strided(at<S>(p.c0, 0, b) + v * L * p.c0.e, p.c0.e, n) : Vec<A>{});
           A sums[kMaxVectors * L] = {};
-          if (apart(G - 1)) store(sums + (G - 1) * tile_stride(kFused), load(f.middle + b * f.Hp + v * L));
-          activate(0, 0, v, f.gates + b * G * f.Hp, sums, f.h[1]);
-          put(p.h_n, 0, b, v, p.H, load(f.h[1] + b * f.Pp + v * L));
+          if (apart(G - 1)) store(sums + (G - 1) * tile_stride(kFused), load(f.update + b * f.Hp + v * L));
+          activate(0, 0, v, x, sums);
+          finish(0, 0, v, x, sums, f.h[1]);
+          put(p.h_n, 0, b, v, p.H, load(f.h[1].h + b * f.Pp + v * L));
           if (kCell == Cell::lstm) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
         }
       }
@@ -247,7 +273,9 @@ struct Forward {
       }
       if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
-        copy_row<S>(f.h[0] + b * f.Pp, p.h0.data ? at<S>(p.h0, 0, b) : nullptr, p.h0.e, p.P);
+        const S* h0 = p.h0.data ? at<S>(p.h0, 0, b) : nullptr;
+        copy_row<S>(f.h[0].h + b * f.Pp, h0, p.h0.e, p.P);
+        if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
         if (kCell == Cell::lstm)
           copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
       }
@@ -263,68 +291,74 @@ struct Forward {
           long t = time_of(s), row = (s - s0) * p.B + b;
           if (!live(p, t, b)) continue;
           if (f.convert) {
-            h_in[n] = f.inputs + row * p.I;
-            if (n % part.ways == part.member) copy_row<S>(f.inputs + row * p.I, at<S>(p.x, t, b), p.x.e, p.I);
+            from[n] = f.inputs + row * f.I;
+            if (n % part.ways == part.member) copy_row<S>(f.inputs + row * f.I, at<S>(p.x, t, b), p.x.e, p.I);
           } else {
-            h_in[n] = reinterpret_cast<const A*>(at<S>(p.x, t, b));
+            from[n] = reinterpret_cast<const E*>(at<S>(p.x, t, b));
           }
           to[n++] = f.gates + row * G * f.Hp;
         }
       if (f.convert) part.sync();
-      multiply<G>(input, h_in, n, units.begin, units.end, f.bias_x, f.Hp, false,
+      multiply<G>(input, from, n, units.begin, units.end, f.bias_x, f.Hp, false,
                   [&](long row, long v) { return to[row] + v * L; }, [](long, int, long, int) {});
     }
 
     void step(long s, long gates_row) {
       long t = time_of(s);
-      const A* h = f.h[s & 1];
-      A* h_next = f.h[~s & 1];
+      const State h = f.h[s & 1], next = f.h[~s & 1];
       count = 0;
       for (long b = part.row0; b < part.row1; ++b) {
         if (!live(p, t, b)) {
-          stand(t, b, h, h_next);
+          stand(t, b, h.h, next);
           continue;
         }
         bool reset = cleared(p, t, b);
-        h_in[count] = reset ? f.zeros : h + b * f.Pp;
+        h_in[count] = reset ? f.zeros : h.h + b * f.Pp;
+        from[count] = reset ? reinterpret_cast<const E*>(f.zeros) : h.rows + b * f.Pp;
         if (kCell == Cell::lstm) c_in[count] = reset ? f.zeros : f.c + b * f.Hp;
         rows[count++] = b;
       }
       const A* gates = f.gates + gates_row * G * f.Hp;
       alignas(64) A sums[kMaxRows * kMaxVectors * L];
       multiply<kFused>(
-          hidden, h_in, count, units.begin, units.end, nullptr, kFused == 1 ? 0 : tile_stride(kFused), false,
+          hidden, from, count, units.begin, units.end, nullptr, kFused == 1 ? 0 : tile_stride(kFused), false,
           [&](long row, long) { return sums + (row % kMaxRows) * kMaxVectors * L; },
           [&](long row0, int n, long v0, int width) {
+            auto sums_of_row = [&](long row) { return sums + (row % kMaxRows) * kMaxVectors * L; };
             for (long row = row0; row < row0 + n; ++row)
               for (int nb = 0; nb < width; ++nb)
-                activate(t, row, v0 + nb, gates + rows[row] * G * f.Hp,
-                         sums + (row % kMaxRows) * kMaxVectors * L + nb * L, h_next);
+                activate(t, row, v0 + nb, gates + rows[row] * G * f.Hp, sums_of_row(row) + nb * L);
+            if (kBefore) return;
+            for (long row = row0; row < row0 + n; ++row)
+              for (int nb = 0; nb < width; ++nb)
+                finish(t, row, v0 + nb, gates + rows[row] * G * f.Hp, sums_of_row(row) + nb * L, next);
           });
       if constexpr (kBefore) {
         part.sync();
-        const A** mixed = c_in;  // an LSTM's list, free here
-        for (long row = 0; row < count; ++row) mixed[row] = f.middle + rows[row] * f.Hp;
+        for (long row = 0; row < count; ++row) from[row] = f.middle + rows[row] * f.Hp;
         multiply<1>(
-            candidate, mixed, count, units.begin, units.end, nullptr, 0, false,
+            candidate, from, count, units.begin, units.end, nullptr, 0, false,
             [&](long row, long) { return sums + (row % kMaxRows) * kMaxVectors * L; },
             [&](long row0, int n, long v0, int width) {
               for (long row = row0; row < row0 + n; ++row)
                 for (int nb = 0; nb < width; ++nb)
                   blend(t, row, v0 + nb, gates + rows[row] * G * f.Hp,
-                        load(sums + (row % kMaxRows) * kMaxVectors * L + nb * L), h_next);
+                        load(sums + (row % kMaxRows) * kMaxVectors * L + nb * L), next);
             });
       }
       if (kCell == Cell::lstm && p.w_hr.data) {
         part.sync();
-        for (long row = 0; row < count; ++row) h_in[row] = f.middle + rows[row] * f.Hp;
+        for (long row = 0; row < count; ++row) from[row] = f.middle + rows[row] * f.Hp;
         multiply<1>(
-            projection, h_in, count, outputs.begin, outputs.end, nullptr, 0, false,
-            [&](long row, long v) { return h_next + rows[row] * f.Pp + v * L; },
+            projection, from, count, outputs.begin, outputs.end, nullptr, 0, false,
+            [&](long row, long v) { return next.h + rows[row] * f.Pp + v * L; },
             [&](long row0, int n, long v0, int width) {
               for (long row = row0; row < row0 + n; ++row)
-                for (long v = v0; v < v0 + width; ++v)
-                  put(p.y, t, rows[row], v, p.P, load(h_next + rows[row] * f.Pp + v * L));
+                for (long v = v0; v < v0 + width; ++v) {
+                  Vec<A> h_new = load(next.h + rows[row] * f.Pp + v * L);
+                  if (kPairs) store_activations(next.rows + rows[row] * f.Pp + v * L, h_new, lanes(v, p.P));
+                  put(p.y, t, rows[row], v, p.P, h_new);
+                }
             });
       }
     }
@@ -333,9 +367,9 @@ struct Forward {
     static constexpr long tile_stride(int gates) { return tile_width(gates) * L; }
 
     // A row past its length: the state stands still.
-    void stand(long t, long b, const A* h, A* h_next) {
+    void stand(long t, long b, const A* h, State next) {
       for (long v = outputs.begin; v < outputs.end; ++v) {
-        store(h_next + b * f.Pp + v * L, load(h + b * f.Pp + v * L));
+        hand_on(next, b, v, load(h + b * f.Pp + v * L));
         put(p.y, t, b, v, p.P, Vec<A>{});
       }
       for (long v = units.begin; v < units.end; ++v) {
@@ -344,49 +378,66 @@ struct Forward {
           for (int g = 0; g < 4; ++g) keep(t, b, g, v, Vec<A>{});
       }
     }
+    FASTSEQ_INLINE void hand_on(State next, long b, long v, Vec<A> h) const {
+      store(next.h + b * f.Pp + v * L, h);
+      if (kPairs) store_activations(next.rows + b * f.Pp + v * L, h, lanes(v, p.P));
+    }
     void keep_state(long t, long b, long v, Vec<A> c) { store_n(at<A>(p.states, t, b) + v * L, c, lanes(v, p.H)); }
     void keep(long t, long b, int g, long v, Vec<A> value) {
       store_n(at<S>(p.tape, t, b) + g * p.H + v * L, value, lanes(v, p.H));
     }
 
-    // The cell's arithmetic for L units of one row: x [G][Hp] the input's share, sums [kFused][..] the state's.
-    FASTSEQ_INLINE void activate(long t, long row, long v, const A* x, const A* sums, A* h_next) {
+    // The cell's arithmetic for L units of one row: x [G][Hp] the input's share, sums [kFused][..] the state's. What the
+    // second half needs is left in sums.
+    FASTSEQ_INLINE void activate(long t, long row, long v, const A* x, A* sums) {
       constexpr long step = tile_stride(kFused);
       long b = rows[row], at_v = v * L;
       auto pre = [&](int g) { return load(x + g * f.Hp + at_v) + load(sums + g * step); };
-      Vec<A> h_new;
       if constexpr (kCell == Cell::lstm) {
         Vec<A> c_new;
-        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new, h_new);
+        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new);
         store(f.c + b * f.Hp + at_v, c_new);
+        store(sums, s.o);
         if (p.states.data) keep_state(t, b, v, c_new);
         if (p.tape.data) keep(t, b, 0, v, s.i), keep(t, b, 1, v, s.f), keep(t, b, 2, v, s.g), keep(t, b, 3, v, s.o);
-        if (p.w_hr.data) return store(f.middle + b * f.Hp + at_v, h_new);
       } else if constexpr (kCell == Cell::gru) {
         Vec<A> q = load(sums + 2 * step) + load(f.bias_h + at_v);
-        GruGates<Vec<A>> s =
-            gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q, load(h_in[row] + at_v), h_new);
-        if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 2, v, s.n), keep(t, b, 3, v, q);
+        GruGates<Vec<A>> s = gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q);
+        store(sums, s.z);
+        store(sums + step, s.x_n);
+        if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 3, v, q);
       } else if constexpr (kBefore) {
         Vec<A> r = sigmoid(pre(0)), z = sigmoid(pre(1)), q = r * load(h_in[row] + at_v);
-        store(f.middle + b * f.Hp + at_v, q);
+        store_activations(f.middle + b * f.Hp + at_v, q, lanes(v, p.H));
         store(f.update + b * f.Hp + at_v, z);
         if (p.tape.data) keep(t, b, 0, v, r), keep(t, b, 1, v, z), keep(t, b, 3, v, q);
-        return;
-      } else {
-        h_new = rnn_forward<kCell == Cell::rnn_relu>(pre(0));
       }
-      store(h_next + b * f.Pp + at_v, h_new);
+    }
+    FASTSEQ_INLINE void finish(long t, long row, long v, const A* x, const A* sums, State next) {
+      constexpr long step = tile_stride(kFused);
+      long b = rows[row], at_v = v * L;
+      Vec<A> h_new;
+      if constexpr (kCell == Cell::lstm) {
+        h_new = lstm_hidden(load(sums), load(f.c + b * f.Hp + at_v));
+        if (p.w_hr.data) return store_activations(f.middle + b * f.Hp + at_v, h_new, lanes(v, p.H));
+      } else if constexpr (kCell == Cell::gru) {
+        Vec<A> n = tanh(load(sums + step));
+        h_new = gru_blend(load(sums), n, load(h_in[row] + at_v));
+        if (p.tape.data) keep(t, b, 2, v, n);
+      } else {
+        h_new = rnn_forward<kCell == Cell::rnn_relu>(load(x + at_v) + load(sums));
+      }
+      hand_on(next, b, v, h_new);
       put(p.y, t, b, v, p.H, h_new);
     }
 
     // The second half of a GRU whose reset comes before the product.
-    FASTSEQ_INLINE void blend(long t, long row, long v, const A* x, Vec<A> sum, A* h_next) {
+    FASTSEQ_INLINE void blend(long t, long row, long v, const A* x, Vec<A> sum, State next) {
       long b = rows[row], at_v = v * L;
       Vec<A> n = tanh(load(x + 2 * f.Hp + at_v) + sum);
       Vec<A> h_new = gru_blend(load(f.update + b * f.Hp + at_v), n, load(h_in[row] + at_v));
       if (p.tape.data) keep(t, b, 2, v, n);
-      store(h_next + b * f.Pp + at_v, h_new);
+      hand_on(next, b, v, h_new);
       put(p.y, t, b, v, p.H, h_new);
     }
   };

@@ -28,14 +28,28 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load_strided(const S* p, long stride, int n) 
   for (int i = 0; i < n; ++i) buffer[i] = widen(p[i * stride]);
   return load(buffer);
 }
-// dst[0..n) = n elements `stride` apart; p null: zeros.
+// n terms' elements `stride` apart, or what of S widens to them.
 template <class S>
-void copy_row(Accumulator<S>* dst, const S* p, long stride, long n) {
+FASTSEQ_INLINE Vec<Accumulator<S>> load_terms_strided(const S* p, long stride, int n) {
+  if constexpr (kTerm<Operand<S>> == 1) {
+    return load_strided(p, stride, n);
+  } else {
+    if (stride == 1) return load_terms_n(p, n);
+    alignas(64) S buffer[kLanes<Accumulator<S>> * kTerm<S>] = {};
+    for (int i = 0; i < n; ++i) buffer[i] = p[i * stride];
+    return load_terms(buffer);
+  }
+}
+// dst[0..n) = n elements `stride` apart; p null: zeros. Of pairs, an odd one is followed by a zero.
+template <class S, class D>
+void copy_row(D* dst, const S* p, long stride, long n) {
   using A = Accumulator<S>;
   for (long i = 0; i < n; i += kLanes<A>) {
     int some = int(n - i < kLanes<A> ? n - i : kLanes<A>);
     store_n(dst + i, p ? load_strided(p + i * stride, stride, some) : Vec<A>{}, some);
   }
+  if constexpr (kTerm<D> > 1)
+    if (n % kTerm<D>) dst[n] = D{};
 }
 
 // Hands out pieces of the workspace, each aligned to 64 bytes; with a null base it only counts.
@@ -50,35 +64,40 @@ struct Arena {
   }
 };
 
-// Rows gate*H + unit of w [G*H, K] -> unit vector `v` of [v][k][gate][lane]; lanes past H are 0.
+// Rows gate*H + unit of w [G*H, K] -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
 template <class S>
-void pack_units(Accumulator<S>* out, const ScanView& w, long row0, int gates, long H, long K, long v) {
+void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H, long K, long v) {
   using A = Accumulator<S>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, D = kTerm<Operand<S>>;
   long unit = v * L;
   int n = int(H - unit < L ? H - unit : L);
   for (int g = 0; g < gates; ++g) {
     const S* rows = at<S>(w, 0, row0 + g * H + unit);
-    A* to = out + g * L;
-    for (long k = 0; k < K; k += L) {
-      int some = int(K - k < L ? K - k : L);
+    Operand<S>* to = out + g * L * D;
+    for (long k = 0; k < K; k += L * D) {
+      int some = int(K - k < L * D ? K - k : L * D);
       Vec<A> block[L];
       for (int l = 0; l < L; ++l)
-        block[l] = l < n ? load_strided(rows + l * w.b + k * w.e, w.e, some) : Vec<A>{};
+        block[l] = l < n ? load_terms_strided(rows + l * w.b + k * w.e, w.e, some) : Vec<A>{};
       transpose<A>(block);
-      for (int l = 0; l < some; ++l) store(to + (k + l) * gates * L, block[l]);
+      for (int l = 0; l * D < some; ++l) store_terms(to + (k + l * D) * gates * L, block[l]);
     }
   }
 }
 
-// Columns of w [K, N] -> column vector `v` of [v][k][lane]; lanes past N are 0.
+// Columns of w [K, N] -> column vector `v` of [v][term of k][lane]; lanes past N are 0.
 template <class S>
-void pack_columns(Accumulator<S>* out, const ScanView& w, long K, long N, long v) {
+void pack_columns(Operand<S>* out, const ScanView& w, long K, long N, long v) {
   using A = Accumulator<S>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, D = kTerm<Operand<S>>;
   int n = int(N - v * L < L ? N - v * L : L);
   const S* column = at<S>(w, 0, 0) + v * L * w.e;
-  for (long k = 0; k < K; ++k) store(out + k * L, load_strided(column + k * w.b, w.e, n));
+  for (long k = 0; k < K; k += D) {
+    Vec<A> elements[D];
+    for (int d = 0; d < D; ++d)
+      elements[d] = k + d < K ? load_strided(column + (k + d) * w.b, w.e, n) : Vec<A>{};
+    store_terms(out + k * L, terms_from<Operand<S>>(elements));
+  }
 }
 
 // Fewer rows than this would leave most lanes of multiply_across idle.
@@ -89,8 +108,8 @@ constexpr long kAcrossRows = kLanes<A> / 2;
 template <class S>
 struct Weights {
   using A = Accumulator<S>;
-  A* packed = nullptr;
-  long stride = 0;      // of a packed unit vector
+  Operand<S>* packed = nullptr;
+  long stride = 0;      // of a packed unit vector, of whole terms
   const S* raw = nullptr;
   long raw_row = 0;     // between rows of w
   long H = 0, K = 0;    // units a gate, and what is summed over
@@ -152,7 +171,7 @@ void multiply_across(const Weights<S>& w, const Accumulator<S>* const* rows, lon
 // Rows divided as evenly as possible into tiles, times unit vectors [first, last): for each tile, the product with
 // all G gates of `width` vectors, then done(first row, rows, first vector, width).
 template <int G, class S, class Out, class Done>
-FASTSEQ_INLINE void multiply(const Weights<S>& w, const Accumulator<S>* const* rows, long count, long first, long last,
+FASTSEQ_INLINE void multiply(const Weights<S>& w, const Operand<S>* const* rows, long count, long first, long last,
                              const Accumulator<S>* init, long stride, bool add, const Out& out, const Done& done) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
@@ -170,9 +189,10 @@ FASTSEQ_INLINE void multiply(const Weights<S>& w, const Accumulator<S>* const* r
       A* outs[kMaxRows];
       for (int r = 0; r < n; ++r) outs[r] = out(row + r, v);
       if (w.packed) {
-        Tile<A> tile{rows + row, w.packed + v * w.stride, w.stride, w.K, init ? init + v * L : nullptr, outs, stride,
-                     add};
-        tile_function<A, G>(n, width)(tile);
+        using E = Operand<S>;
+        Tile<E> tile{rows + row, w.packed + v * w.stride, w.stride, terms_of<E>(w.K), init ? init + v * L : nullptr,
+                     outs, stride, add};
+        tile_function<E, G>(n, width)(tile);
       } else {
         for (int g = 0; g < G; ++g)
           for (int nb = 0; nb < width; ++nb)

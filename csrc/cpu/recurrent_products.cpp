@@ -15,19 +15,20 @@ constexpr long kBlock = 48;       // columns of dgates laid out beside each othe
 constexpr long kInputRows = 96;   // rows of dx made at once
 constexpr long kInputDepth = 512; // and the columns of dgates taken in at once for them
 
-// out[r][..] (+)= sum_k d[k][r] x[k][..]: d rows kBlock apart, x rows a panel of kMaxVectors vectors apart.
-template <class A, int R, int NB>
-void run_outer(const A* d, const A* x, long K, A* out, long out_row, bool add) {
-  constexpr int L = kLanes<A>;
+// out[r][..] (+)= sum_k d[k][r] x[k][..] over K terms: d's are kBlock of them apart, x's a panel of kMaxVectors vectors.
+template <class E, int R, int NB>
+void run_outer(const E* d, const E* x, long K, Accumulator<E>* out, long out_row, bool add) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, D = kTerm<E>;
   Vec<A> acc[R][NB];
   FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
     FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) acc[r][n] = Vec<A>{};
-  for (long k = 0; k < K; ++k, d += kBlock, x += kMaxVectors * L) {
+  for (long k = 0; k < K; ++k, d += kBlock * D, x += kMaxVectors * L * D) {
     Vec<A> xv[NB];
-    FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) xv[n] = load(x + n * L);
+    FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) xv[n] = load_terms(x + n * L * D);
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
-      Vec<A> dv = splat(d[r]);
-      FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) acc[r][n] += dv * xv[n];
+      Vec<A> dv = splat_term(d + r * D);
+      FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) acc[r][n] = add_product<E>(acc[r][n], dv, xv[n]);
     }
   }
   FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
@@ -36,27 +37,28 @@ void run_outer(const A* d, const A* x, long K, A* out, long out_row, bool add) {
       store(to, add ? load(to) + acc[r][n] : acc[r][n]);
     }
 }
-template <class A>
-using OuterFunction = void (*)(const A*, const A*, long, A*, long, bool);
-template <class A, int NB, int R = 1>
-OuterFunction<A> outer_function(int rows) {
+template <class E>
+using OuterFunction = void (*)(const E*, const E*, long, Accumulator<E>*, long, bool);
+template <class E, int NB, int R = 1>
+OuterFunction<E> outer_function(int rows) {
   if constexpr (R > rows_of_tile(kMaxVectors))
     return nullptr;
   else
-    return rows == R ? &run_outer<A, R, NB> : outer_function<A, NB, R + 1>(rows);
+    return rows == R ? &run_outer<E, R, NB> : outer_function<E, NB, R + 1>(rows);
 }
-template <class A>
-OuterFunction<A> outer_function(int rows, int width) {
-  return width == 4   ? outer_function<A, 4>(rows)
-         : width == 3 ? outer_function<A, 3>(rows)
-         : width == 2 ? outer_function<A, 2>(rows)
-                      : outer_function<A, 1>(rows);
+template <class E>
+OuterFunction<E> outer_function(int rows, int width) {
+  return width == 4   ? outer_function<E, 4>(rows)
+         : width == 3 ? outer_function<E, 3>(rows)
+         : width == 2 ? outer_function<E, 2>(rows)
+                      : outer_function<E, 1>(rows);
 }
 
 template <class S>
 struct Products {
   using A = Accumulator<S>;
-  static constexpr int L = kLanes<A>;
+  using E = Operand<S>;
+  static constexpr int L = kLanes<A>, D = kTerm<E>;
   static constexpr long kPanel = kMaxVectors * L;
   enum Source { from_x, from_h, from_q, kSources };
 
@@ -68,11 +70,12 @@ struct Products {
   };
 
   const ScanProducts& p;
-  long columns, chunk, width[kSources];
+  long columns, depth, chunk, width[kSources];  // depth: columns in whole terms
   int G, threads, jobs;
   Job job[3];
-  A *w_ih, *rows_in, *rows_out;  // packed; [threads][kInputRows][columns or Ip]
-  A *panel[kSources], *block;    // [panel][chunk row][kPanel]; [threads][chunk row][kBlock]
+  E *w_ih, *rows_in;             // packed; [threads][kInputRows][depth], where rows of dgates cannot be used as they lie
+  A* rows_out;                   // [threads][kInputRows][Ip]
+  E *panel[kSources], *block;    // [panel][term of chunk][kPanel]; [threads][term of chunk][kBlock]
   A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases
   long dw_row[2];
   bool direct[2];                // dw is the result itself
@@ -82,6 +85,7 @@ struct Products {
   Products(const ScanProducts& args, void* workspace) : p(args) {
     G = gates_of(p.cell);
     columns = G * p.H;
+    depth = whole_terms<E>(columns);
     threads = p.T * p.B * columns * (p.I + p.P) < kParallelCall ? 1 : p.threads;
     const bool before = p.cell == Cell::gru_reset_before, weights = p.dw_ih.data;
     width[from_x] = p.I, width[from_h] = p.P, width[from_q] = before ? p.H : 0;
@@ -98,15 +102,15 @@ struct Products {
     }
     Arena arena{static_cast<char*>(workspace)};
     const long most = p.T * p.B;
-    chunk = most < kChunk ? most : kChunk;
+    chunk = whole_terms<E>(most < kChunk ? most : kChunk);
     const bool inputs = p.dx.data;
-    w_ih = arena.take<A>(inputs ? vectors_of<A>(p.I) * columns * L : 0);
-    rows_in = arena.take<A>(inputs && sizeof(S) != sizeof(A) ? threads * kInputRows * columns : 0);
+    w_ih = arena.take<E>(inputs ? vectors_of<A>(p.I) * depth * L : 0);
+    rows_in = arena.take<E>(inputs && !as_they_lie() ? threads * kInputRows * depth : 0);
     rows_out = arena.take<A>(inputs ? threads * kInputRows * padded<A>(p.I) : 0);
     for (int s = 0; s < kSources; ++s) {
-      panel[s] = arena.take<A>(weights ? (width[s] + kPanel - 1) / kPanel * chunk * kPanel : 0);
+      panel[s] = arena.take<E>(weights ? (width[s] + kPanel - 1) / kPanel * chunk * kPanel : 0);
     }
-    block = arena.take<A>(weights ? threads * chunk * kBlock : 0);
+    block = arena.take<E>(weights ? threads * chunk * kBlock : 0);
     for (int i = 0; i < 2; ++i) {
       const ScanView& to = i ? p.dw_hh : p.dw_ih;
       dw_row[i] = padded<A>(i ? p.P : p.I);
@@ -126,33 +130,34 @@ struct Products {
     });
   }
 
+  bool as_they_lie() const { return sizeof(S) == sizeof(E) && depth == columns; }
   static int lanes(long at, long n) { return int(n - at < L ? n - at : L); }
 
   // dx = dgates W_ih
   void input_gradient(const Team& team) {
     const long vectors = vectors_of<A>(p.I), Ip = padded<A>(p.I);
     Share mine = share_of(vectors, team.rank, team.size);
-    for (long v = mine.begin; v < mine.end; ++v) pack_columns<S>(w_ih + v * columns * L, p.w_ih, columns, p.I, v);
+    for (long v = mine.begin; v < mine.end; ++v) pack_columns<S>(w_ih + v * depth * L, p.w_ih, columns, p.I, v);
     team.sync();
-    A* in = rows_in + team.rank * kInputRows * columns;
+    E* in = rows_in + team.rank * kInputRows * depth;
     A* out = rows_out + team.rank * kInputRows * Ip;
-    const A *whole[kInputRows], *rows[kInputRows];
+    const E *whole[kInputRows], *rows[kInputRows];
     mine = share_of(p.T * p.B, team.rank, team.size);
     for (long r0 = mine.begin; r0 < mine.end; r0 += kInputRows) {
       const long n = mine.end - r0 < kInputRows ? mine.end - r0 : kInputRows;
       for (long i = 0; i < n; ++i) {
         const S* row = at<S>(p.dgates, (r0 + i) / p.B, (r0 + i) % p.B);
-        if constexpr (sizeof(S) == sizeof(A)) {
-          whole[i] = row;
+        if (as_they_lie()) {
+          whole[i] = reinterpret_cast<const E*>(row);
         } else {
-          copy_row<S>(in + i * columns, row, 1, columns);
-          whole[i] = in + i * columns;
+          copy_row<S>(in + i * depth, row, 1, columns);
+          whole[i] = in + i * depth;
         }
       }
       for (long k = 0; k < columns; k += kInputDepth) {
-        const long depth = columns - k < kInputDepth ? columns - k : kInputDepth;
+        const long some = columns - k < kInputDepth ? columns - k : kInputDepth;
         for (long i = 0; i < n; ++i) rows[i] = whole[i] + k;
-        Weights<S> w{w_ih + k * L, columns * L, nullptr, 0, p.I, depth};
+        Weights<S> w{w_ih + k * L, depth * L, nullptr, 0, p.I, some};
         multiply<1>(w, rows, n, 0, vectors, nullptr, 0, k > 0, [&](long row, long v) { return out + row * Ip + v * L; },
                     [](long, int, long, int) {});
       }
@@ -177,15 +182,15 @@ struct Products {
     for (long k0 = 0; k0 == 0 || k0 < rows; k0 += kChunk) {
       const long n = rows - k0 < kChunk ? rows - k0 : kChunk;
       team.sync();  // the list is there, and nobody reads the panels of the last chunk
-      const Share packed = share_of(n, team.rank, team.size);
+      const Share packed = share_of(terms_of<E>(n), team.rank, team.size);
       for (int s = 0; s < kSources; ++s)
-        if (width[s]) pack_panels(Source(s), k0, packed);
+        if (width[s]) pack_panels(Source(s), k0, n, packed);
       team.sync();
       for_blocks(mine, [&](const Job& j, long first, long count) {
-        A* d = block + team.rank * chunk * kBlock;
+        E* d = block + team.rank * chunk * kBlock;
         pack_block(j, first, count, k0, n, d);
         for (int s = 0; s < kSources; ++s)
-          if (j.with[s]) outer(Source(s), d, j.unit + first, count, n, k0 > 0);
+          if (j.with[s]) outer(Source(s), d, j.unit + first, count, terms_of<E>(n), k0 > 0);
       });
     }
     for_blocks(mine, [&](const Job& j, long first, long count) {
@@ -226,32 +231,43 @@ struct Products {
     return before < 0 ? at<S>(p.h0, 0, b) : at<S>(p.y, before, b);
   }
 
-  void pack_panels(Source s, long k0, Share packed) {
+  void pack_panels(Source s, long k0, long count, Share packed) {
     const long n = width[s];
-    for (long k = packed.begin; k < packed.end; ++k) {
-      const long t = index[k0 + k] / p.B, b = index[k0 + k] % p.B;
-      long stride = 1;
-      const S* row = row_of(s, t, b, stride);
-      A* to = panel[s] + k * kPanel;
+    for (long term = packed.begin; term < packed.end; ++term) {
+      const S* row[D];
+      long stride[D] = {};
+      for (int d = 0; d < D; ++d) {
+        const long k = term * D + d, at = k < count ? index[k0 + k] : 0;
+        row[d] = k < count ? row_of(s, at / p.B, at % p.B, stride[d]) : nullptr;
+      }
+      E* to = panel[s] + term * kPanel * D;
       for (long e = 0; e < n; e += L) {
-        Vec<A> some = row ? load_strided(row + e * stride, stride, lanes(e, n)) : Vec<A>{};
-        store(to + e / kPanel * chunk * kPanel + e % kPanel, some);
+        Vec<A> some[D];
+        for (int d = 0; d < D; ++d)
+          some[d] = row[d] ? load_strided(row[d] + e * stride[d], stride[d], lanes(e, n)) : Vec<A>{};
+        store_terms(to + e / kPanel * chunk * kPanel + e % kPanel * D, terms_from<E>(some));
       }
     }
   }
 
-  // [row][kBlock] of a block's columns, and their sums into the biases' gradients.
-  void pack_block(const Job& j, long first, long count, long k0, long n, A* d) {
+  // [term of rows][kBlock] of a block's columns, and their sums into the biases' gradients.
+  void pack_block(const Job& j, long first, long count, long k0, long n, E* block) {
     const ScanView& from = j.beside ? p.dhidden : p.dgates;
     Vec<A> sums[kBlock / L];
     const long vectors = vectors_of<A>(count);
     for (long v = 0; v < vectors; ++v) sums[v] = Vec<A>{};
-    for (long k = 0; k < n; ++k) {
-      const S* row = at<S>(from, index[k0 + k] / p.B, index[k0 + k] % p.B) + (j.column + first) * from.e;
+    for (long k = 0; k < n; k += D) {
+      const S* row[D];
+      for (int d = 0; d < D; ++d)
+        row[d] = k + d < n ? at<S>(from, index[k0 + k + d] / p.B, index[k0 + k + d] % p.B) + (j.column + first) * from.e
+                           : nullptr;
       for (long v = 0; v < vectors; ++v) {
-        Vec<A> some = load_strided(row + v * L * from.e, from.e, lanes(v * L, count));
-        sums[v] += some;
-        store(d + k * kBlock + v * L, some);
+        Vec<A> some[D];
+        for (int d = 0; d < D; ++d) {
+          some[d] = row[d] ? load_strided(row[d] + v * L * from.e, from.e, lanes(v * L, count)) : Vec<A>{};
+          sums[v] += some[d];
+        }
+        store_terms(block + k * kBlock + v * L * D, terms_from<E>(some));
       }
     }
     const bool hidden_side = j.with[from_h] || j.with[from_q];
@@ -265,15 +281,15 @@ struct Products {
     }
   }
 
-  void outer(Source s, const A* d, long unit, long count, long n, bool add) {
+  void outer(Source s, const E* d, long unit, long count, long n, bool add) {
     const long vectors = vectors_of<A>(width[s]), row = dw_row[s != from_x];
     constexpr int most = rows_of_tile(kMaxVectors);
     for (long v = 0; v < vectors; v += kMaxVectors) {
       const int wide = int(vectors - v < kMaxVectors ? vectors - v : kMaxVectors);
-      const A* x = panel[s] + v / kMaxVectors * chunk * kPanel;
+      const E* x = panel[s] + v / kMaxVectors * chunk * kPanel;
       for (long r = 0; r < count; r += most) {
         const int tall = int(count - r < most ? count - r : most);
-        outer_function<A>(tall, wide)(d + r, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
+        outer_function<E>(tall, wide)(d + r * D, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
       }
     }
   }

@@ -1,9 +1,9 @@
 // Products of the scan: a few rows of activations times all gates of a few vectors of units, held in registers.
 //
-// Packed weights lie as [unit vector][k][gate][lane], so a tile streams them once for all of its rows. Unpacked ones
-// are read as they lie, as dot products along k: no preparation, for calls too short to pay for one.
+// Packed weights lie as [unit vector][term of k][gate][lane], so a tile streams them once for all of its rows. Unpacked
+// ones are read as they lie, as dot products along k: no preparation, for calls too short to pay for one.
 #pragma once
-#include "simd.h"
+#include "recurrent_operand.h"
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -23,12 +23,13 @@ constexpr int rows_of_tile(int vectors) {
 // How many unit vectors go into one tile beside each other.
 constexpr int tile_width(int gates) { return kMaxVectors / gates; }
 
-template <class A>
+template <class E>
 struct Tile {
-  const A* const* rows;  // [R] pointers to K activations
-  const A* w;            // packed weights of the first unit vector
+  using A = Accumulator<E>;
+  const E* const* rows;  // [R] pointers to K activations
+  const E* w;            // packed weights of the first unit vector
   long w_stride;         // to the next unit vector
-  long K;
+  long K;                // terms
   const A* init;         // null (zero), or [gate][..] biases for all rows, a gate `stride` apart
   A* const* out;         // [R] pointers to [gate][..] results, a gate `stride` apart
   long stride;
@@ -36,15 +37,16 @@ struct Tile {
 };
 
 // out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
-template <class A, int R, int G, int NB>
-void run_tile(const Tile<A>& t) {
-  constexpr int L = kLanes<A>;
+template <class E, int R, int G, int NB>
+void run_tile(const Tile<E>& t) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, D = kTerm<E>;
   constexpr int N = G * NB;
   // A single chain of additions a result leaves the units idle where there are few results: keep several.
   constexpr int U = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;
   Vec<A> acc[U][R][N];
-  const A* rows[R];
-  const A* w[NB];
+  const E* rows[R];
+  const E* w[NB];
   FASTSEQ_UNROLL for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
   FASTSEQ_UNROLL for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
   FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
@@ -54,19 +56,19 @@ void run_tile(const Tile<A>& t) {
   for (; k + U <= t.K; k += U)
     FASTSEQ_UNROLL for (int u = 0; u < U; ++u) {
       Vec<A> wv[N];
-      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + ((k + u) * G + n / NB) * L);
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + ((k + u) * G + n / NB) * L * D);
       FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
-        Vec<A> a = splat(rows[r][k + u]);
-        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] += a * wv[n];
+        Vec<A> a = splat_term(rows[r] + (k + u) * D);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = add_product<E>(acc[u][r][n], a, wv[n]);
       }
     }
   if constexpr (U > 1)
     for (; k < t.K; ++k) {
       Vec<A> wv[N];
-      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load(w[n % NB] + (k * G + n / NB) * L);
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + (k * G + n / NB) * L * D);
       FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
-        Vec<A> a = splat(rows[r][k]);
-        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += a * wv[n];
+        Vec<A> a = splat_term(rows[r] + k * D);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] = add_product<E>(acc[0][r][n], a, wv[n]);
       }
     }
   const bool more = t.init || t.add;
@@ -81,25 +83,25 @@ void run_tile(const Tile<A>& t) {
   }
 }
 
-template <class A>
-using TileFunction = void (*)(const Tile<A>&);
+template <class E>
+using TileFunction = void (*)(const Tile<E>&);
 
-template <class A, int G, int NB, int R = 1>
-TileFunction<A> tile_function(int rows) {
+template <class E, int G, int NB, int R = 1>
+TileFunction<E> tile_function(int rows) {
   if constexpr (R > rows_of_tile(G * NB))
     return nullptr;
   else
-    return rows == R ? &run_tile<A, R, G, NB> : tile_function<A, G, NB, R + 1>(rows);
+    return rows == R ? &run_tile<E, R, G, NB> : tile_function<E, G, NB, R + 1>(rows);
 }
-template <class A, int G>
-TileFunction<A> tile_function(int rows, int width) {
+template <class E, int G>
+TileFunction<E> tile_function(int rows, int width) {
   if constexpr (G == 1) {
-    if (width == 4) return tile_function<A, 1, 4>(rows);
-    if (width == 3) return tile_function<A, 1, 3>(rows);
+    if (width == 4) return tile_function<E, 1, 4>(rows);
+    if (width == 3) return tile_function<E, 1, 3>(rows);
   }
   if constexpr (G <= 2)
-    if (width == 2) return tile_function<A, G, 2>(rows);
-  return tile_function<A, G, 1>(rows);
+    if (width == 2) return tile_function<E, G, 2>(rows);
+  return tile_function<E, G, 1>(rows);
 }
 
 // Lane-wise choice between two vectors: lane l is mask(l) >= 0 ? a[mask(l)] : b[...], as __builtin_shufflevector.
@@ -162,8 +164,8 @@ FASTSEQ_INLINE void transpose(Vec<A>* v) {
 // One row of activations and the rows of unpacked weights that it meets.
 template <class S>
 struct Dots {
-  const Accumulator<S>* row;  // [K]
-  const S* w;                 // of the first lane
+  const Operand<S>* row;  // [K]
+  const S* w;             // of the first lane
   long w_row, K;
 };
 
@@ -178,28 +180,29 @@ FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
 template <class S>
 Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
   using A = Accumulator<S>;
-  constexpr int L = kLanes<A>;
+  using E = Operand<S>;
+  constexpr int L = kLanes<A>, step = L * kTerm<E>;
   constexpr int C = L < 4 ? L : 4;
   Vec<A> sums[L];
   for (int l = 0; l < L; l += C) {
     Vec<A> acc[C];
     for (int c = 0; c < C; ++c) acc[c] = Vec<A>{};
     for (int part = 0; part < parts; ++part) {
-      const A* row = of[part].row;
+      const E* row = of[part].row;
       const long K = of[part].K, ahead = C * of[part].w_row * long(sizeof(S));
       const S* at[C];
       for (int c = 0; c < C; ++c) at[c] = of[part].w + (l + c < n ? l + c : n - 1) * of[part].w_row;
       long k = 0;
-      for (; k + L <= K; k += L) {
-        Vec<A> a = load(row + k);
+      for (; k + step <= K; k += step) {
+        Vec<A> a = load_terms(row + k);
         for (int c = 0; c < C; ++c) {
           prefetch(at[c] + k, ahead);
-          acc[c] += a * load(at[c] + k);
+          acc[c] = add_product<E>(acc[c], a, load_terms(at[c] + k));
         }
       }
       if (k < K) {
-        Vec<A> a = load_n(row + k, int(K - k));
-        for (int c = 0; c < C; ++c) acc[c] += a * load_n(at[c] + k, int(K - k));
+        Vec<A> a = load_terms_n(row + k, int(K - k));
+        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_n(at[c] + k, int(K - k)));
       }
     }
     for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
@@ -207,7 +210,7 @@ Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
   return sums_of<A>(sums);
 }
 template <class S>
-Vec<Accumulator<S>> dot_rows(const Accumulator<S>* row, const S* w, long w_row, long K, int n) {
+Vec<Accumulator<S>> dot_rows(const Operand<S>* row, const S* w, long w_row, long K, int n) {
   const Dots<S> one{row, w, w_row, K};
   return dot_rows(&one, 1, n);
 }

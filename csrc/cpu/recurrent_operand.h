@@ -1,0 +1,114 @@
+// What the products of the scan multiply: elements of the accumulator's type, or pairs of bfloat16 summed in float.
+//
+// A term is what one lane takes in at one step of a sum: an element, or where the chip multiplies pairs of bfloat16
+// (AVX-512-BF16) two that follow each other along the sum. Operands lie as [..][term of k][lane][element of the term];
+// rows of activations are k after k, so that a term of theirs is broadcast from where it lies. An odd sum ends in a
+// term whose second element is zero on both sides.
+//
+// The chip's instruction takes denormal inputs for zeros and rounds denormal sums to zero: at most 2^-126 a term.
+#pragma once
+#include "simd.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+template <class S>
+struct OperandOf {
+  using type = Accumulator<S>;
+};
+template <class E>
+constexpr int kTerm = 1;  // elements of a term
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<bf16> {
+  using type = bf16;
+};
+template <>
+constexpr int kTerm<bf16> = 2;
+#endif
+// The element type that a product of tensors of S is made of. Where it is bf16, a vector of terms goes by the name of
+// a vector of float: its bits.
+template <class S>
+using Operand = typename OperandOf<S>::type;
+
+template <class E>
+constexpr long terms_of(long n) {
+  return (n + kTerm<E> - 1) / kTerm<E>;
+}
+// n elements, brought to whole terms.
+template <class E>
+constexpr long whole_terms(long n) {
+  return terms_of<E>(n) * kTerm<E>;
+}
+
+// kLanes terms that lie side by side.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> load_terms(const S* p) {
+  if constexpr (kTerm<S> == 1) {
+    return load(p);
+  } else {
+    Vec<Accumulator<S>> out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+  }
+}
+// The same of the first n elements (at most kLanes terms); the others are zero, and not read.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> load_terms_n(const S* p, int n) {
+#if defined(__AVX512BF16__)
+  if constexpr (kTerm<S> == 2)
+    return reinterpret_cast<Vec<Accumulator<S>>>(
+        _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), reinterpret_cast<const void*>(p)));
+#endif
+  return load_n(p, n);
+}
+template <class E>
+FASTSEQ_INLINE void store_terms(E* p, Vec<Accumulator<E>> terms) {
+  std::memcpy(p, &terms, sizeof terms);
+}
+// One term in every lane.
+template <class E>
+FASTSEQ_INLINE Vec<Accumulator<E>> splat_term(const E* p) {
+#if defined(__AVX512BF16__)
+  if constexpr (kTerm<E> == 2) {
+    int term;
+    std::memcpy(&term, p, sizeof term);
+    return reinterpret_cast<Vec<Accumulator<E>>>(_mm512_set1_epi32(term));
+  } else
+#endif
+    return splat(*p);
+}
+// sum + a b, lane by lane, over the elements of a term.
+template <class E>
+FASTSEQ_INLINE Vec<Accumulator<E>> add_product(Vec<Accumulator<E>> sum, Vec<Accumulator<E>> a, Vec<Accumulator<E>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kTerm<E> == 2)
+    return (Vec<Accumulator<E>>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + a * b;
+}
+// The terms whose elements are the lanes of v[0] (and of v[1]): numbers of the storage type, widened.
+template <class E>
+FASTSEQ_INLINE Vec<Accumulator<E>> terms_from(const Vec<Accumulator<E>>* v) {
+  if constexpr (kTerm<E> == 1) {
+    return v[0];
+  } else {
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    return (Vec<Accumulator<E>>)(((Bits)v[0] >> 16) | ((Bits)v[1] & 0xffff0000u));
+  }
+}
+
+// Rows of activations, L lanes of units at a time: of a vector's lanes the first n; those past them become zeros, which
+// an odd sum's last term may reach.
+template <class E>
+FASTSEQ_INLINE void store_activations(E* p, Vec<Accumulator<E>> v, int n) {
+  if constexpr (kTerm<E> > 1)
+    if (n < kLanes<Accumulator<E>>) {
+      store(p, Vec<Accumulator<E>>{});
+      return store_n(p, v, n);
+    }
+  store(p, v);
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

@@ -15,6 +15,14 @@ ScanView state_row(const char* name, AtenTensorHandle state, Dtype dtype, int64_
   return offset(out, index * (batched ? out.t : out.b), dtype);
 }
 
+// The scales of an int8 matrix's rows.
+ScanView scales(const char* of, AtenTensorHandle given, int64_t rows) {
+  if (!given) return {};
+  ScanView out = view((std::string("scales of ") + of).c_str(), given, Dtype::f32, {rows});
+  STD_TORCH_CHECK(out.e == 1, "scan: scales of ", of, " must be contiguous");
+  return out;
+}
+
 thread_local Workspace between[2];  // outputs of the layer before and of this one
 
 }  // namespace
@@ -85,9 +93,9 @@ void Stack::run(void* y, void* h_n, void* c_n) {
       if (projected_) p.w_hr = view("w_hr", w[width_ - 1], p.weights, {p.P, p.H});
       if (scaled_) {
         const AtenTensorHandle* s = call_.scales + index * (2 + projected_);
-        p.s_ih = view("scale of w_ih", s[0], dtype, {gates_ * p.H});
-        p.s_hh = view("scale of w_hh", s[1], dtype, {gates_ * p.H});
-        if (projected_) p.s_hr = view("scale of w_hr", s[2], dtype, {p.P});
+        p.s_ih = scales("w_ih", s[0], gates_ * p.H);
+        p.s_hh = scales("w_hh", s[1], gates_ * p.H);
+        if (projected_) p.s_hr = scales("w_hr", s[2], p.P);
       }
       p.h0 = state_row("h0", call_.h0, dtype, rows_, p.B, p.P, batched_, index);
       p.c0 = state_row("c0", call_.c0, dtype, rows_, p.B, p.H, batched_, index);
@@ -117,8 +125,8 @@ CellStep::CellStep(const CellCall& call) {
   STD_TORCH_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
   p.w_ih = view("w_ih", call.w_ih, p.weights, {G * p.H, p.I});
   p.w_hh = view("w_hh", call.w_hh, p.weights, {G * p.H, p.H});
-  p.s_ih = view("scale of w_ih", call.s_ih, p.dtype, {G * p.H});
-  p.s_hh = view("scale of w_hh", call.s_hh, p.dtype, {G * p.H});
+  p.s_ih = scales("w_ih", call.s_ih, G * p.H);
+  p.s_hh = scales("w_hh", call.s_hh, G * p.H);
   p.b_ih = view("b_ih", call.b_ih, p.dtype, {G * p.H});
   p.b_hh = view("b_hh", call.b_hh, p.dtype, {G * p.H});
   auto rows = [&](const char* name, AtenTensorHandle t, int64_t n) {

@@ -16,7 +16,8 @@ constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
 constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights,
 constexpr long kAcrossTotal = 256;         // nor up to this many where each step has enough for multiply_across
 
-template <class S>
+// S: the type of x and of the states; W: that of the weight matrices, S or a smaller one.
+template <class S, class W = S>
 struct Forward {
   using A = Accumulator<S>;
   using E = Operand<S>;
@@ -58,7 +59,7 @@ struct Forward {
     Hp = Hv * L, Pp = Pv * L;
     auto unit_stride = [](const ScanView& w) { return !w.data || w.e == 1; };
     const bool as_is = unit_stride(p.w_ih) && unit_stride(p.w_hh) && unit_stride(p.w_hr);
-    across = as_is && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
+    across = as_is && sizeof(W) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
     packed = !across && !(as_is && p.T * p.B < kPackRows);
     convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed && p.I % kTerm<E>);
     I = whole_terms<E>(p.I);
@@ -140,7 +141,7 @@ struct Forward {
     const E** from;  // rows of a product
     long* rows;      // live rows of the step
     long count = 0;
-    Weights<S> input, hidden, candidate, projection;
+    Weights<S, W> input, hidden, candidate, projection;
 
     Thread(const Forward& forward, const Team& team)
         : f(forward), p(f.p), part(team, f.p, f.ways_of(team.size), f.barriers), units(part.share(f.Hv)),
@@ -149,19 +150,21 @@ struct Forward {
       c_in = h_in + f.list_length;
       from = f.operands + team.rank * f.list_length;
       rows = f.live_rows + team.rank * p.B;
-      auto raw = [](const ScanView& w) { return static_cast<const S*>(w.data); };
+      auto raw = [](const ScanView& w) { return static_cast<const W*>(w.data); };
+      const A *s_ih = scale(p.s_ih), *s_hh = scale(p.s_hh);
       const long P = whole_terms<E>(p.P), H = whole_terms<E>(p.H);
-      input = Weights<S>{f.packed ? f.w_ih : nullptr, f.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I};
-      hidden = Weights<S>{f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P};
+      input = {f.packed ? f.w_ih : nullptr, f.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih};
+      hidden = {f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh};
       if (kBefore) {
         // Its own block behind that of r and z: [v][k][2][lane], then [v][k][lane].
         hidden.stride = P * 2 * L;
-        candidate = Weights<S>{f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L,
-                               raw(p.w_hh) + 2 * p.H * p.w_hh.b, p.w_hh.b, p.H, p.P};
+        candidate = {f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L, raw(p.w_hh) + 2 * p.H * p.w_hh.b,
+                     p.w_hh.b, p.H, p.P, s_hh ? s_hh + 2 * p.H : nullptr};
       }
-      if (p.w_hr.data) projection = Weights<S>{f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H};
+      if (p.w_hr.data) 
+        projection = {f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H, scale(p.s_hr)};
       if (f.across)
-        for (Weights<S>* w : {&input, &hidden, &candidate, &projection})
+        for (Weights<S, W>* w : {&input, &hidden, &candidate, &projection})
           w->across = f.columns + team.rank * f.columns_length;
     }
 
@@ -185,6 +188,7 @@ struct Forward {
       }
     }
 
+    static const A* scale(const ScanView& of) { return static_cast<const A*>(of.data); }
     long time_of(long s) const { return p.reverse ? p.T - 1 - s : s; }
     static int lanes(long v, long n) { return int(n - v * L < L ? n - v * L : L); }
     static void put(const ScanView& to, long t, long b, long v, long n, Vec<A> value) {
@@ -217,17 +221,25 @@ struct Forward {
       }
       if (f.convert || copy_h) part.sync();
       for (long v = units.begin; v < units.end; ++v) lay_biases(v);
-      const S *w_ih = static_cast<const S*>(p.w_ih.data), *w_hh = static_cast<const S*>(p.w_hh.data);
+      const W *w_ih = input.raw, *w_hh = hidden.raw;
       auto multiply = [&](int g, int first, int parts, A* out, long row, const A* biases) {
         for (long v = units.begin; v < units.end; ++v)
           for (long b = part.row0; b < part.row1; ++b) {
             const long unit = g * p.H + v * L;
-            const Dots<S> both[] = {
+            const Dots<S, W> both[] = {
                 {f.convert ? f.inputs + b * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b)),
                  w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
                 {copy_h ? f.h[0].rows + b * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b)),
                  w_hh + unit * p.w_hh.b, p.w_hh.b, p.P}};
-            Vec<A> sum = dot_rows(both + first, parts, lanes(v, p.H));
+            const int n = lanes(v, p.H);
+            Vec<A> sum;
+            if (input.scale) {  // each part has scales of its own
+              sum = Vec<A>{};
+              for (int i = first; i < first + parts; ++i)
+                sum += dot_rows(both + i, 1, n) * load_n((i ? hidden : input).scale + unit, n);
+            } else {
+              sum = dot_rows(both + first, parts, n);
+            }
             store(out + b * row + v * L, biases ? sum + load(biases + v * L) : sum);
           }
       };
@@ -261,15 +273,16 @@ struct Forward {
       for (long v = all.begin; v < all.end; ++v) {
         lay_biases(v);
         if (f.packed) {
-          pack_units<S>(f.w_ih + v * input.stride, p.w_ih, 0, G, p.H, p.I, v);
-          pack_units<S>(f.w_hh + v * hidden.stride, p.w_hh, 0, kFused, p.H, p.P, v);
-          if (kBefore) pack_units<S>(candidate.packed + v * candidate.stride, p.w_hh, 2 * p.H, 1, p.H, p.P, v);
+          pack_units<S, W>(f.w_ih + v * input.stride, p.w_ih, scale(p.s_ih), 0, G, p.H, p.I, v);
+          pack_units<S, W>(f.w_hh + v * hidden.stride, p.w_hh, scale(p.s_hh), 0, kFused, p.H, p.P, v);
+          if (kBefore)
+            pack_units<S, W>(candidate.packed + v * candidate.stride, p.w_hh, scale(p.s_hh), 2 * p.H, 1, p.H, p.P, v);
         }
       }
       if (f.packed && p.w_hr.data) {
         all = share_of(f.Pv, team.rank, team.size);
         for (long v = all.begin; v < all.end; ++v)
-          pack_units<S>(f.w_hr + v * projection.stride, p.w_hr, 0, 1, p.P, p.H, v);
+          pack_units<S, W>(f.w_hr + v * projection.stride, p.w_hr, scale(p.s_hr), 0, 1, p.P, p.H, v);
       }
       if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
@@ -443,14 +456,24 @@ struct Forward {
   };
 };
 
+// body(S{}, W{}) with the types of a call.
+template <class Body>
+void for_types(const ScanForward& p, const Body& body) {
+  if (p.weights == p.dtype) return for_dtype(p.dtype, [&](auto s) { body(s, s); });
+  if (p.weights == Dtype::i8) return body(float{}, q8{});
+  body(float{}, bf16{});
+}
+
 }  // namespace
 
 size_t scan_forward_workspace(const ScanForward& p) {
-  return for_dtype(p.dtype, [&](auto s) { return Forward<decltype(s)>(p, nullptr).bytes; });
+  size_t bytes;
+  for_types(p, [&](auto s, auto w) { bytes = Forward<decltype(s), decltype(w)>(p, nullptr).bytes; });
+  return bytes;
 }
 
 void scan_forward(const ScanForward& p) {
-  for_dtype(p.dtype, [&](auto s) { Forward<decltype(s)>(p, p.workspace).run(); });
+  for_types(p, [&](auto s, auto w) { Forward<decltype(s), decltype(w)>(p, p.workspace).run(); });
 }
 
 }  // namespace FASTSEQ_ISA

@@ -52,6 +52,14 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load_terms(const S* p) {
     return out;
   }
 }
+// kLanes terms of E out of elements of W: as they lie where W is E, else widened.
+template <class E, class W>
+FASTSEQ_INLINE Vec<Accumulator<E>> load_terms_as(const W* p) {
+  if constexpr (kTerm<E> == 1)
+    return load(p);
+  else
+    return load_terms(p);
+}
 // The same of the first n elements (at most kLanes terms); the others are zero, and not read.
 template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> load_terms_n(const S* p, int n) {
@@ -61,6 +69,13 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load_terms_n(const S* p, int n) {
         _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), reinterpret_cast<const void*>(p)));
 #endif
   return load_n(p, n);
+}
+template <class E, class W>
+FASTSEQ_INLINE Vec<Accumulator<E>> load_terms_as_n(const W* p, int n) {
+  if constexpr (kTerm<E> == 1)
+    return load_n(p, n);
+  else
+    return load_terms_n(p, n);
 }
 template <class E>
 FASTSEQ_INLINE void store_terms(E* p, Vec<Accumulator<E>> terms) {

@@ -64,21 +64,31 @@ struct Arena {
   }
 };
 
-// Rows gate*H + unit of w [G*H, K] -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
-template <class S>
-void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H, long K, long v) {
+// Rows gate*H + unit of w [G*H, K], of type W -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
+// Where W is smaller than S, a row is widened and, with `scale` [G*H], multiplied.
+template <class S, class W = S>
+void pack_units(Operand<S>* out, const ScanView& w, const Accumulator<S>* scale, long row0, int gates, long H, long K,
+                long v) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>, D = kTerm<Operand<S>>;
   long unit = v * L;
   int n = int(H - unit < L ? H - unit : L);
   for (int g = 0; g < gates; ++g) {
-    const S* rows = at<S>(w, 0, row0 + g * H + unit);
+    const long row = row0 + g * H + unit;
+    const W* rows = at<W>(w, 0, row);
     Operand<S>* to = out + g * L * D;
     for (long k = 0; k < K; k += L * D) {
       int some = int(K - k < L * D ? K - k : L * D);
       Vec<A> block[L];
-      for (int l = 0; l < L; ++l)
-        block[l] = l < n ? load_terms_strided(rows + l * w.b + k * w.e, w.e, some) : Vec<A>{};
+      for (int l = 0; l < L; ++l) {
+        if (l >= n)
+          block[l] = Vec<A>{};
+        else if constexpr (__is_same(S, W))
+          block[l] = load_terms_strided(rows + l * w.b + k * w.e, w.e, some);
+        else
+          block[l] = load_strided(rows + l * w.b + k * w.e, w.e, some) *
+                     splat(scale ? scale[row + l] : A(1));
+      }
       transpose<A>(block);
       for (int l = 0; l * D < some; ++l) store_terms(to + (k + l * D) * gates * L, block[l]);
     }
@@ -105,14 +115,15 @@ template <class A>
 constexpr long kAcrossRows = kLanes<A> / 2;
 
 // One weight matrix as the products want it: packed, or (packed null) as it lies.
-template <class S>
+template <class S, class W = S>
 struct Weights {
   using A = Accumulator<S>;
   Operand<S>* packed = nullptr;
   long stride = 0;      // of a packed unit vector, of whole terms
-  const S* raw = nullptr;
+  const W* raw = nullptr;
   long raw_row = 0;     // between rows of w
   long H = 0, K = 0;    // units a gate, and what is summed over
+  const A* scale = nullptr;  // null, or [G*H] of raw's rows
   A* across = nullptr;  // scratch of multiply_across, where that is to be used: [rows, padded][K]
 };
 
@@ -170,13 +181,13 @@ void multiply_across(const Weights<S>& w, const Accumulator<S>* const* rows, lon
 
 // Rows divided as evenly as possible into tiles, times unit vectors [first, last): for each tile, the product with
 // all G gates of `width` vectors, then done(first row, rows, first vector, width).
-template <int G, class S, class Out, class Done>
-FASTSEQ_INLINE void multiply(const Weights<S>& w, const Operand<S>* const* rows, long count, long first, long last,
+template <int G, class S, class W, class Out, class Done>
+FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* rows, long count, long first, long last,
                              const Accumulator<S>* init, long stride, bool add, const Out& out, const Done& done) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
   if (count == 0) return;
-  if constexpr (sizeof(S) == sizeof(A))
+  if constexpr (sizeof(W) == sizeof(A))
     if (w.across && count >= kAcrossRows<A>)
       return multiply_across<G>(w, rows, count, first, last, init, stride, add, out, done);
   for (long v = first; v < last; v += tile_width(G)) {
@@ -199,7 +210,8 @@ FASTSEQ_INLINE void multiply(const Weights<S>& w, const Operand<S>* const* rows,
             for (int r = 0; r < n; ++r) {
               long unit = (v + nb) * L, at = g * stride + nb * L;
               int some = int(w.H - unit < L ? w.H - unit : L);
-              Vec<A> sum = dot_rows(rows[row + r], w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K, some);
+              Vec<A> sum = dot_rows<S>(rows[row + r], w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K, some);
+              if (w.scale) sum *= load_n(w.scale + g * w.H + unit, some);
               if (init) sum += load(init + v * L + at);
               if (add) sum += load(outs[r] + at);
               store(outs[r] + at, sum);

@@ -162,10 +162,10 @@ FASTSEQ_INLINE void transpose(Vec<A>* v) {
 }
 
 // One row of activations and the rows of unpacked weights that it meets.
-template <class S>
+template <class S, class W = S>
 struct Dots {
   const Operand<S>* row;  // [K]
-  const S* w;             // of the first lane
+  const W* w;             // of the first lane
   long w_row, K;
 };
 
@@ -177,8 +177,8 @@ FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
 // Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`. Rows of w are read in order, a few
 // beside each other, and each of them is asked for as many rows before: the prefetchers of the processor lose more at
 // the start of a row than they bring, short as rows are.
-template <class S>
-Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
+template <class S, class W>
+Vec<Accumulator<S>> dot_rows(const Dots<S, W>* of, int parts, int n) {
   using A = Accumulator<S>;
   using E = Operand<S>;
   constexpr int L = kLanes<A>, step = L * kTerm<E>;
@@ -189,29 +189,29 @@ Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
     for (int c = 0; c < C; ++c) acc[c] = Vec<A>{};
     for (int part = 0; part < parts; ++part) {
       const E* row = of[part].row;
-      const long K = of[part].K, ahead = C * of[part].w_row * long(sizeof(S));
-      const S* at[C];
+      const long K = of[part].K, ahead = C * of[part].w_row * long(sizeof(W));
+      const W* at[C];
       for (int c = 0; c < C; ++c) at[c] = of[part].w + (l + c < n ? l + c : n - 1) * of[part].w_row;
       long k = 0;
       for (; k + step <= K; k += step) {
         Vec<A> a = load_terms(row + k);
         for (int c = 0; c < C; ++c) {
           prefetch(at[c] + k, ahead);
-          acc[c] = add_product<E>(acc[c], a, load_terms(at[c] + k));
+          acc[c] = add_product<E>(acc[c], a, load_terms_as<E>(at[c] + k));
         }
       }
       if (k < K) {
         Vec<A> a = load_terms_n(row + k, int(K - k));
-        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_n(at[c] + k, int(K - k)));
+        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as_n<E>(at[c] + k, int(K - k)));
       }
     }
     for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
   }
   return sums_of<A>(sums);
 }
-template <class S>
-Vec<Accumulator<S>> dot_rows(const Operand<S>* row, const S* w, long w_row, long K, int n) {
-  const Dots<S> one{row, w, w_row, K};
+template <class S, class W>
+Vec<Accumulator<S>> dot_rows(const Operand<S>* row, const W* w, long w_row, long K, int n) {
+  const Dots<S, W> one{row, w, w_row, K};
   return dot_rows(&one, 1, n);
 }
 

@@ -49,6 +49,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// Of weights only: a whole number of its row's scale.
+struct q8 {
+  int8_t value;
+};
 
 // The type that a storage type is computed in.
 template <class S>
@@ -63,11 +67,16 @@ template <>
 struct AccumulatorOf<f16> {
   using type = float;
 };
+template <>
+struct AccumulatorOf<q8> {
+  using type = float;
+};
 template <class S>
 using Accumulator = typename AccumulatorOf<S>::type;
 
 FASTSEQ_INLINE float widen(float v) { return v; }
 FASTSEQ_INLINE double widen(double v) { return v; }
+FASTSEQ_INLINE float widen(q8 v) { return float(v.value); }
 FASTSEQ_INLINE float widen(bf16 v) {
   uint32_t bits = uint32_t(v.bits) << 16;
   float out;
@@ -147,12 +156,20 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load(const S* p) {
     std::memcpy(&out, p, sizeof out);
   } else {
 #if defined(__AVX512F__)
+    if constexpr (__is_same(S, q8)) {
+      __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return reinterpret_cast<Vec<A>>(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
+    }
     __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (__is_same(S, bf16))
       out = reinterpret_cast<Vec<A>>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, raw), 16));
     else
       out = reinterpret_cast<Vec<A>>(_mm512_maskz_cvtph_ps(0xffff, raw));
 #elif defined(__AVX2__)
+    if constexpr (__is_same(S, q8)) {
+      __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return reinterpret_cast<Vec<A>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+    }
     __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(S, bf16))
       out = reinterpret_cast<Vec<A>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));

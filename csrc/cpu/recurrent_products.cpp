@@ -4,6 +4,8 @@
 // are sums over rows of outer products: chunks of rows of x and h_prev are laid out in panels, blocks of columns of
 // dgates beside them, and a register tile of a gradient takes in a whole chunk before it is written back.
 // Each of their numbers is one thread's sum in one order, however many threads there are.
+#include <cstring>
+
 #include "recurrent_plan.h"
 
 namespace fastseq {
@@ -11,6 +13,7 @@ namespace FASTSEQ_ISA {
 namespace {
 
 constexpr long kChunk = 256;      // rows that a tile of a weight's gradient takes in at once
+constexpr long kFewRows = 6;      // fewer rows in all don't pay for laying out W_ih
 constexpr long kBlock = 48;       // columns of dgates laid out beside each other: a multiple of lanes and of tile rows
 constexpr long kInputRows = 96;   // rows of dx made at once
 constexpr long kInputDepth = 512; // and the columns of dgates taken in at once for them
@@ -54,6 +57,43 @@ OuterFunction<E> outer_function(int rows, int width) {
                       : outer_function<E, 1>(rows);
 }
 
+// out[r][..] += sum_k d[r][k] w[k][..] for n columns of w as it lies, a few rows of w at a time, in order, and as many
+// ahead asked for. More columns than n are neither read nor written.
+template <class A, int C = 4>
+void add_rows(const A* const* d, long rows, const A* w, long w_row, long K, A* const* out, long n) {
+  constexpr int L = kLanes<A>;
+  const long whole = n / L * L;
+  long k = 0;
+  for (; k + C <= K; k += C) {
+    const A* from[C];
+    FASTSEQ_UNROLL for (int i = 0; i < C; ++i) from[i] = w + (k + i) * w_row;
+    for (long r = 0; r < rows; ++r) {
+      A* to = out[r];
+      Vec<A> dv[C];
+      FASTSEQ_UNROLL for (int i = 0; i < C; ++i) dv[i] = splat(d[r][k + i]);
+      for (long e = 0; e < whole; e += L) {
+        Vec<A> sum = load(to + e);
+        FASTSEQ_UNROLL for (int i = 0; i < C; ++i) {
+          if (r == 0) prefetch(from[i] + e, C * w_row * long(sizeof(A)));
+          sum += dv[i] * load(from[i] + e);
+        }
+        store(to + e, sum);
+      }
+      if (whole < n) {
+        Vec<A> sum = load_n(to + whole, int(n - whole));
+        FASTSEQ_UNROLL for (int i = 0; i < C; ++i) sum += dv[i] * load_n(from[i] + whole, int(n - whole));
+        store_n(to + whole, sum, int(n - whole));
+      }
+    }
+  }
+  if constexpr (C > 1)
+    if (k < K) {
+      const A* rest[kFewRows];
+      for (long r = 0; r < rows; ++r) rest[r] = d[r] + k;
+      add_rows<A, 1>(rest, rows, w + k * w_row, w_row, K - k, out, n);
+    }
+}
+
 template <class S>
 struct Products {
   using A = Accumulator<S>;
@@ -79,6 +119,7 @@ struct Products {
   A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases
   long dw_row[2];
   bool direct[2];                // dw is the result itself
+  bool few;                      // rows: W_ih is read as it lies
   long* index;                   // [T * B] live rows, as t * B + b
   size_t bytes;
 
@@ -103,7 +144,8 @@ struct Products {
     Arena arena{static_cast<char*>(workspace)};
     const long most = p.T * p.B;
     chunk = whole_terms<E>(most < kChunk ? most : kChunk);
-    const bool inputs = p.dx.data;
+    few = most < kFewRows;
+    const bool inputs = p.dx.data && !input_as_it_lies();
     w_ih = arena.take<E>(inputs ? vectors_of<A>(p.I) * depth * L : 0);
     rows_in = arena.take<E>(inputs && !as_they_lie() ? threads * kInputRows * depth : 0);
     rows_out = arena.take<A>(inputs ? threads * kInputRows * padded<A>(p.I) : 0);
@@ -125,13 +167,34 @@ struct Products {
 
   void run() {
     parallel(threads, [this](const Team& team) {
-      if (p.dx.data) input_gradient(team);
+      if (p.dx.data && input_as_it_lies()) few_inputs(team);
+      if (p.dx.data && !input_as_it_lies()) input_gradient(team);
       if (p.dw_ih.data) weight_gradients(team);
     });
   }
 
   bool as_they_lie() const { return sizeof(S) == sizeof(E) && depth == columns; }
   static int lanes(long at, long n) { return int(n - at < L ? n - at : L); }
+
+  bool input_as_it_lies() const { return few && sizeof(S) == sizeof(A) && p.w_ih.e == 1; }
+
+  // dx = dgates W_ih for few rows: W_ih is read once, a share of its columns a thread.
+  void few_inputs(const Team& team) {
+    if constexpr (sizeof(S) == sizeof(A)) {
+      const Share vectors = share_of(vectors_of<A>(p.I), team.rank, team.size);
+      const long first = vectors.begin * L, last = vectors.end * L < p.I ? vectors.end * L : p.I;
+      if (first >= last) return;
+      const A* from[kFewRows];
+      A* to[kFewRows];
+      const long rows = p.T * p.B;
+      for (long i = 0; i < rows; ++i) {
+        from[i] = at<S>(p.dgates, i / p.B, i % p.B);
+        to[i] = at<S>(p.dx, i / p.B, i % p.B) + first;
+        std::memset(to[i], 0, size_t(last - first) * sizeof(A));
+      }
+      add_rows(from, rows, at<S>(p.w_ih, 0, 0) + first, p.w_ih.b, columns, to, last - first);
+    }
+  }
 
   // dx = dgates W_ih
   void input_gradient(const Team& team) {

@@ -79,6 +79,8 @@ struct Products {
   A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases
   long dw_row[2];
   bool direct[2];                // dw is the result itself
+  bool packed;                   // w_ih, for dx
+  bool single;                   // one chunk of rows: a tile of a weight's gradient is whole once it is made
   long* index;                   // [T * B] live rows, as t * B + b
   size_t bytes;
 
@@ -104,7 +106,9 @@ struct Products {
     const long most = p.T * p.B;
     chunk = whole_terms<E>(most < kChunk ? most : kChunk);
     const bool inputs = p.dx.data;
-    w_ih = arena.take<E>(inputs ? vectors_of<A>(p.I) * depth * L : 0);
+    packed = most > kColumnRows || p.w_ih.e != 1;
+    single = most <= kChunk;
+    w_ih = arena.take<E>(inputs && packed ? vectors_of<A>(p.I) * depth * L : 0);
     rows_in = arena.take<E>(inputs && !as_they_lie() ? threads * kInputRows * depth : 0);
     rows_out = arena.take<A>(inputs ? threads * kInputRows * padded<A>(p.I) : 0);
     for (int s = 0; s < kSources; ++s) {
@@ -115,7 +119,7 @@ struct Products {
       const ScanView& to = i ? p.dw_hh : p.dw_ih;
       dw_row[i] = padded<A>(i ? p.P : p.I);
       direct[i] = sizeof(S) == sizeof(A) && dw_row[i] == (i ? p.P : p.I);
-      dw[i] = arena.take<A>(weights && !direct[i] ? columns * dw_row[i] : 0);
+      dw[i] = arena.take<A>(weights && !direct[i] && !single ? columns * dw_row[i] : 0);
       if (direct[i]) dw[i] = static_cast<A*>(to.data);
       db[i] = arena.take<A>(weights ? padded<A>(columns) + L : 0);
     }
@@ -135,6 +139,7 @@ struct Products {
 
   // dx = dgates W_ih
   void input_gradient(const Team& team) {
+    if (!packed) return input_gradient_of_few(team);
     const long vectors = vectors_of<A>(p.I), Ip = padded<A>(p.I);
     Share mine = share_of(vectors, team.rank, team.size);
     for (long v = mine.begin; v < mine.end; ++v) pack_columns<S>(w_ih + v * depth * L, p.w_ih, columns, p.I, v);
@@ -168,6 +173,24 @@ struct Products {
     }
   }
 
+  // The same for few rows: every thread makes its columns of all of them.
+  void input_gradient_of_few(const Team& team) {
+    const long Ip = padded<A>(p.I), n = p.T * p.B;
+    const E* rows[kColumnRows];
+    E* in = rows_in + team.rank * kInputRows * depth;
+    for (long r = 0; r < n; ++r) {
+      const S* row = at<S>(p.dgates, r / p.B, r % p.B);
+      rows[r] = as_they_lie() ? reinterpret_cast<const E*>(row) : in + r * depth;
+      if (!as_they_lie()) copy_row<S>(in + r * depth, row, 1, columns);
+    }
+    const Share mine = share_of(vectors_of<A>(p.I), team.rank, team.size);
+    multiply_columns<S>(p.w_ih, rows, n, columns, p.I, mine.begin, mine.end, false,
+                        [&](long row, long v) { return rows_out + row * Ip + v * L; });
+    for (long r = 0; r < n; ++r)
+      for (long v = mine.begin; v < mine.end; ++v)
+        store_n(at<S>(p.dx, r / p.B, r % p.B) + v * L, load(rows_out + r * Ip + v * L), lanes(v * L, p.I));
+  }
+
   void weight_gradients(const Team& team) {
     long rows = 0;  // every thread counts for itself; one writes the list down
     for (long t = 0; t < p.T; ++t)
@@ -195,7 +218,7 @@ struct Products {
     }
     for_blocks(mine, [&](const Job& j, long first, long count) {
       for (int s = 0; s < kSources; ++s) {
-        if (!j.with[s] || direct[s != from_x]) continue;
+        if (!j.with[s] || direct[s != from_x] || single) continue;
         const ScanView& to = s == from_x ? p.dw_ih : p.dw_hh;
         const long n = width[s];
         for (long r = j.unit + first; r < j.unit + first + count; ++r)
@@ -282,6 +305,8 @@ struct Products {
   }
 
   void outer(Source s, const E* d, long unit, long count, long n, bool add) {
+    const ScanView& result = s == from_x ? p.dw_ih : p.dw_hh;
+    alignas(64) A tile[rows_of_tile(kMaxVectors) * kPanel];
     const long vectors = vectors_of<A>(width[s]), row = dw_row[s != from_x];
     constexpr int most = rows_of_tile(kMaxVectors);
     for (long v = 0; v < vectors; v += kMaxVectors) {
@@ -289,7 +314,15 @@ struct Products {
       const E* x = panel[s] + v / kMaxVectors * chunk * kPanel;
       for (long r = 0; r < count; r += most) {
         const int tall = int(count - r < most ? count - r : most);
-        outer_function<E>(tall, wide)(d + r * D, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
+        const auto make = outer_function<E>(tall, wide);
+        if (direct[s != from_x] || !single) {
+          make(d + r * D, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
+          continue;
+        }
+        make(d + r * D, x, n, tile, kPanel, false);
+        for (int i = 0; i < tall; ++i)
+          for (int e = 0; e < wide * L; e += L)
+            store_n(at<S>(result, 0, unit + r + i) + v * L + e, load(tile + i * kPanel + e), lanes(v * L + e, width[s]));
       }
     }
   }

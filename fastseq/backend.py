@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,7 +48,7 @@ AUTO: tuple[Row, ...] = (
         "cpu",
         "scan_bf16_batch",
         ("torch", "native", "reference"),
-        "torch's bfloat16 products use the chip's own, ours widen to float32: 0.5 to 0.95 of torch's speed",
+        "torch's bfloat16 products use the chip's AMX tiles, ours do not, and nobody has timed them side by side",
     ),
     Row("cpu", "attention", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch"),
     Row("cuda", "scan", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
@@ -173,8 +174,11 @@ def scan_class(cell: str, dtype: torch.dtype, rows: int, hidden: int) -> str:
     return "scan_bf16_batch" if cell == "lstm" or (cell.startswith("gru") and hidden >= 256) else "scan"
 
 
-BF16_ROWS = 64
-"""Up to so many rows (steps times batch) a bfloat16 scan is bound by calls and memory, where ours is ahead."""
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+BF16_ROWS: int = 64 if _AMX else sys.maxsize
+"""Up to so many rows (steps times batch) a bfloat16 scan runs on the native kernels whatever its cell: with AMX those
+that are bound by calls and memory; without it all, as both sides then multiply pairs, or widen."""
 
 _NATIVE_FIRST = ops.NATIVE_MISSING is None and auto_row("cpu", "scan").order[0] == "native"
 

@@ -96,14 +96,17 @@ def test_auto_has_a_row_for_every_device_and_names_only_backends():
 
 
 @needs_native
-def test_auto_gives_large_bf16_batches_to_torch_and_the_rest_to_native():
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_gives_large_bf16_batches_to_torch_where_it_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "BF16_ROWS", 64 if amx else sys.maxsize)
+
     def first_line(layer, x):
         with torch.no_grad():
             return fastseq.explain(layer, x).splitlines()[0]
 
     layers = {torch.bfloat16: fastseq.nn.LSTM(8, 16).bfloat16(), torch.float32: fastseq.nn.LSTM(8, 16)}
     for (dtype, steps), expected in {
-        (torch.bfloat16, 50): "torch",
+        (torch.bfloat16, 50): "torch" if amx else "native",
         (torch.bfloat16, 1): "native",
         (torch.float32, 50): "native",
     }.items():

@@ -18,6 +18,7 @@ struct Backward {
   const ScanBackward& p;
   int G;
   long Hp, Pp, Hv, Pv, K;      // padded units, their vectors; columns of a row of dgates
+  bool packed;
   Barrier* barriers;
   E *w_hh, *w_hr;              // packed: [vector of P][G*H][lane], [vector of H][P][lane]
   A *dh, *dc;                  // [B][Pp], [B][Hp]: carried to the step before
@@ -33,11 +34,12 @@ struct Backward {
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
     K = padded<A>(G * p.H);
+    packed = p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
     int threads = threads_for(p);
     bool lstm = p.cell == Cell::lstm, proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
-    w_hh = arena.take<E>(Pv * whole_terms<E>(G * p.H) * L);
+    w_hh = arena.take<E>(packed ? Pv * whole_terms<E>(G * p.H) * L : 0);
     w_hr = arena.take<E>(proj ? Hv * whole_terms<E>(p.P) * L : 0);
     dh = arena.take<A>(p.B * Pp);
     dc = arena.take<A>(lstm ? p.B * Hp : 0);
@@ -130,8 +132,12 @@ struct Backward {
         part.sync();
         if (kBefore) reset_back(s, t, n, dgates);
         if (s == 0 && !p.dh0.data) break;  // nobody asks what reaches the state before
-        multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, kGru || kBefore,
-                    [&](long row, long v) { return to[row] + v * L; }, [](long, int, long, int) {});
+        auto target = [&](long row, long v) { return to[row] + v * L; };
+        if (f.packed)
+          multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, kGru || kBefore, target,
+                      [](long, int, long, int) {});
+        else
+          multiply_columns<S>(p.w_hh, from, n, G * p.H, p.P, outputs.begin, outputs.end, kGru, target);
       }
       for (long b = part.row0; b < part.row1; ++b) {
         if (p.dh0.data)
@@ -146,7 +152,7 @@ struct Backward {
     void prepare() {
       const Team& team = part.team;
       Share all = share_of(f.Pv, team.rank, team.size);
-      const bool multiplied = p.T > 1 || p.dh0.data || kBefore;
+      const bool multiplied = f.packed && (p.T > 1 || p.dh0.data || kBefore);
       for (long v = all.begin; multiplied && v < all.end; ++v)
         pack_columns<S>(f.w_hh + v * hidden.stride, p.w_hh, G * p.H, p.P, v);
       if (p.w_hr.data) {

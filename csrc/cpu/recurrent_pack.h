@@ -110,6 +110,38 @@ void pack_columns(Operand<S>* out, const ScanView& w, long K, long N, long v) {
   }
 }
 
+// Rows that are too few to pay for packed columns.
+constexpr long kColumnRows = 6;
+
+// out[row][n] (+)= sum_k rows[row][k] w[k][n] for column vectors [first, last) of w [K, N], read along its rows as they
+// lie: some of them side by side, so that a sum is loaded and stored once for as many terms. w.e must be 1.
+template <class S, class Out>
+void multiply_columns(const ScanView& w, const Operand<S>* const* rows, long count, long K, long N, long first,
+                      long last, bool add, const Out& out) {
+  using A = Accumulator<S>;
+  constexpr int L = kLanes<A>, C = 8;
+  for (long k = 0; k < K || k == 0; k += C) {
+    const int some = int(K - k < C ? K - k : C);
+    A terms[kColumnRows][C] = {};
+    const S* at_k[C];
+    for (int c = 0; c < C; ++c) {
+      at_k[c] = at<S>(w, 0, c < some ? k + c : 0);
+      for (long r = 0; r < count && c < some; ++r) terms[r][c] = widen(rows[r][k + c]);
+    }
+    for (long v = first; v < last; ++v) {
+      const int lanes = int(N - v * L < L ? N - v * L : L);
+      Vec<A> wv[C];
+      FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = c < some ? load_n(at_k[c] + v * L, lanes) : Vec<A>{};
+      for (long r = 0; r < count; ++r) {
+        A* to = out(r, v);
+        Vec<A> sum = splat(terms[r][0]) * wv[0];  // apart from the rest: a shorter chain of roundings
+        FASTSEQ_UNROLL for (int c = 1; c < C; ++c) sum += splat(terms[r][c]) * wv[c];
+        store(to, k > 0 || add ? load(to) + sum : sum);
+      }
+    }
+  }
+}
+
 // Fewer rows than this would leave most lanes of multiply_across idle.
 template <class A>
 constexpr long kAcrossRows = kLanes<A> / 2;

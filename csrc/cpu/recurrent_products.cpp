@@ -4,8 +4,6 @@
 // are sums over rows of outer products: chunks of rows of x and h_prev are laid out in panels, blocks of columns of
 // dgates beside them, and a register tile of a gradient takes in a whole chunk before it is written back.
 // Each of their numbers is one thread's sum in one order, however many threads there are.
-#include <cstring>
-
 #include "recurrent_plan.h"
 
 namespace fastseq {
@@ -13,7 +11,6 @@ namespace FASTSEQ_ISA {
 namespace {
 
 constexpr long kChunk = 256;      // rows that a tile of a weight's gradient takes in at once
-constexpr long kFewRows = 6;      // fewer rows in all don't pay for laying out W_ih
 constexpr long kBlock = 48;       // columns of dgates laid out beside each other: a multiple of lanes and of tile rows
 constexpr long kInputRows = 96;   // rows of dx made at once
 constexpr long kInputDepth = 512; // and the columns of dgates taken in at once for them
@@ -57,43 +54,6 @@ OuterFunction<E> outer_function(int rows, int width) {
                       : outer_function<E, 1>(rows);
 }
 
-// out[r][..] += sum_k d[r][k] w[k][..] for n columns of w as it lies, a few rows of w at a time, in order, and as many
-// ahead asked for. More columns than n are neither read nor written.
-template <class A, int C = 4>
-void add_rows(const A* const* d, long rows, const A* w, long w_row, long K, A* const* out, long n) {
-  constexpr int L = kLanes<A>;
-  const long whole = n / L * L;
-  long k = 0;
-  for (; k + C <= K; k += C) {
-    const A* from[C];
-    FASTSEQ_UNROLL for (int i = 0; i < C; ++i) from[i] = w + (k + i) * w_row;
-    for (long r = 0; r < rows; ++r) {
-      A* to = out[r];
-      Vec<A> dv[C];
-      FASTSEQ_UNROLL for (int i = 0; i < C; ++i) dv[i] = splat(d[r][k + i]);
-      for (long e = 0; e < whole; e += L) {
-        Vec<A> sum = load(to + e);
-        FASTSEQ_UNROLL for (int i = 0; i < C; ++i) {
-          if (r == 0) prefetch(from[i] + e, C * w_row * long(sizeof(A)));
-          sum += dv[i] * load(from[i] + e);
-        }
-        store(to + e, sum);
-      }
-      if (whole < n) {
-        Vec<A> sum = load_n(to + whole, int(n - whole));
-        FASTSEQ_UNROLL for (int i = 0; i < C; ++i) sum += dv[i] * load_n(from[i] + whole, int(n - whole));
-        store_n(to + whole, sum, int(n - whole));
-      }
-    }
-  }
-  if constexpr (C > 1)
-    if (k < K) {
-      const A* rest[kFewRows];
-      for (long r = 0; r < rows; ++r) rest[r] = d[r] + k;
-      add_rows<A, 1>(rest, rows, w + k * w_row, w_row, K - k, out, n);
-    }
-}
-
 template <class S>
 struct Products {
   using A = Accumulator<S>;
@@ -119,7 +79,8 @@ struct Products {
   A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases
   long dw_row[2];
   bool direct[2];                // dw is the result itself
-  bool few;                      // rows: W_ih is read as it lies
+  bool packed;                   // w_ih, for dx
+  bool single;                   // one chunk of rows: a tile of a weight's gradient is whole once it is made
   long* index;                   // [T * B] live rows, as t * B + b
   size_t bytes;
 
@@ -144,9 +105,10 @@ struct Products {
     Arena arena{static_cast<char*>(workspace)};
     const long most = p.T * p.B;
     chunk = whole_terms<E>(most < kChunk ? most : kChunk);
-    few = most < kFewRows;
-    const bool inputs = p.dx.data && !input_as_it_lies();
-    w_ih = arena.take<E>(inputs ? vectors_of<A>(p.I) * depth * L : 0);
+    const bool inputs = p.dx.data;
+    packed = most > kColumnRows || p.w_ih.e != 1;
+    single = most <= kChunk;
+    w_ih = arena.take<E>(inputs && packed ? vectors_of<A>(p.I) * depth * L : 0);
     rows_in = arena.take<E>(inputs && !as_they_lie() ? threads * kInputRows * depth : 0);
     rows_out = arena.take<A>(inputs ? threads * kInputRows * padded<A>(p.I) : 0);
     for (int s = 0; s < kSources; ++s) {
@@ -157,7 +119,7 @@ struct Products {
       const ScanView& to = i ? p.dw_hh : p.dw_ih;
       dw_row[i] = padded<A>(i ? p.P : p.I);
       direct[i] = sizeof(S) == sizeof(A) && dw_row[i] == (i ? p.P : p.I);
-      dw[i] = arena.take<A>(weights && !direct[i] ? columns * dw_row[i] : 0);
+      dw[i] = arena.take<A>(weights && !direct[i] && !single ? columns * dw_row[i] : 0);
       if (direct[i]) dw[i] = static_cast<A*>(to.data);
       db[i] = arena.take<A>(weights ? padded<A>(columns) + L : 0);
     }
@@ -167,8 +129,7 @@ struct Products {
 
   void run() {
     parallel(threads, [this](const Team& team) {
-      if (p.dx.data && input_as_it_lies()) few_inputs(team);
-      if (p.dx.data && !input_as_it_lies()) input_gradient(team);
+      if (p.dx.data) input_gradient(team);
       if (p.dw_ih.data) weight_gradients(team);
     });
   }
@@ -176,28 +137,9 @@ struct Products {
   bool as_they_lie() const { return sizeof(S) == sizeof(E) && depth == columns; }
   static int lanes(long at, long n) { return int(n - at < L ? n - at : L); }
 
-  bool input_as_it_lies() const { return few && sizeof(S) == sizeof(A) && p.w_ih.e == 1; }
-
-  // dx = dgates W_ih for few rows: W_ih is read once, a share of its columns a thread.
-  void few_inputs(const Team& team) {
-    if constexpr (sizeof(S) == sizeof(A)) {
-      const Share vectors = share_of(vectors_of<A>(p.I), team.rank, team.size);
-      const long first = vectors.begin * L, last = vectors.end * L < p.I ? vectors.end * L : p.I;
-      if (first >= last) return;
-      const A* from[kFewRows];
-      A* to[kFewRows];
-      const long rows = p.T * p.B;
-      for (long i = 0; i < rows; ++i) {
-        from[i] = at<S>(p.dgates, i / p.B, i % p.B);
-        to[i] = at<S>(p.dx, i / p.B, i % p.B) + first;
-        std::memset(to[i], 0, size_t(last - first) * sizeof(A));
-      }
-      add_rows(from, rows, at<S>(p.w_ih, 0, 0) + first, p.w_ih.b, columns, to, last - first);
-    }
-  }
-
   // dx = dgates W_ih
   void input_gradient(const Team& team) {
+    if (!packed) return input_gradient_of_few(team);
     const long vectors = vectors_of<A>(p.I), Ip = padded<A>(p.I);
     Share mine = share_of(vectors, team.rank, team.size);
     for (long v = mine.begin; v < mine.end; ++v) pack_columns<S>(w_ih + v * depth * L, p.w_ih, columns, p.I, v);
@@ -231,6 +173,24 @@ struct Products {
     }
   }
 
+  // The same for few rows: every thread makes its columns of all of them.
+  void input_gradient_of_few(const Team& team) {
+    const long Ip = padded<A>(p.I), n = p.T * p.B;
+    const E* rows[kColumnRows];
+    E* in = rows_in + team.rank * kInputRows * depth;
+    for (long r = 0; r < n; ++r) {
+      const S* row = at<S>(p.dgates, r / p.B, r % p.B);
+      rows[r] = as_they_lie() ? reinterpret_cast<const E*>(row) : in + r * depth;
+      if (!as_they_lie()) copy_row<S>(in + r * depth, row, 1, columns);
+    }
+    const Share mine = share_of(vectors_of<A>(p.I), team.rank, team.size);
+    multiply_columns<S>(p.w_ih, rows, n, columns, p.I, mine.begin, mine.end, false,
+                        [&](long row, long v) { return rows_out + row * Ip + v * L; });
+    for (long r = 0; r < n; ++r)
+      for (long v = mine.begin; v < mine.end; ++v)
+        store_n(at<S>(p.dx, r / p.B, r % p.B) + v * L, load(rows_out + r * Ip + v * L), lanes(v * L, p.I));
+  }
+
   void weight_gradients(const Team& team) {
     long rows = 0;  // every thread counts for itself; one writes the list down
     for (long t = 0; t < p.T; ++t)
@@ -258,7 +218,7 @@ struct Products {
     }
     for_blocks(mine, [&](const Job& j, long first, long count) {
       for (int s = 0; s < kSources; ++s) {
-        if (!j.with[s] || direct[s != from_x]) continue;
+        if (!j.with[s] || direct[s != from_x] || single) continue;
         const ScanView& to = s == from_x ? p.dw_ih : p.dw_hh;
         const long n = width[s];
         for (long r = j.unit + first; r < j.unit + first + count; ++r)
@@ -345,6 +305,8 @@ struct Products {
   }
 
   void outer(Source s, const E* d, long unit, long count, long n, bool add) {
+    const ScanView& result = s == from_x ? p.dw_ih : p.dw_hh;
+    alignas(64) A tile[rows_of_tile(kMaxVectors) * kPanel];
     const long vectors = vectors_of<A>(width[s]), row = dw_row[s != from_x];
     constexpr int most = rows_of_tile(kMaxVectors);
     for (long v = 0; v < vectors; v += kMaxVectors) {
@@ -352,7 +314,15 @@ struct Products {
       const E* x = panel[s] + v / kMaxVectors * chunk * kPanel;
       for (long r = 0; r < count; r += most) {
         const int tall = int(count - r < most ? count - r : most);
-        outer_function<E>(tall, wide)(d + r * D, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
+        const auto make = outer_function<E>(tall, wide);
+        if (direct[s != from_x] || !single) {
+          make(d + r * D, x, n, dw[s != from_x] + (unit + r) * row + v * L, row, add);
+          continue;
+        }
+        make(d + r * D, x, n, tile, kPanel, false);
+        for (int i = 0; i < tall; ++i)
+          for (int e = 0; e < wide * L; e += L)
+            store_n(at<S>(result, 0, unit + r + i) + v * L + e, load(tile + i * kPanel + e), lanes(v * L + e, width[s]));
       }
     }
   }

@@ -33,6 +33,7 @@ struct Problem {
   bool reverse, batch_first, transposed, save, states;
   int threads;
   Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, dy, dh_n, dc_n, dstates;
+  Array kinked_y;  // the walk back of rnn_relu takes this y: in its own, rounding decides on which side of 0 some are
   std::vector<int64_t> lengths;
   std::shared_ptr<bool[]> reset;
 
@@ -79,6 +80,7 @@ struct Problem {
     if (random.chance(0.7)) dh_n = random.array(dtype, B * P, 1);
     if (lstm() && random.chance(0.7)) dc_n = random.array(dtype, B * H, 1);
     if (lstm() && random.chance(0.3)) dstates = random.array(accumulator(), T * B * H, 1);
+    if (cell == Cell::rnn_relu) kinked_y = random.array(dtype, T * B * P, 1);
     if (random.chance(0.4))
       for (int64_t b = 0; b < B; ++b) lengths.push_back(random.below(T + 1));
     if (random.chance(0.3)) {
@@ -120,7 +122,7 @@ struct Problem {
     Problem out = *this;
     out.dtype = Dtype::f64;
     for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.dy, &out.dh_n,
-                     &out.dc_n, &out.dstates})
+                     &out.dc_n, &out.dstates, &out.kinked_y})
       *a = a->widened();
     return out;
   }
@@ -165,7 +167,8 @@ struct Problem {
     q.dh_n = rows(dh_n, B, P);
     q.dc_n = rows(dc_n, B, H);
     q.dstates = view(dstates, T, B, H);
-    q.y = p.y, q.states = p.states, q.tape = p.tape;
+    q.y = kinked_y.absent() ? p.y : view(kinked_y, T, B, P);
+    q.states = p.states, q.tape = p.tape;
     q.w_hh = p.w_hh, q.w_hr = p.w_hr, q.h0 = p.h0, q.c0 = p.c0;
     q.dgates = view(dgates, T, B, G * H);
     q.dhidden = view(dhidden, T, B, hidden);
@@ -182,7 +185,7 @@ struct Problem {
     Array dx(dtype, x.size()), dw_ih(dtype, w_ih.size()), dw_hh(dtype, w_hh.size()), db_ih(dtype, G * H), db_hh(dtype, G * H);
     ScanProducts r{};
     fill(r);
-    r.dgates = q.dgates, r.x = p.x, r.w_ih = p.w_ih, r.y = p.y, r.h0 = p.h0;
+    r.dgates = q.dgates, r.x = p.x, r.w_ih = p.w_ih, r.y = q.y, r.h0 = p.h0;
     if (cell == Cell::gru) r.dhidden = q.dhidden;
     if (cell == Cell::gru_reset_before) r.tape = p.tape;
     r.dx = view(dx, T, B, I);

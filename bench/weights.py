@@ -74,7 +74,7 @@ def compare(name: str, width: int, steps: int, min_time: float) -> dict[str, Any
     rows, length = 8, (len(ids) - 1) // 8
     x = ids[: rows * length].view(rows, length)
     target = ids[1 : rows * length + 1].view(rows, length)
-    calls = [_step(each.layer, width) for each in models.values()]  # type: ignore[arg-type, union-attr]
+    calls = [_step(each.layer, width) for each in models.values()]  # type: ignore[arg-type]
     with torch.inference_mode():
         losses = [float(cross_entropy(each(x)[0].flatten(0, 1), target.flatten())) for each in models.values()]
         times = [timing.median * 1e6 for timing in time_in_turns(calls, min_time)]

@@ -1,0 +1,106 @@
+"""Tiles of the recurrent kernels, and which role a layer gets. Chosen by what compiles without spills; not yet timed.
+
+The sequence role needs W_hh of a whole layer in the shared memory of one SM, beside a few kilobytes for exchanging
+tiles between warps; how much there is, the device itself says. Nothing here depends on T, and on B only whether it is
+above one tile, so the variants that can ever be compiled are those of :func:`variants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One launch for all steps: rows of the batch and (padded) units a program owns."""
+
+    block_b: int
+    block_h: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch a step: rows and units a program owns, and how much of the product it takes at a time."""
+
+    block_b: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
+
+# Largest padded H whose kernels do not spill, by 16-bit or 32-bit type; above it the step role.
+_LARGEST = {
+    ("lstm", 2): 128,
+    ("gru", 2): 128,
+    ("gru_reset_before", 2): 128,
+    ("rnn_tanh", 2): 256,
+    ("rnn_relu", 2): 256,
+    ("lstm", 4): 64,
+    ("gru", 4): 64,
+    ("gru_reset_before", 4): 64,
+    ("rnn_tanh", 4): 128,
+    ("rnn_relu", 4): 128,
+}
+_WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}
+
+
+def padded(hidden: int) -> int:
+    """The power of two, 16 or more, that holds so many units."""
+    return max(16, 1 << (hidden - 1).bit_length())
+
+
+def sequence_bytes(cell: str, dtype: str, block_h: int) -> int:
+    """Shared memory that the sequence role asks for, at most: W_hh, and an exchanged tile for every gate."""
+    return GATES[cell] * block_h * (block_h * BYTES[dtype] + BLOCK_B * 4)
+
+
+def sequence(cell: str, dtype: str, hidden: int, shared: int) -> Sequence | str:
+    """The tile of the sequence role, or why this device cannot run it.
+
+    Args:
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        shared: bytes of shared memory that a program may have.
+    """
+    block_h = padded(hidden)
+    largest = _LARGEST[cell, BYTES[dtype]]
+    if block_h > largest:
+        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM's registers hold"
+    needed = sequence_bytes(cell, dtype, block_h)
+    if needed > shared:
+        return f"W_hh of H = {hidden} ({cell}, {dtype}) needs {needed} bytes of shared memory; this device has {shared}"
+    return Sequence(BLOCK_B, block_h, _WARPS[block_h])
+
+
+# By whether the batch is above 16: a tile of 64 rows reads W_hh a quarter as often.
+_STEP = {
+    (2, False): Step(16, 16, 128, 4, 3),
+    (2, True): Step(64, 32, 64, 4, 3),
+    (4, False): Step(16, 16, 64, 4, 3),
+    (4, True): Step(64, 32, 32, 4, 3),
+}
+
+
+def step(dtype: str, batch: int) -> Step:
+    """The tile of the step role."""
+    return _STEP[BYTES[dtype], batch > BLOCK_B]
+
+
+def sequence_tiles(cell: str, dtype: str) -> Iterator[Sequence]:
+    """Every tile of the sequence role that a device with enough shared memory may be given."""
+    block_h = 16
+    while block_h <= _LARGEST[cell, BYTES[dtype]]:
+        yield Sequence(BLOCK_B, block_h, _WARPS[block_h])
+        block_h *= 2
+
+
+def step_tiles(dtype: str) -> Iterator[Step]:
+    """Every tile of the step role."""
+    yield from (tile for (size, _), tile in _STEP.items() if size == BYTES[dtype])

@@ -65,8 +65,8 @@ def forward_sequence(
     gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # [T,B,G*H] by rows x_t, x_b; [G*H,H]; [G*H]; [B,H] twice; [B]; [T,B]
     y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,4*H]
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
-    CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
     dtype = y.dtype.element_ty
@@ -89,7 +89,7 @@ def forward_sequence(
         b_3 = bias(b_hh, 3, units, H, has_bias)
         c = tl.load(c0 + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
 
-    for step in tl.range(0, T, num_stages=2):
+    for step in tl.range(0, T, num_stages=STAGES):
         t = (first + step * direction).to(tl.int64)
         at = gates_x + (t * x_t + rows.to(tl.int64) * x_b)[:, None] * (G * H) + units[None, :]
         x_0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -78,7 +78,8 @@ def backward_sequence(
     y, states, tape, w_hh, h0, c0, lengths, reset,
     dgates, dhidden, dh0, dc0,  # [T,B,G*H], [T,B,H], [B,H] twice
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
-    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
     dtype = y.dtype.element_ty
@@ -100,7 +101,7 @@ def backward_sequence(
         dc = load(dc_n + state, mask & ((given & DC) != 0))
         c_start = load(c0 + state, mask & ((given & C0) != 0))
 
-    for step in tl.range(0, T, num_stages=2):
+    for step in tl.range(0, T, num_stages=STAGES):
         t = (first + (T - 1 - step) * direction).to(tl.int64)
         row = t * B + wide
         live = (t < length)[:, None]

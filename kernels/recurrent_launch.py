@@ -34,7 +34,7 @@ def shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
-def tile(cell: str, x: Tensor, hidden: int, projected: bool) -> tuple[Any, str | None]:
+def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> tuple[Any, str | None]:
     """The tile of the sequence role, or that of the step role and the reason for it."""
     name = _NAMES[x.dtype]
     reason: Any = None
@@ -45,7 +45,7 @@ def tile(cell: str, x: Tensor, hidden: int, projected: bool) -> tuple[Any, str |
     elif role == "step":
         reason = "asked for"
     else:
-        found = tuning.sequence(cell, name, hidden, shared_memory(x.device))
+        found = tuning.sequence(cell, name, hidden, shared_memory(x.device), backward)
         if not isinstance(found, str):
             return found, None
         reason = found
@@ -69,8 +69,10 @@ def common(tiles: Any, x: Tensor) -> dict[str, Any]:
         "UPCAST": INTERPRETED and x.dtype is not torch.float32,
         "num_warps": tiles.num_warps,
     }
+    if x.is_cuda and torch.version.hip is None:
+        found["maxnreg"] = tuning.MAX_REGISTERS
     if isinstance(tiles, tuning.Sequence):
-        return {**found, "BLOCK_H": tiles.block_h}
+        return {**found, "BLOCK_H": tiles.block_h, "STAGES": tiles.stages}
     return {**found, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "num_stages": tiles.num_stages}
 
 
@@ -137,7 +139,7 @@ def scan_forward(
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(x, reverse)
-    tiles, _ = tile(cell, x, hidden, w_hr is not None)
+    tiles, _ = tile(cell, x, hidden, w_hr is not None, False)
     shared = {"CELL": cell, "SAVE": save_tape, **common(tiles, x)}
     states_or = there(all_c if with_states else None, torch.float32)
     tape_or = there(tape if save_tape else None)
@@ -220,7 +222,7 @@ def scan_backward(
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(y, reverse)
-    tiles, _ = tile(cell, y, hidden, projected)
+    tiles, _ = tile(cell, y, hidden, projected, True)
     shared = {"CELL": cell, **common(tiles, y)}
     saved = (there(states, torch.float32), there(tape))
     dstates = there(dstates, torch.float32)

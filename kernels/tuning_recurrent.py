@@ -1,8 +1,7 @@
 """Tiles of the recurrent kernels, and which role a layer gets. Chosen by what compiles without spills; not yet timed.
 
-The sequence role needs W_hh of a whole layer in the shared memory of one SM, beside a few kilobytes for exchanging
-tiles between warps; how much there is, the device itself says. Nothing here depends on T, and on B only whether it is
-above one tile, so the variants that can ever be compiled are those of :func:`variants`.
+The sequence role needs W_hh of a whole layer in the shared memory of one SM; how much there is, the device itself
+says. Nothing here depends on T, and on B only whether it is above one tile: the variants that can be compiled are few.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Sequence:
-    """One launch for all steps: rows of the batch and (padded) units a program owns."""
+    """One launch for all steps: rows of the batch and (padded) units a program owns; stages of its loop's pipeline."""
 
     block_b: int
     block_h: int
     num_warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Step:
     num_stages: int
 
 
+# All that a thread can have with 8 warps. Left to itself ptxas stops at 128 here and there, and spills.
+MAX_REGISTERS = 255
 BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
 
 # Largest padded H whose kernels do not spill, by 16-bit or 32-bit type; above it the step role.
@@ -49,7 +51,10 @@ _LARGEST = {
     ("rnn_tanh", 4): 128,
     ("rnn_relu", 4): 128,
 }
-_WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}
+# Padded H to warps, by bytes of the dtype: as many as the registers of a row of every gate ask for.
+_WARPS = {2: {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}, 4: {16: 2, 32: 4, 64: 8, 128: 8}}
+# What the backward walk reads a step, in tiles of x's dtype and of fp32, which the pipeline loads a step ahead.
+_READ = {"rnn_tanh": (2, 0), "rnn_relu": (2, 0), "lstm": (5, 3), "gru": (6, 0), "gru_reset_before": (5, 0)}
 
 
 def padded(hidden: int) -> int:
@@ -57,34 +62,45 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
-def sequence_bytes(cell: str, dtype: str, block_h: int) -> int:
-    """Shared memory that the sequence role asks for, at most: W_hh, and an exchanged tile for every gate."""
-    return GATES[cell] * block_h * (block_h * BYTES[dtype] + BLOCK_B * 4)
+def sequence_bytes(cell: str, dtype: str, block_h: int, stages: int, backward: bool) -> int:
+    """Shared memory that the sequence role asks for, at most.
+
+    W_hh (twice in fp32: its TF32 part and the rest), the tiles that the pipeline loads ahead, and room in which warps
+    exchange tiles.
+    """
+    size, gates = BYTES[dtype], GATES[cell]
+    weights = gates * block_h * block_h * (2 if size == 2 else 8)
+    narrow, wide = _READ[cell] if backward else (gates, 0)
+    ahead = (stages - 1) * (narrow * size + wide * 4)
+    exchanged = 8 if size == 4 else 2 * (gates + 1) if backward else 4
+    return weights + BLOCK_B * block_h * (ahead + exchanged)
 
 
-def sequence(cell: str, dtype: str, hidden: int, shared: int) -> Sequence | str:
+def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) -> Sequence | str:
     """The tile of the sequence role, or why this device cannot run it.
 
     Args:
         dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shared: bytes of shared memory that a program may have.
+        backward: of the walk back, which reads more a step.
     """
-    block_h = padded(hidden)
-    largest = _LARGEST[cell, BYTES[dtype]]
+    block_h, size = padded(hidden), BYTES[dtype]
+    largest = _LARGEST[cell, size]
     if block_h > largest:
-        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM's registers hold"
-    needed = sequence_bytes(cell, dtype, block_h)
-    if needed > shared:
-        return f"W_hh of H = {hidden} ({cell}, {dtype}) needs {needed} bytes of shared memory; this device has {shared}"
-    return Sequence(BLOCK_B, block_h, _WARPS[block_h])
+        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds"
+    for stages in (2, 1):
+        needed = sequence_bytes(cell, dtype, block_h, stages, backward)
+        if needed <= shared:
+            return Sequence(BLOCK_B, block_h, _WARPS[size][block_h], stages)
+    return f"H = {hidden} ({cell}, {dtype}) needs {needed} bytes of shared memory a program; this device has {shared}"
 
 
 # By whether the batch is above 16: a tile of 64 rows reads W_hh a quarter as often.
 _STEP = {
     (2, False): Step(16, 16, 128, 4, 3),
-    (2, True): Step(64, 32, 64, 4, 3),
+    (2, True): Step(64, 16, 64, 4, 3),
     (4, False): Step(16, 16, 64, 4, 3),
-    (4, True): Step(64, 32, 32, 4, 3),
+    (4, True): Step(64, 16, 32, 4, 3),
 }
 
 
@@ -97,7 +113,8 @@ def sequence_tiles(cell: str, dtype: str) -> Iterator[Sequence]:
     """Every tile of the sequence role that a device with enough shared memory may be given."""
     block_h = 16
     while block_h <= _LARGEST[cell, BYTES[dtype]]:
-        yield Sequence(BLOCK_B, block_h, _WARPS[block_h])
+        for stages in (2, 1):
+            yield Sequence(BLOCK_B, block_h, _WARPS[BYTES[dtype]][block_h], stages)
         block_h *= 2
 
 

@@ -38,7 +38,7 @@ class Step:
 MAX_REGISTERS = 255
 BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
 
-# Largest padded H whose kernels do not spill, by 16-bit or 32-bit type; above it the step role.
+# Largest padded H by bytes of the dtype; above it the step role.
 _LARGEST = {
     ("lstm", 2): 128,
     ("gru", 2): 128,
@@ -60,6 +60,13 @@ _READ = {"rnn_tanh": (2, 0), "rnn_relu": (2, 0), "lstm": (5, 3), "gru": (6, 0), 
 def padded(hidden: int) -> int:
     """The power of two, 16 or more, that holds so many units."""
     return max(16, 1 << (hidden - 1).bit_length())
+
+
+def largest_sequence(cell: str, dtype: str, backward: bool) -> int:
+    """Most units of the sequence role whose kernel does not spill."""
+    if backward and cell == "lstm" and BYTES[dtype] == 4:
+        return 32
+    return _LARGEST[cell, BYTES[dtype]]
 
 
 def sequence_bytes(cell: str, dtype: str, block_h: int, stages: int, backward: bool) -> int:
@@ -84,8 +91,7 @@ def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) ->
         shared: bytes of shared memory that a program may have.
         backward: of the walk back, which reads more a step.
     """
-    block_h, size = padded(hidden), BYTES[dtype]
-    largest = _LARGEST[cell, size]
+    block_h, size, largest = padded(hidden), BYTES[dtype], largest_sequence(cell, dtype, backward)
     if block_h > largest:
         return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds"
     for stages in (2, 1):
@@ -99,7 +105,7 @@ def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) ->
 _STEP = {
     (2, False): Step(16, 16, 128, 4, 3),
     (2, True): Step(64, 16, 64, 4, 3),
-    (4, False): Step(16, 16, 64, 4, 3),
+    (4, False): Step(16, 16, 32, 4, 3),
     (4, True): Step(64, 16, 32, 4, 3),
 }
 
@@ -109,12 +115,11 @@ def step(dtype: str, batch: int) -> Step:
     return _STEP[BYTES[dtype], batch > BLOCK_B]
 
 
-def sequence_tiles(cell: str, dtype: str) -> Iterator[Sequence]:
-    """Every tile of the sequence role that a device with enough shared memory may be given."""
+def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterator[Sequence]:
+    """Every tile of the sequence role that a device with so much shared memory may be given."""
     block_h = 16
-    while block_h <= _LARGEST[cell, BYTES[dtype]]:
-        for stages in (2, 1):
-            yield Sequence(BLOCK_B, block_h, _WARPS[BYTES[dtype]][block_h], stages)
+    while not isinstance(tile := sequence(cell, dtype, block_h, shared, backward), str):
+        yield tile
         block_h *= 2
 
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from triton_support import Compiled, compile_for
-
 from fastseq.kernels import recurrent, recurrent_backward
 from fastseq.kernels import tuning_recurrent as tuning
+from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
 _LONG = {"lengths": "*i64", "reset": "*i1"}
@@ -78,14 +77,16 @@ class Variant:
         return ("*fp32" if wide else f"*{self.dtype}") + ":16"
 
 
-def variants(dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
-    """Every variant that the tables can ask for, of layers whose H, P and I are multiples of 16."""
+def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
+    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16."""
+    shared = SHARED_LIMIT[target]
     for dtype in dtypes:
         for cell in tuning.GATES:
             gated = tuning.GATES[cell] > 1
-            for tile in tuning.sequence_tiles(cell, dtype):
+            for tile in tuning.sequence_tiles(cell, dtype, shared, False):
                 for save in (True, False) if gated else (False,):
                     yield Variant("forward_sequence", cell, dtype, tile, save)
+            for tile in tuning.sequence_tiles(cell, dtype, shared, True):
                 yield Variant("backward_sequence", cell, dtype, tile)
             for step in tuning.step_tiles(dtype):
                 phases = (0, 1) if cell == "gru_reset_before" else (0,)

@@ -1,0 +1,93 @@
+"""Every variant of the recurrent Triton kernels, compiled ahead of time for GPUs that are not there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fastseq.kernels import tuning_recurrent as tuning
+from triton_recurrent_support import Variant, variants
+from triton_support import NVIDIA, TARGETS, needs_compiler
+
+pytestmark = needs_compiler
+
+
+def quick(variant: Variant) -> bool:
+    """Those of every run: bf16 as it is trained, and fp32's largest tiles of each kernel."""
+    if variant.dtype == "bf16":
+        return variant.save and not (variant.fused and variant.projected)
+    return variant.dtype == "fp32" and variant.cell in ("lstm", "gru") and not variant.fused and variant.save
+
+
+def check(target: str, chosen: list[Variant]) -> None:
+    """All of them, so that one failure does not hide the others."""
+    wrong = []
+    for variant in chosen:
+        made = variant.compile(target)
+        tiles = variant.tiles
+        try:
+            made.check(tensor_cores=True)
+            if isinstance(tiles, tuning.Sequence) and target in NVIDIA:
+                backward = "backward" in variant.kernel
+                room = tuning.sequence_bytes(variant.cell, variant.dtype, tiles.block_h, tiles.stages, backward)
+                assert made.shared <= room, f"{target}: {made.shared} bytes of shared memory, {room} foreseen"
+        except AssertionError as error:
+            wrong.append(f"{variant}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("cell", tuning.GATES)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_variants_do_not_spill_fit_and_use_tensor_cores(target: str, cell: str) -> None:
+    check(target, [v for v in variants(target) if v.cell == cell and quick(v)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cell", tuning.GATES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_all_variants_do_not_spill_fit_and_use_tensor_cores(target: str, dtype: str, cell: str) -> None:
+    check(target, [v for v in variants(target, [dtype]) if v.cell == cell and not quick(v)])
+
+
+@pytest.mark.parametrize("kernel", ["forward_sequence", "forward_step", "backward_sequence", "backward_step"])
+def test_amd_compiles_too(kernel: str) -> None:
+    chosen = [v for v in variants("gfx942", ["bf16"]) if v.kernel == kernel and v.cell == "gru" and v.save]
+    assert chosen
+    check("gfx942", chosen[:2])
+
+
+def test_how_many_variants_there_are() -> None:
+    """As the design notes say; twice as many where H is no multiple of 16, and of fp32 where torch allows TF32."""
+    counts = {target: len(list(variants(target))) for target in TARGETS}
+    assert counts == {}
+    assert len({str(v) for v in variants("sm_90")}) == counts["sm_90"]
+
+
+def test_hopper_multiplies_large_batches_by_warp_groups() -> None:
+    step = next(t for t in tuning.step_tiles("bf16") if t.block_b == 64)
+    made = Variant("forward_step", "lstm", "bf16", step).compile("sm_90")
+    assert "wgmma.mma_async" in made.products
+    assert "tcgen05.mma" in Variant("forward_step", "lstm", "bf16", step).compile("sm_100").products
+
+
+@pytest.mark.parametrize("kernel", ["forward_sequence", "backward_sequence"])
+def test_the_walk_keeps_w_hh_on_the_chip(kernel: str) -> None:
+    """Inside the loop over time, nothing waits for a load that the pipeline has not started a step before."""
+    tile = next(t for t in tuning.sequence_tiles("lstm", "bf16", 227 * 1024, True) if t.block_h == 128)
+    assert tile.stages == 2
+    text = Variant(kernel, "lstm", "bf16", tile).compile("sm_90").text
+    last = [m for m in re.finditer(r"^\$L__BB0_\d+:", text, re.M) if "mma.sync" in text[m.end() :]][-1]
+    loop = text[last.end() : text.index("bra", last.end())]
+    assert loop.count("mma.sync") == 64
+    assert "cp.async.c" in loop
+    assert "ld.global.v" not in loop
+
+
+def test_unaligned_widths_compile() -> None:
+    for kernel in ("forward_sequence", "backward_sequence"):
+        tile = next(t for t in tuning.sequence_tiles("gru", "bf16", 227 * 1024, True) if t.block_h == 64)
+        Variant(kernel, "gru", "bf16", tile, aligned=False).compile("sm_80").check(tensor_cores=True)
+    for kernel in ("forward_step", "backward_step"):
+        for step in tuning.step_tiles("bf16"):
+            Variant(kernel, "lstm", "bf16", step, aligned=False).compile("sm_90").check(tensor_cores=True)

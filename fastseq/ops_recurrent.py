@@ -23,9 +23,7 @@ def triton_missing(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'triton>=3.6'"
     if device == "cpu" and not interpreted():
-        return (
-            "the Triton kernels run on a GPU; on the CPU only under Triton's interpreter, for tests"
-        )
+        return "the Triton kernels run on a GPU; on the CPU only under Triton's interpreter, for tests"
     if device not in ("cpu", "cuda"):
         return f"the Triton kernels run on CUDA and ROCm GPUs, not on {device}"
     return None

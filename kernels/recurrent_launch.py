@@ -6,7 +6,8 @@ SM and there is more than one step, else *step*. All launches go to the current 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -109,6 +110,21 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Triton launches on the current device: make it that of the tensors."""
+
+    @wraps(launch)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return wrapped
+
+
+@on_its_device
 def scan_forward(
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, save, states
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -187,6 +203,7 @@ def scan_forward(
     return y, h_n, c_n, all_c, tape
 
 
+@on_its_device
 def scan_backward(
     dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
 ) -> tuple[Tensor, ...]:  # fmt: skip

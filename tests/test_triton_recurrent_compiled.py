@@ -10,6 +10,8 @@ from fastseq.kernels import tuning_recurrent as tuning
 from triton_recurrent_support import Variant, variants
 from triton_support import NVIDIA, TARGETS, needs_compiler
 
+from bench.model import BARRIERS
+
 pytestmark = needs_compiler
 
 
@@ -74,17 +76,27 @@ def test_hopper_multiplies_large_batches_by_warp_groups() -> None:
     assert "tcgen05.mma" in Variant("forward_step", "lstm", "bf16", step).compile("sm_100").products
 
 
+def time_loop(kernel: str, cell: str, save: bool = True) -> str:
+    """What runs at every step of the sequence role at H = 128."""
+    tile = next(t for t in tuning.sequence_tiles(cell, "bf16", 227 * 1024, True) if t.block_h == 128)
+    assert tile.stages == 2
+    text = Variant(kernel, cell, "bf16", tile, save).compile("sm_90").text
+    last = [m for m in re.finditer(r"^\$L__BB0_\d+:", text, re.M) if "mma.sync" in text[m.end() :]][-1]
+    return text[last.end() : text.index("bra", last.end())]
+
+
 @pytest.mark.parametrize("kernel", ["forward_sequence", "backward_sequence"])
 def test_the_walk_keeps_w_hh_on_the_chip(kernel: str) -> None:
     """Inside the loop over time, nothing waits for a load that the pipeline has not started a step before."""
-    tile = next(t for t in tuning.sequence_tiles("lstm", "bf16", 227 * 1024, True) if t.block_h == 128)
-    assert tile.stages == 2
-    text = Variant(kernel, "lstm", "bf16", tile).compile("sm_90").text
-    last = [m for m in re.finditer(r"^\$L__BB0_\d+:", text, re.M) if "mma.sync" in text[m.end() :]][-1]
-    loop = text[last.end() : text.index("bra", last.end())]
+    loop = time_loop(kernel, "lstm")
     assert loop.count("mma.sync") == 64
     assert "cp.async.c" in loop
     assert "ld.global.v" not in loop
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
+def test_the_model_counts_barriers_as_compiled(cell: str) -> None:
+    assert time_loop("forward_sequence", cell, False).count("bar.sync") == BARRIERS[cell]
 
 
 def test_widths_that_no_vector_divides_compile() -> None:

@@ -1,0 +1,342 @@
+"""What every attention kernel shares: who looks at whom, the scores, dropout's generator, loads and products.
+
+    s[i,j] = scale * q[i]·k[j];  softcap * tanh(s / softcap);  + bias[i,j];  - alibi * |i + shift - j|
+
+Scores are kept in units of log 2, so that exp is one exp2; scale * log2(e) is folded into one multiplication. A feature
+is a field of :class:`Call`, None where it is off: None is a constant to the compiler, and what it guards is gone.
+
+In the kernels b is a sequence, h a query head, i a query, j a key; a tile is [BLOCK_M queries, BLOCK_N keys].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class View(NamedTuple):
+    """A tensor [B,H,T,D] (packed [T,H,D]: batch is 0) of unit stride in D, or [B,H,T] of unit stride in T."""
+
+    ptr: object
+    batch: object  # strides; of a [B,H,T,D] tensor in units of the kernel's ALIGN elements
+    head: object
+    row: object
+
+
+class Pairs(NamedTuple):
+    """A tensor that broadcasts to [B,Hq,Tq,Tk]: stride 0 where it is broadcast."""
+
+    ptr: object
+    batch: object
+    head: object
+    row: object  # None: one row serves every query
+    step: object  # from key to key; None: 1
+
+
+class Call(NamedTuple):
+    """What a call asks for. Fields are run-time numbers, pointers, or None for a feature that is off."""
+
+    batch: object
+    group: object  # query heads that share a key head
+    length_q: object  # Tq; packed: rows of q in all
+    length_k: object
+    cu_q: object  # int32 [B+1]
+    cu_k: object
+    lengths_q: object  # int64 [B]
+    lengths_k: object
+    bottom_right: object  # 0 or 1
+    left: object  # keys j >= i + shift - left
+    right: object  # keys j <= i + shift + right; causal is 0
+    scale: object
+    cap_in: object  # scale / softcap
+    cap_out: object  # softcap * log2(e)
+    bias: object  # Pairs
+    mask: object  # Pairs, int8
+    alibi: object  # float32 [Hq]
+    sinks: object  # [Hq]
+    seed: object  # int64 [1]
+    threshold: object  # a weight whose word is below is dropped
+    kept_scale: object  # 1 / (1 - dropout_p)
+
+
+@triton.jit
+def head_of(view, b, h, row, ALIGN: tl.constexpr):
+    """Where row ``row`` of head h of sequence b begins."""
+    offset = (
+        tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head + tl.cast(row, tl.int64) * view.row
+    ) * ALIGN
+    pointer = view.ptr + offset
+    if ALIGN > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_tile(
+    base, stride, start, count, D: tl.constexpr, FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS]: features FIRST.. of the rows from ``start`` on, 0 past ``count`` rows or D features."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    base = base + tl.cast(start, tl.int64) * stride * ALIGN
+    pointers = base + (row[:, None] * (stride * ALIGN) + (column[None, :] + FIRST))
+    if CHECKED:
+        if FIRST + COLUMNS > D:
+            return tl.load(pointers, mask=(start + row < count)[:, None] & (column + FIRST < D)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=(start + row < count)[:, None], other=0.0)
+    else:
+        if FIRST + COLUMNS > D:
+            return tl.load(pointers, mask=(column + FIRST < D)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(
+    tile, base, stride, start, count, D: tl.constexpr, FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The inverse of :func:`load_tile`, rounding to the tensor's dtype."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    base = base + tl.cast(start, tl.int64) * stride * ALIGN
+    pointers = base + (row[:, None] * (stride * ALIGN) + (column[None, :] + FIRST))
+    inside = (start + row < count)[:, None] & (column + FIRST < D)[None, :]
+    tl.store(pointers, narrow(tile, base.dtype.element_ty, WIDEN), mask=inside)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """float32 to ``dtype``, to nearest. Under the interpreter (WIDEN) its own cast to bfloat16 is not."""
+    if WIDEN and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b in float32. The interpreter multiplies bfloat16 as integers: there the operands are widened first."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_add(a, b, c, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b + c in float32."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
+    else:
+        return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def find_tile(cu, slot, batch, BLOCK: tl.constexpr):
+    """The sequence and the tile in it that a slot of a packed batch stands for.
+
+    Sequence b owns the slots from cu[b] // BLOCK + b on, never fewer than it has tiles; the rows past the last one are
+    sequence number ``batch``. So the grid is known without knowing the lengths.
+    """
+    low = tl.cast(slot, tl.int32) * 0
+    high = low + batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        below = tl.load(cu + middle) // BLOCK + middle <= slot
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle - 1)
+    return low, slot - (tl.load(cu + low) // BLOCK + low)
+
+
+@triton.jit
+def find_program(call, cu, length, heads, together, BLOCK: tl.constexpr):
+    """(sequence, head, tile) of this program.
+
+    Programs run in groups of ``together`` heads, whose keys and values fit in the L2 cache; in a group the last tiles
+    come first, which under a causal limit are the longest.
+    """
+    program = tl.program_id(0)
+    if cu is None:
+        tiles = tl.cdiv(length, BLOCK)
+        units = call.batch * heads
+    else:
+        tiles = length // BLOCK + call.batch + 1
+        units = heads
+    first = program // (together * tiles) * together
+    size = tl.minimum(together, units - first)
+    index = program - first * tiles
+    tile = tiles - 1 - index // size
+    unit = first + index % size
+    if cu is None:
+        return unit // heads, unit % heads, tile
+    else:
+        b, tile = find_tile(cu, tile, call.batch, BLOCK)
+        return b, unit, tile
+
+
+@triton.jit
+def sequence(call, b):
+    """(first row in q, rows there, queries that count, first row in k, rows there, keys that count, shift)."""
+    if call.cu_q is None:
+        q_row = 0
+        k_row = 0
+        rows = call.length_q
+        keys = call.length_k
+        tq = rows
+        tk = keys
+        if call.lengths_q is not None:
+            tq = tl.minimum(tl.maximum(tl.load(call.lengths_q + b), 0), rows).to(tl.int32)
+        if call.lengths_k is not None:
+            tk = tl.minimum(tl.maximum(tl.load(call.lengths_k + b), 0), keys).to(tl.int32)
+    else:
+        inside = b < call.batch
+        q_row = tl.load(call.cu_q + b)
+        k_row = tl.load(call.cu_k + b)
+        rows = tl.load(call.cu_q + b + 1, mask=inside, other=call.length_q) - q_row
+        keys = tl.load(call.cu_k + b + 1, mask=inside, other=call.length_k) - k_row
+        tq = tl.where(inside, rows, 0)
+        tk = tl.where(inside, keys, 0)
+    return q_row, rows, tq, k_row, keys, tk, call.bottom_right * (tk - tq)
+
+
+@triton.jit
+def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
+    """Keys [begin, end) that queries first..last see, [whole_begin, whole_end) of them seen by each one: all but the
+    last a multiple of BLOCK, and the loop over the middle needs no mask."""
+    begin = tl.cast(tk, tl.int32) * 0
+    whole_begin = begin
+    end = begin + tk
+    if call.left is not None:
+        begin = tl.maximum(begin, first + shift - call.left)
+        whole_begin = tl.maximum(whole_begin, last + shift - call.left)
+    whole_end = end
+    if call.right is not None:
+        end = tl.minimum(end, last + shift + call.right + 1)
+        whole_end = tl.minimum(whole_end, first + shift + call.right + 1)
+    end = tl.where(first <= last, end, 0)
+    whole_end = tl.where(first <= last, whole_end, 0)
+    begin = begin // BLOCK * BLOCK
+    whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
+    whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
+    if call.bias is not None or call.mask is not None:  # each tile may hold a hidden pair
+        whole_begin = begin
+        whole_end = begin
+    return begin, whole_begin, whole_end, end
+
+
+@triton.jit
+def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
+    """Queries [begin, end) that see any of keys first..last, [whole_begin, whole_end) of them all of these."""
+    begin = tl.cast(tq, tl.int32) * 0
+    whole_begin = begin
+    end = begin + tq
+    if call.right is not None:
+        begin = tl.maximum(begin, first - shift - call.right)
+        whole_begin = tl.maximum(whole_begin, last - shift - call.right)
+    whole_end = end
+    if call.left is not None:
+        end = tl.minimum(end, last - shift + call.left + 1)
+        whole_end = tl.minimum(whole_end, first - shift + call.left + 1)
+    end = tl.where(first <= last, end, 0)
+    whole_end = tl.where(first <= last, whole_end, 0)
+    begin = begin // BLOCK * BLOCK
+    whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
+    whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
+    if call.bias is not None or call.mask is not None:
+        whole_begin = begin
+        whole_end = begin
+    return begin, whole_begin, whole_end, end
+
+
+@triton.jit
+def load_pairs(pairs, b, h, i, j, i0, j0, inside, other):
+    """The tile of a bias or mask at heads h, queries i and keys j, which broadcast; i0 and j0 are where it begins."""
+    base = pairs.ptr + tl.cast(b, tl.int64) * pairs.batch
+    offset = tl.cast(h, tl.int64) * pairs.head
+    if pairs.row is not None:
+        base += tl.cast(i0, tl.int64) * pairs.row
+        offset += (i - i0) * pairs.row
+    if pairs.step is not None:
+        base += tl.cast(j0, tl.int64) * pairs.step
+        offset += (j - j0) * pairs.step
+    else:
+        base += j0
+        offset += j - j0
+    return tl.load(base + offset, mask=inside, other=other)
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """tanh, to 1e-7 absolutely; PRECISE: relatively too."""
+    large = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if PRECISE:
+        z = x * x
+        tail = -0.3333333271 + z * (0.1333321084 + z * (-0.0539298632 + z * (0.0214438829 + z * -0.0068822555)))
+        return tl.where(z < 0.25, x + x * z * tail, large)
+    else:
+        return large
+
+
+@triton.jit
+def logits(qk, call, PRECISE: tl.constexpr):
+    """Scaled and capped scores, in units of log 2."""
+    if call.cap_in is None:
+        return qk * (call.scale * LOG2E)
+    else:
+        return tanh(qk * call.cap_in, PRECISE) * call.cap_out
+
+
+@triton.jit
+def cap_slope(s, call):
+    """What the cap makes of a gradient, from :func:`logits`' result: 1 - tanh^2."""
+    t = s / call.cap_out
+    return 1.0 - t * t
+
+
+@triton.jit
+def biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED: tl.constexpr):
+    """Scores with bias and slopes added; -inf where the pair is hidden, which only happens in MASKED tiles."""
+    if call.bias is not None:
+        s += load_pairs(call.bias, b, h, i, j, i0, j0, (i < tq) & (j < tk), 0.0).to(tl.float32) * LOG2E
+    if call.alibi is not None:
+        s -= tl.load(call.alibi + h) * LOG2E * tl.abs(i + shift - j).to(tl.float32)
+    if MASKED:
+        s = tl.where(visible(call, b, h, i, j, i0, j0, tq, tk, shift), s, float("-inf"))
+    return s
+
+
+@triton.jit
+def visible(call, b, h, i, j, i0, j0, tq, tk, shift):
+    """Whether query i may look at key j."""
+    seen = j < tk
+    if call.left is not None:
+        seen = seen & (j >= i + (shift - call.left))
+    if call.right is not None:
+        seen = seen & (j <= i + (shift + call.right))
+    if call.mask is not None:
+        seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, (i < tq) & (j < tk), 0) != 0)
+    return seen
+
+
+@triton.jit
+def kept(call, b, h, i, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights dropout keeps, [BLOCK_M, BLOCK_N], of queries i [BLOCK_M, 1] and keys from ``start`` on.
+
+    Philox-4x32-10 under the key ``seed`` at the counter (j // 4, i, h, b), word j % 4: the same bit in every kernel.
+    """
+    seed = tl.load(call.seed)
+    quad = start // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, quad + zero, i + zero, h + zero, b + zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_M, BLOCK_N])
+    return words >= tl.cast(call.threshold, tl.uint32)

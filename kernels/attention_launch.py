@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention, attention_backward, attention_bias, tuning_attention
+from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
 from .attention_scores import Call, Pairs, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,6 +25,9 @@ LOG2E = 1.4426950408889634
 UNLIMITED = 1 << 29  # no distance between two positions is larger
 L2_BYTES = 32 << 20  # what programs that run together should read no more of than this, to find it in the cache again
 PROGRAMS = 512  # about what fills a large machine
+DECODE_QUERIES = 16  # up to so many, and DECODE_ROWS in a group of heads, attention is decoding
+DECODE_ROWS = 64
+FIXED_SPLIT = 512  # keys a split under torch.use_deterministic_algorithms
 ROW_BLOCK = 64  # queries a program of attention_delta
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
@@ -69,7 +72,7 @@ class Problem:
         self.heads, self.heads_k, self.length_q, self.length_k = q.shape[1], k.shape[1], q.shape[rows], k.shape[keys]
         self.dim, self.dim_v, self.dtype = q.shape[-1], v.shape[-1], q.dtype
         self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        self.bias = bias
+        self.bias, self.scale = bias, float(scale)
         self.check(bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed, dropout_p)
         right = min(window_right if window_right >= 0 else UNLIMITED, 0 if causal else UNLIMITED)
         self.call = Call(
@@ -84,7 +87,7 @@ class Problem:
             bottom_right=int(bottom_right),
             left=min(window_left, UNLIMITED) if window_left >= 0 else None,
             right=right if right < UNLIMITED else None,
-            scale=float(scale),
+            scale=self.scale,
             cap_in=scale / softcap if softcap > 0.0 else None,
             cap_out=softcap * LOG2E if softcap > 0.0 else None,
             bias=None if bias is None else pairs_of(bias),
@@ -147,6 +150,25 @@ class Problem:
     @property
     def empty(self) -> bool:
         return (self.batch == 0 and not self.packed) or self.heads == 0 or self.length_q == 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the queries are so few that splits of the keys are what keeps the machine busy."""
+        rows = self.length_q * (self.heads // max(self.heads_k, 1))
+        return not self.packed and self.length_q <= DECODE_QUERIES and rows <= DECODE_ROWS
+
+    def split_keys(self, block: int) -> int:
+        """Keys a split, a multiple of ``block``: enough splits to fill the machine, or always as many keys."""
+        if torch.are_deterministic_algorithms_enabled():
+            return FIXED_SPLIT
+        wanted = max(1, PROGRAMS // max(1, self.batch * self.heads_k))
+        return max(2, -(-self.length_k // (wanted * block))) * block
+
+    @property
+    def folds(self) -> bool:
+        """Whether the scale may be multiplied after the maximum is taken: it is positive, and nothing comes between."""
+        call = self.call
+        return self.scale > 0.0 and call.cap_in is None and call.bias is None and call.alibi is None
 
     def tile(self, role: str) -> tuning_attention.Tile:
         return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v))
@@ -213,6 +235,9 @@ def pairs_of(x: Tensor) -> Pairs:
 
 def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
     """Launches that fill o and lse."""
+    if x.decodes:
+        yield from plan_decode(x, o, lse)
+        return
     tile = x.tile("forward")
     grid, heads, together = x.grid(False, tile.block_m)
     align = x.align(x.q, x.k, x.v, o)
@@ -223,10 +248,40 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": call, "heads": heads, "together": together, **x.shared(),
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": call.scale > 0.0 and call.cap_in is None and call.bias is None and call.alibi is None,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align, "FOLD": x.folds,
         },
         options_of(tile),
+    )  # fmt: skip
+
+
+def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
+    """Launches that fill o and lse for few queries: splits of the keys, and what merges them."""
+    tile = x.tile("decode")
+    rows = x.batch * x.heads * x.length_q
+    size = x.split_keys(tile.block_n)
+    splits = max(1, -(-x.length_k // size))
+    o_split = torch.empty((rows, splits, x.dim_v), dtype=torch.float32, device=o.device)
+    lse_split = torch.empty((rows, splits), dtype=torch.float32, device=o.device)
+    align = x.align(x.q, x.k, x.v)
+    yield Plan(
+        attention_decode.attention_decode,
+        x.batch * x.heads_k * splits,
+        {
+            "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": o_split, "lse": lse_split,
+            "call": x.call, "heads_k": x.heads_k, "splits": splits, "split_keys": size, **x.shared(),
+            "BLOCK_M": max(tile.block_m, power_of_two(x.heads // x.heads_k * x.length_q)), "BLOCK_N": tile.block_n,
+            "ALIGN": align, "FOLD": x.folds,
+        },
+        options_of(tile),
+    )  # fmt: skip
+    yield Plan(
+        attention_decode.attention_merge,
+        rows,
+        {
+            "o_split": o_split, "lse_split": lse_split, "o": o, "lse": lse, "call": x.call, "heads": x.heads,
+            "splits": splits, "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "WIDEN": INTERPRETED,
+        },
+        {"num_warps": 1, "num_stages": 1},
     )  # fmt: skip
 
 

@@ -70,10 +70,7 @@ def head_of(view, b, h, row, ALIGN: tl.constexpr):
     offset = (
         tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head + tl.cast(row, tl.int64) * view.row
     ) * ALIGN
-    pointer = view.ptr + offset
-    if ALIGN > 1:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return view.ptr + offset
 
 
 @triton.jit
@@ -86,6 +83,8 @@ def load_tile(
     column = tl.arange(0, COLUMNS)
     base = base + tl.cast(start, tl.int64) * stride * ALIGN
     pointers = base + (row[:, None] * (stride * ALIGN) + (column[None, :] + FIRST))
+    if ALIGN > 1:
+        pointers = tl.multiple_of(pointers, (1, 16))
     if CHECKED:
         if FIRST + COLUMNS > D:
             return tl.load(pointers, mask=(start + row < count)[:, None] & (column + FIRST < D)[None, :], other=0.0)
@@ -108,6 +107,8 @@ def store_tile(
     column = tl.arange(0, COLUMNS)
     base = base + tl.cast(start, tl.int64) * stride * ALIGN
     pointers = base + (row[:, None] * (stride * ALIGN) + (column[None, :] + FIRST))
+    if ALIGN > 1:
+        pointers = tl.multiple_of(pointers, (1, 16))
     inside = (start + row < count)[:, None] & (column + FIRST < D)[None, :]
     tl.store(pointers, narrow(tile, base.dtype.element_ty, WIDEN), mask=inside)
 

@@ -49,12 +49,12 @@ def attend(
         if FOLD:  # the scale is positive and nothing is added: it commutes with the maximum, and fuses into the exp2
             factor = call.scale * LOG2E
             if MASKED:
-                qk = tl.where(visible(call, b, h, i, j, i0, start, tq, tk, shift), qk, float("-inf"))
+                qk = tl.where(visible(call, b, h, i, j, i0, start, tq, tk, shift, True), qk, float("-inf"))
             m_new = tl.maximum(m, tl.max(qk, 1) * factor)
             s = qk * factor
         else:
             s = logits(qk, call, q1.dtype == tl.float32)
-            s = biased(s, call, b, h, i, j, i0, start, tq, tk, shift, MASKED)
+            s = biased(s, call, b, h, i, j, i0, start, tq, tk, shift, MASKED, True)
             m_new = tl.maximum(m, tl.max(s, 1))
         base = m_new
         if MASKED:
@@ -80,7 +80,7 @@ def attend_all(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code."""
-    if call.bias is None and call.mask is None:
+    if call.pairs is None:
         if call.left is not None:
             acc, m, l = attend(
                 acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .attention_scores import (
     LOG2E,
+    ROW_BLOCK,
     biased,
     cap_slope,
     dot,
@@ -25,46 +26,51 @@ from .attention_scores import (
     kept,
     key_range,
     load_tile,
+    load_vector,
     logits,
     narrow,
     query_range,
+    rows_of,
     sequence,
     store_tile,
 )
 
 
-@triton.jit(do_not_specialize=["o", "d_o", "lse", "dlse", "delta", "dsinks", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["o", "d_o", "lse", "dlse", "scratch", "dsinks", "call", "heads", "together"])
 def attention_delta(
-    o, d_o, lse, dlse, delta, dsinks, call, heads, together,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
+    o, d_o, lse, dlse, scratch, dsinks, call, heads, together,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """delta of a tile of queries; with sinks also the tile's part of their gradient, into dsinks [tiles, Hq]."""
-    b, h, tile = find_program(call, call.cu_q, call.length_q, heads, together, BLOCK_M)
+    """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
+    b, h, tile = find_program(call, call.cu_q, call.length_q, heads, together, ROW_BLOCK)
     q_row, rows, tq, _, _, _, _ = sequence(call, b)
-    i0 = tile * BLOCK_M
+    i0 = tile * ROW_BLOCK
     if i0 < rows:
-        row = i0 + tl.arange(0, BLOCK_M)
-        o_tile = load_tile(head_of(o, b, h, q_row, ALIGN), o.row, i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
-        d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), d_o.row, i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
-        value = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
+        row = i0 + tl.arange(0, ROW_BLOCK)
+        o_tile = load_tile(head_of(o, b, h, q_row, ALIGN), o.row, i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True)
+        d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), d_o.row, i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True)
+        delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
         log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
         if dlse is not None:
-            value -= tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
-        value = tl.where(log == float("-inf"), 0.0, value)
-        tl.store(head_of(delta, b, h, q_row, 1) + row, value, mask=row < rows)
+            delta -= tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
+        empty = log == float("-inf")
+        delta = tl.where(empty, 0.0, delta)
+        base = rows_of(call, scratch, b, h, q_row, heads)
+        tl.store(scratch.log + base + row, tl.where(empty, float("inf"), log * LOG2E))
+        tl.store(scratch.delta + base + row, delta)
         if dsinks is not None:
             sink = tl.load(call.sinks + h).to(tl.float32)
-            weight = tl.where(log == float("-inf"), 0.0, tl.exp2((sink - log) * LOG2E))
+            weight = tl.where(empty, 0.0, tl.exp2((sink - log) * LOG2E))
             if call.cu_q is None:
-                place = b * tl.cdiv(call.length_q, BLOCK_M) + tile
+                place = b * tl.cdiv(call.length_q, ROW_BLOCK) + tile
             else:  # the slot, as find_tile counts them
-                place = q_row // BLOCK_M + b + tile
-            tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -tl.sum(weight * value, 0))
+                place = q_row // ROW_BLOCK + b + tile
+            tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -tl.sum(weight * delta, 0))
 
 
 @triton.jit
 def add_queries(
-    dk1, dk2, dv, k1, k2, v_tile, q_head, d_head, lse_head, delta_head, q_row, d_row, begin, end,
+    dk1, dk2, dv, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q_row, d_row, begin, end,
     call, b, h, j, j0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -72,30 +78,30 @@ def add_queries(
 ):  # fmt: skip
     """Adds to dk and dv of a tile of keys what queries from ``begin`` to ``end`` send them. All tiles are transposed,
     [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last need no mask: each has rows
-    of its own, which are not stored."""
+    of its own, which are not stored; queries past the last are rows of 0 with log = +inf, which add nothing."""
     for start in tl.range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q1 = load_tile(q_head, q_row, start, tq, D, 0, BLOCK_M, D1, ALIGN, MASKED)  # [BLOCK_M, D1]
+        q1 = load_tile(q_head, q_row, start, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
         s = dot(k1, tl.trans(q1), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
         q2 = q1
         if D2 > 0:
-            q2 = load_tile(q_head, q_row, start, tq, D, D1, BLOCK_M, D2, ALIGN, MASKED)
+            q2 = load_tile(q_head, q_row, start, tq, D, D1, BLOCK_M, D2, ALIGN, True)
             s = dot_add(k2, tl.trans(q2), s, PRECISION, WIDEN)
         s = logits(s, call, q1.dtype == tl.float32)
         i = row[None, :]
-        log = tl.load(lse_head + row, mask=row < tq, other=float("-inf"))
-        log = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
-        p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED) - log[None, :])
-        d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, MASKED)  # [BLOCK_M, DV]
-        dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
-        reaching = p
+        log = load_vector(log_head, start, BLOCK_M)
+        p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
+        d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
+        delta = tl.broadcast_to(load_vector(delta_head, start, BLOCK_M)[None, :], [BLOCK_N, BLOCK_M])
         if call.seed is not None:
             keep = tl.trans(kept(call, b, h, row[:, None], j0, BLOCK_M, BLOCK_N))
             reaching = tl.where(keep, p * call.kept_scale, 0.0)
-            dp = tl.where(keep, dp * call.kept_scale, 0.0)
+            dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
+            ds = p * (tl.where(keep, dp * call.kept_scale, 0.0) - delta)
+        else:
+            reaching = p
+            ds = p * dot_add(v_tile, tl.trans(d_tile), -delta, PRECISION, WIDEN)
         dv = dot_add(narrow(reaching, d_tile.dtype, WIDEN), d_tile, dv, PRECISION, WIDEN)
-        delta = tl.load(delta_head + row, mask=row < tq, other=0.0)
-        ds = p * (dp - delta[None, :])
         if call.cap_in is not None:
             ds = ds * cap_slope(s, call)
         ds = narrow(ds, q1.dtype, WIDEN)
@@ -105,9 +111,9 @@ def add_queries(
     return dk1, dk2, dv
 
 
-@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "lse", "delta", "dk", "dv", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dk", "dv", "call", "heads", "together"])
 def attention_backward_keys(
-    q, k, v, d_o, lse, delta, dk, dv, call, heads, together,
+    q, k, v, d_o, scratch, dk, dv, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +124,7 @@ def attention_backward_keys(
     if j0 < keys:
         j = j0 + tl.arange(0, BLOCK_N)[:, None]
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
-        begin, whole_begin, whole_end, end = query_range(call, j0, last, tq, shift, BLOCK_M)
+        begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
         k1 = load_tile(k_head, k.row, j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
@@ -133,25 +139,27 @@ def attention_backward_keys(
         for h in range(head * call.group, head * call.group + call.group):
             q_head = head_of(q, b, h, q_row, ALIGN)
             d_head = head_of(d_o, b, h, q_row, ALIGN)
-            lse_head = head_of(lse, b, h, q_row, 1)
-            delta_head = head_of(delta, b, h, q_row, 1)
-            if call.bias is None and call.mask is None:
+            base = rows_of(call, scratch, b, h, q_row, heads * call.group)
+            log_head = scratch.log + base
+            delta_head = scratch.delta + base
+            if call.pairs is not None or call.left is not None:
+                dk1, dk2, dv_acc = add_queries(
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                    begin, end, call, b, h, j, j0, tq, tk, shift,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
+                )  # fmt: skip
+            else:
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
-                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, lse_head, delta_head, q.row, d_o.row,
-                        begin, whole_begin, call, b, h, j, j0, tq, tk, shift,
+                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                        begin, whole, call, b, h, j, j0, tq, tk, shift,
                         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, lse_head, delta_head, q.row, d_o.row,
-                    whole_begin, whole_end, call, b, h, j, j0, tq, tk, shift,
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                    whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
                 )  # fmt: skip
-            dk1, dk2, dv_acc = add_queries(
-                dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, lse_head, delta_head, q.row, d_o.row,
-                whole_end, end, call, b, h, j, j0, tq, tk, shift,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
-            )  # fmt: skip
         dk_head = head_of(dk, b, head, k_row, ALIGN)
         store_tile(dk1 * call.scale, dk_head, dk.row, j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
         if D2 > 0:
@@ -172,7 +180,7 @@ def scores_gradient(
         s = dot_add(q2, tl.trans(k2), s, PRECISION, WIDEN)
     s = logits(s, call, q1.dtype == tl.float32)
     j = j0 + tl.arange(0, BLOCK_N)[None, :]
-    p = tl.exp2(biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED) - log[:, None])
+    p = tl.exp2(biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED, True) - log[:, None])
     dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
     if call.seed is not None:
         dp = tl.where(kept(call, b, h, i, j0, BLOCK_M, BLOCK_N), dp * call.kept_scale, 0.0)
@@ -208,26 +216,25 @@ def add_keys(
 
 @triton.jit
 def load_queries(
-    q, d_o, lse, delta, b, h, q_row, i0, tq,
+    q, d_o, scratch, call, b, h, heads, q_row, i0, tq,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: q in two parts, do, lse in units of log 2 (+inf for a row that sees nothing), delta."""
-    row = i0 + tl.arange(0, BLOCK_M)
+    """A tile of queries: q in two parts, do, and the numbers of :class:`Rows`."""
     q_head = head_of(q, b, h, q_row, ALIGN)
     q1 = load_tile(q_head, q.row, i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)
     q2 = q1
     if D2 > 0:
         q2 = load_tile(q_head, q.row, i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
     d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), d_o.row, i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
-    log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
-    log = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
-    return q1, q2, d_tile, log, tl.load(head_of(delta, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
+    base = rows_of(call, scratch, b, h, q_row, heads)
+    log = load_vector(scratch.log + base, i0, BLOCK_M)
+    return q1, q2, d_tile, log, load_vector(scratch.delta + base, i0, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "lse", "delta", "dq", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dq", "call", "heads", "together"])
 def attention_backward_queries(
-    q, k, v, d_o, lse, delta, dq, call, heads, together,
+    q, k, v, d_o, scratch, dq, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +247,7 @@ def attention_backward_queries(
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
         q1, q2, d_tile, log, change = load_queries(
-            q, d_o, lse, delta, b, h, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
+            q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
         )  # fmt: skip
         k_head = head_of(k, b, h // call.group, k_row, ALIGN)
         v_head = head_of(v, b, h // call.group, k_row, ALIGN)
@@ -248,7 +255,7 @@ def attention_backward_queries(
         dq2 = dq1
         if D2 > 0:
             dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
-        if call.bias is None and call.mask is None:
+        if call.pairs is None:
             if call.left is not None:
                 dq1, dq2 = add_keys(
                     dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, k.row, v.row, begin, whole_begin,

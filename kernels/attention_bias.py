@@ -15,12 +15,12 @@ from .attention_scores import head_of, key_range, load_tile, narrow, sequence
 
 @triton.jit(
     do_not_specialize=[
-        "q", "k", "v", "d_o", "lse", "delta", "dbias", "call", "heads", "sum_batch", "sum_heads", "tiles_i", "tiles_j",
+        "q", "k", "v", "d_o", "scratch", "dbias", "call", "heads", "sum_batch", "sum_heads", "tiles_i", "tiles_j",
         "size", "splits",
     ]
 )  # fmt: skip
 def attention_backward_bias(
-    q, k, v, d_o, lse, delta, dbias, call, heads, sum_batch, sum_heads, tiles_i, tiles_j, size, splits,
+    q, k, v, d_o, scratch, dbias, call, heads, sum_batch, sum_heads, tiles_i, tiles_j, size, splits,
     SUM_I: tl.constexpr, SUM_J: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -56,10 +56,10 @@ def attention_backward_bias(
         q_row, _, tq, k_row, _, tk, shift = sequence(call, b)
         i0 = tile_i * BLOCK_M
         j0 = tile_j * BLOCK_N
-        begin, _, _, end = key_range(call, i0, tl.minimum(i0 + BLOCK_M, tq) - 1, tk, shift, BLOCK_N)
+        begin, _before, _after, end = key_range(call, i0, tl.minimum(i0 + BLOCK_M, tq) - 1, tk, shift, BLOCK_N)
         if (j0 >= begin) & (j0 < end):
             q1, q2, d_tile, log, change = load_queries(
-                q, d_o, lse, delta, b, h, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
+                q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
             )  # fmt: skip
             k_head = head_of(k, b, h // call.group, k_row, ALIGN)
             k1 = load_tile(k_head, k.row, j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)
@@ -69,7 +69,7 @@ def attention_backward_bias(
             v_head = head_of(v, b, h // call.group, k_row, ALIGN)
             v_tile = load_tile(v_head, v.row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
             i = i0 + tl.arange(0, BLOCK_M)[:, None]
-            ds, _ = scores_gradient(
+            ds, _scores = scores_gradient(
                 q1, q2, d_tile, log, change, k1, k2, v_tile, call, b, h, i, i0, j0, tq, tk, shift,
                 D2, BLOCK_M, BLOCK_N, PRECISION, WIDEN, True,
             )  # fmt: skip

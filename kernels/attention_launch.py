@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
-from .attention_scores import Call, Pairs, View
+from .attention_scores import ROW_BLOCK as _ROW_BLOCK
+from .attention_scores import Call, Rows, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -28,7 +29,7 @@ PROGRAMS = 512  # about what fills a large machine
 DECODE_QUERIES = 16  # up to so many, and DECODE_ROWS in a group of heads, attention is decoding
 DECODE_ROWS = 64
 FIXED_SPLIT = 512  # keys a split under torch.use_deterministic_algorithms
-ROW_BLOCK = 64  # queries a program of attention_delta
+ROW_BLOCK = _ROW_BLOCK.value  # queries a program of attention_delta
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
 
@@ -90,8 +91,9 @@ class Problem:
             scale=self.scale,
             cap_in=scale / softcap if softcap > 0.0 else None,
             cap_out=softcap * LOG2E if softcap > 0.0 else None,
-            bias=None if bias is None else pairs_of(bias),
-            mask=None if mask is None else pairs_of(mask.view(torch.int8)),
+            pairs=None if bias is None and mask is None else 1,
+            **pairs_of("bias", bias),
+            **pairs_of("mask", None if mask is None else mask.view(torch.int8)),
             alibi=None if alibi_slopes is None else alibi_slopes.contiguous(),
             sinks=None if sinks is None else sinks.contiguous(),
             seed=seed if dropout_p > 0.0 else None,
@@ -228,9 +230,13 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def pairs_of(x: Tensor) -> Pairs:
-    strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
-    return Pairs(x, strides[0], strides[1], strides[2] or None, None if strides[3] == 1 else strides[3])
+def pairs_of(name: str, x: Tensor | None) -> dict[str, Any]:
+    """The fields of :class:`Call` that describe a bias or a mask."""
+    batch = head = row = step = None
+    if x is not None:
+        batch, head, row, step = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+        row, step = row or None, None if step == 1 else step
+    return {name: x, f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row, f"{name}_step": step}
 
 
 def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
@@ -290,11 +296,12 @@ def options_of(tile: tuning_attention.Tile) -> dict[str, int]:
 
 
 class Gradients(NamedTuple):
-    """What the backward pass fills. Scratch: delta as lse; sinks [tiles, Hq]; bias [splits, bias's own sizes]."""
+    """What the backward pass fills. Scratch: the two of Rows; sinks [tiles, Hq]; bias [splits, bias's own sizes]."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    log: Tensor
     delta: Tensor
     sinks: Tensor | None
     bias: Tensor | None
@@ -307,21 +314,21 @@ def plan_backward(
     """Launches that fill ``out``, to run in this order."""
     align = x.align(x.q, x.k, x.v, o, d_o, out.dq, out.dk, out.dv)
     q, k, v, d_view = (x.view(t, align) for t in (x.q, x.k, x.v, d_o))
-    rows = {"lse": x.row_view(lse), "delta": x.row_view(out.delta)}
+    scratch = Rows(out.log, out.delta, out.log.shape[-1] // ROW_BLOCK)
     grid, heads, together = x.grid(False, ROW_BLOCK)
-    columns = x.columns()
     if not x.empty:
         yield Plan(
             attention_backward.attention_delta,
             grid,
             {
-                "o": x.view(o, align), "d_o": d_view, **rows, "dlse": None if dlse is None else x.row_view(dlse),
-                "dsinks": out.sinks, "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": columns["BLOCK_DV"], "BLOCK_M": ROW_BLOCK, "ALIGN": align,
+                "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
+                "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
+                "call": x.call, "heads": heads, "together": together,
+                "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "ALIGN": align,
             },
             {"num_warps": 4, "num_stages": 1},
         )  # fmt: skip
-    inputs = {"q": q, "k": k, "v": v, "d_o": d_view, **rows, "call": x.call}
+    inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     for role, kernel, of_keys, results in (
         ("backward_keys", attention_backward.attention_backward_keys, True, {"dk": out.dk, "dv": out.dv}),
         ("backward_queries", attention_backward.attention_backward_queries, False, {"dq": out.dq}),
@@ -423,7 +430,8 @@ def backward(
 def allocate(x: Problem, bias_grad: bool, empty: Callable[..., Tensor] = torch.empty) -> Gradients:
     device = x.q.device
     dq, dk, dv = (empty(t.shape, dtype=x.dtype, device=device) for t in (x.q, x.k, x.v))
-    delta = empty(row_sizes(x), dtype=torch.float32, device=device)
+    size = (x.length_q // ROW_BLOCK + x.batch + 1 if x.packed else -(-x.length_q // ROW_BLOCK)) * ROW_BLOCK
+    log, delta = (empty((*row_sizes(x)[:-1], size), dtype=torch.float32, device=device) for _ in range(2))
     sinks = bias = None
     splits = 1
     if x.call.sinks is not None:
@@ -435,4 +443,4 @@ def allocate(x: Problem, bias_grad: bool, empty: Callable[..., Tensor] = torch.e
         splits = bias_splits(x)
         dtype = x.bias.dtype if splits == 1 else torch.float32
         bias = empty((splits, *x.bias.shape), dtype=dtype, device=device)
-    return Gradients(dq, dk, dv, delta, sinks, bias, splits)
+    return Gradients(dq, dk, dv, log, delta, sinks, bias, splits)

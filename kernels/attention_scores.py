@@ -17,6 +17,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROW_BLOCK = tl.constexpr(128)
 
 
 class View(NamedTuple):
@@ -28,18 +29,20 @@ class View(NamedTuple):
     row: object
 
 
-class Pairs(NamedTuple):
-    """A tensor that broadcasts to [B,Hq,Tq,Tk]: stride 0 where it is broadcast."""
+class Rows(NamedTuple):
+    """Two numbers for each row of o, float32, laid out for the backward pass: see :func:`rows_of`."""
 
-    ptr: object
-    batch: object
-    head: object
-    row: object  # None: one row serves every query
-    step: object  # from key to key; None: 1
+    log: object  # lse in units of log 2; +inf for a row that sees nothing, and past the last row
+    delta: object  # do·o - dlse; 0 there
+    size: object  # numbers a head, in units of ROW_BLOCK
 
 
 class Call(NamedTuple):
-    """What a call asks for. Fields are run-time numbers, pointers, or None for a feature that is off."""
+    """What a call asks for. Fields are run-time numbers, pointers, or None for a feature that is off.
+
+    bias and mask broadcast to [B,Hq,Tq,Tk]: their strides are 0 where they are broadcast. A row of None serves every
+    query, a step (from key to key) of None is 1.
+    """
 
     batch: object
     group: object  # query heads that share a key head
@@ -55,8 +58,17 @@ class Call(NamedTuple):
     scale: object
     cap_in: object  # scale / softcap
     cap_out: object  # softcap * log2(e)
-    bias: object  # Pairs
-    mask: object  # Pairs, int8
+    pairs: object  # 1 where there is a bias or a mask
+    bias: object
+    bias_batch: object
+    bias_head: object
+    bias_row: object
+    bias_step: object
+    mask: object  # int8
+    mask_batch: object
+    mask_head: object
+    mask_row: object
+    mask_step: object
     alibi: object  # float32 [Hq]
     sinks: object  # [Hq]
     seed: object  # int64 [1]
@@ -140,6 +152,22 @@ def dot_add(a, b, c, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
     else:
         return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def rows_of(call, rows, b, h, q_row, heads):
+    """Where the numbers of head h of sequence b begin in :class:`Rows`: each sequence at a multiple of ROW_BLOCK, so
+    that a tile of them needs no mask and is aligned."""
+    if call.cu_q is None:
+        return (tl.cast(b, tl.int64) * heads + h) * rows.size * ROW_BLOCK
+    else:
+        return (tl.cast(h, tl.int64) * rows.size + q_row // ROW_BLOCK + b) * ROW_BLOCK
+
+
+@triton.jit
+def load_vector(base, start, SIZE: tl.constexpr):
+    """Numbers of :class:`Rows` from ``start`` on."""
+    return tl.load(tl.multiple_of(base + start + tl.arange(0, SIZE), 16))
 
 
 @triton.jit
@@ -229,7 +257,7 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
     begin = begin // BLOCK * BLOCK
     whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
     whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
-    if call.bias is not None or call.mask is not None:  # each tile may hold a hidden pair
+    if call.pairs is not None:  # each tile may hold a hidden pair
         whole_begin = begin
         whole_end = begin
     return begin, whole_begin, whole_end, end
@@ -237,39 +265,35 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
 
 @triton.jit
 def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
-    """Queries [begin, end) that see any of keys first..last, [whole_begin, whole_end) of them all of these."""
+    """Queries [begin, end) that see any of keys first..last; those from ``whole`` on see all of these.
+
+    One loop more than this would cost its registers, so under a left limit, a bias or a mask no tile is whole.
+    """
     begin = tl.cast(tq, tl.int32) * 0
-    whole_begin = begin
+    whole = begin
     end = begin + tq
     if call.right is not None:
         begin = tl.maximum(begin, first - shift - call.right)
-        whole_begin = tl.maximum(whole_begin, last - shift - call.right)
-    whole_end = end
+        whole = tl.maximum(whole, last - shift - call.right)
     if call.left is not None:
         end = tl.minimum(end, last - shift + call.left + 1)
-        whole_end = tl.minimum(whole_end, first - shift + call.left + 1)
     end = tl.where(first <= last, end, 0)
-    whole_end = tl.where(first <= last, whole_end, 0)
     begin = begin // BLOCK * BLOCK
-    whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
-    whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
-    if call.bias is not None or call.mask is not None:
-        whole_begin = begin
-        whole_end = begin
-    return begin, whole_begin, whole_end, end
+    whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
+    return begin, whole, end
 
 
 @triton.jit
-def load_pairs(pairs, b, h, i, j, i0, j0, inside, other):
+def load_pairs(pointer, batch, head, row, step, b, h, i, j, i0, j0, inside, other):
     """The tile of a bias or mask at heads h, queries i and keys j, which broadcast; i0 and j0 are where it begins."""
-    base = pairs.ptr + tl.cast(b, tl.int64) * pairs.batch
-    offset = tl.cast(h, tl.int64) * pairs.head
-    if pairs.row is not None:
-        base += tl.cast(i0, tl.int64) * pairs.row
-        offset += (i - i0) * pairs.row
-    if pairs.step is not None:
-        base += tl.cast(j0, tl.int64) * pairs.step
-        offset += (j - j0) * pairs.step
+    base = pointer + tl.cast(b, tl.int64) * batch
+    offset = tl.cast(h, tl.int64) * head
+    if row is not None:
+        base += tl.cast(i0, tl.int64) * row
+        offset += (i - i0) * row
+    if step is not None:
+        base += tl.cast(j0, tl.int64) * step
+        offset += (j - j0) * step
     else:
         base += j0
         offset += j - j0
@@ -305,27 +329,39 @@ def cap_slope(s, call):
 
 
 @triton.jit
-def biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED: tl.constexpr):
-    """Scores with bias and slopes added; -inf where the pair is hidden, which only happens in MASKED tiles."""
+def biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED: tl.constexpr, PAST_END: tl.constexpr):
+    """Scores with bias and slopes added; -inf where the pair is hidden, which only happens in MASKED tiles.
+    PAST_END: whether keys past the last are to be hidden too."""
     if call.bias is not None:
-        s += load_pairs(call.bias, b, h, i, j, i0, j0, (i < tq) & (j < tk), 0.0).to(tl.float32) * LOG2E
+        bias = load_pairs(
+            call.bias, call.bias_batch, call.bias_head, call.bias_row, call.bias_step,
+            b, h, i, j, i0, j0, (i < tq) & (j < tk), 0.0,
+        )  # fmt: skip
+        s += bias.to(tl.float32) * LOG2E
     if call.alibi is not None:
         s -= tl.load(call.alibi + h) * LOG2E * tl.abs(i + shift - j).to(tl.float32)
     if MASKED:
-        s = tl.where(visible(call, b, h, i, j, i0, j0, tq, tk, shift), s, float("-inf"))
+        s = tl.where(visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END), s, float("-inf"))
     return s
 
 
 @triton.jit
-def visible(call, b, h, i, j, i0, j0, tq, tk, shift):
+def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
     """Whether query i may look at key j."""
-    seen = j < tk
+    if PAST_END:
+        seen = j < tk
+    else:
+        seen = (j == j) & (i == i)
     if call.left is not None:
         seen = seen & (j >= i + (shift - call.left))
     if call.right is not None:
         seen = seen & (j <= i + (shift + call.right))
     if call.mask is not None:
-        seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, (i < tq) & (j < tk), 0) != 0)
+        mask = load_pairs(
+            call.mask, call.mask_batch, call.mask_head, call.mask_row, call.mask_step,
+            b, h, i, j, i0, j0, (i < tq) & (j < tk), 0,
+        )  # fmt: skip
+        seen = seen & (mask != 0)
     return seen
 
 

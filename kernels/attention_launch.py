@@ -8,19 +8,19 @@ dtype, head dimension or set of features.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
 from .attention_scores import ROW_BLOCK as _ROW_BLOCK
 from .attention_scores import Call, Rows, View
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 LOG2E = 1.4426950408889634
 UNLIMITED = 1 << 29  # no distance between two positions is larger

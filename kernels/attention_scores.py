@@ -286,17 +286,17 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
 @triton.jit
 def load_pairs(pointer, batch, head, row, step, b, h, i, j, i0, j0, inside, other):
     """The tile of a bias or mask at heads h, queries i and keys j, which broadcast; i0 and j0 are where it begins."""
-    base = pointer + tl.cast(b, tl.int64) * batch
-    offset = tl.cast(h, tl.int64) * head
+    base = pointer + (tl.cast(b, tl.int64) * batch + tl.cast(h, tl.int64) * head)
     if row is not None:
         base += tl.cast(i0, tl.int64) * row
-        offset += (i - i0) * row
     if step is not None:
         base += tl.cast(j0, tl.int64) * step
-        offset += (j - j0) * step
+        offset = (j - j0) * step
     else:
         base += j0
-        offset += j - j0
+        offset = j - j0
+    if row is not None:
+        offset = offset + (i - i0) * row
     return tl.load(base + offset, mask=inside, other=other)
 
 

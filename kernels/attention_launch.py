@@ -173,7 +173,10 @@ class Problem:
         return self.scale > 0.0 and call.cap_in is None and call.bias is None and call.alibi is None
 
     def tile(self, role: str) -> tuning_attention.Tile:
-        return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v))
+        call = self.call
+        by_pair = (call.bias, call.mask, call.alibi, call.cap_in, call.seed)
+        pairs = any(x is not None for x in by_pair)
+        return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v), pairs)
 
     def align(self, *tensors: Tensor) -> int:
         """How many elements every row of these begins at a multiple of: what 16 bytes hold, or 1."""
@@ -326,7 +329,7 @@ def plan_backward(
                 "call": x.call, "heads": heads, "together": together,
                 "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "ALIGN": align,
             },
-            {"num_warps": 4, "num_stages": 1},
+            {"num_warps": 8, "num_stages": 1},
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     for role, kernel, of_keys, results in (

@@ -1,7 +1,7 @@
 """Tiles of the attention kernels: which sizes, warps and stages for which machine, role and head dimension.
 
-Compiled ahead of time, none of these spills registers, and each fits the shared memory of its machine; the tests
-compile them all. They have not been timed on hardware.
+Compiled ahead of time none of these spills registers, and each fits the shared memory of its machine: the tests compile
+them. They have not been timed on hardware.
 """
 
 from __future__ import annotations
@@ -18,52 +18,66 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
-"""sm_80 serves every NVIDIA machine that is not of the two later kinds: its tiles fit in 99 KiB."""
-
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that a program may use."""
+"""Machines, and the bytes of shared memory that a program may use there. sm_80 stands for every NVIDIA machine that is
+not of the two later kinds: its tiles fit in what the smallest of those has."""
 
 ROLES = ("forward", "backward_keys", "backward_queries", "backward_bias", "decode")
+WIDTHS = (64, 128, 256)
+"""Features of a head, the larger of q's and v's, rounded up to one of these."""
 
-# By head dimension, the larger of q's and v's rounded up to 64, 128 or 256: bfloat16 and float16.
-_HALF: dict[str, dict[str, dict[int, Tile]]] = {
+Table = dict[str, tuple[Tile, Tile, Tile]]  # by role, for each of WIDTHS
+
+# bfloat16 and float16. Limits (causal, window, lengths) and sinks cost few registers, so that tiles can be large.
+_HALF: dict[str, Table] = {
     "sm_80": {
-        "forward": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
-        "backward_keys": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-        "backward_queries": {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-        "backward_bias": {64: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 4, 1)},
-        "decode": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)},
+        "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "backward_keys": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
     },
     "sm_90": {
-        "forward": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-        "backward_keys": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
-        "backward_queries": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-        "backward_bias": {64: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 64, 8, 1)},
-        "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 64, 4, 2)},
-    },
-    "gfx942": {
-        "forward": {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 32, 4, 1)},
-        "backward_keys": {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-        "backward_queries": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-        "backward_bias": {64: Tile(64, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-        "decode": {64: Tile(16, 64, 4, 1), 128: Tile(16, 64, 4, 1), 256: Tile(16, 32, 4, 1)},
+        "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
     },
 }
-_HALF["sm_100"] = _HALF["sm_90"]
 
-# float32, whose tiles are twice the bytes and whose exact products are no tensor core's work.
-_SINGLE: dict[str, dict[str, dict[int, Tile]]] = {
+# The same with a bias, mask, slopes, softcap or dropout, which all take registers for every pair of the tile.
+_HALF_PAIRS: dict[str, Table] = {
     "sm_80": {
-        "forward": {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-        "backward_keys": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        "backward_queries": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        "backward_bias": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        "decode": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+        "forward": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    },
+    "sm_90": {
+        "forward": (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     },
 }
-for _name in ("sm_90", "sm_100", "gfx942"):
-    _SINGLE[_name] = _SINGLE["sm_80"]
+
+# float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
+_SINGLE: Table = {
+    "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_queries": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_bias": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+}
+
+_GFX942: Table = {
+    "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "backward_queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "backward_bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+}
 
 _INTERPRETED = {
     "forward": Tile(32, 64, 4, 1),
@@ -75,7 +89,7 @@ _INTERPRETED = {
 
 
 def architecture(x: torch.Tensor) -> str:
-    """The name, of :data:`ARCHITECTURES`, of the machine that a tensor is on."""
+    """The machine a tensor is on: a key of :data:`SHARED`, or ``interpreter``."""
     if x.device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -84,9 +98,15 @@ def architecture(x: torch.Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def tile(machine: str, role: str, dtype: torch.dtype, columns: int) -> Tile:
-    """The tile of a role on a machine of :data:`ARCHITECTURES`, for heads of ``columns`` features at most."""
+def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool) -> Tile:
+    """The tile of a role on a machine, for heads of ``columns`` features at most; ``pairs``: something is computed or
+    loaded for each pair of query and key besides their score."""
     if machine == "interpreter":
         return _INTERPRETED[role]
-    table = _SINGLE if dtype == torch.float32 else _HALF
-    return table[machine][role][64 if columns <= 64 else 128 if columns <= 128 else 256]
+    width = next(n for n, w in enumerate(WIDTHS) if columns <= w)
+    if machine == "gfx942":
+        return _GFX942[role][width]
+    if dtype == torch.float32:
+        return _SINGLE[role][width]
+    tables = _HALF_PAIRS if pairs or role == "backward_bias" else _HALF
+    return tables["sm_80" if machine == "sm_80" else "sm_90"][role][width]

@@ -31,24 +31,25 @@ from triton_support import needs_interpreter
 import fastseq
 from fastseq.reference.random import keep_mask
 
-pytestmark = needs_interpreter
+# NumPy, on which the interpreter computes, remarks on infinities that the kernels mean.
+pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPE = (1, 4, 2, 35, 70, 24, 17)  # several tiles in both directions, none of them full
-FEW = (2, 4, 2, 3, 150, 17, 24)  # decodes, in several splits
+SHAPE = (1, 2, 1, 35, 70, 24, 17)  # several tiles in both directions, none of them full
+FEW = (1, 4, 2, 3, 150, 17, 24)  # decodes, in several splits
 
 
-def right(*call, with_dlse: bool = False) -> None:
-    assert_right(*call, with_dlse=with_dlse, backend="triton")
+def right(*call, with_dlse: bool = False, repeat: bool = False) -> None:
+    assert_right(*call, with_dlse=with_dlse, backend="triton", repeat=repeat)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_alone(name: str) -> None:
-    right(*dense(SHAPE), feature(name, torch.float32, SHAPE), with_dlse=True)
+    right(*dense(SHAPE), feature(name, torch.float32, SHAPE), with_dlse=True, repeat=name == "window")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "window, causal", "softcap", "bias", "bias of -inf", "sinks", "dropout"])
+@pytest.mark.parametrize("name", ["plain", "softcap", "bias of -inf", "dropout"])
 def test_features_in_16_bits(name: str, dtype: torch.dtype) -> None:
     right(*dense(SHAPE, dtype), feature(name, dtype, SHAPE))
 
@@ -61,8 +62,8 @@ def test_every_feature_in_16_bits(name: str, dtype: torch.dtype) -> None:
         right(*dense(shape, dtype), feature(name, dtype, shape), with_dlse=True)
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_every_feature_with_few_queries(name: str) -> None:
+@pytest.mark.parametrize("name", FEATURES[::2])
+def test_features_with_few_queries(name: str) -> None:
     dtype = torch.bfloat16 if len(name) % 2 else torch.float32
     right(*dense(FEW, dtype), feature(name, dtype, FEW))
 
@@ -92,9 +93,11 @@ def test_dropout_in_a_packed_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "dim", [(1, 1), (7, 3), (16, 65), (65, 16), (80, 80), (96, 128), (192, 128), (256, 256)], ids=str
-)
-@pytest.mark.parametrize("lengths", [(1, 33), (33, 65), (64, 1)], ids=str)
+    ("lengths", "dim"),
+    [((1, 33), (1, 1)), ((33, 65), (7, 3)), ((64, 1), (16, 65)), ((65, 64), (65, 16)), ((17, 70), (80, 80)),
+     ((1, 150), (192, 128)), ((40, 33), (192, 128)), ((33, 40), (256, 256))],
+    ids=str,
+)  # fmt: skip
 def test_odd_shapes(lengths: tuple[int, int], dim: tuple[int, int]) -> None:
     q, k, v = dense((1, 2, 1, *lengths, *dim), torch.bfloat16 if sum(dim) % 2 else torch.float32)
     right(q, k, v, {"scale": dim[0] ** -0.5, "causal": True})
@@ -116,19 +119,19 @@ def run_drawn(case: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(4))
 def test_features_together(case: int, dtype: torch.dtype) -> None:
     run_drawn(case, dtype)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", range(6, 60))
+@pytest.mark.parametrize("case", range(4, 60))
 def test_more_features_together(case: int, dtype: torch.dtype) -> None:
     run_drawn(case, dtype)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     queries=st.integers(1, 70), keys=st.integers(1, 70), left=st.integers(-1, 70), right_=st.integers(-1, 70),
     causal=st.booleans(), bottom_right=st.booleans(),
@@ -261,7 +264,7 @@ def test_few_queries_get_the_same_bits_whatever_the_batch_around_them() -> None:
             assert torch.equal(alone[1][0], lse[b])
     finally:
         torch.use_deterministic_algorithms(False)
-    right(q[:1], k[:1], v[:1], {"causal": True})
+    right(q[:1], k[:1], v[:1], {"causal": True}, repeat=True)
 
 
 class Allocations(TorchDispatchMode):
@@ -338,7 +341,7 @@ def test_derivatives_through_autograd_and_vmap() -> None:
 
 def test_what_the_kernels_cannot_do_is_refused_with_its_reason() -> None:
     q, k, v = dense((1, 2, 1, 5, 9, 8, 8))
-    with pytest.raises(fastseq.BackendError, match="float32, not in torch.float64"):
+    with pytest.raises(fastseq.BackendError, match="compute in float32"):
         fastseq.attention(q.double(), k.double(), v.double(), backend="triton")
     q, k, v = dense((1, 2, 1, 5, 9, 300, 8))
     with pytest.raises(fastseq.BackendError, match="up to 256 features"):
@@ -352,7 +355,7 @@ def test_wrong_arguments_are_refused_before_they_do_harm() -> None:
         {"mask": torch.ones(1, 1, 35, 64, dtype=torch.bool)},
         {"bias": torch.randn(1, 1, 35, 70, dtype=torch.float64)},
         {"sinks": torch.randn(3)},
-        {"alibi_slopes": torch.randn(4, dtype=torch.float64)},
+        {"alibi_slopes": torch.randn(2, dtype=torch.float64)},
         {"dropout_p": 0.5},
     ):
         with pytest.raises(RuntimeError, match=next(iter(wrong))):

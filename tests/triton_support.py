@@ -65,7 +65,7 @@ def compile_for(
     """Compile a ``triton.jit`` function for one of TARGETS.
 
     Args:
-        types: of every run-time argument by name: ``"*bf16"``, ``"*fp32"``, ``"*i64"``, ``"*i1"``, ``"i32"``, ``"fp32"``;
+        types: of every run-time argument by name: ``"*bf16"``, ``"*fp32"``, ``"*i64"``, ``"*i1"``, ``"i32"``;
             ``":16"`` after it says that the pointer or number is divisible by 16, as a launch finds it to be.
         constants: the values of the ``tl.constexpr`` arguments, and None for pointers that are absent.
     """

@@ -25,6 +25,7 @@ from .attention_scores import (
     load_tile,
     logits,
     narrow,
+    number,
     sequence,
     store_tile,
     visible,
@@ -105,7 +106,7 @@ def attention_forward(
 ):  # fmt: skip
     """One tile of queries of one head: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are
     taken as D1 + D2 columns, powers of two. Rows past a length get 0 and -inf."""
-    b, h, tile = find_program(call, call.cu_q, call.length_q, heads, together, BLOCK_M)
+    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if i0 < rows:
@@ -113,12 +114,12 @@ def attention_forward(
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
-        k_head = head_of(k, b, h // call.group, k_row, ALIGN)
-        v_head = head_of(v, b, h // call.group, k_row, ALIGN)
-        q1 = load_tile(q_head, q.row, i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
+        k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
+        v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
+        q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
         q2 = q1
         if D2 > 0:
-            q2 = load_tile(q_head, q.row, i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+            q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         if call.sinks is not None:  # a key of value 0, met before all others
@@ -127,7 +128,7 @@ def attention_forward(
             l += tl.where(sink == float("-inf"), 0.0, 1.0)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, m, l = attend_all(
-            acc, m, l, q1, q2, k_head, v_head, k.row, v.row, begin, whole_begin, whole_end, end,
+            acc, m, l, q1, q2, k_head, v_head, number(k.row), number(v.row), begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
         )  # fmt: skip
@@ -138,6 +139,6 @@ def attention_forward(
         if call.seed is not None:
             share = share * call.kept_scale
         acc = tl.where(empty[:, None], 0.0, acc * share[:, None])
-        store_tile(acc, head_of(o, b, h, q_row, ALIGN), o.row, i0, rows, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, WIDEN)
+        store_tile(acc, head_of(o, b, h, q_row, ALIGN), number(o.row), i0, rows, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, WIDEN)
         value = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
         tl.store(head_of(lse, b, h, q_row, 1) + row, value, mask=row < rows)

@@ -29,6 +29,7 @@ from .attention_scores import (
     load_vector,
     logits,
     narrow,
+    number,
     query_range,
     rows_of,
     sequence,
@@ -42,13 +43,17 @@ def attention_delta(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
-    b, h, tile = find_program(call, call.cu_q, call.length_q, heads, together, ROW_BLOCK)
+    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, ROW_BLOCK)
     q_row, rows, tq, _, _, _, _ = sequence(call, b)
     i0 = tile * ROW_BLOCK
     if i0 < rows:
         row = i0 + tl.arange(0, ROW_BLOCK)
-        o_tile = load_tile(head_of(o, b, h, q_row, ALIGN), o.row, i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True)
-        d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), d_o.row, i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True)
+        o_tile = load_tile(
+            head_of(o, b, h, q_row, ALIGN), number(o.row), i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True
+        )
+        d_tile = load_tile(
+            head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True
+        )
         delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
         log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
         if dlse is not None:
@@ -62,7 +67,7 @@ def attention_delta(
             sink = tl.load(call.sinks + h).to(tl.float32)
             weight = tl.where(empty, 0.0, tl.exp2((sink - log) * LOG2E))
             if call.cu_q is None:
-                place = b * tl.cdiv(call.length_q, ROW_BLOCK) + tile
+                place = b * tl.cdiv(number(call.length_q), ROW_BLOCK) + tile
             else:  # the slot, as find_tile counts them
                 place = q_row // ROW_BLOCK + b + tile
             tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -tl.sum(weight * delta, 0))
@@ -118,7 +123,7 @@ def attention_backward_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys of one key head, summed over the query heads that share it."""
-    b, head, tile = find_program(call, call.cu_k, call.length_k, heads, together, BLOCK_N)
+    b, head, tile = find_program(call, call.cu_k, number(call.length_k), heads, together, BLOCK_N)
     q_row, _, tq, k_row, keys, tk, shift = sequence(call, b)
     j0 = tile * BLOCK_N
     if j0 < keys:
@@ -126,46 +131,46 @@ def attention_backward_keys(
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
         begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
-        k1 = load_tile(k_head, k.row, j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
+        k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         k2 = k1
         dk2 = dk1
         if D2 > 0:
-            k2 = load_tile(k_head, k.row, j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
+            k2 = load_tile(k_head, number(k.row), j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
             dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
         v_head = head_of(v, b, head, k_row, ALIGN)
-        v_tile = load_tile(v_head, v.row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
+        v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
         dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        for h in range(head * call.group, head * call.group + call.group):
+        for h in range(head * number(call.group), head * number(call.group) + number(call.group)):
             q_head = head_of(q, b, h, q_row, ALIGN)
             d_head = head_of(d_o, b, h, q_row, ALIGN)
-            base = rows_of(call, scratch, b, h, q_row, heads * call.group)
+            base = rows_of(call, scratch, b, h, q_row, heads * number(call.group))
             log_head = scratch.log + base
             delta_head = scratch.delta + base
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
                     begin, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             else:
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
-                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
                         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q.row, d_o.row,
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
                     whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
                 )  # fmt: skip
         dk_head = head_of(dk, b, head, k_row, ALIGN)
-        store_tile(dk1 * call.scale, dk_head, dk.row, j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
+        store_tile(dk1 * call.scale, dk_head, number(dk.row), j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
         if D2 > 0:
-            store_tile(dk2 * call.scale, dk_head, dk.row, j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
+            store_tile(dk2 * call.scale, dk_head, number(dk.row), j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
         dv_head = head_of(dv, b, head, k_row, ALIGN)
-        store_tile(dv_acc, dv_head, dv.row, j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)
+        store_tile(dv_acc, dv_head, number(dv.row), j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)
 
 
 @triton.jit
@@ -222,11 +227,11 @@ def load_queries(
 ):  # fmt: skip
     """A tile of queries: q in two parts, do, and the numbers of :class:`Rows`."""
     q_head = head_of(q, b, h, q_row, ALIGN)
-    q1 = load_tile(q_head, q.row, i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)
+    q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)
     q2 = q1
     if D2 > 0:
-        q2 = load_tile(q_head, q.row, i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
-    d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), d_o.row, i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
+        q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+    d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
     base = rows_of(call, scratch, b, h, q_row, heads)
     log = load_vector(scratch.log + base, i0, BLOCK_M)
     return q1, q2, d_tile, log, load_vector(scratch.delta + base, i0, BLOCK_M)
@@ -239,7 +244,7 @@ def attention_backward_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head."""
-    b, h, tile = find_program(call, call.cu_q, call.length_q, heads, together, BLOCK_M)
+    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if i0 < rows:
@@ -249,8 +254,8 @@ def attention_backward_queries(
         q1, q2, d_tile, log, change = load_queries(
             q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
         )  # fmt: skip
-        k_head = head_of(k, b, h // call.group, k_row, ALIGN)
-        v_head = head_of(v, b, h // call.group, k_row, ALIGN)
+        k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
+        v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dq2 = dq1
         if D2 > 0:
@@ -258,21 +263,21 @@ def attention_backward_queries(
         if call.pairs is None:
             if call.left is not None:
                 dq1, dq2 = add_keys(
-                    dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, k.row, v.row, begin, whole_begin,
+                    dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), begin, whole_begin,
                     call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, k.row, v.row, whole_begin, whole_end,
+                dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), whole_begin, whole_end,
                 call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
         dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, k.row, v.row, whole_end, end,
+            dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
         dq_head = head_of(dq, b, h, q_row, ALIGN)
-        store_tile(dq1 * call.scale, dq_head, dq.row, i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)
+        store_tile(dq1 * call.scale, dq_head, number(dq.row), i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)
         if D2 > 0:
-            store_tile(dq2 * call.scale, dq_head, dq.row, i0, rows, D, D1, BLOCK_M, D2, ALIGN, WIDEN)
+            store_tile(dq2 * call.scale, dq_head, number(dq.row), i0, rows, D, D1, BLOCK_M, D2, ALIGN, WIDEN)

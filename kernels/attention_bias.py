@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .attention_backward import load_queries, scores_gradient
-from .attention_scores import head_of, key_range, load_tile, narrow, sequence
+from .attention_scores import head_of, key_range, load_tile, narrow, number, sequence
 
 
 @triton.jit(
@@ -61,13 +61,13 @@ def attention_backward_bias(
             q1, q2, d_tile, log, change = load_queries(
                 q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
             )  # fmt: skip
-            k_head = head_of(k, b, h // call.group, k_row, ALIGN)
-            k1 = load_tile(k_head, k.row, j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)
+            k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
+            k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)
             k2 = k1
             if D2 > 0:
-                k2 = load_tile(k_head, k.row, j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
-            v_head = head_of(v, b, h // call.group, k_row, ALIGN)
-            v_tile = load_tile(v_head, v.row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
+                k2 = load_tile(k_head, number(k.row), j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
+            v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
+            v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
             i = i0 + tl.arange(0, BLOCK_M)[:, None]
             ds, _scores = scores_gradient(
                 q1, q2, d_tile, log, change, k1, k2, v_tile, call, b, h, i, i0, j0, tq, tk, shift,
@@ -77,9 +77,9 @@ def attention_backward_bias(
     width = 1
     height = 1
     if not SUM_J:
-        width = call.length_k
+        width = number(call.length_k)
     if not SUM_I:
-        height = call.length_q
+        height = number(call.length_q)
     base = dbias + tl.cast(split, tl.int64) * size
     base += (tl.cast(own_b, tl.int64) * own_heads + own_h) * height * width
     dtype: tl.constexpr = dbias.dtype.element_ty

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention import attend_all
-from .attention_scores import LN2, LOG2E, head_of, key_range, narrow, sequence
+from .attention_scores import LN2, LOG2E, head_of, key_range, narrow, number, sequence
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def attention_decode(
     b = program // splits // heads_k
     _, _, tq, _, _, tk, shift = sequence(call, b)
     row = tl.arange(0, BLOCK_M)
-    inside = row < call.group * call.length_q
-    i = tl.where(inside, row % call.length_q, 0)
-    h = head * call.group + tl.where(inside, row // call.length_q, 0)
+    inside = row < number(call.group) * number(call.length_q)
+    i = tl.where(inside, row % number(call.length_q), 0)
+    h = head * number(call.group) + tl.where(inside, row // number(call.length_q), 0)
     begin, whole_begin, whole_end, end = key_range(call, 0, tq - 1, tk, shift, BLOCK_N)
     first = split * split_keys
     last = first + split_keys
@@ -54,8 +54,8 @@ def attention_decode(
     whole_begin = tl.minimum(tl.maximum(whole_begin, first), last)
     whole_end = tl.maximum(tl.minimum(whole_end, last), whole_begin)
 
-    q_head = head_of(q, b, head * call.group, 0, ALIGN)
-    offset = (h - head * call.group) * q.head + i * q.row
+    q_head = head_of(q, b, head * number(call.group), 0, ALIGN)
+    offset = (h - head * number(call.group)) * number(q.head) + i * number(q.row)
     q1 = load_rows(q_head, offset, inside & (i < tq), D, 0, D1, ALIGN)
     q2 = q1
     if D2 > 0:
@@ -64,7 +64,7 @@ def attention_decode(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc, m, l = attend_all(
-        acc, m, l, q1, q2, head_of(k, b, head, 0, ALIGN), head_of(v, b, head, 0, ALIGN), k.row, v.row,
+        acc, m, l, q1, q2, head_of(k, b, head, 0, ALIGN), head_of(v, b, head, 0, ALIGN), number(k.row), number(v.row),
         begin, whole_begin, whole_end, end, call, b, h[:, None], i[:, None], 0, tq, tk, shift,
         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def attention_decode(
     if call.seed is not None:
         share = share * call.kept_scale
     acc = tl.where(empty[:, None], 0.0, acc * share[:, None])
-    place = ((tl.cast(b, tl.int64) * heads_k * call.group + h) * call.length_q + i) * splits + split
+    place = ((tl.cast(b, tl.int64) * heads_k * number(call.group) + h) * number(call.length_q) + i) * splits + split
     column = tl.arange(0, BLOCK_DV)
     tl.store(o + place[:, None] * DV + column[None, :], acc, mask=inside[:, None] & (column < DV)[None, :])
     tl.store(lse + place, tl.where(empty, float("-inf"), m + tl.log2(l)), mask=inside)
@@ -87,9 +87,9 @@ def attention_merge(
 ):  # fmt: skip
     """One row of o, contiguous [B,Hq,Tq,DV], and of lse, from its splits and the sink."""
     row = tl.cast(tl.program_id(0), tl.int64)
-    b = row // call.length_q // heads
-    h = row // call.length_q % heads
-    i = row % call.length_q
+    b = row // number(call.length_q) // heads
+    h = row // number(call.length_q) % heads
+    i = row % number(call.length_q)
     _, _, tq, _, _, _, _ = sequence(call, b)
     column = tl.arange(0, BLOCK_DV)
     acc = tl.zeros([BLOCK_DV], tl.float32)

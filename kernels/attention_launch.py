@@ -18,12 +18,13 @@ from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
 from .attention_scores import ROW_BLOCK as _ROW_BLOCK
-from .attention_scores import Call, Rows, View
+from .attention_scores import Call, Rows, View, hidden
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 LOG2E = 1.4426950408889634
-UNLIMITED = 1 << 29  # no distance between two positions is larger
+DROP_NONE = 1 << 39  # makes each threshold a number of 64 bits; the kernel takes the lower 32
+UNLIMITED = 1 << 28  # no distance between two positions is larger
 L2_BYTES = 32 << 20  # what programs that run together should read no more of than this, to find it in the cache again
 PROGRAMS = 512  # about what fills a large machine
 DECODE_QUERIES = 16  # up to so many, and DECODE_ROWS in a group of heads, attention is decoding
@@ -77,17 +78,17 @@ class Problem:
         self.check(bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed, dropout_p)
         right = min(window_right if window_right >= 0 else UNLIMITED, 0 if causal else UNLIMITED)
         self.call = Call(
-            batch=self.batch,
-            group=self.heads // max(self.heads_k, 1),
-            length_q=self.length_q,
-            length_k=self.length_k,
+            batch=hidden(self.batch),
+            group=hidden(self.heads // max(self.heads_k, 1)),
+            length_q=hidden(self.length_q),
+            length_k=hidden(self.length_k),
             cu_q=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
             cu_k=None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
             lengths_q=None if lengths_q is None else lengths_q.contiguous(),
             lengths_k=None if lengths_k is None else lengths_k.contiguous(),
-            bottom_right=int(bottom_right),
-            left=min(window_left, UNLIMITED) if window_left >= 0 else None,
-            right=right if right < UNLIMITED else None,
+            bottom_right=hidden(int(bottom_right)),
+            left=hidden(min(window_left, UNLIMITED)) if window_left >= 0 else None,
+            right=hidden(right) if right < UNLIMITED else None,
             scale=self.scale,
             cap_in=scale / softcap if softcap > 0.0 else None,
             cap_out=softcap * LOG2E if softcap > 0.0 else None,
@@ -97,7 +98,7 @@ class Problem:
             alibi=None if alibi_slopes is None else alibi_slopes.contiguous(),
             sinks=None if sinks is None else sinks.contiguous(),
             seed=seed if dropout_p > 0.0 else None,
-            threshold=min(int(dropout_p * 4294967296.0), 0xFFFFFFFF) if dropout_p > 0.0 else None,
+            threshold=hidden(DROP_NONE + min(int(dropout_p * 4294967296.0), 0xFFFFFFFF)) if dropout_p > 0.0 else None,
             kept_scale=(1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0) if dropout_p > 0.0 else None,
         )
 
@@ -190,12 +191,13 @@ class Problem:
 
     def view(self, x: Tensor, align: int) -> View:
         """[B,H,T,D] or packed [T,H,D], strides in units of ``align``."""
-        strides = [s // align for s in x.stride()]
-        return View(x, 0, strides[1], strides[0]) if self.packed else View(x, strides[0], strides[1], strides[2])
+        first, second, third = (hidden(s // align) for s in x.stride()[:3])
+        return View(x, hidden(0), second, first) if self.packed else View(x, first, second, third)
 
     def row_view(self, x: Tensor) -> View:
         """[B,H,T] or packed [H,T], contiguous."""
-        return View(x, 0, x.stride(0), 1) if self.packed else View(x, x.stride(0), x.stride(1), 1)
+        strides = [hidden(s) for s in x.stride()]
+        return View(x, hidden(0), *strides) if self.packed else View(x, *strides)
 
     def columns(self) -> dict[str, int]:
         """D as two powers of two, the second 0 where one is as good; and DV as one."""
@@ -235,10 +237,14 @@ def power_of_two(n: int) -> int:
 
 def pairs_of(name: str, x: Tensor | None) -> dict[str, Any]:
     """The fields of :class:`Call` that describe a bias or a mask."""
-    batch = head = row = step = None
+    batch: int | None = None
+    head: int | None = None
+    row: int | None = None
+    step: int | None = None
     if x is not None:
-        batch, head, row, step = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-        row, step = row or None, None if step == 1 else step
+        strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        batch, head, row, step = (hidden(s) for s in strides)
+        row, step = row if strides[2] else None, None if strides[3] == 1 else step
     return {name: x, f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row, f"{name}_step": step}
 
 
@@ -317,7 +323,7 @@ def plan_backward(
     """Launches that fill ``out``, to run in this order."""
     align = x.align(x.q, x.k, x.v, o, d_o, out.dq, out.dk, out.dv)
     q, k, v, d_view = (x.view(t, align) for t in (x.q, x.k, x.v, d_o))
-    scratch = Rows(out.log, out.delta, out.log.shape[-1] // ROW_BLOCK)
+    scratch = Rows(out.log, out.delta, hidden(out.log.shape[-1] // ROW_BLOCK))
     grid, heads, together = x.grid(False, ROW_BLOCK)
     if not x.empty:
         yield Plan(

@@ -24,7 +24,7 @@ class View(NamedTuple):
     """A tensor [B,H,T,D] (packed [T,H,D]: batch is 0) of unit stride in D, or [B,H,T] of unit stride in T."""
 
     ptr: object
-    batch: object  # strides; of a [B,H,T,D] tensor in units of the kernel's ALIGN elements
+    batch: object  # strides, hidden; of a [B,H,T,D] tensor in units of the kernel's ALIGN elements
     head: object
     row: object
 
@@ -38,7 +38,8 @@ class Rows(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call asks for. Fields are run-time numbers, pointers, or None for a feature that is off.
+    """What a call asks for. Fields are run-time numbers (whole ones :func:`hidden`), pointers, or
+    None for a feature that is off.
 
     bias and mask broadcast to [B,Hq,Tq,Tk]: their strides are 0 where they are broadcast. A row of None serves every
     query, a step (from key to key) of None is 1.
@@ -76,11 +77,24 @@ class Call(NamedTuple):
     kept_scale: object  # 1 / (1 - dropout_p)
 
 
+def hidden(n: int) -> int:
+    """A number as the kernels' tuples carry it: never 1 nor a multiple of 16, for which Triton would compile anew."""
+    return 2 * n + 3
+
+
+@triton.jit
+def number(x):
+    """The inverse of :func:`hidden`."""
+    return (x - 3) // 2
+
+
 @triton.jit
 def head_of(view, b, h, row, ALIGN: tl.constexpr):
     """Where row ``row`` of head h of sequence b begins."""
     offset = (
-        tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head + tl.cast(row, tl.int64) * view.row
+        tl.cast(b, tl.int64) * number(view.batch)
+        + tl.cast(h, tl.int64) * number(view.head)
+        + tl.cast(row, tl.int64) * number(view.row)
     ) * ALIGN
     return view.ptr + offset
 
@@ -159,9 +173,9 @@ def rows_of(call, rows, b, h, q_row, heads):
     """Where the numbers of head h of sequence b begin in :class:`Rows`: each sequence at a multiple of ROW_BLOCK, so
     that a tile of them needs no mask and is aligned."""
     if call.cu_q is None:
-        return (tl.cast(b, tl.int64) * heads + h) * rows.size * ROW_BLOCK
+        return (tl.cast(b, tl.int64) * heads + h) * number(rows.size) * ROW_BLOCK
     else:
-        return (tl.cast(h, tl.int64) * rows.size + q_row // ROW_BLOCK + b) * ROW_BLOCK
+        return (tl.cast(h, tl.int64) * number(rows.size) + q_row // ROW_BLOCK + b) * ROW_BLOCK
 
 
 @triton.jit
@@ -197,9 +211,9 @@ def find_program(call, cu, length, heads, together, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     if cu is None:
         tiles = tl.cdiv(length, BLOCK)
-        units = call.batch * heads
+        units = number(call.batch) * heads
     else:
-        tiles = length // BLOCK + call.batch + 1
+        tiles = length // BLOCK + number(call.batch) + 1
         units = heads
     first = program // (together * tiles) * together
     size = tl.minimum(together, units - first)
@@ -209,7 +223,7 @@ def find_program(call, cu, length, heads, together, BLOCK: tl.constexpr):
     if cu is None:
         return unit // heads, unit % heads, tile
     else:
-        b, tile = find_tile(cu, tile, call.batch, BLOCK)
+        b, tile = find_tile(cu, tile, number(call.batch), BLOCK)
         return b, unit, tile
 
 
@@ -219,8 +233,8 @@ def sequence(call, b):
     if call.cu_q is None:
         q_row = 0
         k_row = 0
-        rows = call.length_q
-        keys = call.length_k
+        rows = number(call.length_q)
+        keys = number(call.length_k)
         tq = rows
         tk = keys
         if call.lengths_q is not None:
@@ -228,14 +242,14 @@ def sequence(call, b):
         if call.lengths_k is not None:
             tk = tl.minimum(tl.maximum(tl.load(call.lengths_k + b), 0), keys).to(tl.int32)
     else:
-        inside = b < call.batch
+        inside = b < number(call.batch)
         q_row = tl.load(call.cu_q + b)
         k_row = tl.load(call.cu_k + b)
-        rows = tl.load(call.cu_q + b + 1, mask=inside, other=call.length_q) - q_row
-        keys = tl.load(call.cu_k + b + 1, mask=inside, other=call.length_k) - k_row
+        rows = tl.load(call.cu_q + b + 1, mask=inside, other=number(call.length_q)) - q_row
+        keys = tl.load(call.cu_k + b + 1, mask=inside, other=number(call.length_k)) - k_row
         tq = tl.where(inside, rows, 0)
         tk = tl.where(inside, keys, 0)
-    return q_row, rows, tq, k_row, keys, tk, call.bottom_right * (tk - tq)
+    return q_row, rows, tq, k_row, keys, tk, number(call.bottom_right) * (tk - tq)
 
 
 @triton.jit
@@ -246,12 +260,12 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
     whole_begin = begin
     end = begin + tk
     if call.left is not None:
-        begin = tl.maximum(begin, first + shift - call.left)
-        whole_begin = tl.maximum(whole_begin, last + shift - call.left)
+        begin = tl.maximum(begin, first + shift - number(call.left))
+        whole_begin = tl.maximum(whole_begin, last + shift - number(call.left))
     whole_end = end
     if call.right is not None:
-        end = tl.minimum(end, last + shift + call.right + 1)
-        whole_end = tl.minimum(whole_end, first + shift + call.right + 1)
+        end = tl.minimum(end, last + shift + number(call.right) + 1)
+        whole_end = tl.minimum(whole_end, first + shift + number(call.right) + 1)
     end = tl.where(first <= last, end, 0)
     whole_end = tl.where(first <= last, whole_end, 0)
     begin = begin // BLOCK * BLOCK
@@ -273,10 +287,10 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
     whole = begin
     end = begin + tq
     if call.right is not None:
-        begin = tl.maximum(begin, first - shift - call.right)
-        whole = tl.maximum(whole, last - shift - call.right)
+        begin = tl.maximum(begin, first - shift - number(call.right))
+        whole = tl.maximum(whole, last - shift - number(call.right))
     if call.left is not None:
-        end = tl.minimum(end, last - shift + call.left + 1)
+        end = tl.minimum(end, last - shift + number(call.left) + 1)
     end = tl.where(first <= last, end, 0)
     begin = begin // BLOCK * BLOCK
     whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
@@ -286,17 +300,17 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
 @triton.jit
 def load_pairs(pointer, batch, head, row, step, b, h, i, j, i0, j0, inside, other):
     """The tile of a bias or mask at heads h, queries i and keys j, which broadcast; i0 and j0 are where it begins."""
-    base = pointer + (tl.cast(b, tl.int64) * batch + tl.cast(h, tl.int64) * head)
+    base = pointer + (tl.cast(b, tl.int64) * number(batch) + tl.cast(h, tl.int64) * number(head))
     if row is not None:
-        base += tl.cast(i0, tl.int64) * row
+        base += tl.cast(i0, tl.int64) * number(row)
     if step is not None:
-        base += tl.cast(j0, tl.int64) * step
-        offset = (j - j0) * step
+        base += tl.cast(j0, tl.int64) * number(step)
+        offset = (j - j0) * number(step)
     else:
         base += j0
         offset = j - j0
     if row is not None:
-        offset = offset + (i - i0) * row
+        offset = offset + (i - i0) * number(row)
     return tl.load(base + offset, mask=inside, other=other)
 
 
@@ -353,9 +367,9 @@ def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
     else:
         seen = (j == j) & (i == i)
     if call.left is not None:
-        seen = seen & (j >= i + (shift - call.left))
+        seen = seen & (j >= i + (shift - number(call.left)))
     if call.right is not None:
-        seen = seen & (j <= i + (shift + call.right))
+        seen = seen & (j <= i + (shift + number(call.right)))
     if call.mask is not None:
         mask = load_pairs(
             call.mask, call.mask_batch, call.mask_head, call.mask_row, call.mask_step,
@@ -376,4 +390,4 @@ def kept(call, b, h, i, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, quad + zero, i + zero, h + zero, b + zero)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_M, BLOCK_N])
-    return words >= tl.cast(call.threshold, tl.uint32)
+    return words >= tl.cast(number(call.threshold), tl.uint32)

@@ -1,4 +1,4 @@
-"""The Triton attention compiled ahead of time: every tile of the tables, with no spills, in shared memory, on tensor cores.
+"""The Triton attention compiled ahead of time: every tile of the tables, without spills, and on tensor cores.
 
 A line of CASES is a set of features with the same code; the numbers are in test_triton_attention_interpreted.py.
 """
@@ -50,8 +50,8 @@ def case(name: str, dtype: torch.dtype = HALF) -> Options:
 
 
 CASES = [
-    "full", "causal", "window", "packed", "lengths", "padding mask", "bias of heads", "bias of keys", "dropout", "alibi",
-    "softcap", "everything",
+    "full", "causal", "window", "packed", "lengths", "padding mask", "bias of heads", "bias of keys", "dropout",
+    "alibi", "softcap", "everything",
 ]  # fmt: skip
 QUICK = [("sm_90", "causal", 64), ("sm_90", "causal", 128), ("sm_80", "window", 128), ("sm_100", "packed", 128),
          ("sm_90", "everything", 128), ("sm_80", "everything", 64), ("sm_90", "full", 192)]  # fmt: skip
@@ -101,17 +101,15 @@ def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> N
 
 @pytest.mark.parametrize("name", ["causal", pytest.param("everything", marks=pytest.mark.full)])
 def test_decoding_fits_its_machine(name: str) -> None:
-    options = case(name)
-    for key in ("bias", "mask"):
-        if key in options:
-            options[key] = options[key][:, :, :4]
     for target in NVIDIA:
-        for heads in (2, 8):  # of the query; 2 of the key
+        for heads in (2, 4):  # of the query; 2 of the key
+            options = case(name)
+            for key in options.keys() & {"bias", "mask"}:
+                options[key] = options[key][:, :heads, :4]
+            for key in options.keys() & {"sinks", "alibi_slopes"}:
+                options[key] = options[key][:heads]
             for dim in (64, 128, 256):
-                given = {
-                    k: v for k, v in options.items() if heads == 4 or k not in ("bias", "mask", "sinks", "alibi_slopes")
-                }
-                for plan in plans(target, HALF, given, dim, dim, queries=4, heads=heads, backward=False):
+                for plan in plans(target, HALF, options, dim, dim, queries=4, heads=heads, backward=False):
                     found = compile_plan(target, plan)
                     found.check(tensor_cores=plan.kernel.__name__ == "attention_decode")
                     assert found.shared <= tuning_attention.SHARED[target]

@@ -12,61 +12,52 @@ from attention_operators import Options, arguments
 from fastseq.kernels import attention_launch
 from fastseq.kernels.attention_launch import Plan, Problem
 from torch import Tensor
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 from triton_support import _PRODUCT, TARGETS, Compiled, _resources
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.int8: "i8",
-}  # fmt: skip
+
+def specialized(x: Any, specialize: bool) -> tuple[Any, Any]:
+    """The type of an argument and what a launch takes for a constant of the kernel, asked of Triton's own launcher."""
+    return native_specialize_impl(CUDABackend, x, False, specialize, True)
 
 
-def type_of(x: Any) -> Any:
-    """The type of an argument in a kernel's signature, as a launch without specialization finds it."""
-    if isinstance(x, Tensor):
-        return "*" + TYPES[x.dtype]
-    if isinstance(x, tuple):
-        return type(x)(*map(type_of, x)) if hasattr(x, "_fields") else tuple(map(type_of, x))
-    if x is None:
-        return "constexpr"
-    if isinstance(x, float):
-        return "fp32"
-    assert isinstance(x, int)
-    assert not isinstance(x, bool)
-    return "i32" if -(2**31) <= x < 2**31 else "i64"
+def places(path: tuple[int, ...], kind: Any, key: Any) -> Iterator[tuple[tuple[int, ...], Any, Any]]:
+    """Every leaf of an argument: its place, its type and its key."""
+    if isinstance(kind, tuple):
+        for n, element in enumerate(kind):
+            yield from places((*path, n), element, key[n])
+    else:
+        yield path, kind, key
 
 
-def absent(path: tuple[int, ...], x: Any) -> Iterator[tuple[int, ...]]:
-    """Places of what is None, in tuples too."""
-    if x is None:
-        yield path
-    elif isinstance(x, tuple):
-        for n, element in enumerate(x):
-            yield from absent((*path, n), element)
-
-
-def signature(plan: Plan) -> tuple[dict[str, Any], dict[tuple[int, ...], Any]]:
-    """The types of a launch's arguments by name, and its constants by place: together they say which variant it is."""
+def signature(plan: Plan) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """The types of a launch's arguments by name, its constants and its attributes by place: what a variant is."""
     types: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for n, parameter in enumerate(plan.kernel.params):
         x = plan.arguments[parameter.name]
         if parameter.is_constexpr:
             types[parameter.name], constants[(n,)] = "constexpr", x
-        else:
-            types[parameter.name] = type_of(x)
-            constants |= dict.fromkeys(absent((n,), x))
-    return types, constants
+            continue
+        kind, key = specialized(x, not parameter.do_not_specialize)
+        types[parameter.name] = kind
+        for path, own, what in places((n,), kind, key):
+            if own == "constexpr":
+                constants[path] = what
+            elif what == "D":
+                attributes[path] = [["tt.divisibility", 16]]
+    return types, constants, attributes
 
 
 def variant(plan: Plan) -> tuple:
     """What tells one compiled kernel from another."""
-    types, constants = signature(plan)
-    return plan.kernel.__name__, repr(types), repr(sorted(constants.items())), repr(plan.options)
+    return plan.kernel.__name__, *map(repr, signature(plan)), repr(plan.options)
 
 
 def compile_plan(target: str, plan: Plan) -> Compiled:
-    types, constants = signature(plan)
-    source = triton.compiler.ASTSource(plan.kernel, types, constants, {})
+    source = triton.compiler.ASTSource(plan.kernel, *signature(plan))
     made = triton.compile(source, target=TARGETS[target], options=plan.options)
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]

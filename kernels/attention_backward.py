@@ -132,6 +132,8 @@ def attention_backward_keys(
         begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
         k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
+        row_q = number(q.row)
+        row_d = number(d_o.row)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         k2 = k1
         dk2 = dk1
@@ -149,19 +151,19 @@ def attention_backward_keys(
             delta_head = scratch.delta + base
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
                     begin, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             else:
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
-                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
+                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
                         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, number(q.row), number(d_o.row),
+                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
                     whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
                 )  # fmt: skip
@@ -256,6 +258,8 @@ def attention_backward_queries(
         )  # fmt: skip
         k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
         v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
+        row_k = number(k.row)
+        row_v = number(v.row)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dq2 = dq1
         if D2 > 0:
@@ -263,17 +267,17 @@ def attention_backward_queries(
         if call.pairs is None:
             if call.left is not None:
                 dq1, dq2 = add_keys(
-                    dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), begin, whole_begin,
+                    dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, begin, whole_begin,
                     call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), whole_begin, whole_end,
+                dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, whole_begin, whole_end,
                 call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
         dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, number(k.row), number(v.row), whole_end, end,
+            dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip

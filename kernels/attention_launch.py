@@ -335,7 +335,7 @@ def plan_backward(
                 "call": x.call, "heads": heads, "together": together,
                 "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "ALIGN": align,
             },
-            {"num_warps": 8, "num_stages": 1},
+            {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     for role, kernel, of_keys, results in (

@@ -38,8 +38,14 @@ _HALF: dict[str, Table] = {
     },
     "sm_90": {
         "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        "backward_keys": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 1)),
+        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+    },
+    "sm_100": {
+        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
     },
 }
@@ -58,6 +64,13 @@ _HALF_PAIRS: dict[str, Table] = {
         "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    },
+    "sm_100": {
+        "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     },
 }
@@ -109,4 +122,4 @@ def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool)
     if dtype == torch.float32:
         return _SINGLE[role][width]
     tables = _HALF_PAIRS if pairs or role == "backward_bias" else _HALF
-    return tables["sm_80" if machine == "sm_80" else "sm_90"][role][width]
+    return tables[machine][role][width]

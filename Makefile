@@ -1,4 +1,4 @@
-# make demo | test | test-full | bench | lint | sanitize | check-arm64 | wheel | build | clean
+# make demo | test | test-interpreted | test-full | bench | lint | sanitize | check-arm64 | wheel | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
@@ -17,14 +17,20 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-full bench lint sanitize check-arm64 wheel build clean
+.PHONY: demo test test-interpreted test-full bench lint sanitize check-arm64 wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
 	$(PY) -m fastseq demo $(ARGS)
 
+# Triton kernels are compiled in the first process and interpreted in the second: Triton cannot do both in one.
 test: build
 	$(PYTEST) $(ARGS)
+	$(if $(findstring tests/,$(ARGS)),,$(MAKE) --no-print-directory test-interpreted)
+
+# The Triton kernels under Triton's interpreter, on the CPU. Its products are numpy's: one thread each is fastest.
+test-interpreted: build
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) $(if $(findstring tests/,$(ARGS)),,tests/test_triton_*_interpreted.py) $(ARGS)
 
 test-full: build
 	$(PYTEST) -m full $(ARGS)

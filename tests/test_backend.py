@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -83,6 +84,22 @@ def test_every_backend_has_a_reason_or_runs():
                     fastseq.nn.GRU(3, 5)(torch.randn(4, 2, 3))
             else:
                 assert fastseq.nn.GRU(3, 5)(torch.randn(4, 2, 3))[0].isfinite().all()
+
+
+def test_triton_says_where_it_can_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = backend.operator_reason("triton", "cpu", "scan")
+    if importlib.util.find_spec("triton") is not None:
+        assert "run on a GPU; on the CPU only under Triton's interpreter" in reason
+        assert backend.operator_reason("triton", "cuda", "scan") is None
+        assert "not on mps" in backend.operator_reason("triton", "mps", "scan")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'triton" in backend.operator_reason("triton", "cuda", "scan")
+
+
+def test_importing_the_package_imports_no_kernels():
+    code = "import fastseq, sys; assert not any(name.startswith('fastseq.kernels') for name in sys.modules)"
+    assert run_with("", code).returncode == 0
 
 
 def test_auto_has_a_row_for_every_device_and_names_only_backends():

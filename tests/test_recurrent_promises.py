@@ -10,15 +10,21 @@ import torch
 from support import NATIVE
 
 import fastseq
+from fastseq.ops_recurrent import interpreted
 
 T, B, I, H = 9, 4, 5, 7
 OPEN, SHUT = 1000.0, -1000.0
-BACKENDS = ["reference", "torch", NATIVE]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Triton's kernels are interpreted in a process of their own (test_triton_promises_interpreted.py), and know no float64.
+INTERPRETED = interpreted()
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "torch", NATIVE]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDE = torch.float32 if INTERPRETED else torch.float64
+DTYPES = DTYPES if INTERPRETED else [WIDE, *DTYPES]
+LONG = 25 if INTERPRETED else 2000
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def layer(name: str, dtype: torch.dtype = torch.float64, **kwargs):
+def layer(name: str, dtype: torch.dtype = WIDE, **kwargs):
     return getattr(fastseq.nn, name)(I, H, **kwargs).to(dtype)
 
 
@@ -34,7 +40,7 @@ def drive(module, **gates: float) -> None:
             module.bias_ih_l0[rows] = value
 
 
-def start(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def start(dtype: torch.dtype = WIDE) -> torch.Tensor:
     return torch.randn(1, B, H).tanh().to(dtype).requires_grad_()
 
 
@@ -48,7 +54,7 @@ def test_rnn_without_recurrence_is_an_mlp_at_each_step(backend, nonlinearity):
     with torch.no_grad():
         rnn.weight_hh_l0.zero_()
         rnn.bias_hh_l0.zero_()
-    x = torch.randn(T, B, I).double().requires_grad_()
+    x = torch.randn(T, B, I).to(WIDE).requires_grad_()
     order = torch.randperm(T)
     with fastseq.use_backend(backend):
         y, permuted = rnn(x)[0], rnn(x[order])[0]
@@ -82,7 +88,7 @@ def test_update_gate_at_zero_and_reset_gate_at_one_is_the_plain_rnn(backend):
         gru, rnn = layer("GRU", reset_after=reset_after), layer("RNN")
         drive(gru, z=SHUT, r=OPEN)
         rnn.load_state_dict({k: v[2 * H :] for k, v in gru.state_dict().items()})
-        x, h0 = torch.randn(T, B, I).double().requires_grad_(), start()
+        x, h0 = torch.randn(T, B, I).to(WIDE).requires_grad_(), start()
         with fastseq.use_backend(backend):
             y, z = gru(x, h0)[0], rnn(x, h0)[0]
         torch.testing.assert_close(y, z)
@@ -94,7 +100,7 @@ def test_both_gates_at_zero_forget_the_past(backend):
     for reset_after in forms(backend):
         gru = layer("GRU", reset_after=reset_after)
         drive(gru, z=SHUT, r=SHUT)
-        x, h0 = torch.randn(T, B, I).double().requires_grad_(), start()
+        x, h0 = torch.randn(T, B, I).to(WIDE).requires_grad_(), start()
         with fastseq.use_backend(backend):
             y, _ = gru(x, h0)
         w, b = gru.weight_ih_l0[2 * H :], gru.bias_ih_l0[2 * H :]
@@ -110,7 +116,7 @@ def test_both_gates_at_zero_forget_the_past(backend):
 def test_open_forget_gate_carries_the_cell_for_thousands_of_steps(backend, dtype):
     lstm = layer("LSTM", dtype)
     drive(lstm, f=OPEN, i=SHUT)
-    x = torch.randn(1, B, I).to(dtype).expand(2000, B, I)
+    x = torch.randn(1, B, I).to(dtype).expand(LONG, B, I)
     c0 = (torch.randn(1, B, H) * 3).to(dtype).requires_grad_()
     h0 = start(dtype)
     with fastseq.use_backend(backend):
@@ -124,9 +130,9 @@ def test_open_forget_gate_carries_the_cell_for_thousands_of_steps(backend, dtype
 def test_shut_forget_and_input_gates_wipe_the_cell(backend):
     lstm = layer("LSTM")
     drive(lstm, f=SHUT, i=SHUT)
-    h0, c0 = start(), torch.randn(1, B, H).double().requires_grad_()
+    h0, c0 = start(), torch.randn(1, B, H).to(WIDE).requires_grad_()
     with fastseq.use_backend(backend):
-        y, (_, c_n) = lstm(torch.randn(T, B, I).double(), (h0, c0))
+        y, (_, c_n) = lstm(torch.randn(T, B, I).to(WIDE), (h0, c0))
     assert not c_n.any()
     assert not y.any()
     assert not torch.autograd.grad(c_n.sum(), c0)[0].any()
@@ -148,9 +154,9 @@ def test_cell_takes_old_and_new_in_full_and_grows_without_clipping(backend, dtyp
 
 def test_hidden_state_of_an_lstm_stays_below_one(backend):
     lstm = layer("LSTM")
-    x = torch.randn(T, B, I).double() * 10
+    x = torch.randn(T, B, I).to(WIDE) * 10
     with fastseq.use_backend(backend):
-        y, _ = lstm(x, (start(), torch.randn(1, B, H).double() * 3))
+        y, _ = lstm(x, (start(), torch.randn(1, B, H).to(WIDE) * 3))
     assert (y.abs() < 1).all()
 
 

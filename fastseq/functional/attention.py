@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastseq import autograd_attention, checks_attention
+from fastseq import autograd_attention, checks_attention, ops_attention_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
 from fastseq.functional import eager_attention
@@ -236,7 +236,7 @@ def attention_and_weights(
     name = backends.resolve(
         "attention",
         device,
-        lambda n: None if n in ("reference", "torch") else backends.operator_reason(n, device),
+        lambda n: None if n in ("reference", "torch") else _operator_reason(n, q, v),
         backends.forced(backend) or "torch",
     )
     if name == "torch":
@@ -251,6 +251,11 @@ def attention_and_weights(
     bias, mask = (None if x is None else _with_four_dimensions(x) for x in (bias, mask))
     arguments = (q, k, v, bias, mask, *(None,) * 6, seed, scale, causal, False, -1, -1, 0.0, dropout_p)
     return autograd_attention.run(name, arguments)[0], weights
+
+
+def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
+    """Why an operator backend cannot run attention of these; None where it can."""
+    return ops_attention_triton.reason(q, v) if name == "triton" else backends.operator_reason(name, q.device.type)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +325,7 @@ def _attend(
             return None
         if name == "torch":
             return eager_attention.torch_reason(cu_seqlens_q is not None, softcap, sinks, return_lse)
-        return backends.operator_reason(name, device)
+        return _operator_reason(name, q, v)
 
     name = backends.resolve("attention", device, reasons, backend)
     seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None

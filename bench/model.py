@@ -1,0 +1,103 @@
+"""The least time a step of the Triton recurrent kernels can take on an H200, from counted bytes, products, barriers.
+
+A floor to lay beside a measured time, not a prediction: every part runs at its limit, and where two can overlap the
+longer one counts. What is counted is in the kernels (kernels/recurrent*.py) and their tiles; what a limit is, below.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from fastseq.kernels import tuning_recurrent as tuning
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Limits of a GPU. Measured on one: copy and product. The others follow from its architecture, or are assumed."""
+
+    name: str = "H200"
+    shared: int = 227 * 1024  # bytes that a program may have
+    sms: int = 132
+    clock: float = 1.755e9  # Hz
+    copy: float = 4.3e12  # bytes/s from memory, read and written (measured)
+    l2: float = 5.5e12  # bytes/s from L2 (assumed)
+    shared_bytes: float = 128.0  # bytes a clock from an SM's shared memory
+    latency_l2: float = 0.6e-6  # s to read what another SM has just written (assumed)
+    barrier: float = 30.0  # clocks of one barrier among the warps of a program (assumed)
+    gates: float = 150.0  # clocks from the product to h: sigmoid, tanh, and their dependencies (assumed)
+    launch: float = 1.6e-6  # s between kernels that follow each other in a CUDA graph (assumed)
+
+    def operations(self, dtype: str) -> float:
+        """Operations a second: 16 bits as measured; float32 as three TF32 products, at half of that each."""
+        return 780e12 if dtype != "fp32" else 780e12 / 2 / 3
+
+
+H200 = Machine()
+
+BARRIERS = {"rnn_tanh": 4, "rnn_relu": 4, "lstm": 6, "gru": 4, "gru_reset_before": 6}
+"""Barriers of one step of the sequence role as compiled for sm_90: bf16, H = 128, without a tape (8 more with it)."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of one step, part by part."""
+
+    role: str
+    product: float
+    weights: float
+    traffic: float
+    synchronisation: float
+
+    @property
+    def step(self) -> float:
+        """Products, weights and the traffic of gates and outputs overlap; what synchronises does not."""
+        return max(self.product, self.weights, self.traffic) + self.synchronisation
+
+
+def floor(cell: str, dtype: str, batch: int, hidden: int, machine: Machine = H200) -> Floor:
+    """The floor of one forward step, in the role that the tables give this layer on that machine."""
+    size, gates = tuning.BYTES[dtype], tuning.GATES[cell]
+    tile = tuning.sequence(cell, dtype, hidden, machine.shared, False)
+    traffic = batch * hidden * (gates + 1) * size / machine.copy  # gates_x in, y out
+    if isinstance(tile, tuning.Sequence):
+        programs = -(-batch // tile.block_b)
+        waves = -(-programs // machine.sms)
+        a_sm = machine.operations(dtype) / machine.sms / 2  # 16 rows of mma.sync reach half of the peak
+        product = waves * 2 * tile.block_b * gates * tile.block_h**2 / a_sm
+        weights = waves * gates * tile.block_h**2 * size / machine.shared_bytes / machine.clock
+        synchronisation = waves * (BARRIERS[cell] * machine.barrier + machine.gates) / machine.clock
+        return Floor("sequence", product, weights, traffic, synchronisation)
+    step = tuning.step(dtype, batch)
+    launches = 2 if cell == "gru_reset_before" else 1
+    over_batch = -(-batch // step.block_b)
+    programs = -(-hidden // step.block_n) * over_batch
+    used = min(programs, machine.sms)
+    rows = over_batch * step.block_b
+    product = 2 * rows * gates * hidden**2 / (machine.operations(dtype) * used / machine.sms)
+    weights = over_batch * gates * hidden**2 * size / (machine.l2 * used / machine.sms)
+    synchronisation = launches * (machine.launch + machine.latency_l2 + machine.gates / machine.clock)
+    return Floor("step", product, weights, traffic, synchronisation)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench model", description=__doc__)
+    parser.add_argument("--dtype", choices=tuning.BYTES, default="bf16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 128])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512, 768, 1024])
+    options = parser.parse_args(argv)
+    print(f"floor of one forward step on an {H200.name}, {options.dtype}, microseconds (product of x not included)")
+    print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':9}{'product':>9}{'weights':>9}{'traffic':>9}{'sync':>7}{'step':>8}")
+    for cell in tuning.GATES:
+        if cell == "rnn_relu":  # as rnn_tanh
+            continue
+        for batch in options.batch:
+            for hidden in options.hidden:
+                f = floor(cell, options.dtype, batch, hidden)
+                parts = (f.product, f.weights, f.traffic)
+                print(
+                    f"{cell:18}{batch:5}{hidden:6}  {f.role:9}"
+                    + "".join(f"{1e6 * part:9.3f}" for part in parts)
+                    + f"{1e6 * f.synchronisation:7.2f}{1e6 * f.step:8.2f}"
+                )
+    return 0

@@ -1,0 +1,144 @@
+"""softmax(Q Kᵀ) V, forward: one pass over the keys with a running maximum, the scores never stored.
+
+    m' = max(m, max_j s[j]);  a = 2^(m - m');  p[j] = 2^(s[j] - m')
+    l' = a l + sum_j p[j];    acc' = a acc + sum_j p[j] v[j]
+
+and in the end o = acc / l, lse = ln 2 * (m + log2 l). Dropout acts on what reaches acc, not on l.
+A program makes BLOCK_M rows of o. Keys that no row sees are not visited; those that all rows see need no mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_scores import (
+    LN2,
+    LOG2E,
+    biased,
+    dot,
+    dot_add,
+    find_program,
+    head_of,
+    kept,
+    key_range,
+    load_tile,
+    logits,
+    narrow,
+    number,
+    sequence,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def attend(
+    acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, end, call, b, h, i, i0, tq, tk, shift,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1]."""
+    for start in tl.range(begin, end, BLOCK_N):
+        k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)  # [BLOCK_N, D1]
+        qk = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
+        if D2 > 0:
+            k2 = load_tile(k_head, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
+            qk = dot_add(q2, tl.trans(k2), qk, PRECISION, WIDEN)
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        if FOLD:  # the scale is positive and nothing is added: it commutes with the maximum, and fuses into the exp2
+            factor = call.scale * LOG2E
+            if MASKED:
+                qk = tl.where(visible(call, b, h, i, j, i0, start, tq, tk, shift, True), qk, float("-inf"))
+            m_new = tl.maximum(m, tl.max(qk, 1) * factor)
+            s = qk * factor
+        else:
+            s = logits(qk, call, q1.dtype == tl.float32)
+            s = biased(s, call, b, h, i, j, i0, start, tq, tk, shift, MASKED, True)
+            m_new = tl.maximum(m, tl.max(s, 1))
+        base = m_new
+        if MASKED:
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        factor_old = tl.exp2(m - base)
+        l = l * factor_old + tl.sum(p, 1)
+        if call.seed is not None:
+            p = tl.where(kept(call, b, h, i, start, BLOCK_M, BLOCK_N), p, 0.0)
+        acc = acc * factor_old[:, None]
+        v = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)  # [BLOCK_N, DV]
+        acc = dot_add(narrow(p, v.dtype, WIDEN), v, acc, PRECISION, WIDEN)
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def attend_all(
+    acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, whole_begin, whole_end, end,
+    call, b, h, i, i0, tq, tk, shift,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code."""
+    if call.pairs is None:
+        if call.left is not None:
+            acc, m, l = attend(
+                acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
+            )  # fmt: skip
+        acc, m, l = attend(
+            acc, m, l, q1, q2, k_head, v_head, k_row, v_row, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
+        )  # fmt: skip
+    return attend(
+        acc, m, l, q1, q2, k_head, v_head, k_row, v_row, whole_end, end, call, b, h, i, i0, tq, tk, shift,
+        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads", "together"])
+def attention_forward(
+    q, k, v, o, lse, call, heads, together,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are
+    taken as D1 + D2 columns, powers of two. Rows past a length get 0 and -inf."""
+    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
+    q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
+    i0 = tile * BLOCK_M
+    if i0 < rows:
+        i = i0 + tl.arange(0, BLOCK_M)[:, None]
+        last = tl.minimum(i0 + BLOCK_M, tq) - 1
+        begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
+        q_head = head_of(q, b, h, q_row, ALIGN)
+        k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
+        v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
+        q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
+        q2 = q1
+        if D2 > 0:
+            q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        if call.sinks is not None:  # a key of value 0, met before all others
+            sink = tl.load(call.sinks + h).to(tl.float32) * LOG2E
+            m = tl.maximum(m, sink)
+            l += tl.where(sink == float("-inf"), 0.0, 1.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        acc, m, l = attend_all(
+            acc, m, l, q1, q2, k_head, v_head, number(k.row), number(v.row), begin, whole_begin, whole_end, end,
+            call, b, h, i, i0, tq, tk, shift,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
+        )  # fmt: skip
+        row = i0 + tl.arange(0, BLOCK_M)
+        empty = (l == 0.0) | (row >= tq)
+        l = tl.where(empty, 1.0, l)
+        share = 1.0 / l
+        if call.seed is not None:
+            share = share * call.kept_scale
+        acc = tl.where(empty[:, None], 0.0, acc * share[:, None])
+        store_tile(acc, head_of(o, b, h, q_row, ALIGN), number(o.row), i0, rows, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, WIDEN)
+        value = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+        tl.store(head_of(lse, b, h, q_row, 1) + row, value, mask=row < rows)

@@ -1,0 +1,284 @@
+"""Launches of the recurrent kernels: tensors as in the schemas ``scan_forward`` and ``scan_backward``.
+
+The products over all steps are torch's. A role is chosen by what fits on the device: *sequence* where W_hh fits one
+SM and there is more than one step, else *step*. All launches go to the current stream, and nothing waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tuning_recurrent as tuning
+from .recurrent import forward_projection, forward_sequence, forward_step
+from .recurrent_backward import backward_sequence, backward_state, backward_step
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Bits of `given`, as the kernels have them.
+BIAS, H0, C0, LENGTHS, RESET, STATES, LAST, DY, DSTATES, CARRY, DC, LATER = (1 << bit for bit in range(12))
+
+role: str | None = None
+"""For tests and measurements: ``"sequence"`` or ``"step"`` instead of what :func:`tile` would choose."""
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have on a device; of an H100 under the interpreter."""
+    if device.type == "cpu":
+        return 227 * 1024
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
+def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> tuple[Any, str | None]:
+    """The tile of the sequence role, or that of the step role and the reason for it."""
+    name = _NAMES[x.dtype]
+    reason: Any = None
+    if projected:
+        reason = "a projected state needs two products a step"
+    elif x.shape[0] == 1 and role != "sequence":
+        reason = "one step is one launch either way, and the step role takes both products into it"
+    elif role == "step":
+        reason = "asked for"
+    else:
+        found = tuning.sequence(cell, name, hidden, shared_memory(x.device), backward)
+        if not isinstance(found, str):
+            return found, None
+        reason = found
+        if role == "sequence":
+            raise ValueError(reason)
+    return tuning.step(name, x.shape[1]), reason
+
+
+def precision(dtype: torch.dtype, hip: bool) -> str:
+    """How tl.dot multiplies: float32 by three TF32 products, which keep its digits, or one if torch may use TF32."""
+    if dtype is not torch.float32 or hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def common(tiles: Any, x: Tensor) -> dict[str, Any]:
+    """Constants and launch options that every kernel takes."""
+    found = {
+        "BLOCK_B": tiles.block_b,
+        "PRECISION": precision(x.dtype, torch.version.hip is not None),
+        "UPCAST": INTERPRETED and x.dtype is not torch.float32,
+        "num_warps": tiles.num_warps,
+    }
+    if x.is_cuda and torch.version.hip is None:
+        found["maxnreg"] = tuning.MAX_REGISTERS
+    if isinstance(tiles, tuning.Sequence):
+        return {**found, "BLOCK_H": tiles.block_h, "STAGES": tiles.stages}
+    return {**found, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "num_stages": tiles.num_stages}
+
+
+@lru_cache
+def absent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Something to point at in place of a tensor that is not there; no kernel follows the pointer."""
+    return torch.empty(16, dtype=dtype, device=device)
+
+
+def rows(t: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A [T, B, N] tensor whose rows lie densely in some order, copied if they do not, and its strides in rows."""
+    if t is None:
+        return None, 0, 0
+    steps, batch, _ = t.shape
+    if not t.is_contiguous() and not t.transpose(0, 1).is_contiguous():
+        t = t.contiguous()
+    return (t, batch, 1) if t.is_contiguous() else (t, 1, steps)
+
+
+def project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tensor, int, int]:
+    """gates_x = x · W_ihᵀ + b_ih [T, B, G*H], laid out as x is, and its strides in rows."""
+    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
+        gates_x = torch.nn.functional.linear(x.transpose(0, 1), w_ih, b_ih)
+        return gates_x, 1, x.shape[0]
+    return torch.nn.functional.linear(x.contiguous(), w_ih, b_ih), x.shape[1], 1
+
+
+def walk(t: Tensor, reverse: bool) -> tuple[int, int]:
+    """The first step of the forward walk, and its direction."""
+    return (t.shape[0] - 1, -1) if reverse else (0, 1)
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Triton launches on the current device: make it that of the tensors."""
+
+    @wraps(launch)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return wrapped
+
+
+@on_its_device
+def scan_forward(
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, save, states
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``fastseq::scan_forward.triton``."""
+    steps, batch, _ = x.shape
+    state, hidden, lstm = w_hh.shape[1], w_hh.shape[0] // tuning.GATES[cell], cell == "lstm"
+    save_tape = save and tuning.GATES[cell] > 1
+    with_states = lstm and (save or states)
+    y, h_n = x.new_empty(steps, batch, state), x.new_empty(batch, state)
+    c_n = x.new_empty(batch, hidden) if lstm else x.new_empty(0)
+    all_c = x.new_empty((steps, batch, hidden) if with_states else 0, dtype=torch.float32 if with_states else x.dtype)
+    tape = x.new_empty((steps, batch, 4 * hidden) if save_tape else 0)
+    if batch == 0:
+        return y, h_n, c_n, all_c, tape
+
+    def there(t: Tensor | None, dtype: torch.dtype = x.dtype) -> Tensor:
+        return absent(dtype, x.device) if t is None else t
+
+    w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths = (dense(t) for t in (w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths))
+    if b_hh is None and b_ih is not None:  # the kernels take both or neither
+        b_hh = torch.zeros_like(b_ih)
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    given = (
+        BIAS * (b_hh is not None) | H0 * (h0 is not None) | C0 * (c0 is not None)
+        | LENGTHS * (lengths is not None) | RESET * (reset is not None) | STATES * with_states
+    )  # fmt: skip
+    reset_t, reset_b = (0, 0) if reset is None else reset.stride()
+    lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
+    first, direction = walk(x, reverse)
+    tiles, _ = tile(cell, x, hidden, w_hr is not None, False)
+    shared = {"CELL": cell, "SAVE": save_tape, **common(tiles, x)}
+    states_or = there(all_c if with_states else None, torch.float32)
+    tape_or = there(tape if save_tape else None)
+
+    if isinstance(tiles, tuning.Sequence):
+        gates_x, x_t, x_b = project(x, w_ih, b_ih)
+        forward_sequence[(triton.cdiv(batch, tiles.block_b),)](
+            gates_x, w_hh, there(b_hh), there(h0), there(c0), lengths, reset, y, h_n, c_n, states_or, tape_or,
+            steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
+        )  # fmt: skip
+        return y, h_n, c_n, all_c, tape
+
+    fused = steps == 1
+    source, x_t, x_b = (x.contiguous(), 0, 0) if fused else project(x, w_ih, b_ih)
+    two = cell == "gru_reset_before"
+    projected = w_hr is not None
+    kept = cell != "rnn_tanh" and cell != "rnn_relu"  # whether something is carried in fp32: c, or a GRU's h
+    start = (c0 if lstm else h0) if kept else None
+    carry_out = x.new_empty(batch, hidden, dtype=torch.float32) if kept and not fused else None
+    carry_in = there(start) if fused else there(None if start is None else start.float(), torch.float32)
+    scratch = x.new_empty(batch, hidden) if two or projected else absent(x.dtype, x.device)
+    update = x.new_empty(batch, hidden, dtype=torch.float32) if two else absent(torch.float32, x.device)
+    between = [x.new_empty(batch, state) for _ in range(min(2, steps - 1))]
+    grid = (triton.cdiv(hidden, tiles.block_n), triton.cdiv(batch, tiles.block_b))
+    h_in = there(h0)
+    for step in range(steps):
+        t = first + step * direction
+        last = step == steps - 1
+        h_out = h_n if last else between[step % 2]
+        given |= LAST * last
+        for phase in (0, 1) if two else (0,):
+            forward_step[grid](
+                source, w_ih, there(b_ih), h_in, carry_in, w_hh, there(b_hh), lengths, reset,
+                y, h_out, carry_out, c_n, states_or, tape_or, scratch, update,
+                t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
+                PHASE=phase, FUSE_X=fused, PROJECTED=projected, **shared,
+            )  # fmt: skip
+        if projected:
+            options = {k: v for k, v in shared.items() if k not in ("CELL", "SAVE")}
+            forward_projection[(triton.cdiv(state, tiles.block_n), grid[1])](
+                scratch, w_hr, h_in, lengths, y, h_out, t, batch, given, hidden, state, **options
+            )
+        h_in, given = h_out, given | H0 | C0
+        carry_in = carry_in if carry_out is None else carry_out
+    return y, h_n, c_n, all_c, tape
+
+
+@on_its_device
+def scan_backward(
+    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``fastseq::scan_backward.triton``."""
+    steps, batch, state = y.shape
+    gates, lstm = tuning.GATES[cell], cell == "lstm"
+    hidden, projected = w_hh.shape[0] // gates, w_hr is not None
+    if (gates > 1 and tape is None) or (lstm and states is None):
+        raise RuntimeError("scan: this cell's backward pass needs its tape, an LSTM's its states")
+    dgates = y.new_empty(steps, batch, gates * hidden)
+    dhidden = y.new_empty((steps, batch, state if projected else hidden) if projected or cell == "gru" else 0)
+    dh0 = y.new_empty((batch, state) if h0 is not None else 0)
+    dc0 = y.new_empty((batch, hidden) if c0 is not None else 0)
+    if batch == 0:
+        return dgates, dhidden, dh0, dc0
+
+    def there(t: Tensor | None, dtype: torch.dtype = y.dtype) -> Tensor:
+        return absent(dtype, y.device) if t is None else t
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(torch.float32).contiguous()
+
+    dy, x_t, x_b = rows(dy)
+    y, w_hh = y.contiguous(), w_hh.contiguous()
+    dstates, states, tape, w_hr, h0, c0, lengths = (
+        dense(t) for t in (dstates, states, tape, w_hr, h0, c0, lengths)
+    )  # fmt: skip
+    given = (
+        H0 * (h0 is not None) | C0 * (c0 is not None) | LENGTHS * (lengths is not None) | RESET * (reset is not None)
+        | DY * (dy is not None) | DSTATES * (dstates is not None)
+        | CARRY * (dh_n is not None) | DC * (dc_n is not None)
+    )  # fmt: skip
+    reset_t, reset_b = (0, 0) if reset is None else reset.stride()
+    lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
+    first, direction = walk(y, reverse)
+    tiles, _ = tile(cell, y, hidden, projected, True)
+    shared = {"CELL": cell, **common(tiles, y)}
+    saved = (there(states, torch.float32), there(tape))
+    dstates = there(dstates, torch.float32)
+
+    if isinstance(tiles, tuning.Sequence):
+        backward_sequence[(triton.cdiv(batch, tiles.block_b),)](
+            there(dy), there(wide(dh_n), torch.float32), there(wide(dc_n), torch.float32), dstates,
+            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0,
+            steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
+        )  # fmt: skip
+        return dgates, dhidden, dh0, dc0
+
+    def carried(t: Tensor | None, width: int) -> Tensor:
+        return y.new_empty(batch, width, dtype=torch.float32) if t is None else t.to(torch.float32, copy=True)
+
+    carry = carried(dense(dh_n), state)
+    dc = carried(dense(dc_n), hidden) if lstm else absent(torch.float32, y.device)
+    two = cell == "gru_reset_before"
+    over_batch = triton.cdiv(batch, tiles.block_b)
+    over_units, over_state = (triton.cdiv(n, tiles.block_n) for n in (hidden, state))
+
+    def state_gradient(t: int, later: int, final: bool) -> None:
+        backward_state[(over_state, over_batch)](
+            there(dy), w_hh, lengths, reset, dgates, dhidden, carry, dh0, t, later, batch, given, x_t, x_b,
+            reset_t, reset_b, hidden, state, FINAL=final, **shared,
+        )  # fmt: skip
+
+    for step in reversed(range(steps)):
+        t = first + step * direction
+        later = t + direction
+        if projected:
+            state_gradient(t, later, False)
+        for phase in (0, 1) if two else (0,):
+            backward_step[(over_units, over_batch)](
+                there(dy), dstates, y, *saved, w_hh, there(w_hr), there(h0), there(c0), lengths, reset,
+                dgates, dhidden, carry, dc, t, later, batch, given, first, direction, x_t, x_b, reset_t, reset_b,
+                steps, hidden, state, PHASE=phase, PROJECTED=projected, **shared,
+            )  # fmt: skip
+        given |= CARRY | DC | LATER
+    if h0 is not None:
+        state_gradient(first, first, True)
+    return dgates, dhidden, dh0, dc.to(y.dtype) if c0 is not None else dc0

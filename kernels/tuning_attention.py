@@ -1,0 +1,126 @@
+"""Tiles of the attention kernels: which sizes, warps and stages for which machine, role and head dimension.
+
+Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine, and most spill no
+registers. For some sets of features a few bytes still spill; the exhaustive tests name them. None has been timed on
+hardware.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Machines, and the bytes of shared memory that a program may use there. sm_80 stands for every NVIDIA machine that is
+not of the two later kinds: its tiles fit in what the smallest of those has."""
+
+ROLES = ("forward", "backward_keys", "backward_queries", "backward_bias", "decode")
+WIDTHS = (64, 128, 256)
+"""Features of a head, the larger of q's and v's, rounded up to one of these."""
+
+Table = dict[str, tuple[Tile, Tile, Tile]]  # by role, for each of WIDTHS
+
+# bfloat16 and float16. Limits (causal, window, lengths) and sinks cost few registers, so that tiles can be large.
+_HALF: dict[str, Table] = {
+    "sm_80": {
+        "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "backward_keys": (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+    },
+    "sm_90": {
+        "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+    },
+    "sm_100": {
+        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+    },
+}
+
+# The same with a bias, mask, slopes, softcap or dropout, which all take registers for every pair of the tile.
+_HALF_PAIRS: dict[str, Table] = {
+    "sm_80": {
+        "forward": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    },
+    "sm_90": {
+        "forward": (Tile(64, 64, 4, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    },
+    "sm_100": {
+        "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    },
+}
+
+# float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
+_SINGLE: Table = {
+    "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_queries": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_bias": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+}
+
+_GFX942: Table = {
+    "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "backward_queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "backward_bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+}
+
+_INTERPRETED = {
+    "forward": Tile(32, 64, 4, 1),
+    "backward_keys": Tile(64, 32, 4, 1),
+    "backward_queries": Tile(32, 64, 4, 1),
+    "backward_bias": Tile(32, 32, 4, 1),
+    "decode": Tile(16, 64, 4, 1),
+}
+
+
+def architecture(x: torch.Tensor) -> str:
+    """The machine a tensor is on: a key of :data:`SHARED`, or ``interpreter``."""
+    if x.device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool) -> Tile:
+    """The tile of a role on a machine, for heads of ``columns`` features at most; ``pairs``: something is computed or
+    loaded for each pair of query and key besides their score."""
+    if machine == "interpreter":
+        return _INTERPRETED[role]
+    width = next(n for n, w in enumerate(WIDTHS) if columns <= w)
+    if machine == "gfx942":
+        return _GFX942[role][width]
+    if dtype == torch.float32:
+        return _SINGLE[role][width]
+    tables = _HALF_PAIRS if pairs or role == "backward_bias" else _HALF
+    return tables[machine][role][width]

@@ -1,0 +1,128 @@
+"""Tiles of the recurrent kernels, and which role a layer gets. Chosen by what compiles without spills; not yet timed.
+
+The sequence role needs W_hh of a whole layer in the shared memory of one SM; how much there is, the device itself
+says. Nothing here depends on T, and on B only whether it is above one tile: the variants that can be compiled are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One launch for all steps: rows of the batch and (padded) units a program owns; stages of its loop's pipeline."""
+
+    block_b: int
+    block_h: int
+    num_warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch a step: rows and units a program owns, and how much of the product it takes at a time."""
+
+    block_b: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# All that a thread can have with 8 warps. Left to itself ptxas stops at 128 here and there, and spills.
+MAX_REGISTERS = 255
+BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
+
+# Largest padded H by bytes of the dtype; above it the step role.
+_LARGEST = {
+    ("lstm", 2): 128,
+    ("gru", 2): 128,
+    ("gru_reset_before", 2): 128,
+    ("rnn_tanh", 2): 256,
+    ("rnn_relu", 2): 256,
+    ("lstm", 4): 64,
+    ("gru", 4): 64,
+    ("gru_reset_before", 4): 64,
+    ("rnn_tanh", 4): 128,
+    ("rnn_relu", 4): 128,
+}
+# Padded H to warps, by bytes of the dtype: as many as the registers of a row of every gate ask for.
+_WARPS = {2: {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}, 4: {16: 2, 32: 4, 64: 8, 128: 8}}
+# What the backward walk reads a step, in tiles of x's dtype and of fp32, which the pipeline loads a step ahead.
+_READ = {"rnn_tanh": (2, 0), "rnn_relu": (2, 0), "lstm": (5, 3), "gru": (6, 0), "gru_reset_before": (5, 0)}
+
+
+def padded(hidden: int) -> int:
+    """The power of two, 16 or more, that holds so many units."""
+    return max(16, 1 << (hidden - 1).bit_length())
+
+
+def largest_sequence(cell: str, dtype: str, backward: bool) -> int:
+    """Most units of the sequence role whose kernel does not spill."""
+    if backward and cell == "lstm" and BYTES[dtype] == 4:
+        return 32
+    return _LARGEST[cell, BYTES[dtype]]
+
+
+def sequence_bytes(cell: str, dtype: str, block_h: int, stages: int, backward: bool) -> int:
+    """Shared memory that the sequence role asks for, at most.
+
+    W_hh (twice in fp32: its TF32 part and the rest), the tiles that the pipeline loads ahead, and room in which warps
+    exchange tiles.
+    """
+    size, gates = BYTES[dtype], GATES[cell]
+    weights = gates * block_h * block_h * (2 if size == 2 else 8)
+    narrow, wide = _READ[cell] if backward else (gates, 0)
+    ahead = (stages - 1) * (narrow * size + wide * 4)
+    exchanged = 8 if size == 4 else 2 * (gates + 1) if backward else 4
+    return weights + BLOCK_B * block_h * (ahead + exchanged)
+
+
+def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) -> Sequence | str:
+    """The tile of the sequence role, or why this device cannot run it.
+
+    Args:
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        shared: bytes of shared memory that a program may have.
+        backward: of the walk back, which reads more a step.
+    """
+    block_h, size, largest = padded(hidden), BYTES[dtype], largest_sequence(cell, dtype, backward)
+    if block_h > largest:
+        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds"
+    for stages in (2, 1):
+        needed = sequence_bytes(cell, dtype, block_h, stages, backward)
+        if needed <= shared:
+            return Sequence(BLOCK_B, block_h, _WARPS[size][block_h], stages)
+    return f"H = {hidden} ({cell}, {dtype}) needs {needed} bytes of shared memory a program; this device has {shared}"
+
+
+# By whether the batch is above 16: a tile of 64 rows reads W_hh a quarter as often.
+_STEP = {
+    (2, False): Step(16, 16, 128, 4, 3),
+    (2, True): Step(64, 16, 64, 4, 3),
+    (4, False): Step(16, 16, 32, 4, 3),
+    (4, True): Step(64, 16, 32, 4, 3),
+}
+
+
+def step(dtype: str, batch: int) -> Step:
+    """The tile of the step role."""
+    return _STEP[BYTES[dtype], batch > BLOCK_B]
+
+
+def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterator[Sequence]:
+    """Every tile of the sequence role that a device with so much shared memory may be given."""
+    block_h = 16
+    while not isinstance(tile := sequence(cell, dtype, block_h, shared, backward), str):
+        yield tile
+        block_h *= 2
+
+
+def step_tiles(dtype: str) -> Iterator[Step]:
+    """Every tile of the step role."""
+    yield from (tile for (size, _), tile in _STEP.items() if size == BYTES[dtype])

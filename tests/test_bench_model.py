@@ -1,0 +1,32 @@
+"""The floor model of the Triton recurrent kernels."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from bench import model
+
+
+def test_more_work_never_takes_less() -> None:
+    for cell in ("lstm", "gru"):
+        for hidden in (64, 128, 512, 1024):
+            floors = [model.floor(cell, "bf16", batch, hidden) for batch in (1, 64, 256, 4096)]
+            assert all(a.step <= b.step for a, b in itertools.pairwise(floors))
+            wide = model.floor(cell, "fp32", 64, hidden)
+            assert wide.weights >= floors[1].weights
+
+
+def test_a_step_streams_w_hh_from_l2_at_its_speed() -> None:
+    floor = model.floor("lstm", "bf16", 64, 4096)
+    assert floor.role == "step"
+    assert floor.weights == pytest.approx(4 * 4096 * 4096 * 2 / model.H200.l2)
+
+
+def test_the_table_has_a_line_for_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.main(["--batch", "1", "--hidden", "64", "1024"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4 * 2
+    assert "sequence" in lines[2]
+    assert "step" in lines[3]

@@ -1,0 +1,102 @@
+"""The signatures of the recurrent Triton kernels, for compiling every variant in the tables ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastseq.kernels import recurrent, recurrent_backward
+from fastseq.kernels import tuning_recurrent as tuning
+from triton_support import SHARED_LIMIT, Compiled, compile_for
+
+# What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
+_LONG = {"lengths": "*i64", "reset": "*i1"}
+_WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
+_NUMBERS = {"T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b", "I", "H", "P"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants, as a launch would compile it."""
+
+    kernel: str
+    cell: str
+    dtype: str
+    tiles: tuning.Sequence | tuning.Step
+    save: bool = True
+    phase: int = 0
+    fused: bool = False
+    projected: bool = False
+    final: bool = False
+    aligned: bool = True
+    precision: str = ""
+
+    def __str__(self) -> str:
+        t = self.tiles
+        shape = f"H{t.block_h}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
+        flags = [n for n in ("save", "fused", "projected", "final") if getattr(self, n)]
+        return "-".join([self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])])
+
+    def compile(self, target: str) -> Compiled:
+        kernel: Any = getattr(recurrent, self.kernel, None) or getattr(recurrent_backward, self.kernel)
+        t = self.tiles
+        precision = self.precision or ("tf32x3" if self.dtype == "fp32" and not target.startswith("gfx") else "ieee")
+        constants: dict[str, Any] = {
+            "CELL": self.cell,
+            "SAVE": self.save,
+            "PHASE": self.phase,
+            "FUSE_X": self.fused,
+            "PROJECTED": self.projected,
+            "FINAL": self.final,
+            "BLOCK_B": t.block_b,
+            "PRECISION": precision,
+            "UPCAST": False,
+        }
+        options = {"num_warps": t.num_warps}
+        if isinstance(t, tuning.Sequence):
+            constants |= {"BLOCK_H": t.block_h, "STAGES": t.stages}
+        else:
+            constants |= {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
+            options["num_stages"] = t.num_stages
+        if not target.startswith("gfx"):
+            options["maxnreg"] = tuning.MAX_REGISTERS
+        names = kernel.arg_names
+        if self.fused:
+            constants["carry_out"] = None
+        constants = {name: value for name, value in constants.items() if name in names}
+        types = {name: self._type(name) for name in names if name not in constants}
+        return compile_for(target, kernel, types, constants, **options)
+
+    def _type(self, name: str) -> str:
+        if name in _NUMBERS:
+            return "i32:16" if self.aligned and name in ("I", "H", "P") else "i32"
+        if name in _LONG:
+            return _LONG[name] + ":16"
+        wide = name in _WIDE and not (self.fused and name == "carry_in")
+        return ("*fp32" if wide else f"*{self.dtype}") + ":16"
+
+
+def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
+    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16."""
+    shared = SHARED_LIMIT[target]
+    for dtype in dtypes:
+        for cell in tuning.GATES:
+            gated = tuning.GATES[cell] > 1
+            for tile in tuning.sequence_tiles(cell, dtype, shared, False):
+                for save in (True, False) if gated else (False,):
+                    yield Variant("forward_sequence", cell, dtype, tile, save)
+            for tile in tuning.sequence_tiles(cell, dtype, shared, True):
+                yield Variant("backward_sequence", cell, dtype, tile)
+            for step in tuning.step_tiles(dtype):
+                phases = (0, 1) if cell == "gru_reset_before" else (0,)
+                for projected in (False, True) if cell == "lstm" else (False,):
+                    for phase in phases:
+                        for save in (True, False) if gated else (False,):
+                            for fused in (False, True):
+                                yield Variant("forward_step", cell, dtype, step, save, phase, fused, projected)
+                        yield Variant("backward_step", cell, dtype, step, phase=phase, projected=projected)
+                yield Variant("backward_state", cell, dtype, step, final=True)
+                if cell == "lstm":
+                    yield Variant("backward_state", cell, dtype, step, projected=True)
+                    yield Variant("forward_projection", cell, dtype, step)

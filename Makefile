@@ -1,4 +1,4 @@
-# make demo | test | test-interpreted | test-full | bench | lint | sanitize | check-arm64 | wheel | build | clean
+# make demo | test | test-interpreted | test-full | test-tiles | bench | lint | sanitize | check-arm64 | wheel | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-interpreted test-full bench lint sanitize check-arm64 wheel build clean
+.PHONY: demo test test-interpreted test-full test-tiles bench lint sanitize check-arm64 wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -34,6 +34,11 @@ test-interpreted: build
 
 test-full: build
 	$(PYTEST) -m full $(ARGS)
+	$(if $(findstring tests/,$(ARGS)),,$(MAKE) --no-print-directory test-interpreted ARGS="-m full $(ARGS)")
+
+# Every tile of the Triton kernels for every machine: half an hour or more. Some of attention's still spill registers.
+test-tiles: build
+	$(PYTEST) -m tiles $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)

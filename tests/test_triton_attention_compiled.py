@@ -82,7 +82,7 @@ def test_tiles_fit_their_machine(target: str, name: str, width: int) -> None:
     check(target, name, width, HALF)
 
 
-@pytest.mark.full
+@pytest.mark.tiles
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NVIDIA)
@@ -90,7 +90,7 @@ def test_every_tile_fits_its_machine(target: str, name: str, width: int) -> None
     check(target, name, width, HALF)
 
 
-@pytest.mark.full
+@pytest.mark.tiles
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["causal", "window", "everything"])
 def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> None:
@@ -99,7 +99,7 @@ def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> N
         check(target, name, width, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["causal", pytest.param("everything", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["causal", pytest.param("everything", marks=pytest.mark.tiles)])
 def test_decoding_fits_its_machine(name: str) -> None:
     for target in NVIDIA:
         for heads in (2, 4):  # of the query; 2 of the key
@@ -115,7 +115,7 @@ def test_decoding_fits_its_machine(name: str) -> None:
                     assert found.shared <= tuning_attention.SHARED[target]
 
 
-@pytest.mark.full
+@pytest.mark.tiles
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_few_tiles_compile_for_amd(width: int) -> None:
     for name in ("causal", "everything"):

@@ -47,7 +47,7 @@ def test_variants_do_not_spill_fit_and_use_tensor_cores(target: str, cell: str) 
     check(target, [v for v in variants(target) if v.cell == cell and quick(target, v)])
 
 
-@pytest.mark.full
+@pytest.mark.tiles
 @pytest.mark.parametrize("cell", tuning.GATES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("target", NVIDIA)

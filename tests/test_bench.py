@@ -374,3 +374,23 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
     results.write_text(json.dumps(document | {"complete": False}))
     assert main([str(results), "--readme", str(readme)]) == 2
     assert readme.read_text() == text
+
+
+def test_smaller_weights_are_compared_on_a_trained_model(tmp_path, capsys):
+    from bench.weights import main
+
+    path = tmp_path / "weights.json"
+    assert main(["--steps", "2", "--width", "16", "--min-time", "0.01", "--json", str(path)]) == 0
+    models = json.loads(path.read_text())["models"]
+    assert [found["model"] for found in models] == ["gru", "lstm"]
+    for found in models:
+        measured = found["variants"]
+        full = measured["fastseq float32"]["loss"]
+        assert measured["torch float32"]["loss"] == pytest.approx(full, rel=1e-5)
+        for variant in ("fastseq bfloat16", "fastseq int8", "torch int8"):
+            assert 0 < abs(measured[variant]["loss"] / full - 1) < 0.01
+        assert all(one["step_us"] > 0 for one in measured.values())
+    assert "fastseq int8" in capsys.readouterr().out
+    for wrong in (["--steps", "0"], ["--json", str(tmp_path / "nowhere" / "x.json")]):
+        with pytest.raises(SystemExit):
+            main(wrong)

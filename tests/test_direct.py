@@ -45,6 +45,13 @@ def test_it_is_on_with_this_torch():
     assert direct.cell is not None
 
 
+@pytest.mark.parametrize("version", ["2.9.1", "2.14.0a0+gitabc", "3.0.0"])
+def test_it_is_off_with_a_torch_that_it_does_not_know(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.delattr(torch._C, "_is_any_autocast_enabled")
+    assert direct._bind() == (None, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", MODES)
 def test_the_operators_bits(cell, dtype):

@@ -15,16 +15,18 @@ TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
 ``_cdata``. With others the operators are called: slower by some microseconds, the same otherwise."""
 
-QUESTIONS = (
-    torch.is_grad_enabled,
-    torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._is_any_autocast_enabled,
-    torch._C._is_tracing,
-    torch.autograd._profiler_enabled,
-)
-"""What must all be false or None for a tensor to be no more than its numbers. The extension asks them at each call."""
+
+def _questions() -> tuple[Callable[[], object], ...]:
+    """What must all be false or None for a tensor to be no more than its numbers. The extension asks at each call."""
+    return (
+        torch.is_grad_enabled,
+        torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._is_any_autocast_enabled,
+        torch._C._is_tracing,
+        torch.autograd._profiler_enabled,
+    )
 
 
 def _bind() -> tuple[Callable, Callable] | tuple[None, None]:
@@ -33,7 +35,7 @@ def _bind() -> tuple[Callable, Callable] | tuple[None, None]:
         return None, None
     import fastseq._native as native  # type: ignore[import-not-found]
 
-    native.bind(torch.Tensor, torch.nn.Parameter, torch.empty_like, QUESTIONS)
+    native.bind(torch.Tensor, torch.nn.Parameter, torch.empty_like, _questions())
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     if native.described(trial) != (trial.data_ptr(), tuple(trial.shape)):
         return None, None

@@ -28,7 +28,7 @@ ScanView rows(const Array& a, int64_t n, int64_t e, bool transposed = false) {
 
 struct Problem {
   Cell cell;
-  Dtype dtype;
+  Dtype dtype, weights;  // weights: of the matrices
   int64_t T, B, I, H, P, G, tape;
   bool reverse, batch_first, transposed, save, states;
   int threads;
@@ -64,22 +64,24 @@ struct Problem {
     batch_first = random.chance(0.4);
     transposed = random.chance(0.15);
     save = random.chance(0.8);
-    states = lstm() && (save || random.chance(0.5));
     double scale = 1 / std::sqrt(double(H));
     x = random.array(dtype, T * B * I, 1);
-    w_ih = random.array(dtype, G * H * I, scale);
-    w_hh = random.array(dtype, G * H * P, scale);
+    weights = dtype;
+    if (dtype == Dtype::f32 && random.chance(0.3)) weights = Dtype::bf16, save = false;  // as in inference
+    w_ih = random.array(weights, G * H * I, scale);
+    w_hh = random.array(weights, G * H * P, scale);
     if (random.chance(0.7)) {
       b_ih = random.array(dtype, G * H, scale);
       b_hh = random.array(dtype, G * H, scale);
     }
-    if (projected) w_hr = random.array(dtype, P * H, scale);
+    if (projected) w_hr = random.array(weights, P * H, scale);
     h0 = random.array(dtype, B * P, 1);
     if (lstm()) c0 = random.array(dtype, B * H, 1);
     if (random.chance(0.8)) dy = random.array(dtype, T * B * P, 1);
     if (random.chance(0.7)) dh_n = random.array(dtype, B * P, 1);
     if (lstm() && random.chance(0.7)) dc_n = random.array(dtype, B * H, 1);
     if (lstm() && random.chance(0.3)) dstates = random.array(accumulator(), T * B * H, 1);
+    states = lstm() && (save || random.chance(0.5));
     if (cell == Cell::rnn_relu) kinked_y = random.array(dtype, T * B * P, 1);
     if (random.chance(0.4))
       for (int64_t b = 0; b < B; ++b) lengths.push_back(random.below(T + 1));
@@ -134,7 +136,7 @@ struct Problem {
     if (save && tape) saved = Array(dtype, T * B * tape * H);
     ScanForward p{};
     fill(p);
-    p.weights = dtype;
+    p.weights = ScanSizes::Dtype(int(dtype == Dtype::f64 ? dtype : weights));
     p.x = view(x, T, B, I, batch_first);
     p.w_ih = rows(w_ih, G * H, I, transposed);
     p.w_hh = rows(w_hh, G * H, P, transposed);

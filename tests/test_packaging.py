@@ -187,7 +187,7 @@ def library(native, tmp_path_factory) -> Path:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
 def test_library_uses_the_stable_abis_only(library):
     needed = [line.split()[-1] for line in succeed(["nm", "-D", "--undefined-only", library], ROOT).splitlines()]
-    # Mangled names of torch's C++ would tie it to one version; names with _Py are outside of Python's stable ABI, but for
+    # Mangled names of torch's C++ would tie it to one version; names with _Py are outside of Python's stable ABI, save
     # those that the macros of its limited API (Py_DECREF, Py_None, Py_False, Py_True) become.
     unstable = [name for name in needed if re.match(r"_ZN?K?(T[VISC])?N?K?(2at|3c10|5torch|8pybind11)", name)]
     assert unstable == []

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from fastseq import ops, ops_recurrent
+from fastseq import ops, ops_triton
 
 NAMES = ("reference", "torch", "native", "triton")
 
@@ -154,9 +154,8 @@ def _log_once(op: str, name: str, reason: str) -> None:
         log.info("%s: %s passed over: %s", op, name, reason)
 
 
-def operator_reason(name: str, device: str, op: str = "attention") -> str | None:
-    """Why an operator backend (``native``, ``triton``) cannot run ``scan`` or ``attention`` on a device at all; None
-    where it can."""
+def operator_reason(name: str, device: str) -> str | None:
+    """Why an operator backend (``native``, ``triton``) cannot run on a device at all; None where it can."""
     if name == "native":
         if ops.NATIVE_MISSING is not None:
             return f"the compiled extension is not installed ({ops.NATIVE_MISSING}); see python -m fastseq doctor"
@@ -164,9 +163,7 @@ def operator_reason(name: str, device: str, op: str = "attention") -> str | None
             return f"the native kernels run on the CPU only so far, not on {device}"
         return None
     if name == "triton":
-        if op != "scan":
-            return "no Triton attention kernels are in this version"
-        return ops_recurrent.triton_missing(device)
+        return ops_triton.missing(device)
     return None
 
 
@@ -249,5 +246,5 @@ def backends() -> dict[str, str | None]:
         "reference": None,
         "torch": None,
         "native": operator_reason("native", "cpu"),
-        "triton": operator_reason("triton", device, "scan"),
+        "triton": operator_reason("triton", device),
     }

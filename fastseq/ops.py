@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from fastseq import ops_attention_triton, ops_recurrent
+from fastseq import ops_triton
 from fastseq.ops_attention import attention_rule, fake_attention_backward, fake_attention_forward
 from fastseq.ops_define import BACKENDS as BACKENDS
 from fastseq.ops_define import define, fold_batch, loop_over
@@ -189,8 +189,7 @@ define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
-ops_recurrent.register()
-ops_attention_triton.register()
+ops_triton.register()
 
 
 def _load_native() -> str | None:

@@ -88,13 +88,13 @@ def test_every_backend_has_a_reason_or_runs():
 
 def test_triton_says_where_it_can_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = backend.operator_reason("triton", "cpu", "scan")
+    reason = backend.operator_reason("triton", "cpu")
     if importlib.util.find_spec("triton") is not None:
         assert "run on a GPU; on the CPU only under Triton's interpreter" in reason
-        assert backend.operator_reason("triton", "cuda", "scan") is None
-        assert "not on mps" in backend.operator_reason("triton", "mps", "scan")
+        assert backend.operator_reason("triton", "cuda") is None
+        assert "not on mps" in backend.operator_reason("triton", "mps")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'triton" in backend.operator_reason("triton", "cuda", "scan")
+    assert "pip install 'triton" in backend.operator_reason("triton", "cuda")
 
 
 def test_importing_the_package_imports_no_kernels():

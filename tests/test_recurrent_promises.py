@@ -10,7 +10,7 @@ import torch
 from support import NATIVE
 
 import fastseq
-from fastseq.ops_recurrent import interpreted
+from fastseq.ops_triton import interpreted
 
 T, B, I, H = 9, 4, 5, 7
 OPEN, SHUT = 1000.0, -1000.0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastseq import autograd_attention, checks_attention, ops_attention_triton
+from fastseq import autograd_attention, checks_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
 from fastseq.functional import eager_attention
@@ -255,7 +255,7 @@ def attention_and_weights(
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     """Why an operator backend cannot run attention of these; None where it can."""
-    return ops_attention_triton.reason(q, v) if name == "triton" else backends.operator_reason(name, q.device.type)
+    return ops_triton.attention_reason(q, v) if name == "triton" else backends.operator_reason(name, q.device.type)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

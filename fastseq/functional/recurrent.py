@@ -412,4 +412,4 @@ def _reason(
         return eager.torch_reason(stack, lengths, reset, want_states)
     if name == "triton" and x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
-    return backends.operator_reason(name, x.device.type, "scan")
+    return backends.operator_reason(name, x.device.type)

@@ -83,7 +83,7 @@ def add_queries(
 ):  # fmt: skip
     """Adds to dk and dv of a tile of keys what queries from ``begin`` to ``end`` send them. All tiles are transposed,
     [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last need no mask: each has rows
-    of its own, which are not stored; queries past the last are rows of 0 with log = +inf, which add nothing."""
+    of its own, which end as zeros; queries past the last are rows of 0 with log = +inf, which add nothing."""
     for start in tl.range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         q1 = load_tile(q_head, q_row, start, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
@@ -167,9 +167,13 @@ def attention_backward_keys(
                     whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
                 )  # fmt: skip
+        counted = j < tk  # past its length a key gets 0, whatever its row of the sums has taken in
+        dk1 = tl.where(counted, dk1, 0.0)
+        dv_acc = tl.where(counted, dv_acc, 0.0)
         dk_head = head_of(dk, b, head, k_row, ALIGN)
         store_tile(dk1 * call.scale, dk_head, number(dk.row), j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
         if D2 > 0:
+            dk2 = tl.where(counted, dk2, 0.0)
             store_tile(dk2 * call.scale, dk_head, number(dk.row), j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
         dv_head = head_of(dv, b, head, k_row, ALIGN)
         store_tile(dv_acc, dv_head, number(dv.row), j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)

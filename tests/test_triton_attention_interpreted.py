@@ -378,3 +378,10 @@ def test_the_operators_pass_opcheck() -> None:
             (torch.randn_like(o), None, q, k, v, o, lse, *rest),
             test_utils=utilities,
         )
+
+
+def test_keys_past_their_length_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 17, 16), torch.randn(2, 2, 17, 16)
+    options = {"lengths_k": torch.tensor([7, 0]), "causal": True, "bottom_right": False, "scale": 0.25}
+    right(q, k, v, options)

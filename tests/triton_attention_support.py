@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastseq.kernels.attention_launch import Plan, Problem
 from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
-from triton_support import _PRODUCT, TARGETS, Compiled, _resources
+from triton_support import TARGETS, Compiled, read
 
 
 def specialized(x: Any, specialize: bool) -> tuple[Any, Any]:
@@ -59,14 +58,7 @@ def variant(plan: Plan) -> tuple:
 def compile_plan(target: str, plan: Plan) -> Compiled:
     source = triton.compiler.ASTSource(plan.kernel, *signature(plan))
     made = triton.compile(source, target=TARGETS[target], options=plan.options)
-    if target.startswith("gfx"):
-        text = made.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
-        spilled = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
-    else:
-        text = made.asm["ptx"]
-        registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(target, made.metadata.shared, registers, spilled, tuple(_PRODUCT.findall(text)), text)
+    return read(target, made)
 
 
 def plans(

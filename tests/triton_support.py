@@ -83,6 +83,11 @@ def compile_for(
     made = triton.compile(
         source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages, **options}
     )
+    return read(target, made)
+
+
+def read(target: str, made: Any) -> Compiled:
+    """What ``triton.compile`` made for one of TARGETS."""
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])

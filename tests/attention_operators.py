@@ -221,3 +221,22 @@ def draw(rng: random.Random, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
                lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
                lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2]]  # fmt: skip
     return *(rng.choice(layouts)(x) for x in (q, k, v)), options
+
+
+def assert_past_a_length_is_never_read(queries: int, dtype: torch.dtype, backend: str = "native") -> None:
+    """Whatever lies past a length has no part in any result, not even as a NaN; a sequence without keys gives zeros."""
+    options = {"lengths_q": torch.tensor([queries, queries - 1]), "lengths_k": torch.tensor([61, 0])}
+    q, k, v = dense((2, 2, 1, queries, 70, 16, 16), dtype)
+    d_o = torch.randn(2, 2, queries, 16).to(dtype)
+    results = []
+    for junk in (0.0, math.nan, math.inf):
+        q[1, :, queries - 1 :], d_o[1, :, queries - 1 :] = junk, junk
+        k[0, :, 61:], v[0, :, 61:], k[1], v[1] = junk, junk, junk, junk
+        o, lse = forward(q, k, v, options, backend)
+        results.append((o, lse, *backward(d_o, None, q, k, v, o, lse, options, backend)[:3]))
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    o, lse, dq, dk, dv = results[0]
+    assert not o[1].any()
+    assert (lse[1] == -math.inf).all()
+    assert not any(x[1].any() for x in (dq, dk, dv))

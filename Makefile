@@ -49,9 +49,9 @@ lint: $(READY)
 	$(PY) -m mypy
 
 # The native kernels as a plain C++ program: under AddressSanitizer with UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer; for arm64, cross-compiled, and run by an emulator where there is one.
+# ThreadSanitizer, and by a software model of AMX's tiles; for arm64, cross-compiled, and run by an emulator where there is one.
 sanitize: $(READY)
-	$(PY) tests/sanitize/run.py address thread
+	$(PY) tests/sanitize/run.py address thread tiles
 
 check-arm64: $(READY)
 	$(PY) tests/sanitize/run.py arm64

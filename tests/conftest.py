@@ -19,7 +19,7 @@ from fastseq import ops
 # Without Triton its kernels have no tests.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*"]
 
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 # Examples take as long as the machine is busy; a failing one is printed and replayed by hypothesis itself.
 settings.register_profile("fastseq", deadline=None, print_blob=True)

@@ -120,7 +120,7 @@ def rounds_h(dtype: torch.dtype, backend: str) -> bool:
     """Whether the products take h rounded to its storage type: tensor cores do, and the CPU's bfloat16 pairs."""
     if backend == "triton":
         return dtype.itemsize == 2
-    return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") == "avx512_bf16"
+    return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") in ("avx512_bf16", "amx_bf16")
 
 
 def assert_states_are_steps(ours, inputs, lengths, reset, reverse) -> None:

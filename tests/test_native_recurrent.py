@@ -27,7 +27,7 @@ from fastseq import autograd, ops
 
 pytestmark = needs_native
 
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 @pytest.fixture(autouse=True)

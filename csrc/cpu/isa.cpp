@@ -5,11 +5,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastseq {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 #if defined(__x86_64__)
 // F16C, MOVBE and LZCNT belong to what the compiler may emit for these sets, but not every compiler's
@@ -20,10 +24,33 @@ bool cpuid_extras() {
   if (!__get_cpuid(0x80000001, &a, &b, &extended_c, &d)) return false;
   return (c >> 29 & 1) && (c >> 22 & 1) && (extended_c >> 5 & 1);
 }
+
+// Whether the chip has matrix tiles for bfloat16, and the system lets this process use them: it saves 8 KiB of them a
+// thread, and so wants to be asked. Once allowed, all threads of the process are.
+bool tiles_allowed() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE: xgetbv is there
+  unsigned saved, high;
+  asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned kConfigurationAndData = 3u << 17;
+  if ((saved & kConfigurationAndData) != kConfigurationAndData) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
+// The tiles of amx_bf16 have only run on a model of them (tests/sanitize/tile_model.h): they are used where somebody
+// names them.
+constexpr Isa kBestTested = Isa::avx512_bf16;
+
 Isa best() {
-  for (int i = kIsaCount - 1; i > 0; --i)
+  for (int i = int(kBestTested); i > 0; --i)
     if (isa_built(Isa(i)) && isa_supported(Isa(i))) return Isa(i);
   return Isa::baseline;
 }
@@ -53,6 +80,10 @@ bool isa_built(Isa isa) {
     case Isa::avx512_bf16:
       return true;
 #endif
+#if defined(FASTSEQ_HAVE_AMX_BF16)
+    case Isa::amx_bf16:
+      return true;
+#endif
     default:
       return false;
   }
@@ -61,6 +92,9 @@ bool isa_built(Isa isa) {
 bool isa_supported(Isa isa) {
   if (isa == Isa::baseline) return true;
 #if defined(__x86_64__)
+#if defined(FASTSEQ_TILE_MODEL)
+  if (isa == Isa::amx_bf16) return true;  // compiled for any processor
+#endif
   // These look at XGETBV too: a register file that the operating system does not save counts as missing.
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -70,7 +104,10 @@ bool isa_supported(Isa isa) {
                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl");
   if (isa == Isa::avx512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512_bf16) return avx512_bf16;
+  static const bool tiles = avx512_bf16 && tiles_allowed();
+  return tiles;
 #else
   return false;
 #endif

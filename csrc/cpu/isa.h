@@ -12,8 +12,8 @@
 
 namespace fastseq {
 
-enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };  // each contains those before it
-constexpr int kIsaCount = 4;
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx_bf16 };  // each contains those before it
+constexpr int kIsaCount = 5;
 
 // The name of a set, as in the enum.
 const char* isa_name(Isa isa);
@@ -21,7 +21,7 @@ const char* isa_name(Isa isa);
 bool isa_built(Isa isa);
 bool isa_supported(Isa isa);
 
-// The set in force: the best that is built and supported, unless set_isa named another.
+// The set in force: the best that is built, supported and has run on such a chip, unless set_isa named another.
 Isa active_isa();
 // Forces a set by name from the next call on, in every thread; "auto" goes back to the best. Returns false, and changes
 // nothing, for a name that is unknown, not built, or not supported here.
@@ -43,6 +43,9 @@ const char* usable_isas();
   }                                              \
   namespace avx512_bf16 {                        \
   result name arguments;                         \
+  }                                              \
+  namespace amx_bf16 {                           \
+  result name arguments;                         \
   }
 
 #define FASTSEQ_CASE(isa, name, ...) \
@@ -63,6 +66,11 @@ const char* usable_isas();
 #else
 #define FASTSEQ_CASE_AVX512_BF16(name, ...)
 #endif
+#if defined(FASTSEQ_HAVE_AMX_BF16)
+#define FASTSEQ_CASE_AMX_BF16(name, ...) FASTSEQ_CASE(amx_bf16, name, __VA_ARGS__)
+#else
+#define FASTSEQ_CASE_AMX_BF16(name, ...)
+#endif
 
 // An expression: the result of name(...) in the namespace of the set in force.
 #define FASTSEQ_DISPATCH(name, ...)                  \
@@ -71,6 +79,7 @@ const char* usable_isas();
       FASTSEQ_CASE_AVX2(name, __VA_ARGS__)           \
       FASTSEQ_CASE_AVX512(name, __VA_ARGS__)         \
       FASTSEQ_CASE_AVX512_BF16(name, __VA_ARGS__)    \
+      FASTSEQ_CASE_AMX_BF16(name, __VA_ARGS__)       \
       default:                                       \
         return ::fastseq::baseline::name(__VA_ARGS__); \
     }                                                \

@@ -125,16 +125,11 @@ struct Forward {
     int threads = threads_for(p);
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
     switch (p.cell) {
-      case Cell::rnn_tanh:
-        return parallel(threads, [this](const Team& t) { Thread<Cell::rnn_tanh>(*this, t).walk(); });
-      case Cell::rnn_relu:
-        return parallel(threads, [this](const Team& t) { Thread<Cell::rnn_relu>(*this, t).walk(); });
-      case Cell::lstm:
-        return parallel(threads, [this](const Team& t) { Thread<Cell::lstm>(*this, t).walk(); });
-      case Cell::gru:
-        return parallel(threads, [this](const Team& t) { Thread<Cell::gru>(*this, t).walk(); });
-      case Cell::gru_reset_before:
-        return parallel(threads, [this](const Team& t) { Thread<Cell::gru_reset_before>(*this, t).walk(); });
+      case Cell::rnn_tanh: return on_threads<Thread<Cell::rnn_tanh>>(threads, *this);
+      case Cell::rnn_relu: return on_threads<Thread<Cell::rnn_relu>>(threads, *this);
+      case Cell::lstm: return on_threads<Thread<Cell::lstm>>(threads, *this);
+      case Cell::gru: return on_threads<Thread<Cell::gru>>(threads, *this);
+      case Cell::gru_reset_before: return on_threads<Thread<Cell::gru_reset_before>>(threads, *this);
     }
   }
 

@@ -239,7 +239,7 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
       return multiply_across<G>(w, rows, count, first, last, init, stride, add, out, done);
   for (long v = first; v < last; v += tile_width(G)) {
     int width = int(last - v < tile_width(G) ? last - v : tile_width(G));
-    int most = rows_of_tile(G * width);
+    int most = rows_of_product<Operand<S>>(G * width);
     long tiles = (count + most - 1) / most, each = count / tiles, larger = count % tiles;
     long row = 0;
     for (long i = 0; i < tiles; ++i) {
@@ -251,7 +251,7 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
         using P = Panel<S, W>;
         const Tile<E, P> tile{rows + row, w.packed + v * w.stride, w.stride, __is_same(E, P) ? terms_of<E>(w.K) : w.K,
                               init ? init + v * L : nullptr, outs, stride, add,
-                              w.scale ? w.scale + v * L : nullptr, w.scale_stride};
+                              w.scale ? w.scale + v * L : nullptr, w.scale_stride, n};
         tile_function<E, P, G>(n, width)(tile);
       } else {
         for (int g = 0; g < G; ++g)

@@ -59,6 +59,15 @@ struct Part {
   void sync() const { barrier->wait(ways); }
 };
 
+// Worker(job, team).walk() in each thread of a team.
+template <class Worker, class Job>
+void on_threads(int threads, const Job& job) {
+  parallel(threads, [&](const Team& team) {
+    [[maybe_unused]] MatrixScope scope;
+    Worker(job, team).walk();
+  });
+}
+
 // body(S{}) with the storage type S of a dtype.
 template <class Body>
 auto for_dtype(Dtype dtype, const Body& body) {

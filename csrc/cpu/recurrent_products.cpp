@@ -129,6 +129,7 @@ struct Products {
 
   void run() {
     parallel(threads, [this](const Team& team) {
+      [[maybe_unused]] MatrixScope scope;
       if (p.dx.data) input_gradient(team);
       if (p.dw_ih.data) weight_gradients(team);
     });

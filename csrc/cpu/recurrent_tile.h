@@ -20,6 +20,12 @@ namespace FASTSEQ_ISA {
 constexpr int kMaxRows = 16;    // rows whose results are handed on together
 constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
 
+// A number in a type.
+template <int kAt>
+struct Number {
+  static constexpr int at = kAt;
+};
+
 constexpr int rows_of_tile(int vectors) {
   return kVectorRegisters >= 32 ? (vectors >= 4 ? 6 : 8) : (vectors >= 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
 }
@@ -39,6 +45,7 @@ struct Tile {
   bool add;              // to what is in out; then there is no init
   const A* scale = nullptr;  // null, or [gate][..] factors of all sums, a gate `scale_stride` apart
   long scale_stride = 0;
+  int count = 0;             // R, which only run_matrix does not know from its type
 };
 
 // How many sums a result is kept in: a single chain of additions leaves the units idle where there are few results.
@@ -146,12 +153,115 @@ void run_tile(const Tile<E>& t) {
   finish_tile<E, E, R, G, NB>(t, acc[0]);
 }
 
+// Pairs of bfloat16 go through the chip's matrix tiles where it has them: a tile function then takes up to 16 rows.
+#if defined(FASTSEQ_TILES)
+template <class E>
+constexpr bool kMatrix = kTerm<E> == 2;
+
+inline thread_local int matrix_shape = 0;  // of the configuration that this thread has loaded; 0: none
+
+// A thread that multiplies gives the tiles back before it leaves: the system saves what is in them at every switch.
+struct MatrixScope {
+  ~MatrixScope() {
+    if (matrix_shape) tile_release();
+    matrix_shape = 0;
+  }
+};
+
+// Tiles 0 to 3 hold the sums, of a gate and unit vector each; 4 and 5 rows and weights of 16 terms, 6 and 7 of the
+// `rest` that K leaves.
+inline void configure_matrix(int rows, int rest, int row_bytes) {
+  const int shape = rows * 16 + rest;
+  if (shape == matrix_shape) return;
+  TileShapes shapes;
+  for (int sum = 0; sum < kMaxVectors; ++sum) shapes.shape(sum, rows, row_bytes);
+  shapes.shape(4, rows, 64);
+  shapes.shape(5, 16, row_bytes);
+  if (rest) {
+    shapes.shape(6, rows, 4 * rest);
+    shapes.shape(7, rest, row_bytes);
+  }
+  tile_configure(shapes);
+  matrix_shape = shape;
+}
+
+// body(integral constant) for 0 .. N-1: a tile's number is part of the instruction.
+template <int N, int kAt = 0, class Body>
+FASTSEQ_INLINE void each_tile(const Body& body) {
+  if constexpr (kAt < N) {
+    body(Number<kAt>{});
+    each_tile<N, kAt + 1>(body);
+  }
+}
+
+template <class E, int G, int NB>
+void run_matrix(const Tile<E>& t) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, N = G * NB, kTerms = 16, D = kTerm<E>;
+  const int R = t.count, rest = int(t.K % kTerms);
+  configure_matrix(R, rest, L * int(sizeof(A)));
+  // Rows that lie evenly are read from there; others (a row was reset, or has ended) are brought together first.
+  const uintptr_t first = reinterpret_cast<uintptr_t>(t.rows[0]);
+  const uintptr_t apart = R > 1 ? reinterpret_cast<uintptr_t>(t.rows[1]) - first : 0;
+  bool even = true;
+  for (int r = 2; r < R; ++r) even = even && reinterpret_cast<uintptr_t>(t.rows[r]) == first + uintptr_t(r) * apart;
+  alignas(64) E gathered[kMaxRows * kTerms * D];
+  auto rows_at = [&](long k, int terms) {
+    if (even) return t.rows[0] + k * D;
+    for (int r = 0; r < R; ++r) std::memcpy(gathered + r * kTerms * D, t.rows[r] + k * D, size_t(terms) * D * sizeof(E));
+    return static_cast<const E*>(gathered);
+  };
+  const long stride = even ? long(apart) : long(kTerms * D * sizeof(E));
+  auto weights_at = [&](long k, int n) { return t.w + n % NB * t.w_stride + (k * G + n / NB) * L * D; };
+  constexpr long w_stride = G * L * D * long(sizeof(E));
+  each_tile<N>([](auto n) { tile_zero<n.at>(); });
+  long k = 0;
+  for (; k + kTerms <= t.K; k += kTerms) {
+    tile_load<4>(rows_at(k, kTerms), stride);
+    each_tile<N>([&](auto n) {
+      tile_load<5>(weights_at(k, n.at), w_stride);
+      tile_multiply<n.at, 4, 5>();
+    });
+  }
+  if (rest) {
+    tile_load<6>(rows_at(k, rest), stride);
+    each_tile<N>([&](auto n) {
+      tile_load<7>(weights_at(k, n.at), w_stride);
+      tile_multiply<n.at, 6, 7>();
+    });
+  }
+  alignas(64) A sums[N][kMaxRows * L];
+  each_tile<N>([&](auto n) { tile_store<n.at>(sums[n.at], L * long(sizeof(A))); });
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      const long at = (n / NB) * t.stride + (n % NB) * L;
+      Vec<A> sum = load(sums[n] + r * L);
+      if (t.init || t.add) sum += load((t.add ? t.out[r] : t.init) + at);
+      store(t.out[r] + at, sum);
+    }
+}
+#else
+template <class E>
+constexpr bool kMatrix = false;
+struct MatrixScope {};
+template <class E, int G, int NB>
+void run_matrix(const Tile<E>& t);  // never called
+#endif
+
+// How many rows one call of a tile function takes.
+template <class E>
+constexpr int rows_of_product(int vectors) {
+  return kMatrix<E> ? kMaxRows : rows_of_tile(vectors);
+}
+
 template <class E, class W = E>
 using TileFunction = void (*)(const Tile<E, W>&);
 
 template <class E, class W, int G, int NB, int R = 1>
 TileFunction<E, W> tile_function(int rows) {
-  if constexpr (R > rows_of_tile(G * NB))
+  if constexpr (kMatrix<E>)
+    return &run_matrix<E, G, NB>;
+  else if constexpr (R > rows_of_tile(G * NB))
     return nullptr;
   else if (rows != R)
     return tile_function<E, W, G, NB, R + 1>(rows);

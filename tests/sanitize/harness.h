@@ -13,6 +13,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace driver {
 
@@ -155,6 +156,9 @@ int over_isas(const std::string& what, double tolerance, const Problem& problem)
     if (!fastseq::set_isa(fastseq::isa_name(fastseq::Isa(i)))) continue;
     current = what + " on " + fastseq::isa_name(fastseq::Isa(i));
     failures += !agree(current, problem.run(), expected, tolerance);
+#if defined(FASTSEQ_TILE_MODEL)
+    if (tile_model::configured != 0) std::printf("FAILED %s: a thread keeps its tiles\n", current.c_str()), ++failures;
+#endif
   }
   return failures;
 }

@@ -1,7 +1,8 @@
-"""Runs the CPU kernels as a plain C++ program under a sanitizer: ``run.py address thread arm64``, any of the three.
+"""Runs the CPU kernels as a plain C++ program under a sanitizer: ``run.py address thread tiles arm64``, any of them.
 
 ``address`` is AddressSanitizer with UndefinedBehaviorSanitizer; ``thread`` is ThreadSanitizer, with std::thread in the
-place of OpenMP, into whose runtime it cannot see; ``arm64`` cross-compiles by Debian's aarch64-linux-gnu-g++ and runs
+place of OpenMP, into whose runtime it cannot see; ``tiles`` is ``address`` for the scan by AMX's matrix tiles, with a
+software model in the place of their instructions; ``arm64`` cross-compiles by Debian's aarch64-linux-gnu-g++ and runs
 under qemu-aarch64, where they are installed, and says so where they are not.
 """
 
@@ -40,10 +41,13 @@ class Check:
 
     flags: list[str]
     cases: tuple[int, int]
+    sets: dict[str, list[str]] | None = None  # instruction sets of the check's own, with their flags
+    kernels: str = ""  # how the names of the kernels' files begin
     link: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
+TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../../tests/sanitize/tile_model.h"', "-DWITHOUT_ATTENTION"]
 LINES = ["-g1", "-fno-omit-frame-pointer"]
 CHECKS = {
     "address": Check(
@@ -57,6 +61,14 @@ CHECKS = {
         (150, 150),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
     ),
+    # Any processor runs the model: beside it, vectors are the baseline set's. Attention does not use tiles.
+    "tiles": Check(
+        ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *TILE_MODEL],
+        (1600, 0),
+        sets={"baseline": [], "amx_bf16": []},
+        kernels="recurrent_",
+        environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
+    ),
     "arm64": Check(["-O2"], (60, 60), link=["-static"]),
 }
 
@@ -64,7 +76,7 @@ CHECKS = {
 def usable_sets(sets: dict[str, list[str]], everything: bool) -> list[str]:
     """Baseline and the best set that this processor has, or all that it has."""
     flags = Path("/proc/cpuinfo").read_text()
-    needs = {"avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16"}
+    needs = {"avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16", "amx_bf16": "amx_bf16"}
     usable = [isa for isa in sets if f" {needs.get(isa, '')}" in flags]
     return usable if everything or len(usable) < 2 else [usable[0], usable[-1]]
 
@@ -73,7 +85,7 @@ def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, l
     """Compiles the kernels and the driver into build/<name>/; returns the program."""
     folder = Path("build", name)
     base = [*compiler, *(f for f in setup.COMMON_FLAGS if not f.startswith("-O")), *check.flags]
-    kernels = [path for path in setup.sources("csrc/cpu/*.cpp") if path.name != "isa.cpp"]
+    kernels = [path for path in setup.sources(f"csrc/cpu/{check.kernels}*.cpp") if path.name != "isa.cpp"]
     units = [
         setup.Unit(folder / isa / f"{path.stem}.o", path, [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"])
         for isa, flags in sets.items()
@@ -83,6 +95,7 @@ def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, l
     units += [
         setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have])
         for path in [Path("csrc/cpu/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
+        if not (check.kernels and path.name == "attention.cpp")
     ]
     setup.compile_all(units, setup.run([*compiler, "--version"]).splitlines()[0])
     program = ROOT / folder / "run"
@@ -108,8 +121,8 @@ def run_check(setup, name: str, every_set: bool, cases: tuple[int, int] | None, 
         emulator = [found] if (found := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")) else []
     else:
         compiler, _ = setup.cpu_compiler()
-    sets = setup.ISAS[machine]
-    if len(sets) > 1:
+    sets = check.sets or setup.ISAS[machine]
+    if len(sets) > 1 and check.sets is None:
         sets = {isa: sets[isa] for isa in usable_sets(sets, every_set)}
     start = time.time()
     program = build(setup, name, check, compiler, sets)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # An interpreted kernel patches triton.language for good, so that each process runs either kind of test.
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
+needs_interpreter = pytest.mark.device("triton")  # or a GPU, with --device cuda
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="runs in the process that compiles")
 
 TARGETS = {

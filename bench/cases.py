@@ -64,6 +64,8 @@ class Recurrent(Case):
     """One layer over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that hands its state on.
 
     cell: ``rnn`` (tanh), ``gru``, ``gru_reset_before`` or ``lstm``; as_cell: the layer's RNNCell, GRUCell, LSTMCell.
+    weights: the matrices have only numbers of this smaller type, in everybody's copy, and fastseq is patched to use it
+    (``fastseq.patch(weights=)``); the peers read them as float32.
     """
 
     cell: str
@@ -72,27 +74,31 @@ class Recurrent(Case):
     features: int
     hidden: int
     as_cell: bool = False
+    weights: str = ""
 
     @property
     def name(self) -> str:
         if self.mode == "step":
             return f"{self.cell}{'_cell' if self.as_cell else ''}-step-H{self.hidden}{self._suffix()}"
         shape = f"T{self.steps}-B{self.batch}-I{self.features}-H{self.hidden}"
-        return f"{self.cell}-{self.mode}-{shape}{self._suffix()}"
+        return f"{self.cell}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
+
+    def _weights(self, before: str) -> str:
+        return f"{before}{DTYPES[self.weights]}{before}weights" if self.weights else ""
 
     @property
     def group(self) -> str:
-        return f"{self.cell} {self.mode} {DTYPES[self.dtype]}"
+        return f"{self.cell} {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
         if self.mode == "step" or self.cell == "gru_reset_before":
             return ""
-        return f"recurrent {self.mode} {DTYPES[self.dtype]}"
+        return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def default(self) -> bool:
-        return self.dtype == "float32"
+        return self.dtype == "float32" and not self.weights
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,9 @@ def _all() -> Iterator[Case]:
             for mode in ("inference", "training"):
                 for shape in RECURRENT_GRID:
                     yield Recurrent(mode, dtype, cell, *shape)
+        for cell in ("rnn", "gru", "lstm") if dtype == "float32" else ():
+            for shape in RECURRENT_GRID:
+                yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
         for cell in ("gru", "lstm"):
             for as_cell in (False, True):
                 for hidden in STEP_HIDDEN:
@@ -283,7 +292,11 @@ def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
     c0 = normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
     x = normal(case.batch, case.features) if case.as_cell else normal(case.steps, case.batch, case.features)
     dy = normal(case.steps, case.batch, hidden) if case.training else torch.empty(0)
-    return RecurrentInputs(x, h0, c0, dy, {name + end: weight(*shape) for name, shape in shapes.items()})
+    state = {name + end: weight(*shape) for name, shape in shapes.items()}
+    if case.weights:
+        smaller = getattr(torch, case.weights)
+        state = {name: w.to(smaller).to(dtype) if w.dim() == 2 else w for name, w in state.items()}
+    return RecurrentInputs(x, h0, c0, dy, state)
 
 
 def attention_inputs(case: Attention) -> AttentionInputs:

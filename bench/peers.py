@@ -155,7 +155,10 @@ def fastseq_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entra
 
     if isinstance(case, Recurrent):
         assert isinstance(inputs, RecurrentInputs)
-        yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
+        layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
+        if case.weights:
+            fastseq.patch(layer, weights=case.weights)
+        yield layer_entrant(case, layer, inputs)
         return
     assert isinstance(case, Attention)
     assert isinstance(inputs, AttentionInputs)

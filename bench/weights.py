@@ -2,6 +2,10 @@
 
 Trains the demo's GRU and LSTM on the standard library's sources, then runs each with its float32 weights, with
 ``fastseq.patch(weights="bfloat16")``, with ``weights="int8"``, and through torch's dynamic quantisation.
+
+With --grid instead: fastseq with bfloat16 weights beside torch and ONNX Runtime in float32 on every shape of the
+recurrent grid, all with weights that bfloat16 holds exactly, so that all are held to one truth. These are the cases
+that ``python -m bench --case bf16-weights`` chooses too.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="hidden units (default: %(default)s)")
+    parser.add_argument("--grid", action="store_true", help="the recurrent grid, beside the peers in float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--min-time", type=float, default=1.0, metavar="SECONDS", help="for timing each variant")
     parser.add_argument("--json", type=Path, metavar="PATH")
@@ -42,6 +47,11 @@ def main(argv: list[str]) -> int:
         parser.error("--steps, --width, --threads and --min-time must be positive")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    if options.grid:
+        from bench.__main__ import main as bench
+
+        grid = ["--case", "bf16-weights", "--threads", str(options.threads), "--min-time", str(options.min_time)]
+        return bench(grid if options.json is None else [*grid, "--json", str(options.json)])
     torch.set_num_threads(options.threads)
     found = []
     try:

@@ -8,6 +8,7 @@
 // this on only for releases of torch with which it was tested, after a trial.
 #include "direct.h"
 
+#include <cstring>
 #include <exception>
 
 #include "inference.h"
@@ -20,7 +21,8 @@ constexpr int64_t kAlone = int64_t(1) << 18;   // more multiplications than this
 
 // Set once by bind(): the exact types that are ordinary tensors, questions that must all be answered with something
 // false, and torch.empty_like. Interned names of attributes.
-PyObject *tensor_type, *parameter_type, *questions, *empty_like, *cdata_name, *new_empty_name, *is_neg_name;
+PyObject *tensor_type, *parameter_type, *questions, *empty_like, *cdata_name, *new_empty_name, *is_neg_name,
+    *version_name;
 
 // An owned reference.
 class Object {
@@ -139,9 +141,10 @@ struct BorrowedList {
   }
 };
 
-// stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first) -> (y, h_n[, c_n]) or None
+// stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first[, hidden, outputs])
+// -> (y, h_n[, c_n]) or None
 PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 9 || !nothing_speaks_against_it()) return decline();
+  if ((count != 9 && count != 11) || !nothing_speaks_against_it()) return decline();
   Borrowed x, h0, c0;
   BorrowedList weights(args[3]), scales(args[4]);
   if (args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]) || !weights.take() ||
@@ -151,7 +154,8 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (!cell) return decline();
   const StackCall call{x.handle(), h0.handle(), c0.handle(), weights.handles, int64_t(weights.count), scales.handles,
                        int64_t(scales.count), cell, PyLong_AsLongLong(args[6]), PyObject_IsTrue(args[7]) == 1,
-                       PyObject_IsTrue(args[8]) == 1};
+                       PyObject_IsTrue(args[8]) == 1, count > 9 ? PyLong_AsLongLong(args[9]) : 0,
+                       count > 9 ? PyLong_AsLongLong(args[10]) : 0};
   Stack layers(call);
   const bool lstm = layers.lstm();
   Object h_n(make(args[0], args[1], h0.handle(), layers.h_sizes, layers.rank()));
@@ -168,17 +172,18 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
-// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell) -> (h_n[, c_n]) or None
+// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell[, hidden]) -> (h_n[, c_n]) or None
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   constexpr int kTensors = 9;
-  if (count != kTensors + 1 || !nothing_speaks_against_it()) return decline();
+  if ((count != kTensors + 1 && count != kTensors + 2) || !nothing_speaks_against_it()) return decline();
   Borrowed t[kTensors];
   for (int i = 0; i < kTensors; ++i)
     if (!t[i].take(args[i])) return decline();
   const char* name = text_of(args[kTensors]);
   if (!name || !t[0].impl || !t[3].impl || !t[4].impl) return decline();
   CellStep step({t[0].handle(), t[1].handle(), t[2].handle(), t[3].handle(), t[4].handle(), t[5].handle(),
-                 t[6].handle(), t[7].handle(), t[8].handle(), name});
+                 t[6].handle(), t[7].handle(), t[8].handle(), name,
+                 count > kTensors + 1 ? PyLong_AsLongLong(args[kTensors + 1]) : 0});
   const bool lstm = step.lstm();
   Object h_n(make(args[0], args[1], t[1].handle(), step.sizes, step.rank()));
   if (!h_n.get()) return decline();
@@ -193,6 +198,33 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
+// unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether the tensors (or Nones) are the
+// sources, at these addresses in memory and of these versions (None: it has none), and the instruction set is this one.
+PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 5 || !PyList_Check(args[0])) return decline();
+  const Py_ssize_t length = PyList_Size(args[0]);
+  const char* isa = text_of(args[4]);
+  bool same = PyTuple_Size(args[1]) == length && isa && !std::strcmp(isa, isa_name(active_isa()));
+  for (Py_ssize_t i = 0; same && i < length; ++i) {
+    PyObject* tensor = PyList_GetItem(args[0], i);
+    same = tensor == PyTuple_GetItem(args[1], i);
+    if (!same || tensor == Py_None) continue;
+    Object cdata(PyObject_GetAttr(tensor, cdata_name));
+    void *impl = cdata.get() ? PyLong_AsVoidPtr(cdata.get()) : nullptr, *data = nullptr;
+    if (!impl) return decline();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(&impl), &data));
+    same = data == PyLong_AsVoidPtr(PyTuple_GetItem(args[2], i));
+    PyObject* version = PyTuple_GetItem(args[3], i);
+    if (!same || version == Py_None) continue;
+    Object now(PyObject_GetAttr(tensor, version_name));
+    if (!now.get()) return decline();
+    same = PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
+  }
+  return PyBool_FromLong(same);
+} catch (const std::exception&) {
+  return decline();
+}
+
 // bind(Tensor, Parameter, empty_like, questions)
 PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 4 || !PyTuple_Check(args[3])) {
@@ -200,6 +232,7 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
+  if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
   if (!new_empty_name) new_empty_name = PyUnicode_InternFromString("new_empty");
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for as long as the process lives
@@ -229,6 +262,7 @@ PyCFunction method(Function function) {
 
 PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
                                 {"cell", method(cell), METH_FASTCALL, nullptr},
+                                {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
                                 {"bind", method(bind), METH_FASTCALL, nullptr},
                                 {"described", method(described), METH_O, nullptr},
                                 {nullptr, nullptr, 0, nullptr}};

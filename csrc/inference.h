@@ -15,6 +15,7 @@ struct StackCall {
   const char* cell;
   int64_t num_layers;
   bool bidirectional, batch_first;
+  int64_t hidden, outputs;  // H and P where the matrices are packed, which do not tell them; else 0
 };
 
 // Checks the call and knows the shapes of its results; run() computes them into contiguous memory.
@@ -39,6 +40,7 @@ class Stack {
 struct CellCall {
   AtenTensorHandle x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh;
   const char* cell;
+  int64_t hidden;  // H where the matrices are packed; else 0
 };
 
 class CellStep {

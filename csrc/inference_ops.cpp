@@ -2,6 +2,8 @@
 #include "inference.h"
 #include "ops.h"
 
+#include <cstring>
+
 namespace fastseq {
 namespace {
 
@@ -13,6 +15,13 @@ ScanView state_row(const char* name, AtenTensorHandle state, Dtype dtype, int64_
   if (!state) return {};
   ScanView out = batched ? view(name, state, dtype, {rows, B, N}) : view(name, state, dtype, {rows, N});
   return offset(out, index * (batched ? out.t : out.b), dtype);
+}
+
+// A matrix of `gates` blocks of `rows` rows of K, as torch has it or packed.
+ScanView matrix_view(const ScanForward& p, const char* name, AtenTensorHandle w, int64_t gates, int64_t rows,
+                     int64_t K) {
+  return p.weights == p.dtype ? view(name, w, p.weights, {gates * rows, K})
+                              : packed_view(name, w, p.weights, gates, rows, K);
 }
 
 // The scales of an int8 matrix's rows.
@@ -45,10 +54,13 @@ Stack::Stack(const StackCall& call) : call_(call) {
   STD_TORCH_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
                   "scan: scales must be one [rows] of each int8 matrix, and none without these");
   STD_TORCH_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
-  STD_TORCH_CHECK(rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
+  const bool packed = p.weights != p.dtype;
+  STD_TORCH_CHECK(packed == (call.hidden > 0 && call.outputs > 0),
+                  "scan: hidden and outputs go with packed weights, and these with them");
+  STD_TORCH_CHECK(packed || rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
   const int64_t* w_hh = sizes_of(call.weights[1]);
   p.T = x[swapped_ ? 1 : 0], p.B = batched_ ? x[swapped_ ? 0 : 1] : 1, p.I = x[rank - 1];
-  p.H = w_hh[0] / gates_, p.P = w_hh[1];
+  p.H = packed ? call.hidden : w_hh[0] / gates_, p.P = packed ? call.outputs : w_hh[1];
   STD_TORCH_CHECK(p.T > 0, "scan: x has no time steps");
   STD_TORCH_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
 
@@ -84,13 +96,13 @@ void Stack::run(void* y, void* h_n, void* c_n) {
       const int64_t index = layer * directions_ + direction;
       const AtenTensorHandle* w = call_.weights + index * width_;
       p.reverse = direction == 1;
-      p.w_ih = view("w_ih", w[0], p.weights, {gates_ * p.H, p.I});
-      p.w_hh = view("w_hh", w[1], p.weights, {gates_ * p.H, p.P});
+      p.w_ih = matrix_view(p, "w_ih", w[0], gates_, p.H, p.I);
+      p.w_hh = matrix_view(p, "w_hh", w[1], gates_, p.H, p.P);
       if (biases_) {
         p.b_ih = view("b_ih", w[2], dtype, {gates_ * p.H});
         p.b_hh = view("b_hh", w[3], dtype, {gates_ * p.H});
       }
-      if (projected_) p.w_hr = view("w_hr", w[width_ - 1], p.weights, {p.P, p.H});
+      if (projected_) p.w_hr = matrix_view(p, "w_hr", w[width_ - 1], 1, p.P, p.H);
       if (scaled_) {
         const AtenTensorHandle* s = call_.scales + index * (2 + projected_);
         p.s_ih = scales("w_ih", s[0], gates_ * p.H);
@@ -117,14 +129,16 @@ CellStep::CellStep(const CellCall& call) {
   rank_ = rank_of(call.x);
   const bool batched = rank_ == 2;
   const int64_t G = gates_of(p.cell), *x = sizes_of(call.x);
-  STD_TORCH_CHECK((batched || rank_ == 1) && rank_of(call.w_hh) == 2,
+  p.weights = weights_of(call.w_ih, p.dtype);
+  const bool packed = p.weights != p.dtype;
+  STD_TORCH_CHECK(packed == (call.hidden > 0), "scan: hidden goes with packed weights, and these with it");
+  STD_TORCH_CHECK((batched || rank_ == 1) && (packed || rank_of(call.w_hh) == 2),
                   "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
   STD_TORCH_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
-  p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = sizes_of(call.w_hh)[1];
-  p.weights = weights_of(call.w_ih, p.dtype);
+  p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = packed ? call.hidden : sizes_of(call.w_hh)[1];
   STD_TORCH_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
-  p.w_ih = view("w_ih", call.w_ih, p.weights, {G * p.H, p.I});
-  p.w_hh = view("w_hh", call.w_hh, p.weights, {G * p.H, p.H});
+  p.w_ih = matrix_view(p, "w_ih", call.w_ih, G, p.H, p.I);
+  p.w_hh = matrix_view(p, "w_hh", call.w_hh, G, p.H, p.H);
   p.s_ih = scales("w_ih", call.s_ih, G * p.H);
   p.s_hh = scales("w_hh", call.s_hh, G * p.H);
   p.b_ih = view("b_ih", call.b_ih, p.dtype, {G * p.H});
@@ -149,14 +163,15 @@ void CellStep::run(void* h_n, void* c_n) {
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const OptionalTensor& h0,
                                                      const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                     const std::vector<Tensor>& scales, const std::string& cell, int64_t num_layers, bool bidirectional,
-                                                     bool batch_first) {
+                                                     const std::vector<Tensor>& scales, const std::string& cell,
+                                                     int64_t num_layers, bool bidirectional, bool batch_first,
+                                                     int64_t hidden, int64_t outputs) {
   std::vector<AtenTensorHandle> handles;
   for (const Tensor& w : weights) handles.push_back(w.get());
   for (const Tensor& s : scales) handles.push_back(s.get());
   const int64_t count = int64_t(weights.size());
   const StackCall call{x.get(),  handle_of(h0), handle_of(c0), handles.data(), count, handles.data() + count,
-                       int64_t(scales.size()), cell.c_str(), num_layers, bidirectional, batch_first};
+                       int64_t(scales.size()), cell.c_str(), num_layers, bidirectional, batch_first, hidden, outputs};
   Stack stack(call);
   Tensor y = empty(stack.y_sizes, stack.rank(), stack.dtype()), h_n = empty(stack.h_sizes, stack.rank(), stack.dtype());
   Tensor c_n = stack.lstm() ? empty(stack.c_sizes, stack.rank(), stack.dtype()) : empty({0}, stack.dtype());
@@ -166,14 +181,44 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Opti
 
 std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                            const OptionalTensor& b_hh, const OptionalTensor& s_ih, const OptionalTensor& s_hh,
-                                            const std::string& cell) {
+                                            const OptionalTensor& b_hh, const OptionalTensor& s_ih,
+                                            const OptionalTensor& s_hh, const std::string& cell, int64_t hidden) {
   CellStep step({x.get(), handle_of(h), handle_of(c), w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh),
-                 handle_of(s_ih), handle_of(s_hh), cell.c_str()});
+                 handle_of(s_ih), handle_of(s_hh), cell.c_str(), hidden});
   Tensor h_n = empty(step.sizes, step.rank(), step.dtype());
   Tensor c_n = step.lstm() ? empty(step.sizes, step.rank(), step.dtype()) : empty({0}, step.dtype());
   step.run(h_n.data_ptr(), c_n.data_ptr());
   return {h_n, c_n};
+}
+
+// Element by element, as the layout says: done once, not in a call.
+Tensor pack_weights_cpu(const Tensor& w, int64_t gates, int64_t apart) {
+  const Dtype dtype = weights_of(w.get(), Dtype::f32);
+  STD_TORCH_CHECK(dtype != Dtype::f32 && w.is_cpu() && w.dim() == 2,
+                  "pack_weights: w must be a matrix of bfloat16 or int8 on the CPU");
+  STD_TORCH_CHECK(gates > 0 && apart >= 0 && w.size(0) % (gates + apart) == 0,
+                  "pack_weights: w must have gates + apart blocks of rows, got ", w.size(0), " rows");
+  const int64_t size = int64_t(bytes_of(dtype)), H = w.size(0) / (gates + apart), K = w.size(1);
+  const ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), 4 / size};
+  const int64_t words = layout.words(K), rows = layout.vectors(H) * words * (gates + apart);
+  Tensor packed = empty({rows, layout.lanes, layout.word}, dtype);
+  char* to = static_cast<char*>(packed.data_ptr());
+  const char* from = static_cast<const char*>(w.data_ptr());
+  std::memset(to, 0, size_t(rows * layout.lanes * 4));
+  const int64_t blocks[][2] = {{0, gates}, {gates, apart}};  // first gate, gates
+  for (const auto& [first, count] : blocks) {
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t unit = 0; unit < H; ++unit) {
+        const int64_t v = unit / layout.lanes, lane = unit % layout.lanes;
+        const char* row = from + ((first + g) * H + unit) * w.stride(0) * size;
+        for (int64_t k = 0; k < K; ++k)
+          std::memcpy(to + (((v * words + k / layout.word) * count + g) * layout.lanes + lane) * 4 +
+                          k % layout.word * size,
+                      row + k * w.stride(1) * size, size_t(size));
+      }
+    to += layout.vectors(H) * words * count * layout.lanes * 4;
+  }
+  return packed;
 }
 
 }  // namespace fastseq

@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
   m.impl("stack_forward.native", TORCH_BOX(&fastseq::stack_forward_cpu));
   m.impl("cell_forward.native", TORCH_BOX(&fastseq::cell_forward_cpu));
+  m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
   m.impl("scan_gradient.native", TORCH_BOX(&fastseq::scan_gradient_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));

@@ -58,7 +58,7 @@ Dtype weights_of(AtenTensorHandle w, Dtype beside) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w, &code));
   if (code == code_of(beside)) return beside;
   STD_TORCH_CHECK(beside == Dtype::f32 && (code == code_of(Dtype::bf16) || code == code_of(Dtype::i8)),
-                  "scan: weights must be of x's dtype, or bfloat16 or int8 beside a float32 x");
+                  "scan: weights must be of x's dtype, or packed bfloat16 or int8 beside a float32 x");
   return code == code_of(Dtype::i8) ? Dtype::i8 : Dtype::bf16;
 }
 size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
@@ -125,6 +125,22 @@ ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initialize
 ScanView offset(ScanView v, int64_t elements, Dtype dtype) {
   v.data = static_cast<char*>(v.data) + elements * int64_t(bytes_of(dtype));
   return v;
+}
+
+ScanView packed_view(const char* name, AtenTensorHandle x, Dtype dtype, int64_t gates, int64_t H, int64_t K) {
+  const ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), int64_t(4 / bytes_of(dtype))};
+  const int64_t rows = layout.vectors(H) * layout.words(K) * gates;
+  int32_t code, device;
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(x, &data));
+  const int64_t* sizes = sizes_of(x);
+  const bool fits = rank_of(x) == 3 && device == aoti_torch_device_type_cpu() && code == code_of(dtype) &&
+                    sizes[0] == rows && sizes[1] == layout.lanes && sizes[2] == layout.word && is_contiguous(x);
+  STD_TORCH_CHECK(fits, "scan: ", name, " must come from pack_weights under this instruction set: ", gates,
+                  " gates of ", H, " rows of ", K, " make [", rows, ", ", layout.lanes, ", ", layout.word, "]");
+  return {data, 0, 0, 1};
 }
 
 Workspace::~Workspace() { std::free(data_); }

@@ -37,6 +37,9 @@ ScanView view(const char* name, const T& x, Dtype dtype, std::initializer_list<i
 }
 ScanView offset(ScanView v, int64_t elements, Dtype dtype);
 
+// Checks a matrix that pack_weights packed for the instruction set in force: of `gates` blocks of H rows of K.
+ScanView packed_view(const char* name, AtenTensorHandle x, Dtype dtype, int64_t gates, int64_t H, int64_t K);
+
 int64_t rank_of(AtenTensorHandle x);
 const int64_t* sizes_of(AtenTensorHandle x);
 bool is_contiguous(AtenTensorHandle x);

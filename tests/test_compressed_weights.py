@@ -12,7 +12,7 @@ from torch import nn
 
 import fastseq
 from fastseq.functional import direct
-from fastseq.nn.compressed import KINDS, CompressedWeights
+from fastseq.nn.compressed import KINDS, compress
 
 pytestmark = needs_native
 
@@ -30,8 +30,8 @@ LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}, {"
 
 def plain(weight, kind):
     """A weight as its copy means it, in its own dtype."""
-    (copied,), scales = CompressedWeights(kind).of([weight])
-    return copied.to(weight.dtype) * (scales[0][:, None] if scales else 1)
+    copied, scale = compress(weight, kind)
+    return copied.to(weight.dtype) * (1 if scale is None else scale[:, None])
 
 
 def meant(layer, kind):
@@ -118,7 +118,8 @@ def test_the_copies_are_as_near_as_their_format_allows():
     weight = torch.randn(65, 129) * torch.logspace(-6, 6, 65)[:, None]
     weight[3] = 0
     assert torch.equal(plain(weight, "bfloat16"), weight.bfloat16().float())
-    (rounded,), (scale,) = CompressedWeights("int8").of([weight])
+    rounded, scale = compress(weight, "int8")
+    assert scale is not None
     assert rounded.dtype == torch.int8
     assert rounded.abs().amax(1)[weight.any(1)].eq(127).all()
     error = (rounded.double() * scale.double()[:, None] - weight.double()).abs()
@@ -236,27 +237,122 @@ def test_the_general_ways_read_the_weights_themselves():
 def test_operators_refuse_weights_they_cannot_read():
     stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
     w = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
-    small = [p.to(torch.int8) if p.dim() == 2 else p for p in w]
-    half = [p.to(torch.bfloat16) if p.dim() == 2 else p for p in w]
+    pack = torch.ops.fastseq.pack_weights
+    small = [pack(p.to(torch.int8), 3, 0) if p.dim() == 2 else p for p in w]
+    half = [pack(p.to(torch.bfloat16), 3, 0) if p.dim() == 2 else p for p in w]
     x, scale = torch.randn(3, 2, 5), torch.ones(51)
-    assert stack(x, None, None, small, [scale, scale], "gru", 1, False, False)[0].shape == (3, 2, 17)
-    torch.library.opcheck(stack, (x, None, None, small, [scale, scale], "gru", 1, False, False))
-    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, "gru"))
+    assert stack(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0].shape == (3, 2, 17)
+    torch.library.opcheck(stack, (x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17))
+    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, "gru", 17))
+    sizes = (17, 17)
     bad = [
-        (x, small, []),
-        (x, small, [scale]),
-        (x, small, [scale, scale[:-1]]),
-        (x, small, [scale, scale.double()]),
-        (x, half, [scale, scale]),
-        (x, [half[0], small[1], *w[2:]], []),
-        (x, [half[0], *w[1:]], []),
-        (x, [w[0], half[1], *w[2:]], []),
-        (x, [*half[:2], w[2].bfloat16(), w[3]], []),
-        (x.double(), half, []),
-        (x.bfloat16(), small, [scale, scale]),
+        (x, small, [], sizes),
+        (x, small, [scale], sizes),
+        (x, small, [scale, scale[:-1]], sizes),
+        (x, small, [scale, scale.double()], sizes),
+        (x, half, [scale, scale], sizes),
+        (x, [half[0], small[1], *w[2:]], [], sizes),
+        (x, [half[0], *w[1:]], [], sizes),
+        (x, [w[0], half[1], *w[2:]], [], sizes),
+        (x, [*half[:2], w[2].bfloat16(), w[3]], [], sizes),
+        (x.double(), half, [], sizes),
+        (x.bfloat16(), small, [scale, scale], sizes),
+        (x, half, [], ()),
+        (x, half, [], (33, 17)),
+        (x, half, [], (17, 33)),
+        (x[:, :, :4], [half[0][:3], *half[1:]], [], sizes),
+        (x, [half[0].mT, *half[1:]], [], sizes),
+        (x, w, [], sizes),
+        (x, [p.to(torch.bfloat16) if p.dim() == 2 else p for p in w], [], sizes),
     ]
-    for given, weights, scales in bad:
+    for given, weights, scales, hidden_and_outputs in bad:
         with pytest.raises(RuntimeError, match="scan"):
-            stack(given, None, None, weights, scales, "gru", 1, False, False)
+            stack(given, None, None, weights, scales, "gru", 1, False, False, *hidden_and_outputs)
     with pytest.raises(RuntimeError, match="scales"):
-        cell(x[0], None, None, *small, None, None, "gru")
+        cell(x[0], None, None, *small, None, None, "gru", 17)
+    with pytest.raises(RuntimeError, match="hidden"):
+        cell(x[0], None, None, *half, None, None, "gru")
+    for wrong in (w[0], torch.zeros(50, 5, dtype=torch.int8), torch.zeros(51, dtype=torch.int8)):
+        with pytest.raises(RuntimeError, match="pack_weights"):
+            pack(wrong, 3, 0)
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(torch.bfloat16, 2), (torch.int8, 4)], ids=str)
+@pytest.mark.parametrize(("hidden", "columns"), [(1, 1), (17, 5), (33, 64)])
+def test_packed_weights_lie_as_documented(hidden, columns, dtype, word, isa):
+    for gates, apart in ((1, 0), (4, 0), (2, 1)):
+        weight = torch.randint(-127, 128, (columns, (gates + apart) * hidden)).to(dtype).T  # column-major
+        packed = torch.ops.fastseq.pack_weights(weight, gates, apart)
+        lanes = packed.shape[1]
+        vectors, words = -(-hidden // lanes), -(-columns // word)
+        expected = torch.zeros(gates + apart, vectors * lanes, words * word, dtype=dtype)
+        expected[:, :hidden, :columns] = weight.reshape(gates + apart, hidden, columns)
+        parts = [
+            part.reshape(-1, vectors, lanes, words, word).permute(1, 3, 0, 2, 4).flatten(0, 2)
+            for part in expected.split([gates, apart])
+        ]
+        assert torch.equal(packed, torch.cat(parts))
+
+
+def test_copies_follow_the_instruction_set():
+    layer = fastseq.nn.LSTM(5, 17)
+    fastseq.patch(layer, weights="bfloat16")
+    x = torch.randn(3, 2, 5)
+    found = {}
+    with torch.no_grad():
+        for name in ("baseline", "auto", "baseline"):
+            isa = torch.ops.fastseq.native_isa(name)
+            y = layer(x)[0]
+            assert torch.equal(found.setdefault(isa, y), y)
+            torch.testing.assert_close(y, found["baseline"], rtol=1e-5, atol=1e-6)
+    full = torch.nn.LSTM(5, 17)
+    full.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        assert not torch.equal(full(x)[0], y), "the copies were not read"
+
+
+@pytest.mark.parametrize("by", ["the extension", "Python"])
+def test_a_change_is_noticed_by(by, monkeypatch):
+    if by == "Python":
+        monkeypatch.setattr(direct, "unchanged", None)
+    layer = fastseq.nn.GRU(5, 17, num_layers=2)
+    fastseq.patch(layer, weights="bfloat16")
+    x = torch.randn(3, 2, 5)
+    copies = layer._compressed
+    assert copies.nbytes == 0
+    changes = [
+        lambda: layer.weight_hh_l1.mul_(2),
+        lambda: setattr(layer.weight_ih_l0, "data", torch.randn_like(layer.weight_ih_l0)),
+        lambda: setattr(layer, "weight_ih_l1", nn.Parameter(torch.randn(51, 17))),
+        lambda: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}),
+        lambda: layer.bias_hh_l1.add_(1),
+        lambda: torch.ops.fastseq.native_isa("baseline"),
+    ]
+    with torch.no_grad():
+        before = layer(x)[0]
+        for change in changes:
+            made = copies._made
+            assert torch.equal(layer(x)[0], before)
+            assert copies._made is made, "made again without a change"
+            change()
+            before = layer(x)[0]
+            assert copies._made is not made
+            assert torch.equal(before, copy.deepcopy(layer)(x)[0])
+        size = sum(p.numel() * 2 for p in layer.parameters() if p.dim() == 2)
+        assert size <= copies.nbytes <= 1.5 * size + 4096
+
+
+def test_copies_wait_until_they_are_of_use():
+    layer = fastseq.nn.GRU(5, 17)
+    fastseq.patch(layer, weights="int8")
+    x = torch.randn(3, 2, 5)
+    layer(x)
+    with torch.no_grad():
+        torch.func.vmap(layer)(x[None])
+        with torch.autocast("cpu"):
+            layer(x)
+        with fastseq.use_backend("torch"):
+            layer(x)
+        assert layer._compressed.nbytes == 0
+        layer(x)
+    assert layer._compressed.nbytes > 0

@@ -32,8 +32,8 @@ struct ScanSizes {
 
 // w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].
 struct ScanForward : ScanSizes {
-  // Of w_ih, w_hh and w_hr: dtype, or with f32 the smaller bf16 or i8. Of i8 each row has a float scale: s_ih and s_hh
-  // [G*H], s_hr [P].
+  // Of w_ih, w_hh and w_hr: dtype, or with f32 the smaller bf16 or i8. The smaller ones are packed beforehand, for
+  // scan_lanes() lanes; data is all of their view. Of i8 each row has a float scale: s_ih and s_hh [G*H], s_hr [P].
   Dtype weights;
   ScanView s_ih, s_hh, s_hr;
   ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null
@@ -60,6 +60,16 @@ struct ScanProducts : ScanSizes {
   ScanView dx, dw_ih, dw_hh, db_ih, db_hh;  // outputs with e = 1
   void* workspace;                          // of scan_products_workspace bytes, as above
 };
+
+// A matrix of `gates` blocks of H rows of K, of a type smaller than float, packed: its rows are zero-padded to whole
+// vectors of lanes and its columns to whole words of 4 bytes, and lie as [vector of H][word of K][gate][lane][element of
+// the word]. W_hh of gru_reset_before is two such blocks: of r and z, then of n.
+struct ScanPacked {
+  int64_t lanes, word;  // lanes of a vector; elements of a word
+  int64_t vectors(int64_t H) const { return (H + lanes - 1) / lanes; }
+  int64_t words(int64_t K) const { return (K + word - 1) / word; }
+};
+FASTSEQ_DECLARE(int, scan_lanes, ())
 
 FASTSEQ_DECLARE(size_t, scan_forward_workspace, (const ScanForward& p))
 FASTSEQ_DECLARE(void, scan_forward, (const ScanForward& p))

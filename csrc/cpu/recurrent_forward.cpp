@@ -16,12 +16,13 @@ constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
 constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights,
 constexpr long kAcrossTotal = 256;         // nor up to this many where each step has enough for multiply_across
 
-// S: the type of x and of the states; W: that of the weight matrices, S or a smaller one.
+// S: the type of x and of the states; W: that of the weight matrices, S or a smaller one, then packed beforehand.
 template <class S, class W = S>
 struct Forward {
   using A = Accumulator<S>;
   using E = Operand<S>;
   static constexpr int L = kLanes<A>;
+  static constexpr bool kPrepared = !__is_same(S, W);
   static constexpr bool kPairs = kTerm<E> > 1;  // then the state is kept twice: as it is, and as products read it
 
   struct State {
@@ -37,7 +38,8 @@ struct Forward {
   bool once;            // a single step of few rows: one walk through the weights as they lie
   Barrier* barriers;
   long I;               // input features, in whole terms
-  E *w_ih, *w_hh, *w_hr;            // packed
+  const Panel<S, W> *w_ih, *w_hh, *w_hr;  // packed
+  A *scale_x, *scale_h, *scale_r;   // [G][Hp], [G][Hp], [Pp] of packed int8
   A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
   A* gates;                         // [chunk*B][G][Hp]
   E* inputs;                        // [chunk*B][I]
@@ -59,11 +61,11 @@ struct Forward {
     Hp = Hv * L, Pp = Pv * L;
     auto unit_stride = [](const ScanView& w) { return !w.data || w.e == 1; };
     const bool as_is = unit_stride(p.w_ih) && unit_stride(p.w_hh) && unit_stride(p.w_hr);
-    across = as_is && sizeof(W) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
-    packed = !across && !(as_is && p.T * p.B < kPackRows);
+    across = as_is && !kPrepared && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
+    packed = kPrepared || (!across && !(as_is && p.T * p.B < kPackRows));
     convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed && p.I % kTerm<E>);
     I = whole_terms<E>(p.I);
-    once = p.T == 1 && !packed && !across && !p.w_hr.data && p.cell != Cell::gru_reset_before && !p.lengths && !p.reset;
+    once = !kPrepared && p.T == 1 && !packed && !across && !p.w_hr.data && p.cell != Cell::gru_reset_before && !p.lengths && !p.reset;
 
     int threads = threads_for(p), ways = ways_of(threads);
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
@@ -76,9 +78,17 @@ struct Forward {
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
     bool proj = p.w_hr.data, blend = p.cell == Cell::gru_reset_before;
-    w_ih = arena.take<E>(packed ? Hv * I * G * L : 0);
-    w_hh = arena.take<E>(packed ? Hv * whole_terms<E>(p.P) * G * L : 0);
-    w_hr = arena.take<E>(packed && proj ? Pv * whole_terms<E>(p.H) * L : 0);
+    if constexpr (kPrepared) {
+      w_ih = at<W>(p.w_ih, 0, 0), w_hh = at<W>(p.w_hh, 0, 0), w_hr = at<W>(p.w_hr, 0, 0);
+    } else {
+      w_ih = arena.take<E>(packed ? Hv * I * G * L : 0);
+      w_hh = arena.take<E>(packed ? Hv * whole_terms<E>(p.P) * G * L : 0);
+      w_hr = arena.take<E>(packed && proj ? Pv * whole_terms<E>(p.H) * L : 0);
+    }
+    const bool scaled = p.s_ih.data;
+    scale_x = arena.take<A>(scaled ? G * Hp : 0);
+    scale_h = arena.take<A>(scaled ? G * Hp : 0);
+    scale_r = arena.take<A>(scaled && proj ? Pp : 0);
     bias_x = arena.take<A>(G * Hp);
     bias_h = arena.take<A>(Hp);
     gates = arena.take<A>(chunk * p.B * G * Hp);
@@ -105,7 +115,7 @@ struct Forward {
 
   // Across, rows are lanes, so only units are divided.
   int ways_of(int threads) const {
-    if (!across) return unit_ways(p, threads, sizeof(E));
+    if (!across) return unit_ways(p, threads, sizeof(Panel<S, W>));
     int ways = threads;
     while (ways > 1 && (threads % ways || ways > Hv)) --ways;
     return ways;
@@ -150,26 +160,30 @@ struct Forward {
       c_in = h_in + f.list_length;
       from = f.operands + team.rank * f.list_length;
       rows = f.live_rows + team.rank * p.B;
-      auto raw = [](const ScanView& w) { return static_cast<const W*>(w.data); };
-      const A *s_ih = scale(p.s_ih), *s_hh = scale(p.s_hh);
-      const long P = whole_terms<E>(p.P), H = whole_terms<E>(p.H);
-      input = {f.packed ? f.w_ih : nullptr, f.I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih};
-      hidden = {f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh};
+      auto raw = [](const ScanView& w) { return kPrepared ? nullptr : static_cast<const S*>(w.data); };
+      const bool scaled = p.s_ih.data;
+      const A *s_ih = scaled ? f.scale_x : nullptr, *s_hh = scaled ? f.scale_h : nullptr;
+      const long I = panel_row<S, W>(p.I), P = panel_row<S, W>(p.P), H = panel_row<S, W>(p.H);
+      input = {f.packed ? f.w_ih : nullptr, I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih, f.Hp};
+      hidden = {f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh, f.Hp};
       if (kBefore) {
         // Its own block behind that of r and z: [v][k][2][lane], then [v][k][lane].
         hidden.stride = P * 2 * L;
-        candidate = {f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L, raw(p.w_hh) + 2 * p.H * p.w_hh.b,
-                     p.w_hh.b, p.H, p.P, s_hh ? s_hh + 2 * p.H : nullptr};
+        candidate = {f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L, raw(p.w_hh), p.w_hh.b, p.H, p.P,
+                     s_hh ? s_hh + 2 * f.Hp : nullptr, f.Hp};
+        if (!kPrepared) candidate.raw += 2 * p.H * p.w_hh.b;
       }
-      if (p.w_hr.data) 
-        projection = {f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H, scale(p.s_hr)};
+      if (p.w_hr.data)
+        projection = {f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H,
+                      scaled ? f.scale_r : nullptr, f.Pp};
       if (f.across)
         for (Weights<S, W>* w : {&input, &hidden, &candidate, &projection})
           w->across = f.columns + team.rank * f.columns_length;
     }
 
     void walk() {
-      if (f.once) return step_once();
+      if constexpr (!kPrepared)
+        if (f.once) return step_once();
       prepare();
       for (long s0 = 0; s0 < p.T; s0 += f.chunk) {
         long s1 = s0 + f.chunk < p.T ? s0 + f.chunk : p.T;
@@ -188,7 +202,6 @@ struct Forward {
       }
     }
 
-    static const A* scale(const ScanView& of) { return static_cast<const A*>(of.data); }
     long time_of(long s) const { return p.reverse ? p.T - 1 - s : s; }
     static int lanes(long v, long n) { return int(n - v * L < L ? n - v * L : L); }
     static void put(const ScanView& to, long t, long b, long v, long n, Vec<A> value) {
@@ -204,7 +217,14 @@ struct Forward {
         Vec<A> b_ih = bias(p.b_ih, g * p.H, v), b_hh = bias(p.b_hh, g * p.H, v);
         store(f.bias_x + g * f.Hp + v * L, apart(g) ? b_ih : b_ih + b_hh);
         if (apart(g)) store(f.bias_h + v * L, b_hh);
+        if (p.s_ih.data) {
+          lay_scale(f.scale_x + g * f.Hp, p.s_ih, g * p.H, v, p.H);
+          lay_scale(f.scale_h + g * f.Hp, p.s_hh, g * p.H, v, p.H);
+        }
       }
+    }
+    static void lay_scale(A* to, const ScanView& from, long row, long v, long n) {
+      store(to + v * L, load_n(static_cast<const A*>(from.data) + row + v * L, lanes(v, n)));
     }
 
     // A call of one step and few rows: each gate's rows of W_ih and W_hh are read once, in the order in which they lie,
@@ -221,25 +241,17 @@ struct Forward {
       }
       if (f.convert || copy_h) part.sync();
       for (long v = units.begin; v < units.end; ++v) lay_biases(v);
-      const W *w_ih = input.raw, *w_hh = hidden.raw;
+      const S *w_ih = input.raw, *w_hh = hidden.raw;
       auto multiply = [&](int g, int first, int parts, A* out, long row, const A* biases) {
         for (long v = units.begin; v < units.end; ++v)
           for (long b = part.row0; b < part.row1; ++b) {
             const long unit = g * p.H + v * L;
-            const Dots<S, W> both[] = {
+            const Dots<S> both[] = {
                 {f.convert ? f.inputs + b * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b)),
                  w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
                 {copy_h ? f.h[0].rows + b * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b)),
                  w_hh + unit * p.w_hh.b, p.w_hh.b, p.P}};
-            const int n = lanes(v, p.H);
-            Vec<A> sum;
-            if (input.scale) {  // each part has scales of its own
-              sum = Vec<A>{};
-              for (int i = first; i < first + parts; ++i)
-                sum += dot_rows(both + i, 1, n) * load_n((i ? hidden : input).scale + unit, n);
-            } else {
-              sum = dot_rows(both + first, parts, n);
-            }
+            Vec<A> sum = dot_rows(both + first, parts, lanes(v, p.H));
             store(out + b * row + v * L, biases ? sum + load(biases + v * L) : sum);
           }
       };
@@ -273,16 +285,17 @@ struct Forward {
       for (long v = all.begin; v < all.end; ++v) {
         lay_biases(v);
         if (f.packed) {
-          pack_units<S, W>(f.w_ih + v * input.stride, p.w_ih, scale(p.s_ih), 0, G, p.H, p.I, v);
-          pack_units<S, W>(f.w_hh + v * hidden.stride, p.w_hh, scale(p.s_hh), 0, kFused, p.H, p.P, v);
-          if (kBefore)
-            pack_units<S, W>(candidate.packed + v * candidate.stride, p.w_hh, scale(p.s_hh), 2 * p.H, 1, p.H, p.P, v);
+          pack(input, v, p.w_ih, 0, G, p.H, p.I);
+          pack(hidden, v, p.w_hh, 0, kFused, p.H, p.P);
+          if (kBefore) pack(candidate, v, p.w_hh, 2 * p.H, 1, p.H, p.P);
         }
       }
       if (f.packed && p.w_hr.data) {
         all = share_of(f.Pv, team.rank, team.size);
-        for (long v = all.begin; v < all.end; ++v)
-          pack_units<S, W>(f.w_hr + v * projection.stride, p.w_hr, scale(p.s_hr), 0, 1, p.P, p.H, v);
+        for (long v = all.begin; v < all.end; ++v) {
+          pack(projection, v, p.w_hr, 0, 1, p.P, p.H);
+          if (p.s_hr.data) lay_scale(f.scale_r, p.s_hr, 0, v, p.P);
+        }
       }
       if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
@@ -293,6 +306,11 @@ struct Forward {
           copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
       }
       team.sync();
+    }
+
+    // Unit vector v of a panel in the workspace; one that was packed beforehand is ready.
+    static void pack(const Weights<S, W>& to, long v, const ScanView& w, long row0, int gates, long H, long K) {
+      if constexpr (!kPrepared) pack_units<S>(const_cast<E*>(to.packed) + v * to.stride, w, row0, gates, H, K, v);
     }
 
     // gates[row] = x W_ih^T + bias for the live rows of steps [s0, s1); row = (s - s0) * B + b.
@@ -465,6 +483,8 @@ void for_types(const ScanForward& p, const Body& body) {
 }
 
 }  // namespace
+
+int scan_lanes() { return kLanes<float>; }
 
 size_t scan_forward_workspace(const ScanForward& p) {
   size_t bytes;

@@ -102,6 +102,28 @@ FASTSEQ_INLINE Vec<Accumulator<E>> add_product(Vec<Accumulator<E>> sum, Vec<Accu
 #endif
   return sum + a * b;
 }
+// Packed weights of a smaller type than the activations that they meet. A lane's word holds kWord of them that follow
+// each other along the sum, and is widened on its way into the products, which are the accumulator's.
+template <class A, class W>
+constexpr int kWord = int(sizeof(A) / sizeof(W));
+
+template <class W>
+FASTSEQ_INLINE Vec<float> load_words(const W* p) {
+  Vec<float> out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+// Element `kAt` of each lane's word.
+template <class W, int kAt>
+FASTSEQ_INLINE Vec<float> widen_word(Vec<float> words) {
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = (Bits)words;
+  if constexpr (__is_same(W, bf16))
+    return kAt == 0 ? (Vec<float>)(bits << 16) : (Vec<float>)(bits & int32_t(0xffff0000));
+  else
+    return __builtin_convertvector((bits << (24 - 8 * kAt)) >> 24, Vec<float>);
+}
+
 // The terms whose elements are the lanes of v[0] (and of v[1]): numbers of the storage type, widened.
 template <class E>
 FASTSEQ_INLINE Vec<Accumulator<E>> terms_from(const Vec<Accumulator<E>>* v) {

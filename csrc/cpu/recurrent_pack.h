@@ -64,18 +64,16 @@ struct Arena {
   }
 };
 
-// Rows gate*H + unit of w [G*H, K], of type W -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
-// Where W is smaller than S, a row is widened and, with `scale` [G*H], multiplied.
-template <class S, class W = S>
-void pack_units(Operand<S>* out, const ScanView& w, const Accumulator<S>* scale, long row0, int gates, long H, long K,
-                long v) {
+// Rows gate*H + unit of w [G*H, K] -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
+template <class S>
+void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H, long K, long v) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>, D = kTerm<Operand<S>>;
   long unit = v * L;
   int n = int(H - unit < L ? H - unit : L);
   for (int g = 0; g < gates; ++g) {
     const long row = row0 + g * H + unit;
-    const W* rows = at<W>(w, 0, row);
+    const S* rows = at<S>(w, 0, row);
     Operand<S>* to = out + g * L * D;
     for (long k = 0; k < K; k += L * D) {
       int some = int(K - k < L * D ? K - k : L * D);
@@ -83,11 +81,8 @@ void pack_units(Operand<S>* out, const ScanView& w, const Accumulator<S>* scale,
       for (int l = 0; l < L; ++l) {
         if (l >= n)
           block[l] = Vec<A>{};
-        else if constexpr (__is_same(S, W))
-          block[l] = load_terms_strided(rows + l * w.b + k * w.e, w.e, some);
         else
-          block[l] = load_strided(rows + l * w.b + k * w.e, w.e, some) *
-                     splat(scale ? scale[row + l] : A(1));
+          block[l] = load_terms_strided(rows + l * w.b + k * w.e, w.e, some);
       }
       transpose<A>(block);
       for (int l = 0; l * D < some; ++l) store_terms(to + (k + l * D) * gates * L, block[l]);
@@ -146,16 +141,36 @@ void multiply_columns(const ScanView& w, const Operand<S>* const* rows, long cou
 template <class A>
 constexpr long kAcrossRows = kLanes<A> / 2;
 
+// What packed weights of W beside activations of S are made of: terms, or words of W that are packed beforehand.
+template <class S, class W>
+struct PanelOf {
+  using type = W;
+  static constexpr int k = kWord<Accumulator<S>, W>;
+};
+template <class S>
+struct PanelOf<S, S> {
+  using type = Operand<S>;
+  static constexpr int k = kTerm<Operand<S>>;
+};
+template <class S, class W>
+using Panel = typename PanelOf<S, W>::type;
+// Elements of a row of K, brought to whole terms or words.
+template <class S, class W>
+constexpr long panel_row(long K) {
+  return (K + PanelOf<S, W>::k - 1) / PanelOf<S, W>::k * PanelOf<S, W>::k;
+}
+
 // One weight matrix as the products want it: packed, or (packed null) as it lies.
 template <class S, class W = S>
 struct Weights {
   using A = Accumulator<S>;
-  Operand<S>* packed = nullptr;
-  long stride = 0;      // of a packed unit vector, of whole terms
-  const W* raw = nullptr;
+  const Panel<S, W>* packed = nullptr;
+  long stride = 0;      // of a packed unit vector, of whole terms or words
+  const S* raw = nullptr;
   long raw_row = 0;     // between rows of w
   long H = 0, K = 0;    // units a gate, and what is summed over
-  const A* scale = nullptr;  // null, or [G*H] of raw's rows
+  const A* scale = nullptr;  // null, or [G][scale_stride] factors of packed rows
+  long scale_stride = 0;
   A* across = nullptr;  // scratch of multiply_across, where that is to be used: [rows, padded][K]
 };
 
@@ -190,7 +205,7 @@ void multiply_across(const Weights<S>& w, const Accumulator<S>* const* rows, lon
             from[r] = reinterpret_cast<const A*>(w.raw + (g * w.H + v * L + unit + r) * w.raw_row);
             to[r] = block[g][unit + r];
           }
-          tile_function<A, 1>(n, width)(Tile<A>{from, w.across + b0 * w.K, w.K * L, w.K, nullptr, to, 0, false});
+          tile_function<A, A, 1>(n, width)(Tile<A>{from, w.across + b0 * w.K, w.K * L, w.K, nullptr, to, 0, false});
           unit += n;
         }
       for (long b = 0; b < group; b += L) {
@@ -219,7 +234,7 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
   if (count == 0) return;
-  if constexpr (sizeof(W) == sizeof(A))
+  if constexpr (__is_same(S, A) && __is_same(S, W))
     if (w.across && count >= kAcrossRows<A>)
       return multiply_across<G>(w, rows, count, first, last, init, stride, add, out, done);
   for (long v = first; v < last; v += tile_width(G)) {
@@ -233,9 +248,11 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
       for (int r = 0; r < n; ++r) outs[r] = out(row + r, v);
       if (w.packed) {
         using E = Operand<S>;
-        Tile<E> tile{rows + row, w.packed + v * w.stride, w.stride, terms_of<E>(w.K), init ? init + v * L : nullptr,
-                     outs, stride, add};
-        tile_function<E, G>(n, width)(tile);
+        using P = Panel<S, W>;
+        const Tile<E, P> tile{rows + row, w.packed + v * w.stride, w.stride, __is_same(E, P) ? terms_of<E>(w.K) : w.K,
+                              init ? init + v * L : nullptr, outs, stride, add,
+                              w.scale ? w.scale + v * L : nullptr, w.scale_stride};
+        tile_function<E, P, G>(n, width)(tile);
       } else {
         for (int g = 0; g < G; ++g)
           for (int nb = 0; nb < width; ++nb)
@@ -243,7 +260,6 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
               long unit = (v + nb) * L, at = g * stride + nb * L;
               int some = int(w.H - unit < L ? w.H - unit : L);
               Vec<A> sum = dot_rows<S>(rows[row + r], w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K, some);
-              if (w.scale) sum *= load_n(w.scale + g * w.H + unit, some);
               if (init) sum += load(init + v * L + at);
               if (add) sum += load(outs[r] + at);
               store(outs[r] + at, sum);

@@ -1,6 +1,7 @@
 """The short way into the native kernels, past torch's operator dispatch: what a small model costs is mostly that.
 
-``stack`` and ``cell`` are functions of the compiled extension (csrc/direct.cpp), or None where they must not be used.
+``stack``, ``cell`` and ``unchanged`` are functions of the compiled extension (csrc/direct.cpp), or None where they
+must not be used.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ def _questions() -> tuple[Callable[[], object], ...]:
     )
 
 
-def _bind() -> tuple[Callable, Callable] | tuple[None, None]:
+def plain() -> bool:
+    """Whether a tensor is no more than its numbers here and now."""
+    return not any(question() for question in _questions())
+
+
+def _bind() -> tuple[Callable, Callable, Callable] | tuple[None, None, None]:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if ops.NATIVE_MISSING is not None or not TESTED[0] <= release < TESTED[1]:
-        return None, None
+        return None, None, None
     import fastseq._native as native  # type: ignore[import-not-found]
 
     native.bind(torch.Tensor, torch.nn.Parameter, torch.empty_like, _questions())
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     if native.described(trial) != (trial.data_ptr(), tuple(trial.shape)):
-        return None, None
-    return native.stack, native.cell
+        return None, None, None
+    return native.stack, native.cell, native.unchanged
 
 
-stack, cell = _bind()
+stack, cell, unchanged = _bind()

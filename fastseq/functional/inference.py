@@ -28,6 +28,13 @@ def _plain(x: object) -> bool:
     return x.is_cpu and not torch.is_autocast_enabled("cpu") and _transforms() is None
 
 
+def undisturbed() -> bool:
+    """Whether tensors are no more than their numbers here and now: no gradient, transform or mode is on."""
+    if direct.stack is not None:
+        return direct.plain()
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and _transforms() is None
+
+
 def stack(
     x: Any,
     h0: Tensor | None,
@@ -38,8 +45,12 @@ def stack(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    *sizes: int,
 ) -> tuple[Tensor, ...] | None:
-    """y, h_n and an LSTM's c_n of a stack, as ``ops.STACK_FORWARD``; None: take the general way."""
+    """y, h_n and an LSTM's c_n of a stack, as ``ops.STACK_FORWARD``; None: take the general way.
+
+    sizes: H and P where the matrices are packed.
+    """
     if torch.compiler.is_compiling() or not backend.native_scan():
         return None
     if type(x) is not Tensor:  # a PackedSequence, or nothing that we know
@@ -47,13 +58,13 @@ def stack(
     if x.dtype is torch.bfloat16 and x.numel() > backend.BF16_ROWS * x.shape[-1] and backend.forced() is None:
         return None  # AUTO has more than one answer here
     if direct.stack is not None:
-        done = direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first)
+        done = direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
         if done is not None:
             return done
     if not _plain(x):
         return None
     try:
-        done = _stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first)
+        done = _stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
     except (RuntimeError, TypeError):
         return None
     return done if cell == "lstm" else done[:2]
@@ -66,22 +77,24 @@ def cell(
     weights: Sequence[Tensor | None],
     scales: Sequence[Tensor],
     name: str,
+    *sizes: int,
 ) -> tuple[Tensor, ...] | None:
     """The new h, and an LSTM's new c, of one step, as ``ops.CELL_FORWARD``; None: take the general way.
 
-    weights: w_ih, w_hh, b_ih, b_hh. scales: those of int8 matrices, else empty.
+    weights: w_ih, w_hh, b_ih, b_hh. scales: those of int8 matrices, else empty. sizes: H where
+    the matrices are packed.
     """
     if torch.compiler.is_compiling() or not backend.native_scan():
         return None
     s_ih, s_hh = scales or (None, None)
     if direct.cell is not None:
-        done = direct.cell(x, h, c, *weights, s_ih, s_hh, name)
+        done = direct.cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)
         if done is not None:
             return done
     if not _plain(x):
         return None
     try:
-        done = _cell(x, h, c, *weights, s_ih, s_hh, name)
+        done = _cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)
     except (RuntimeError, TypeError):
         return None
     return done if name == "lstm" else done[:1]

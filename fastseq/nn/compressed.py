@@ -1,41 +1,70 @@
-"""Smaller copies of a layer's weight matrices, for inference that is bound by reading them."""
+"""Smaller copies of a layer's weight matrices, for inference: less to read, and packed once instead of at each call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from fastseq import backend, ops
+from fastseq.functional import direct, inference
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""
 
 
-class _Source:
-    """What a copy was made from. The memory is kept alive with it, so that its address cannot be another tensor's."""
+def compress(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """A float32 matrix ``[rows, K]`` in a smaller type, and for int8 the float32 scales ``[rows]``."""
+    if kind == "bfloat16":
+        return weight.to(torch.bfloat16), None
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
-    def __init__(self, weight: Tensor | None) -> None:
-        self.weight = weight
-        self.memory = None if weight is None else weight.detach()
-        self.address = 0 if weight is None else weight.data_ptr()
-        self.version = _version(weight)
 
-    def is_still(self, weight: Tensor | None) -> bool:
-        if weight is not self.weight:
+class Copies(NamedTuple):
+    """What the kernels read in place of a layer's weights, as ``ops.STACK_FORWARD`` has it. sizes: H and P, or zeros
+    where the weights are the layer's own."""
+
+    weights: list[Any]
+    scales: list[Tensor]
+    sizes: tuple[int, int]
+
+
+class _Sources:
+    """What copies were made from. The memory is kept alive with it, so that its address cannot be another tensor's."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.tensors = tuple(tensors)
+        self.memory = [tensor.detach() for tensor in tensors if tensor is not None]
+        self.addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        self.versions = tuple(_version(tensor) for tensor in tensors)
+        self.isa = torch.ops.fastseq.native_isa("")
+
+    def are_still(self, tensors: list[Tensor | None]) -> bool:
+        if direct.unchanged is not None:
+            return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)
+        if len(tensors) != len(self.tensors) or any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
             return False
-        return weight is None or (weight.data_ptr() == self.address and _version(weight) == self.version)
+        addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        versions = tuple(map(_version, tensors))
+        isa = torch.ops.fastseq.native_isa("")
+        return (addresses, versions, isa) == (self.addresses, self.versions, self.isa)
 
 
-def _version(weight: Tensor | None) -> int:
-    return 0 if weight is None or weight.is_inference() else weight._version
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class CompressedWeights:
     """Copies of one layer's float32 matrices, made at the first use and again when a weight has changed.
 
-    A change is noticed by the tensor's identity, address and version: whatever goes through autograd's book-keeping
-    (an optimizer, ``load_state_dict``, ``copy_``), not by writing through ``.data`` or ``.numpy()``.
+    They are packed as the kernels of the instruction set in force read them. A change is noticed by the tensor's
+    identity, address and version: whatever goes through autograd's book-keeping (an optimizer, ``load_state_dict``,
+    ``copy_``), not by writing through ``.data`` or ``.numpy()``.
 
     Args:
         kind: one of :data:`KINDS`.
@@ -45,39 +74,58 @@ class CompressedWeights:
         if kind not in KINDS:
             raise ValueError(f"weights: got {kind!r}, accepted is one of {', '.join(map(repr, KINDS))}")
         self.kind = kind
-        self._made: tuple[list[_Source], list[Tensor], list[Tensor]] | None = None
+        self._made: tuple[_Sources, Copies] | None = None
 
-    def of(self, weights: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights with each matrix replaced by its copy, and the scales of int8 ones; matrices of another dtype
-        than float32 stay as they are.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copies take now, beside the layer's own weights; 0 before the first use."""
+        if self._made is None:
+            return 0
+        _, copies = self._made
+        return sum(t.nbytes for t in copies.weights if t is not None and t.dim() == 3) + sum(
+            scale.nbytes for scale in copies.scales
+        )
+
+    def of(
+        self,
+        parameters: list[Tensor | None],
+        cell: str,
+        flat: Callable[[], tuple[Sequence[Tensor | None], int]] | None = None,
+    ) -> Copies | None:
+        """The copies, as they must be now; None where they cannot be made: a gradient may be wanted, the weights are
+        not ordinary tensors on the CPU, or the native kernels are not in force.
 
         Args:
-            weights: matrices ``[rows, K]`` and biases ``[rows]`` in the layer's order; None where absent.
-
-        Returns:
-            the list with copies, and float32 scales ``[rows]``, one for each int8 matrix.
+            parameters: the layer's parameters, None where absent; the copies are made again whenever one has changed.
+            cell: which cell the weights belong to.
+            flat: gives the weights in torch's flat order, and how many layers and directions they are of; without it
+                ``parameters`` are the weights, of one.
         """
         made = self._made
-        if made is None or not all(s.is_still(w) for s, w in zip(made[0], weights, strict=True)):
-            compressed, scales = [], []
-            with torch.no_grad():
-                for weight in weights:
-                    copy, scale = self._compress(weight)
-                    compressed.append(copy)
-                    if scale is not None:
-                        scales.append(scale)
-            sources = [_Source(weight) for weight in weights]
-            made = self._made = (sources, compressed, scales)  # at once: other threads may be reading
-        return made[1], made[2]
+        if made is None or not made[0].are_still(parameters):
+            if not backend.native_scan() or not inference.undisturbed():
+                return None
+            weights, rows = flat() if flat is not None else (parameters, 1)
+            if not all(w is None or (type(w) in (Tensor, Parameter) and w.is_cpu) for w in weights):
+                return None
+            made = self._made = (_Sources(parameters), self._copies(weights, rows, cell))  # at once, for other threads
+        return made[1]
 
-    def _compress(self, weight: Any) -> tuple[Any, Tensor | None]:
-        if weight is None or weight.dim() != 2 or weight.dtype is not torch.float32:
-            return weight, None
-        if self.kind == "bfloat16":
-            return weight.to(torch.bfloat16), None
-        scale = weight.abs().amax(1) / 127
-        scale = torch.where(scale > 0, scale, 1.0)
-        return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    def _copies(self, weights: Sequence[Tensor | None], rows: int, cell: str) -> Copies:
+        matrices = {i: w.detach() for i, w in enumerate(weights) if w is not None and w.dim() == 2}
+        made: list[Any] = list(weights)
+        scales: list[Tensor] = []
+        if any(matrix.dtype is not torch.float32 for matrix in matrices.values()):
+            return Copies(made, scales, (0, 0))
+        gates, fused = ops.GATES[cell], 2 if cell == "gru_reset_before" else ops.GATES[cell]
+        blocks = ((gates, 0), (fused, gates - fused), (1, 0))  # of w_ih, w_hh, w_hr
+        for place, (i, matrix) in enumerate(matrices.items()):
+            copy, scale = compress(matrix, self.kind)
+            made[i] = torch.ops.fastseq.pack_weights(copy, *blocks[place % (len(matrices) // rows)])
+            if scale is not None:
+                scales.append(scale)
+        w_hh = matrices[1]
+        return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the layer has weights of its own
         return {"kind": self.kind, "_made": None}

@@ -45,6 +45,10 @@ class _Recurrent(_Compressible, nn.RNNBase):
         self._update_flat_weights()  # parametrised, pruned, or with a parameter more
         return self._flat_weights
 
+    def _flat(self) -> tuple[list[Tensor], int]:
+        """The weights in their flat order, and how many layers and directions they are of."""
+        return self._weights(), self.num_layers * (2 if self.bidirectional else 1)
+
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
@@ -56,12 +60,13 @@ class _Recurrent(_Compressible, nn.RNNBase):
         """The whole stack in one native call, where nothing speaks against it; else None."""
         if self.training and self.dropout:
             return None
-        weights, scales = self._weights(), _NO_SCALES
+        shape = cell, self.num_layers, self.bidirectional, self.batch_first
         if self._compressed is not None and not torch.compiler.is_compiling():
-            weights, scales = self._compressed.of(weights)
-        return inference.stack(
-            input, h0, c0, weights, scales, cell, self.num_layers, self.bidirectional, self.batch_first
-        )
+            copies = self._compressed.of(list(self._parameters.values()), cell, self._flat)
+            if copies is None:
+                return None
+            return inference.stack(input, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)
+        return inference.stack(input, h0, c0, self._weights(), _NO_SCALES, *shape)
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
         raise NotImplementedError
@@ -247,10 +252,12 @@ class _Cell(_Compressible):
         """One step in one native call, where nothing speaks against it; else None."""
         own = self._parameters  # asking the module for each takes longer than the arithmetic
         weights: list[Any] = [own.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        scales = _NO_SCALES
         if self._compressed is not None and not torch.compiler.is_compiling():
-            weights, scales = self._compressed.of(weights)
-        return inference.cell(input, h, c, weights, scales, name)
+            copies = self._compressed.of(weights, name)
+            if copies is None:
+                return None
+            return inference.cell(input, h, c, copies.weights, copies.scales, name, *copies.sizes[:1])
+        return inference.cell(input, h, c, weights, _NO_SCALES, name)
 
 
 class RNNCell(_Cell, nn.RNNCell):

@@ -100,8 +100,9 @@ def positions(length: int, width: int) -> Tensor:
 def lstm(features: int, width: int, forget: float = 0.0) -> nn.RNNBase:
     """An LSTM as torch draws it, and then ``forget`` added to the forget gate's bias."""
     layer = fastseq.nn.LSTM(features, width, batch_first=True)
+    bias = layer.get_parameter("bias_hh_l0")
     with torch.no_grad():
-        layer.bias_hh_l0[width : 2 * width] += forget
+        bias[width : 2 * width] += forget
     return layer
 
 
@@ -162,9 +163,10 @@ def reach(model: Learner, x: Tensor, distances: tuple[int, ...]) -> dict[str, di
     """How strongly the last output hangs on what was ``k`` steps back, for each distance k: root mean square gain.
 
     ``input``: ∂out_T/∂in_{T−k}, where ``in`` is what the layer is given at a step and ``out`` what it says.
-    ``state``: ∂h_T/∂h_{T−k}, for an LSTM by everything it carries, (h, c); a recurrent layer only. A gain is the Frobenius
-    norm of the Jacobian, of the mean square over sequences, divided by √H: 1 for the identity. Norms are estimated from
-    one random vector a sequence, for E‖vᵀJ‖² = ‖J‖² where v is drawn from N(0, 1); in float64, lest they underflow.
+    ``state``: ∂h_T/∂h_{T−k}, for an LSTM by everything it carries, (h, c); a recurrent layer only. A gain is the
+    Frobenius norm of the Jacobian, of the mean square over sequences, divided by √H: 1 for the identity. Norms are
+    estimated from one random vector a sequence, for E‖vᵀJ‖² = ‖J‖² where v is drawn from N(0, 1); in float64, lest they
+    underflow.
     """
     draw = torch.Generator().manual_seed(0)
     model = copy.deepcopy(model).double()

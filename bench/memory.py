@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench import learners, tasks
-from bench.resume import RESULTS, OtherStudy, Study, Unit
+from bench.report import RESULTS
+from bench.resume import OtherStudy, Study, Unit
 
 SOLVED, WINDOW = 0.99, 25
 """Training ends early once the mean score of the last 25 batches is 0.99: then nothing is left to learn."""
@@ -66,8 +67,8 @@ TEXT = "text"
 
 
 def plan(protocol: Protocol, seeds: int) -> list[Unit]:
-    """Sweeps first, for every rate hangs on them; then seed by seed, so that a run cut short is balanced. One rate needs
-    no sweep."""
+    """Sweeps first, for every rate hangs on them, unless there is one rate only; then seed by seed, so that a run cut
+    short is balanced."""
     names = [*tasks.TASKS, TEXT]
     units: list[Unit] = []
     for task in names if len(protocol.rates) > 1 else ():
@@ -182,7 +183,9 @@ def context_losses(model: learners.Learner, held_out: torch.Tensor, protocol: Pr
     losses = {}
     for n in protocol.contexts:
         parts = [
-            cross_entropy(model(held_out[some[:, None] + torch.arange(-n, 0)], 1)[:, 0], held_out[some], reduction="none")
+            cross_entropy(
+                model(held_out[some[:, None] + torch.arange(-n, 0)], 1)[:, 0], held_out[some], reduction="none"
+            )
             for some in places.split(250)
         ]
         losses[n] = torch.cat(parts).double()

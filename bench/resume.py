@@ -12,8 +12,6 @@ from typing import Any
 from bench.report import environment, write_json
 from bench.run import Options
 
-RESULTS = Path(__file__).resolve().parent / "results"
-
 Unit = Mapping[str, Any]
 """What tells a unit from all others: plain names and numbers."""
 
@@ -72,7 +70,9 @@ class Study:
     def run(self, plan: Sequence[Unit], measure: Callable[[Unit], dict[str, Any]]) -> bool:
         """Measure what is missing, in the order of ``plan``. False where Ctrl-C ended it."""
         left = [unit for unit in plan if key(unit) not in self.done]
-        said = f"{len(plan) - len(left)} of {len(plan)} units are in {self.path} already" if len(left) < len(plan) else ""
+        said = (
+            f"{len(plan) - len(left)} of {len(plan)} units are in {self.path} already" if len(left) < len(plan) else ""
+        )
         progress = Progress(len(plan), len(plan) - len(left), said)
         try:
             for unit in left:

@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """features and outputs: what the model's first and last layer are made for. ``draw(batch, distance, generator)``."""
+    """features, outputs: what the model's first and last layer are made for. ``draw(batch, distance, generator)``."""
 
     name: str
     title: str

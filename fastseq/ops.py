@@ -12,7 +12,12 @@ from __future__ import annotations
 import torch
 
 from fastseq import ops_triton
-from fastseq.ops_attention import attention_rule, fake_attention_backward, fake_attention_forward
+from fastseq.ops_attention import (
+    attention_rule,
+    fake_attention_backward,
+    fake_attention_forward,
+    fake_attention_paged,
+)
 from fastseq.ops_define import BACKENDS as BACKENDS
 from fastseq.ops_define import define, fold_batch, loop_over
 
@@ -76,6 +81,15 @@ ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (T
 ATTENTION_BACKWARD = (
     f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ATTENTION_OPTIONS}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+# Inference on a cache of pages: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,pages of the longest], of which
+# lengths_k int64 [B] rows count; q [B,Hq,Tq,D], or packed [total,Hq,D] with cu_seqlens_q. No gradients, no dropout;
+# else, and what comes out, as ATTENTION_FORWARD with Tk = pages of the longest * page.
+ATTENTION_PAGED = (
+    "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor? bias, Tensor? mask, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? lengths_q, Tensor lengths_k, Tensor? cu_seqlens_q, float scale, bool causal, "
+    "bool bottom_right, int window_left, int window_right, float softcap) -> (Tensor o, Tensor lse)"
 )
 
 # Inference of a whole stack on the CPU in one call, for models so small that calls are what they cost.
@@ -196,6 +210,10 @@ define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
 define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
+define(
+    "attention_paged", ATTENTION_PAGED, fake_attention_paged,
+    lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("triton",),
+)  # fmt: skip
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", PACK_WEIGHTS)
 ops_triton.register()

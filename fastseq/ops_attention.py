@@ -34,6 +34,14 @@ def fake_attention_backward(
     )
 
 
+def fake_attention_paged(
+    q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, *settings
+):  # fmt: skip
+    return fake_attention_forward(
+        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None, *settings, 0.0
+    )
+
+
 def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callable[..., tuple[Any, Any]]]:
     """The vmap rule of an operator with ``leading`` arguments before the options: the mapped dimension is laid into
     the batch where that means the same, else the slices are run one by one."""

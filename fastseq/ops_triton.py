@@ -63,6 +63,12 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     return attention_launch.backward(*args)
 
 
+def _attention_paged(*args: Any) -> tuple[Tensor, ...]:
+    from fastseq.kernels import attention_launch
+
+    return attention_launch.forward_paged(*args)
+
+
 def register() -> None:
     """Give the operators their implementation; on the CPU only where the interpreter runs it."""
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
@@ -71,5 +77,6 @@ def register() -> None:
         ("scan_backward", _scan_backward),
         ("attention_forward", _attention_forward),
         ("attention_backward", _attention_backward),
+        ("attention_paged", _attention_paged),
     ):
         torch.library.impl(f"fastseq::{name}.triton", devices, implementation)

@@ -14,25 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import (
-    LOG2E,
+from .attention_ranges import find_program, key_range, query_range, sequence
+from .attention_scores import LOG2E, biased, cap_slope, kept, logits
+from .attention_tiles import (
     ROW_BLOCK,
-    biased,
-    cap_slope,
     dot,
     dot_add,
-    find_program,
     head_of,
-    kept,
-    key_range,
+    load_halves,
     load_tile,
     load_vector,
-    logits,
     narrow,
     number,
-    query_range,
     rows_of,
-    sequence,
     store_tile,
 )
 
@@ -131,14 +125,12 @@ def attention_backward_keys(
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
         begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
-        k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
+        k1, k2 = load_halves(k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)  # [BLOCK_N, D1], [, D2]
         row_q = number(q.row)
         row_d = number(d_o.row)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-        k2 = k1
         dk2 = dk1
         if D2 > 0:
-            k2 = load_tile(k_head, number(k.row), j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
             dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
         v_head = head_of(v, b, head, k_row, ALIGN)
         v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
@@ -207,10 +199,7 @@ def add_keys(
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
     for start in tl.range(begin, end, BLOCK_N):
-        k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)
-        k2 = k1
-        if D2 > 0:
-            k2 = load_tile(k_head, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
+        k1, k2 = load_halves(k_head, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, MASKED)
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         ds, s = scores_gradient(
             q1, q2, d_tile, log, delta, k1, k2, v_tile, call, b, h, i, i0, start, tq, tk, shift,
@@ -233,10 +222,7 @@ def load_queries(
 ):  # fmt: skip
     """A tile of queries: q in two parts, do, and the numbers of :class:`Rows`."""
     q_head = head_of(q, b, h, q_row, ALIGN)
-    q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+    q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)
     d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
     base = rows_of(call, scratch, b, h, q_row, heads)
     log = load_vector(scratch.log + base, i0, BLOCK_M)

@@ -99,7 +99,7 @@ def forward_sequence(
         if CELL == "lstm":
             x_3 = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
         clear = tl.load(
-            reset + t * reset_t + rows * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+            reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
         ).to(tl.int1)[:, None]
         live = (t < length)[:, None]
 
@@ -142,12 +142,17 @@ def forward_sequence(
 @triton.jit
 def products(
     p_0, p_1, p_2, p_3, a, rows, w, gate, units, H, K,
-    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr = "",
 ):
-    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off."""
+    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off.
+
+    ``CACHE``: ".cg" where other programs store ``a`` while this one runs: the caches before L2 know nothing of that.
+    """
     for k in range(0, K, BLOCK_K):
         inputs = k + tl.arange(0, BLOCK_K)
-        a_k = tl.load(a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
         p_0 = dot(a_k, weight(w, gate, units, inputs, H, K, UPCAST), p_0, PRECISION, UPCAST)
         if G > 1:
             p_1 = dot(a_k, weight(w, gate + 1, units, inputs, H, K, UPCAST), p_1, PRECISION, UPCAST)
@@ -183,7 +188,7 @@ def forward_step(
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
     live = (t < length)[:, None]
     clear = tl.load(
-        reset + t * reset_t + rows * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+        reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
     ).to(tl.int1)
     known = (rows < B) & ((given & H0) != 0) & ~clear
     clear = clear[:, None]

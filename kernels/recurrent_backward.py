@@ -31,7 +31,7 @@ def load(at, mask):
 def cleared(reset, t, rows, B, given, reset_t, reset_b):
     """Whether the state was cleared before step t: [BLOCK_B]."""
     mask = (rows < B) & ((given & RESET) != 0)
-    return tl.load(reset + t * reset_t + rows * reset_b, mask=mask, other=0).to(tl.int1)
+    return tl.load(reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=mask, other=0).to(tl.int1)
 
 
 @triton.jit
@@ -154,11 +154,14 @@ def backward_sequence(
 @triton.jit
 def product_of(
     acc, a, rows, w, units, K, N, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CACHE: tl.constexpr = "",
 ):
     """acc += a · w; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off; w [K, N] at ``units``."""
     for k in range(0, K, BLOCK_K):
         inputs = k + tl.arange(0, BLOCK_K)
-        a_k = tl.load(a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
         acc = dot(a_k, block(w, inputs, units, K, N, UPCAST), acc, PRECISION, UPCAST)
     return acc
 

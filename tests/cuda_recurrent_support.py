@@ -29,6 +29,7 @@ def library() -> ctypes.CDLL:
     """Builds and loads the emulated operators; defines their schemas."""
     folders = [build.HERE, build.ROOT, CUDA, build.ROOT / "csrc"]
     jobs = [(path, ["-O1", *ABI]) for path in sorted(CUDA.glob("recurrent*.c*")) if path.suffix in (".cu", ".cpp")]
+    jobs += [(build.HERE / "recurrent_library.cpp", ["-O1", *ABI])]
     jobs += [(build.HERE / name, build.MACHINE) for name in build.RUNTIME]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: build.compile_one(*job, folders), jobs))

@@ -1,19 +1,13 @@
 // torch.ops.fastseq.scan_*.native on a GPU: tensors into the structs of recurrent.h, products by torch.
-// The schemas, with every shape, are in fastseq/ops.py. Built for the tests' emulated machine, the operators are
-// scan_*.emulated on the CPU.
+// The schemas, with every shape, are in fastseq/ops.py. The tests' emulated machine has the same operators on the CPU.
+#include "recurrent_ops.h"
+
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <cstring>
 #include <deque>
-#include <optional>
-#include <tuple>
-#include <vector>
 
-#include "recurrent.h"
 #include "recurrent_device.h"
 
 namespace fastseq::cuda {
@@ -21,7 +15,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+using Optional = OptionalTensor;
 
 ScanCell cell_of(const std::string& name) {
   if (name == "lstm") return ScanCell::lstm;
@@ -212,7 +206,9 @@ void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
   STD_TORCH_CHECK(cell == ScanCell::lstm || !c0, "scan: only an LSTM has c0");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_op(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
     const std::string& cell, bool reverse, bool save, bool states) {
@@ -258,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_op(
   return {y, h_n, c_n, c_all, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
     const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
@@ -309,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_op(
   return {dgates, dhidden, dh0, dc0};
 }
 
-// What native_scan_plan says: the role and how it divides the work, as one line.
-std::string scan_plan_op(const std::string& cell, const std::string& dtype, bool backward, int64_t H, int64_t B,
+std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t H, int64_t B,
                          const std::vector<int64_t>& device) {
   const ScanDtype type = dtype == "bf16" ? ScanDtype::bf16 : dtype == "fp16" ? ScanDtype::f16 : ScanDtype::f32;
   const ScanProblem problem{cell_of(cell), type, backward, int(H), int(B)};
@@ -333,33 +328,11 @@ std::string scan_plan_op(const std::string& cell, const std::string& dtype, bool
   return line + (plan.reason.empty() ? "" : " reason=" + plan.reason);
 }
 
-// For tests and measurements: a role and its shape instead of what the plan would choose ("", 0: the plan's own).
-std::string scan_role_op(const std::string& role, int64_t blocks, int64_t threads, int64_t rows) {
+std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows) {
   const int found = role == "step" ? 0 : role == "grid" ? 1 : role == "cluster" ? 2 : -1;
   STD_TORCH_CHECK(found >= 0 || role.empty(), "native_scan_role: step, grid, cluster or '', not ", role);
   wish() = ScanWish{found, int(blocks), int(threads), int(rows)};
   return role;
 }
 
-}  // namespace
 }  // namespace fastseq::cuda
-
-#if defined(FASTSEQ_EMULATION)
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
-  m.impl("scan_forward.emulated", TORCH_BOX(&fastseq::cuda::scan_forward_op));
-  m.impl("scan_backward.emulated", TORCH_BOX(&fastseq::cuda::scan_backward_op));
-}
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
-  m.impl("native_scan_plan.emulated", TORCH_BOX(&fastseq::cuda::scan_plan_op));
-  m.impl("native_scan_role.emulated", TORCH_BOX(&fastseq::cuda::scan_role_op));
-}
-#else
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CUDA, m) {
-  m.impl("scan_forward.native", TORCH_BOX(&fastseq::cuda::scan_forward_op));
-  m.impl("scan_backward.native", TORCH_BOX(&fastseq::cuda::scan_backward_op));
-}
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {  // no tensor among their arguments
-  m.impl("native_scan_plan", TORCH_BOX(&fastseq::cuda::scan_plan_op));
-  m.impl("native_scan_role", TORCH_BOX(&fastseq::cuda::scan_role_op));
-}
-#endif

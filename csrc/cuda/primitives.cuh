@@ -1,5 +1,5 @@
-// Every device primitive that the kernels of this folder use, each wrapped once under a plain name. Nothing else of CUDA
-// appears in a kernel, so that the same .cu file is compiled
+// Every device primitive that the kernels of this folder use, each wrapped once under a plain name. Nothing else of
+// CUDA appears in a kernel, so that the same .cu file is compiled
 //   by nvcc  (-std=c++17; sm_80, sm_89, sm_90a, sm_100) for the GPU, and
 //   by g++   (-std=c++20 -DFASTSEQ_EMULATION) for the host, where tests/emulation runs its threads as fibers.
 //
@@ -22,7 +22,7 @@
 // A test calls it through an entry (tests/emulation/entry.h), a second file that includes the .cu; see build.py there.
 //
 // Rules that the emulation and the older architectures ask for:
-//   - no <<<>>>, __shared__, __global__, threadIdx, asm or CUDA headers outside primitives*.cuh; no static shared memory;
+//   - no <<<>>>, __shared__, __global__, threadIdx, asm or CUDA header outside primitives*.cuh; no static shared arrays;
 //   - arrays of registers are passed by reference, `uint32_t (&a)[4]`;
 //   - threads wait for each other only by what is here: a loop that polls memory does so by ld_acquire_gpu or
 //     mbar_try_wait, never by a plain load;

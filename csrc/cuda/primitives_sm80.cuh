@@ -150,7 +150,7 @@ FASTSEQ_DEVICE T shfl_down(T v, unsigned by, uint32_t lanes = 0xffffffffu) {
 FASTSEQ_DEVICE uint32_t ballot(bool predicate, uint32_t lanes = 0xffffffffu) { return __ballot_sync(lanes, predicate); }
 
 // ---- Matrix fragments. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes a row, 16-byte aligned); x1
-// uses the addresses of lanes 0..7, x2 of 0..15. r[i] gets matrix i: row lane / 4, elements 2 * (lane % 4) and the next.
+// uses the addresses of lanes 0..7, x2 of 0..15. r[i] gets of matrix i row lane / 4, elements 2 * (lane % 4) and next.
 FASTSEQ_DEVICE void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                : "=r"(r[0])

@@ -57,7 +57,8 @@ void thread_left(Block& block) {
 
 void named_bar(unsigned id, unsigned count, bool waits, Where where) {
   if (id == 0 || id > 15) fail("a named barrier's number is 1..15", where);
-  if (count == 0 || count % 32 || count > running->threads) fail("a named barrier counts whole warps of its block", where);
+  if (count == 0 || count % 32 || count > running->threads)
+    fail("a named barrier counts whole warps of its block", where);
   Barrier& barrier = running->in_block->barriers[id];
   if (barrier.arrived && barrier.expected != count) fail("threads give one named barrier different counts", where);
   barrier.expected = count;

@@ -37,7 +37,7 @@ SANITIZERS = {
     "thread": (["-fsanitize=thread"], ["-DFASTSEQ_THREAD_SANITIZER"]),
     "address": (["-fsanitize=address", "-fno-omit-frame-pointer"], ["-DFASTSEQ_ADDRESS_SANITIZER"]),
 }
-RUNTIME = ["scheduler.cpp", "switch.cpp", "barriers.cpp", "memory.cpp", "matrix.cpp", "entry.cpp"]
+RUNTIME = ["scheduler.cpp", "work.cpp", "switch.cpp", "barriers.cpp", "memory.cpp", "matrix.cpp", "entry.cpp"]
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -92,7 +92,7 @@ def run(command: list[str], target: Path) -> None:
 def build(sources: Sequence[Path], sanitizer: str = "", flags: Sequence[str] = (), quote: Sequence[Path] = ()) -> Path:
     """Compiles sources (.cu or .cpp) with the machine into a shared library; returns its path.
 
-    ``quote`` are folders that are searched for headers before the repository's own, as a changed copy of a kernel needs.
+    ``quote`` are folders searched for headers before the repository's own, as a changed copy of a kernel needs.
     """
     kernel_flags, machine_flags = SANITIZERS[sanitizer]
     folders = [*quote, HERE, ROOT, ROOT / "csrc" / "cuda", ROOT / "csrc"]

@@ -230,7 +230,8 @@ inline unsigned add_acq_rel_gpu(unsigned* p, unsigned v, FASTSEQ_HERE) {
   return before;
 }
 inline void fence_gpu() {
-  for (const void* p; (p = emulation::fence());) (void)__atomic_load_n(static_cast<const unsigned*>(p), __ATOMIC_ACQUIRE);
+  while (const void* p = emulation::fence())
+    (void)__atomic_load_n(static_cast<const unsigned*>(p), __ATOMIC_ACQUIRE);
 }
 inline void red_add(float* p, float v) {
   auto* bits = reinterpret_cast<uint32_t*>(p);

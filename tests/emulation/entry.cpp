@@ -2,8 +2,10 @@
 #include "runtime.h"
 
 // schedule: 0 in order, 1 uniform, 2 sticky, 3 by priority. A number that is 0 leaves that limit as it is.
-extern "C" __attribute__((visibility("default"))) void fastseq_emulation_set(uint64_t seed, int schedule, unsigned resident, int major, int multiprocessors,
-                                      uint64_t shared_per_block) {
+extern "C" __attribute__((visibility("default"))) void fastseq_emulation_set(uint64_t seed, int schedule,
+                                                                             unsigned resident, int major,
+                                                                             int multiprocessors,
+                                                                             uint64_t shared_per_block) {
   using namespace fastseq::emulation;
   settings = Settings{};
   settings.seed = seed;

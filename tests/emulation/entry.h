@@ -5,7 +5,9 @@
 //     return launch(..., static_cast<const float*>(p[0]), static_cast<float*>(p[1]), static_cast<int>(n[0]));
 //   }
 #pragma once
+#include <cstdint>
 
-#define FASTSEQ_ENTRY(name)                                                                                        \
-  extern "C" __attribute__((visibility("default"))) const char* name([[maybe_unused]] void* const* p, [[maybe_unused]] const int64_t* n, \
-                              [[maybe_unused]] const double* x)
+#define FASTSEQ_ENTRY(name)                                                                                   \
+  extern "C" __attribute__((visibility("default"))) const char* name([[maybe_unused]] void* const* p,         \
+                                                                     [[maybe_unused]] const int64_t* n,       \
+                                                                     [[maybe_unused]] const double* x)

@@ -159,6 +159,9 @@ Pending* issue(Pending::Kind kind, Block* target, Where where);
 void take_off(Pending* pending);
 void fault_on_landing(const char* what, const Pending* pending);
 void land(Pending* pending);
+void land_one(unsigned i);  // of the list of all
+unsigned under_way();
+void forget_all();
 void land_all(Fiber* owner, bool (*wanted)(const Pending*, unsigned), unsigned argument);
 void landed_bytes(const Pending* pending, unsigned bytes);  // at its mbarrier
 void will_land(Block& target, Mbar* bar, Where where);

@@ -1,7 +1,5 @@
 // Fibers, the scheduler, and the reports of deadlock and livelock.
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -60,34 +58,6 @@ uint64_t random_state = 1;
 unsigned landing_one_in = 0;
 Body body;
 void* body_arguments;
-
-// A vector that never asks malloc, which ThreadSanitizer would follow from fibers.
-template <class T>
-struct Raw {
-  T* items = nullptr;
-  size_t count = 0, room = 0;
-
-  static T* pages(size_t n) {
-    return reinterpret_cast<T*>(syscall(SYS_mmap, nullptr, n * sizeof(T), PROT_READ | PROT_WRITE,
-                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  }
-  void push_back(T item) {
-    if (count == room) {
-      T* more = pages(room ? 2 * room : 4096);
-      for (size_t i = 0; i < count; ++i) more[i] = items[i];
-      if (items) syscall(SYS_munmap, items, room * sizeof(T));
-      items = more;
-      room = room ? 2 * room : 4096;
-    }
-    items[count++] = item;
-  }
-  T& back() { return items[count - 1]; }
-  void pop_back() { --count; }
-  bool empty() const { return count == 0; }
-  T& operator[](size_t i) { return items[i]; }
-};
-
-Raw<Pending*> under_way, spare;
 
 uint64_t random_bits() {
   random_state ^= random_state << 13;
@@ -208,13 +178,13 @@ Fiber* pick() {
 
 void run_wave() {
   while (wave->live && !failed) {
-    if (!under_way.empty() && landing_one_in && random_below(landing_one_in) == 0)
-      land(under_way[random_below(static_cast<unsigned>(under_way.count))]);
+    if (under_way() && landing_one_in && random_below(landing_one_in) == 0) land_one(random_below(under_way()));
     Fiber* fiber = pick();
     const bool stuck = wave->idle_polls > 256 + 16ull * wave->live;
     if (!fiber || stuck) {
-      if (!under_way.empty()) {
-        land(under_way[random_below(static_cast<unsigned>(under_way.count))]);
+      if (under_way()) {
+        // Pollers would take long to starve it out of the list one by one.
+        for (unsigned n = stuck ? under_way() / 4 + 1 : 1; n && !failed; --n) land_one(random_below(under_way()));
         wave->idle_polls = 0;
       } else {
         failed = true;
@@ -229,7 +199,7 @@ void run_wave() {
     to_fiber(scheduler, *fiber);
     running = nullptr;
   }
-  while (!failed && !under_way.empty()) land(under_way.back());
+  while (!failed && under_way()) land_one(under_way() - 1);
 }
 
 }  // namespace
@@ -302,6 +272,11 @@ void fail(const char* what, Where where) {
   __builtin_unreachable();
 }
 
+void fault_on_landing(const char* what, const Pending* pending) {
+  fault = {what, pending->owner, pending->where};
+  failed = true;
+}
+
 void meet(Perform perform, uint32_t mask, void* arguments, const char* what, Where where) {
   Fiber* fiber = running;
   Warp& warp = *fiber->in_warp;
@@ -320,55 +295,9 @@ void meet(Perform perform, uint32_t mask, void* arguments, const char* what, Whe
   perform(warp, mask);
   warp.waiting &= ~mask;
   ++warp.meetings;
-  for (uint32_t left = mask & ~(1u << fiber->lane); left; left &= left - 1) make_ready(&warp.lanes[__builtin_ctz(left)]);
+  for (uint32_t left = mask & ~(1u << fiber->lane); left; left &= left - 1)
+    make_ready(&warp.lanes[__builtin_ctz(left)]);
   progress();
-}
-
-// ---- Work under way.
-
-Pending* issue(Pending::Kind kind, Block* target, Where where) {
-  if (spare.empty()) {
-    constexpr size_t kMore = 1024;
-    Pending* more = Raw<Pending>::pages(kMore);
-    for (size_t i = 0; i < kMore; ++i) spare.push_back(&more[i]);
-  }
-  Pending* pending = spare.back();
-  spare.pop_back();
-  Fiber* owner = running;
-  *pending = Pending{};
-  pending->kind = kind;
-  pending->owner = owner;
-  pending->target = target;
-  pending->where = where;
-  pending->group = owner->group;
-  pending->index = static_cast<unsigned>(under_way.count);
-  pending->older = owner->newest;
-  (owner->newest ? owner->newest->newer : owner->oldest) = pending;
-  owner->newest = pending;
-  under_way.push_back(pending);
-  return pending;
-}
-
-void take_off(Pending* pending) {
-  under_way[pending->index] = under_way.back();
-  under_way[pending->index]->index = pending->index;
-  under_way.pop_back();
-  Fiber* owner = pending->owner;
-  (pending->older ? pending->older->newer : owner->oldest) = pending->newer;
-  (pending->newer ? pending->newer->older : owner->newest) = pending->older;
-  spare.push_back(pending);
-}
-
-void land_all(Fiber* owner, bool (*wanted)(const Pending*, unsigned), unsigned argument) {
-  for (Pending *p = owner->oldest, *next; p; p = next) {
-    next = p->newer;
-    if (wanted(p, argument)) land(p);
-  }
-}
-
-void fault_on_landing(const char* what, const Pending* pending) {
-  fault = {what, pending->owner, pending->where};
-  failed = true;
 }
 
 // ---- Launching.
@@ -472,7 +401,8 @@ const char* run_launch(const Launch& shape, Body kernel, void* arguments) {
   std::vector<unsigned> groups(blocks / per_group);
   for (unsigned i = 0; i < groups.size(); ++i) groups[i] = i;
   if (settings.schedule != Schedule::in_order)
-    for (unsigned i = static_cast<unsigned>(groups.size()); i > 1; --i) std::swap(groups[i - 1], groups[random_below(i)]);
+    for (size_t i = groups.size(); i > 1; --i)
+      std::swap(groups[i - 1], groups[random_below(static_cast<unsigned>(i))]);
   const size_t together = std::max<size_t>(1, settings.resident / (per_group * shape.threads));
   for (size_t first = 0; first < groups.size() && !failed; first += together) {
     Wave here;
@@ -495,7 +425,7 @@ const char* run_launch(const Launch& shape, Body kernel, void* arguments) {
         }
     edge_acquire(wave);
     race_stop(here.fibers.data(), here.fibers.size());
-    for (; !under_way.empty(); under_way.pop_back()) spare.push_back(under_way.back());
+    forget_all();
     wave = nullptr;
     running = nullptr;
   }

@@ -99,6 +99,14 @@ CELL_FORWARD = (
 NATIVE_ISA = "(str name) -> str"
 """Test hook: force an instruction set of the CPU kernels ('' only asks); returns the one now active."""
 
+NATIVE_SCAN_PLAN = "(str cell, str dtype, bool backward, int hidden, int batch, int[] device) -> str"
+"""How the CUDA C++ kernels would run a scan: role, division of the work, bytes, and why no better role is taken.
+dtype: fp32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; [] asks
+the current one."""
+
+NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
+"""For tests and measurements: fixes the role (cluster, grid, step; '' leaves it to the plan) and shape of CUDA scans."""
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype a kernel computes in."""
@@ -189,6 +197,8 @@ define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
+torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)
+torch.library.define("fastseq::native_scan_role", NATIVE_SCAN_ROLE)
 ops_triton.register()
 
 
@@ -201,5 +211,19 @@ def _load_native() -> str | None:
     return None
 
 
+def _load_native_cuda() -> str | None:
+    """Load the CUDA kernels, where torch is one that could run them; returns None, or the reason why there are none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        import fastseq._native_cuda  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 NATIVE_MISSING: str | None = _load_native()
 """None where the compiled extension is loaded, else why it is not."""
+
+NATIVE_CUDA_MISSING: str | None = _load_native_cuda() if NATIVE_MISSING is None else NATIVE_MISSING
+"""None where the compiled CUDA kernels are loaded, else why they are not."""

@@ -118,7 +118,7 @@ def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="nati
 
 def rounds_h(dtype: torch.dtype, backend: str) -> bool:
     """Whether the products take h rounded to its storage type: tensor cores do, and the CPU's bfloat16 pairs."""
-    if backend == "triton":
+    if backend in ("triton", "emulated"):
         return dtype.itemsize == 2
     return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") == "avx512_bf16"
 

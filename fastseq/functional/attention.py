@@ -255,7 +255,9 @@ def attention_and_weights(
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     """Why an operator backend cannot run attention of these; None where it can."""
-    return ops_triton.attention_reason(q, v) if name == "triton" else backends.operator_reason(name, q.device.type)
+    if name == "triton":
+        return ops_triton.attention_reason(q, v)
+    return backends.operator_reason(name, q.device.type, "attention")
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

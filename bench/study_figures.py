@@ -207,7 +207,7 @@ def _times(document: Document, mode: str) -> Exhibit:
         name=f"cost-{mode}",
         title=f"Cost of length: time, {mode}",
         alt=f"Lines of microseconds a step over the number of steps, {mode}. Attention is slower than: {told}",
-        header=["T", *(COST_LABELS[kind] for kind in COST_KINDS), *(f"attention / {COST_LABELS[k]}" for k in RECURRENT)],
+        header=["T", *COST_LABELS.values(), *(f"attention / {COST_LABELS[kind]}" for kind in RECURRENT)],
         rows=[
             [f"{t:,}", *(duration(taken[kind][t]) for kind in COST_KINDS),
              *(f"{taken['attention'][t] / taken[kind][t]:.2f}×" for kind in RECURRENT)]

@@ -29,6 +29,9 @@ def missing(device: str) -> str | None:
     return None
 
 
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot trace the questions it asks
+
+
 def attention_reason(q: Tensor, v: Tensor) -> str | None:
     """Why the Triton kernels cannot run attention of these queries and values; None where they can."""
     reason = missing(q.device.type)

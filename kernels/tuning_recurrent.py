@@ -122,10 +122,10 @@ def step(dtype: str, batch: int) -> Step:
 
 # By whether a tile has 64 rows.
 _PERSISTENT = {
-    (2, False): Persistent(16, 32, 64, 4, 4),
+    (2, False): Persistent(16, 16, 64, 4, 4),
     (2, True): Persistent(64, 16, 64, 4, 3),
     (4, False): Persistent(16, 32, 32, 8, 3),
-    (4, True): Persistent(64, 16, 32, 4, 3),
+    (4, True): Persistent(64, 16, 16, 4, 3),
 }
 PERSISTENT_FIRST = False
 """Whether a layer that is too large for the sequence role takes the persistent one before the step role: not before

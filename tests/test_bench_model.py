@@ -30,3 +30,16 @@ def test_the_table_has_a_line_for_every_shape(capsys: pytest.CaptureFixture[str]
     assert len(lines) == 2 + 4 * 2
     assert "sequence" in lines[2]
     assert "step" in lines[3]
+
+
+def test_waiting_for_each_other_takes_less_than_another_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    for cell in ("lstm", "gru_reset_before"):
+        for batch, hidden in ((1, 256), (16, 512), (64, 1024)):
+            step, persistent = (model.floor(cell, "bf16", batch, hidden, role=r) for r in ("step", "persistent"))
+            assert step is not None
+            assert persistent is not None
+            assert persistent.synchronisation < step.synchronisation
+    assert model.floor("lstm", "bf16", 16, 512, role="sequence") is None
+    assert model.floor("lstm", "bf16", 4096, 8192, role="persistent") is None
+    assert model.main(["--batch", "1", "--hidden", "512", "--role", "persistent"]) == 0
+    assert capsys.readouterr().out.count("persistent") == 4

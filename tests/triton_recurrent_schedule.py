@@ -145,7 +145,7 @@ def side_by_side(seed: int, restless: float = 0.3) -> Iterator[Schedule]:
         found = load(ptrs, mask, *rest)
         for at, value, where in schedule.current.stored if schedule.current is not None else ():
             own = dict(zip(at[where].tolist(), value[where], strict=True))  # which it sees at once
-            for place in zip(*np.nonzero(np.isin(ptrs.data, at[where]) & mask.data), strict=True):
+            for place in zip(*np.nonzero(np.isin(ptrs.data, at[where]) & mask.data.astype(bool)), strict=True):
                 found.data[place] = own[int(ptrs.data[place])]
         return found
 
@@ -154,7 +154,7 @@ def side_by_side(seed: int, restless: float = 0.3) -> Iterator[Schedule]:
         schedule.idle = 0
         if schedule.current is None:
             return store(ptrs, value, mask, *rest)
-        schedule.current.stored.append((ptrs.data.copy(), value.data.copy(), mask.data.copy()))
+        schedule.current.stored.append((ptrs.data.copy(), value.data.copy(), mask.data.astype(bool)))
         return None
 
     def create_atomic_rmw(operation, ptr, value, mask, sem, scope):

@@ -11,7 +11,7 @@ from fastseq.kernels import tuning_recurrent as tuning
 from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
-_LONG = {"lengths": "*i64", "reset": "*i1", "arrived": "*i32"}
+_LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}
 _WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
 _NUMBERS = {"T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b", "I", "H", "P"}
 
@@ -71,7 +71,7 @@ class Variant:
         if not target.startswith("gfx"):
             options["maxnreg"] = tuning.MAX_REGISTERS
         names = kernel.arg_names
-        if self.fused:
+        if self.fused or tuning.GATES[self.cell] == 1:  # nothing is carried in float32 to a later step
             constants["carry_out"] = None
         constants = {name: value for name, value in constants.items() if name in names}
         types = {name: self._type(name) for name in names if name not in constants}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from fastseq.kernels import tuning_recurrent as tuning
 
+from bench import model_attention
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -97,7 +99,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 128])
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512, 768, 1024])
     parser.add_argument("--role", choices=("sequence", "step", "persistent"), help="by default as the tables choose")
+    parser.add_argument("--attention", choices=("core", "all"), nargs="?", const="core",
+                        help="attention's cases in place of the recurrent steps")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.attention:
+        print("\n".join(model_attention.lines(model_attention.cases(options.attention == "all"))))
+        return 0
     print(f"floor of one forward step on an {H200.name}, {options.dtype}, microseconds (product of x not included)")
     print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':11}{'product':>9}{'weights':>9}{'traffic':>9}{'sync':>7}{'step':>8}")
     for cell in tuning.GATES:

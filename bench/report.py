@@ -276,13 +276,13 @@ def _case_document(result: Result) -> dict[str, Any]:
         "family": case.family,
         "shape": dataclasses.asdict(case),
         "budget": result.budget,
-        "contestants": {name: _entry_document(entry) for name, entry in result.entries.items()},
+        "contestants": {name: entry_document(entry) for name, entry in result.entries.items()},
         "ratios": {name: result.ratio(name) for name in (*result.entries, "best") if name != OURS.name},
         "noisy": result.noisy,
     }
 
 
-def _entry_document(entry: Entry) -> dict[str, Any]:
+def entry_document(entry: Entry) -> dict[str, Any]:
     document: dict[str, Any] = {"status": entry.status, "reason": entry.reason, "backend": entry.backend}
     document["errors"] = {name: error if error != float("inf") else None for name, error in entry.errors.items()}
     document["peak_bytes"] = entry.peak_bytes

@@ -124,6 +124,7 @@ struct Block {
   Cluster* in_cluster;
   Extent index;
   unsigned rank, threads, live;
+  bool started;  // one of its threads has run
   unsigned char* shared;
   size_t shared_bytes;
   Barrier barriers[16];
@@ -164,10 +165,11 @@ unsigned under_way();
 void forget_all();
 void land_all(Fiber* owner, bool (*wanted)(const Pending*, unsigned), unsigned argument);
 void landed_bytes(const Pending* pending, unsigned bytes);  // at its mbarrier
-void will_land(Block& target, Mbar* bar, Where where);
+MbarState& will_land(Block& target, Mbar* bar, Where where);
 
 // ---- What ThreadSanitizer is told; nothing without it.
 void edge_release(const void* address);
+void edge_release(MbarState& state);  // by bytes that will land
 void edge_acquire(const void* address);
 void race_read(const void* p, size_t bytes);
 void race_write(const void* p, size_t bytes);

@@ -124,6 +124,7 @@ void leave(Fiber* fiber) { to_scheduler(scheduler, *fiber); }
 [[noreturn]] void fiber_main() {
   Fiber* fiber = running;
   entered(scheduler, *fiber);
+  fiber->in_block->started = true;
   edge_acquire(wave);
   body(body_arguments);
   finished(fiber);

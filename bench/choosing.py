@@ -102,7 +102,7 @@ def text(results: Results) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True,
-                        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701
+                        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip
     page: str = jinja.get_template("choosing.md.j2").render(**facts(results))
     return page
 

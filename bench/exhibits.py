@@ -48,7 +48,12 @@ class Results:
     def best(self, kind: str) -> Document | None:
         """The file of this kind with the most in it: a full run rather than a quick one."""
         found: dict[str, Document] = getattr(self, kind)
-        return max(found.values(), key=lambda each: len(each.get("results", each.get("cases", ()))), default=None)
+        return max(found.values(), key=measured, default=None)
+
+
+def measured(document: Document) -> int:
+    """How many cases or units a file holds."""
+    return len(document.get("results") or document.get("cases") or ())
 
 
 def load(folder: Path) -> Results:

@@ -171,7 +171,7 @@ def reach(model: Learner, x: Tensor, distances: tuple[int, ...]) -> dict[str, di
     draw = torch.Generator().manual_seed(0)
     model = copy.deepcopy(model).double()
     with torch.no_grad():
-        embedded = model.embedded(x)
+        embedded = model.embedded(x.double() if x.is_floating_point() else x)
     whole = embedded.clone().requires_grad_()
     last = model.hidden(whole)[0][:, -1]
     v = torch.randn(last.shape, generator=draw, dtype=last.dtype)

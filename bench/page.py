@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import speed_figures, study_figures
-from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, load
+from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, load, measured
 from fastseq.demo import plots
 
 TEMPLATES = Path(__file__).resolve().parent
@@ -67,7 +67,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def _fullest_first(found: dict[str, Document]) -> list[tuple[str, Document]]:
-    return sorted(found.items(), key=lambda pair: -len(pair[1].get("cases", pair[1].get("results", ()))))
+    return sorted(found.items(), key=lambda pair: -measured(pair[1]))
 
 
 def _titled(name: str) -> str:

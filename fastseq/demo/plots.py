@@ -37,7 +37,7 @@ def style(follow_page: bool = False) -> Iterator[None]:
     import matplotlib
 
     ink, grid = (INK, GRID) if follow_page else ("#222222", "#dddddd")
-    settings: dict[str, Any] = {
+    settings: Any = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink),
         "grid.color": grid,
         "grid.linewidth": 0.6,

@@ -10,6 +10,7 @@
 
 #include <cstring>
 #include <exception>
+#include <vector>
 
 #include "inference.h"
 
@@ -141,6 +142,42 @@ struct BorrowedList {
   }
 };
 
+// The results of a stack of layers over x; `state` is h0, or None.
+PyObject* run(const StackCall& call, PyObject* x, PyObject* state) {
+  Stack layers(call);
+  const bool lstm = layers.lstm();
+  Object h_n(make(x, state, call.h0, layers.h_sizes, layers.rank()));
+  if (!h_n.get()) return decline();
+  Borrowed last;
+  last.take(h_n.get());
+  Object y(make(x, h_n.get(), last.handle(), layers.y_sizes, layers.rank()));
+  Object c_n(lstm ? make(x, h_n.get(), last.handle(), layers.c_sizes, layers.rank()) : nullptr);
+  if (!y.get() || (lstm && !c_n.get())) return decline();
+  void *to_y = data_of(y.get()), *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
+  compute(layers.products(), [&] { layers.run(to_y, to_h, to_c); });
+  return lstm ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
+}
+
+bool same_isa(PyObject* name) {
+  const char* isa = text_of(name);
+  return isa && !std::strcmp(isa, isa_name(active_isa()));
+}
+
+// Whether a tensor (or None) is the i-th source, at its address in memory and of its version (None: it has none).
+bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject* versions, Py_ssize_t i) {
+  if (tensor != PyTuple_GetItem(sources, i)) return false;
+  if (tensor == Py_None) return true;
+  Object cdata(PyObject_GetAttr(tensor, cdata_name));
+  void *impl = cdata.get() ? PyLong_AsVoidPtr(cdata.get()) : nullptr, *data = nullptr;
+  if (!impl) return false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(&impl), &data));
+  PyObject* version = PyTuple_GetItem(versions, i);
+  if (data != PyLong_AsVoidPtr(PyTuple_GetItem(addresses, i))) return false;
+  if (version == Py_None) return true;
+  Object now(PyObject_GetAttr(tensor, version_name));
+  return now.get() && PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
+}
+
 // stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first[, hidden, outputs])
 // -> (y, h_n[, c_n]) or None
 PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
@@ -156,18 +193,66 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
                        int64_t(scales.count), cell, PyLong_AsLongLong(args[6]), PyObject_IsTrue(args[7]) == 1,
                        PyObject_IsTrue(args[8]) == 1, count > 9 ? PyLong_AsLongLong(args[9]) : 0,
                        count > 9 ? PyLong_AsLongLong(args[10]) : 0};
-  Stack layers(call);
-  const bool lstm = layers.lstm();
-  Object h_n(make(args[0], args[1], h0.handle(), layers.h_sizes, layers.rank()));
-  if (!h_n.get()) return decline();
-  Borrowed last;
-  last.take(h_n.get());
-  Object y(make(args[0], h_n.get(), last.handle(), layers.y_sizes, layers.rank()));
-  Object c_n(lstm ? make(args[0], h_n.get(), last.handle(), layers.c_sizes, layers.rank()) : nullptr);
-  if (!y.get() || (lstm && !c_n.get())) return decline();
-  void *to_y = data_of(y.get()), *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
-  compute(layers.products(), [&] { layers.run(to_y, to_h, to_c); });
-  return lstm ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
+  return run(call, args[0], args[1]);
+} catch (const std::exception&) {
+  return decline();
+}
+
+// What packed weights were made from, and the call that reads them, for the layers of one module.
+struct Plan {
+  std::vector<PyObject*> owned;  // what is pointed to below
+  PyObject *sources, *addresses, *versions, *isa, *options[4];
+  BorrowedList weights, scales;
+  bool taken;
+
+  explicit Plan(PyObject* const* args)
+      : owned(args, args + 10), sources(args[0]), addresses(args[1]), versions(args[2]), isa(args[3]),
+        options{args[6], args[7], args[8], args[9]}, weights(args[4]), scales(args[5]) {
+    for (PyObject* object : owned) Py_INCREF(object);
+    taken = weights.take() && scales.take();
+  }
+  ~Plan() {
+    for (PyObject* object : owned) Py_DECREF(object);
+  }
+};
+constexpr const char* kPlan = "fastseq.plan";
+Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+
+// plan(sources, addresses, versions, isa, weights, scales, cell, num_layers, bidirectional, batch_first) -> plan or None:
+// the first four as `unchanged` has them, the others as `stack`.
+PyObject* plan(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 10 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) return decline();
+  Plan* made = new Plan(args);
+  PyObject* capsule = PyCapsule_New(made, kPlan, [](PyObject* object) { delete plan_of(object); });
+  if (!capsule) delete made;
+  if (!capsule || made->taken) return capsule;
+  Py_DECREF(capsule);
+  return decline();
+} catch (const std::exception&) {
+  return decline();
+}
+
+// planned(plan, parameters: dict, x, h0, c0, cell, num_layers, bidirectional, batch_first, hidden, outputs): as `stack`,
+// with the plan's weights; None too where one of the parameters, or an option, is no longer what the plan was made for.
+PyObject* planned(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 11) return decline();
+  Plan* made = plan_of(args[0]);
+  if (!made || !PyDict_Check(args[1]) || !same_isa(made->isa)) return decline();
+  for (int i = 0; i < 4; ++i)
+    if (args[5 + i] != made->options[i]) return decline();
+  Py_ssize_t position = 0, i = 0;
+  PyObject *name, *tensor;
+  const Py_ssize_t length = PyTuple_Size(made->sources);
+  if (PyDict_Size(args[1]) != length) return decline();
+  for (; PyDict_Next(args[1], &position, &name, &tensor); ++i)
+    if (i >= length || !is_still(tensor, made->sources, made->addresses, made->versions, i)) return decline();
+  Borrowed x, h0, c0;
+  if (!nothing_speaks_against_it() || args[2] == Py_None || !x.take(args[2]) || !h0.take(args[3]) || !c0.take(args[4]))
+    return decline();
+  const StackCall call{x.handle(), h0.handle(), c0.handle(), made->weights.handles, int64_t(made->weights.count),
+                       made->scales.handles, int64_t(made->scales.count), text_of(args[5]), PyLong_AsLongLong(args[6]),
+                       args[7] == Py_True, args[8] == Py_True, PyLong_AsLongLong(args[9]), PyLong_AsLongLong(args[10])};
+  return run(call, args[2], args[3]);
 } catch (const std::exception&) {
   return decline();
 }
@@ -198,28 +283,15 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
-// unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether the tensors (or Nones) are the
-// sources, at these addresses in memory and of these versions (None: it has none), and the instruction set is this one.
+// unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether each tensor is still its source,
+// and the instruction set is this one.
 PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 5 || !PyList_Check(args[0])) return decline();
   const Py_ssize_t length = PyList_Size(args[0]);
-  const char* isa = text_of(args[4]);
-  bool same = PyTuple_Size(args[1]) == length && isa && !std::strcmp(isa, isa_name(active_isa()));
-  for (Py_ssize_t i = 0; same && i < length; ++i) {
-    PyObject* tensor = PyList_GetItem(args[0], i);
-    same = tensor == PyTuple_GetItem(args[1], i);
-    if (!same || tensor == Py_None) continue;
-    Object cdata(PyObject_GetAttr(tensor, cdata_name));
-    void *impl = cdata.get() ? PyLong_AsVoidPtr(cdata.get()) : nullptr, *data = nullptr;
-    if (!impl) return decline();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(&impl), &data));
-    same = data == PyLong_AsVoidPtr(PyTuple_GetItem(args[2], i));
-    PyObject* version = PyTuple_GetItem(args[3], i);
-    if (!same || version == Py_None) continue;
-    Object now(PyObject_GetAttr(tensor, version_name));
-    if (!now.get()) return decline();
-    same = PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
-  }
+  bool same = PyTuple_Size(args[1]) == length && same_isa(args[4]);
+  for (Py_ssize_t i = 0; same && i < length; ++i)
+    same = is_still(PyList_GetItem(args[0], i), args[1], args[2], args[3], i);
+  PyErr_Clear();
   return PyBool_FromLong(same);
 } catch (const std::exception&) {
   return decline();
@@ -262,6 +334,8 @@ PyCFunction method(Function function) {
 
 PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
                                 {"cell", method(cell), METH_FASTCALL, nullptr},
+                                {"plan", method(plan), METH_FASTCALL, nullptr},
+                                {"planned", method(planned), METH_FASTCALL, nullptr},
                                 {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
                                 {"bind", method(bind), METH_FASTCALL, nullptr},
                                 {"described", method(described), METH_O, nullptr},

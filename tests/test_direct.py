@@ -49,7 +49,7 @@ def test_it_is_on_with_this_torch():
 def test_it_is_off_with_a_torch_that_it_does_not_know(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.delattr(torch._C, "_is_any_autocast_enabled")
-    assert direct._bind() == (None, None, None)
+    assert direct._bind() == (None,) * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

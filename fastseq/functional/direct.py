@@ -1,12 +1,13 @@
 """The short way into the native kernels, past torch's operator dispatch: what a small model costs is mostly that.
 
-``stack``, ``cell`` and ``unchanged`` are functions of the compiled extension (csrc/direct.cpp), or None where they
-must not be used.
+``stack``, ``cell``, ``plan``, ``planned`` and ``unchanged`` are functions of the compiled extension (csrc/direct.cpp),
+or None where they must not be used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,17 +36,17 @@ def plain() -> bool:
     return not any(question() for question in _questions())
 
 
-def _bind() -> tuple[Callable, Callable, Callable] | tuple[None, None, None]:
+def _bind() -> tuple[Callable[..., Any] | None, ...]:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if ops.NATIVE_MISSING is not None or not TESTED[0] <= release < TESTED[1]:
-        return None, None, None
+        return (None,) * 5
     import fastseq._native as native  # type: ignore[import-not-found]
 
     native.bind(torch.Tensor, torch.nn.Parameter, torch.empty_like, _questions())
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     if native.described(trial) != (trial.data_ptr(), tuple(trial.shape)):
-        return None, None, None
-    return native.stack, native.cell, native.unchanged
+        return (None,) * 5
+    return native.stack, native.cell, native.plan, native.planned, native.unchanged
 
 
-stack, cell, unchanged = _bind()
+stack, cell, plan, planned, unchanged = _bind()

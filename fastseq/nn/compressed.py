@@ -44,6 +44,13 @@ class _Sources:
         self.versions = tuple(_version(tensor) for tensor in tensors)
         self.isa = torch.ops.fastseq.native_isa("")
 
+    def plan(self, copies: Copies, shape: tuple[Any, ...]) -> Any:
+        """The copies as ``direct.planned`` takes them, or None where it cannot."""
+        if direct.plan is None or not copies.sizes[0]:
+            return None
+        mine = (self.tensors, self.addresses, self.versions, self.isa)
+        return direct.plan(*mine, copies.weights, copies.scales, *shape)
+
     def are_still(self, tensors: list[Tensor | None]) -> bool:
         if direct.unchanged is not None:
             return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)
@@ -75,6 +82,7 @@ class CompressedWeights:
             raise ValueError(f"weights: got {kind!r}, accepted is one of {', '.join(map(repr, KINDS))}")
         self.kind = kind
         self._made: tuple[_Sources, Copies] | None = None
+        self._plan: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +94,29 @@ class CompressedWeights:
             scale.nbytes for scale in copies.scales
         )
 
+    def infer(self, layer: Any, x: Any, h0: Any, c0: Any, *shape: Any) -> tuple[Tensor, ...] | None:
+        """What ``inference.stack`` returns for a layer, from the copies of its weights; shape: its cell, num_layers,
+        bidirectional and batch_first."""
+        if not backend.native_scan():
+            return None
+        plan = self._plan
+        if plan is not None:
+            assert direct.planned is not None
+            made, sizes = plan
+            done = direct.planned(made, layer._parameters, x, h0, c0, *shape, *sizes)
+            if done is not None:
+                return done
+        copies = self.of(list(layer._parameters.values()), shape[0], layer._flat, shape)
+        if copies is None:
+            return None
+        return inference.stack(x, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)
+
     def of(
         self,
         parameters: list[Tensor | None],
         cell: str,
         flat: Callable[[], tuple[Sequence[Tensor | None], int]] | None = None,
+        shape: tuple[Any, ...] = (),
     ) -> Copies | None:
         """The copies, as they must be now; None where they cannot be made: a gradient may be wanted, the weights are
         not ordinary tensors on the CPU, or the native kernels are not in force.
@@ -100,6 +126,7 @@ class CompressedWeights:
             cell: which cell the weights belong to.
             flat: gives the weights in torch's flat order, and how many layers and directions they are of; without it
                 ``parameters`` are the weights, of one.
+            shape: of a layer, what :meth:`infer` takes.
         """
         made = self._made
         if made is None or not made[0].are_still(parameters):
@@ -108,7 +135,9 @@ class CompressedWeights:
             weights, rows = flat() if flat is not None else (parameters, 1)
             if not all(w is None or (type(w) in (Tensor, Parameter) and w.is_cpu) for w in weights):
                 return None
-            made = self._made = (_Sources(parameters), self._copies(weights, rows, cell))  # at once, for other threads
+            made = (_Sources(parameters), self._copies(weights, rows, cell))
+            plan = made[0].plan(made[1], shape) if shape else None
+            self._made, self._plan = made, None if plan is None else (plan, made[1].sizes)  # whole, for other threads
         return made[1]
 
     def _copies(self, weights: Sequence[Tensor | None], rows: int, cell: str) -> Copies:
@@ -128,4 +157,4 @@ class CompressedWeights:
         return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the layer has weights of its own
-        return {"kind": self.kind, "_made": None}
+        return {"kind": self.kind, "_made": None, "_plan": None}

@@ -62,10 +62,7 @@ class _Recurrent(_Compressible, nn.RNNBase):
             return None
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
         if self._compressed is not None and not torch.compiler.is_compiling():
-            copies = self._compressed.of(list(self._parameters.values()), cell, self._flat)
-            if copies is None:
-                return None
-            return inference.stack(input, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)
+            return self._compressed.infer(self, input, h0, c0, *shape)
         return inference.stack(input, h0, c0, self._weights(), _NO_SCALES, *shape)
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:

@@ -142,7 +142,7 @@ def forward_sequence(
 @triton.jit
 def products(
     p_0, p_1, p_2, p_3, a, rows, w, gate, units, H, K,
-    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr = "",
+    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr,
 ):
     """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off.
 
@@ -199,7 +199,7 @@ def forward_step(
     if FUSE_X:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, x + (wide * I)[:, None], rows < B, w_ih, FROM, units, H, I,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
         p_0 += bias(b_ih, FROM, units, H, has_bias)
         if MADE > 1:
@@ -229,12 +229,12 @@ def forward_step(
     if PHASE == 1:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
     else:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
 
     row = t * B + wide
@@ -309,7 +309,7 @@ def forward_projection(
     live = (t < length)[:, None]
     p = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     p, _, _, _ = products(
-        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST,
+        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST, "",
     )
     h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
     tl.store(h_out + state, tl.where(live, p.to(dtype), h), mask=mask)

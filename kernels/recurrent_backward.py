@@ -154,7 +154,7 @@ def backward_sequence(
 @triton.jit
 def product_of(
     acc, a, rows, w, units, K, N, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ):
     """acc += a · w; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off; w [K, N] at ``units``."""
     for k in range(0, K, BLOCK_K):
@@ -181,12 +181,12 @@ def state_gradient(
     row = later * B + rows
     dh = product_of(
         dh, dgates + (row * (G * H))[:, None], known, w_hh, units, DIRECT * H * has_later, P, BLOCK_K, PRECISION,
-        UPCAST,
+        UPCAST, "",
     )
     if CELL == "gru":
         dh = product_of(
             dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * P, units, H * has_later, P, BLOCK_K, PRECISION,
-            UPCAST,
+            UPCAST, "",
         )
     return dh
 
@@ -260,7 +260,7 @@ def backward_step(
     if PHASE == 1:  # gru_reset_before's second launch: through W_n, of all units at once, to r
         dq = product_of(
             tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dgates + (row * (G * H) + 2 * H)[:, None], rows < B,
-            w_hh + 2 * H * P, units, H, P, BLOCK_K, PRECISION, UPCAST,
+            w_hh + 2 * H * P, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
         tl.store(out, tl.where(live, gru_backward_reset(r, h_prev, dq), 0.0).to(dtype), mask=mask)
         dh = load(carry + state, mask)
@@ -269,7 +269,7 @@ def backward_step(
         if PROJECTED:
             dh = product_of(
                 tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dhidden + (row * P)[:, None], rows < B, w_hr, units, P, H,
-                BLOCK_K, PRECISION, UPCAST,
+                BLOCK_K, PRECISION, UPCAST, "",
             )
             total = dh
         else:

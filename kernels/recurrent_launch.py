@@ -75,7 +75,8 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     """How tl.dot multiplies: float32 by three TF32 products, which keep its digits, or one if torch may use TF32."""
     if dtype is not torch.float32 or hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Set by torch.set_float32_matmul_precision too, which cannot be asked once either has been set by its newer name.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def common(tiles: Any, x: Tensor) -> dict[str, Any]:
@@ -306,14 +307,15 @@ def scan_backward(
 
     if not isinstance(tiles, tuning.Step) or isinstance(tiles, tuning.Persistent):  # one launch for all steps
         over_batch = triton.cdiv(batch, tiles.block_b)
+        meeting: tuple[Tensor, ...] = ()
         if isinstance(tiles, tuning.Persistent):
-            grid = (triton.cdiv(hidden, tiles.block_n), over_batch)
-            launch, arrived = backward_persistent[grid], (y.new_zeros(over_batch, 32, dtype=torch.int32),)
+            meeting = (y.new_zeros(over_batch, 32, dtype=torch.int32),)
+            launch = backward_persistent[(triton.cdiv(hidden, tiles.block_n), over_batch)]
         else:
-            launch, arrived = backward_sequence[(over_batch,)], ()
+            launch = backward_sequence[(over_batch,)]
         launch(
             there(dy), there(wide(dh_n), torch.float32), there(wide(dc_n), torch.float32), dstates,
-            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0, *arrived,
+            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0, *meeting,
             steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
         )  # fmt: skip
         return dgates, dhidden, dh0, dc0

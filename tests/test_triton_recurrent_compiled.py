@@ -87,9 +87,9 @@ def test_programs_wait_in_a_loop_and_read_what_others_stored_after_it(target: st
     for cell, large in (("lstm", False), ("gru_reset_before", True)):
         lines = walk_between_meetings(target, kernel, cell, "bf16", large)
         look = first(lines, r"ld\.global\.gpu\.acquire|atom\.global\.(gpu\.)?acquire")
-        top = max(i for i in range(look) if lines[i].startswith("$L"))
+        top = max(i for i in range(look) if lines[i].startswith("$L__BB"))
         label = lines[top].partition(":")[0]
-        end = first(lines, rf"bra(\.uni)? {re.escape(label)};", look)
+        end = first(lines, rf"bra(\.uni)?\s+{re.escape(label)};", look)
         assert any("bar.sync" in line for line in lines[look:end])
         read = first(lines, r"cp\.async\.cg|ld\.global\.cg", end)
         assert read < first(lines, "mma", end)

@@ -204,20 +204,26 @@ def test_strides_that_a_stack_makes_are_read_where_they_lie() -> None:
                     assert at.arguments["x_b"] * 32 == dy.stride(1)
 
 
+def multiplied_as(dtype: torch.dtype) -> set[str]:
+    with device() as log:
+        there_and_back("lstm", 3, 2, 32, dtype)
+    return {made.constants["PRECISION"] for made in log.made}
+
+
 def test_tf32_only_where_torch_allows_it() -> None:
-    before = torch.get_float32_matmul_precision()
+    """By either of torch's two names for it."""
     try:
-        for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
+        for setting, expected in (("high", "tf32"), ("medium", "tf32"), ("highest", "tf32x3")):
             torch.set_float32_matmul_precision(setting)
-            with device() as log:
-                there_and_back("lstm", 3, 2, 32, torch.float32)
-            assert {made.constants["PRECISION"] for made in log.made} == {expected}
-        torch.set_float32_matmul_precision("medium")
-        with device() as log:
-            there_and_back("lstm", 3, 2, 32, torch.float16)
-        assert {made.constants["PRECISION"] for made in log.made} == {"ieee"}
+            assert multiplied_as(torch.float32) == {expected}, setting
+        for setting, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert multiplied_as(torch.float32) == {expected}, setting
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert multiplied_as(torch.float16) == {"ieee"}
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("shared", [48, 64, 99, 163, 227])

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 
@@ -43,6 +45,26 @@ def run(*arguments: str, without_hypothesis: bool = False) -> subprocess.Complet
 def test_the_suites_of_gpu_kernels_draw_every_tensor_on_the_device() -> None:
     done = run("--device", "pretend", *(str(TESTS / name) for name in SOME))
     assert re.search(rf"^{len(SOME)} passed", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+def test_calls_go_to_the_kernels_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = torch.ops.fastseq.scan_forward
+    assert devices.operator("scan_forward", "triton") is scan.triton
+    assert devices.operator("scan_forward", "native") is scan.native
+    monkeypatch.setattr(devices, "DEVICE", "cuda")
+    assert devices.operator("scan_forward", "emulated") is scan.native
+    monkeypatch.setattr(devices, "KERNELS", "native")
+
+    def lacking(*arguments: object) -> None:
+        raise RuntimeError("scan: the native CUDA kernels have no projection (w_hr)\nand a trace")
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("scan: a CUDA kernel could not start")
+
+    for made, raised in ((lacking, pytest.skip.Exception), (broken, RuntimeError)):
+        monkeypatch.setattr(torch.ops.fastseq, "scan_forward", SimpleNamespace(native=made))
+        with pytest.raises(raised, match="scan: "):
+            devices.operator("scan_forward", "triton")()
 
 
 @needs_triton

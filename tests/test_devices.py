@@ -76,10 +76,11 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
         "    q, k, v = dense()\n    lengths = torch.tensor([1, 2], device='cpu')\n"
         "    forward(q, k, v, {'lengths_k': lengths}, 'triton')\n"
         "def test_of_the_cpu(): ...\n"
+        "@pytest.mark.device('triton')\n@pytest.mark.interpreter_only\ndef test_of_the_interpreter(): ...\n"
     )
     done = run("--device", "pretend", "--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml"),
                "-p", "conftest", str(left))  # fmt: skip
-    assert "1 failed, 1 deselected" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 2 deselected" in done.stdout, done.stdout + done.stderr
     assert "expected all tensors to be on one device" in done.stdout
 
 

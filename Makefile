@@ -50,6 +50,7 @@ gpu:
 	@$(GPU_PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU here")' || exit 2
 	PATH="$$PATH:/usr/local/cuda/bin" FASTSEQ_BUILD=$(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),cuda,auto) \
 	  $(GPU_PY) setup.py --quiet build_ext --inplace || $(GPU_PY) setup.py --quiet build_ext --inplace
+	@PYTHONPATH=. $(GPU_PY) -c 'import fastseq.kernels' 2>/dev/null || ln -sfn ../kernels fastseq/kernels  # not installed
 	PATH="$$PATH:/usr/local/cuda/bin" PYTHONPATH=. $(GPU_PY) -m bench gpu $(ARGS)
 
 lint: $(READY)
@@ -86,4 +87,5 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@touch $@
 
 clean:
+	rm -f fastseq/kernels
 	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -226,6 +226,7 @@ def flex_entrant(case: Heads, given: HeadsInputs, device: str) -> Entrant:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if _flex is None:
+        torch._dynamo.config.recompile_limit = 4096  # every shape is compiled; past the limit it would run uncompiled
         attention: Callable[..., Any] = flex_attention
         _flex = torch.compile(attention, dynamic=False)
     call, left = _flex, case.window or case.keys

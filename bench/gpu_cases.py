@@ -287,12 +287,15 @@ def tiny(family: str) -> tuple[Case, ...]:
             Layers("training", "float32", "gru", 4, 2, 8, 2, True),
             Layers("training", "float32", "lstm", 4, 3, 8, packed=True),
             Layers("inference", "float32", "gru_reset_before", 4, 2, 8),
+            Layers("training", "bfloat16", "lstm", 4, 5, 40),
         )
     return (
         Heads("forward", "float32", "dense", 2, 4, 2, 33, 33, 16, True),
         Heads("backward", "float32", "dense", 1, 4, 4, 40, 40, 16, True, 7),
         Heads("backward", "float32", "varlen", 3, 2, 2, 24, 24, 16, True),
         Heads("forward", "float32", "decode", 2, 4, 2, 1, 64, 16),
+        Heads("forward", "bfloat16", "dense", 1, 4, 2, 70, 70, 64, True),
+        Heads("backward", "bfloat16", "dense", 1, 4, 2, 70, 70, 64),
     )
 
 

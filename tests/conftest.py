@@ -56,7 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On a GPU only what is marked for it; on the CPU the Triton kernels only where they are interpreted."""
-    away = [item for item in items if devices.DEVICE == "cuda" and item.get_closest_marker("device") is None]
+    away = [
+        item
+        for item in items
+        if devices.DEVICE == "cuda"
+        and (item.get_closest_marker("device") is None or item.get_closest_marker("interpreter_only") is not None)
+    ]
     items[:] = [item for item in items if item not in set(away)]
     config.hook.pytest_deselected(items=away)
     for item in items:

@@ -323,7 +323,7 @@ def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
     assert recurrent["environment"]["sources"] == gpu_report.sources()
     line = next(line for line in recurrent["summary"] if line["backend"] == "reference" and line["peer"] == "best")
     assert line["of"] == "recurrent"
-    assert line["count"] == 3  # torch has no GRU that resets before its product
+    assert line["count"] == 4  # torch has no GRU that resets before its product
     assert "recurrent, reference: " in done.stdout
 
 
@@ -369,6 +369,13 @@ def test_the_suites_that_run_on_a_gpu_are_found() -> None:
     for name in ("recurrent", "attention", "promises"):
         assert f"tests/test_triton_{name}_interpreted.py" in found
     assert "tests/test_readme.py" not in found
+
+
+def test_suites_run_on_the_kernels_that_have_their_operators() -> None:
+    files = ["tests/test_triton_recurrent_interpreted.py", "tests/test_triton_attention_interpreted.py"]
+    assert gpu.suites_of("triton", "cuda", files) == files
+    assert gpu.suites_of("triton", "cuda", ["tests/test_cuda_recurrent_emulated.py"]) == []
+    assert gpu.suites_of("native", "mps", files) == []
 
 
 # --- the README's table -----------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 
@@ -45,6 +47,26 @@ def test_the_suites_of_gpu_kernels_draw_every_tensor_on_the_device() -> None:
     assert re.search(rf"^{len(SOME)} passed", done.stdout, re.MULTILINE), done.stdout + done.stderr
 
 
+def test_calls_go_to_the_kernels_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = torch.ops.fastseq.scan_forward
+    assert devices.operator("scan_forward", "triton") is scan.triton
+    assert devices.operator("scan_forward", "native") is scan.native
+    monkeypatch.setattr(devices, "DEVICE", "cuda")
+    assert devices.operator("scan_forward", "emulated") is scan.native
+    monkeypatch.setattr(devices, "KERNELS", "native")
+
+    def lacking(*arguments: object) -> None:
+        raise RuntimeError("scan: the native CUDA kernels have no projection (w_hr)\nand a trace")
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("scan: a CUDA kernel could not start")
+
+    for made, raised in ((lacking, pytest.skip.Exception), (broken, RuntimeError)):
+        monkeypatch.setattr(torch.ops.fastseq, "scan_forward", SimpleNamespace(native=made))
+        with pytest.raises(raised, match="scan: "):
+            devices.operator("scan_forward", "triton")()
+
+
 @needs_triton
 def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
     left = tmp_path / "test_left_behind.py"
@@ -54,10 +76,11 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
         "    q, k, v = dense()\n    lengths = torch.tensor([1, 2], device='cpu')\n"
         "    forward(q, k, v, {'lengths_k': lengths}, 'triton')\n"
         "def test_of_the_cpu(): ...\n"
+        "@pytest.mark.device('triton')\n@pytest.mark.interpreter_only\ndef test_of_the_interpreter(): ...\n"
     )
     done = run("--device", "pretend", "--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml"),
                "-p", "conftest", str(left))  # fmt: skip
-    assert "1 failed, 1 deselected" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 2 deselected" in done.stdout, done.stdout + done.stderr
     assert "expected all tensors to be on one device" in done.stdout
 
 

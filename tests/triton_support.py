@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # An interpreted kernel patches triton.language for good, so that each process runs either kind of test.
 needs_interpreter = pytest.mark.device("triton")  # or a GPU, with --device cuda
+interpreter_only = pytest.mark.interpreter_only  # beside it: drives the interpreter itself, and has no place on a GPU
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="runs in the process that compiles")
 
 TARGETS = {

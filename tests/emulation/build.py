@@ -38,7 +38,17 @@ SANITIZERS = {
     "thread": (["-fsanitize=thread"], ["-DFASTSEQ_THREAD_SANITIZER"]),
     "address": (["-fsanitize=address", "-fno-omit-frame-pointer"], ["-DFASTSEQ_ADDRESS_SANITIZER"]),
 }
-RUNTIME = ["scheduler.cpp", "work.cpp", "switch.cpp", "barriers.cpp", "memory.cpp", "matrix.cpp", "entry.cpp"]
+RUNTIME = [
+    "scheduler.cpp",
+    "work.cpp",
+    "switch.cpp",
+    "barriers.cpp",
+    "memory.cpp",
+    "matrix.cpp",
+    "bulk.cpp",
+    "wgmma.cpp",
+    "entry.cpp",
+]
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 

@@ -120,8 +120,12 @@ void land(Pending* pending) {
       copy_bytes(pending->to, pending->data, pending->bytes);
       if (pending->kind == Pending::async_store) landed_bytes(pending, pending->bytes);
       break;
-    default:
+    case Pending::bulk_load:
+    case Pending::bulk_store:
+      land_bulk(pending);
       break;
+    case Pending::product:
+      return land_product(pending);
   }
   take_off(pending);
 }

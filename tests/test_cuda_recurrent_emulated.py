@@ -13,6 +13,7 @@ from recurrent_support import OPTIONS, backward, compare, draw, forward, options
 from support import CELLS
 from torch import Tensor
 
+from bench import fit
 from fastseq import backend, ops
 
 pytestmark = pytest.mark.skipif(
@@ -234,3 +235,10 @@ def test_native_on_cuda_says_why_not() -> None:
     reason = backend.operator_reason("native", "cuda")
     assert reason is None or "CUDA kernels are not installed" in reason
     assert "of attention" in str(backend.operator_reason("native", "mps", "attention"))
+
+
+def test_the_page_of_what_fits_is_true() -> None:
+    library()
+    lines = fit.table(torch.ops.fastseq.native_scan_plan.emulated, torch.ops.fastseq.native_scan_role.emulated)
+    page = (build.ROOT / "docs" / "cuda-scan.md").read_text()
+    assert "\n".join(lines) in page, "python -m bench fit has the tables as they are now"

@@ -59,6 +59,7 @@ struct ClusterExchange {
     cluster_arrive_release();
   }
   FASTSEQ_DEVICE void wait() {
+    sync_warp();  // the barrier wants whole warps
     if (blocks > 1) cluster_wait_acquire();
   }
   FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {

@@ -14,6 +14,7 @@ constexpr int kFragmentBytes = kScanTileRows * kScanTileBytes;
 // Rows of the batch that a group of blocks walks at once.
 constexpr int kColumns[] = {8, 16, 32, 64};
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
+constexpr int kFewTiles = 64;  // read from shared memory in a fraction of what an exchange takes
 
 ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads) {
   const int size = bytes_of(q.dtype), gates = gates_of(q.cell), warps = threads / 32;
@@ -129,9 +130,9 @@ ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const Sc
       if (fewer * wider.shape.columns <= groups * plan.shape.columns) break;
       plan = wider, groups = fewer;
     }
-    // As few blocks as keep W_hh in registers alone; failing that, as many as there are, if all rows walk at once.
+    // As few blocks as keep W_hh in registers, or nearly; failing that, as many as there are, if all rows walk at once.
     const bool suits = groups * plan.shape.columns >= q.B;
-    if (best.role != ScanRole::step && (best.layout.stored == 0 || (best_suits && !suits))) break;
+    if (best.role != ScanRole::step && (best.layout.stored <= kFewTiles || (best_suits && !suits))) break;
     best = plan, best_groups = groups, best_suits = suits;
   }
   if (best.role != ScanRole::step) place(best, q, best_groups);

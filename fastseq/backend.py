@@ -52,7 +52,7 @@ AUTO: tuple[Row, ...] = (
     ),
     Row("cpu", "attention", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch"),
     Row("cuda", "scan", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
-    Row("cuda", "attention", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
+    Row("cuda", "attention", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
     Row("*", "scan_bf16_batch", ("torch", "reference"), "no kernel of ours exists for this device"),
     Row("*", "scan", ("torch", "reference"), "no kernel of ours exists for this device"),
     Row("*", "attention", ("torch", "reference"), "no kernel of ours exists for this device"),
@@ -160,12 +160,12 @@ def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
     if name == "native":
         if ops.NATIVE_MISSING is not None:
             return f"the compiled extension is not installed ({ops.NATIVE_MISSING}); see python -m fastseq doctor"
-        if device == "cuda" and op == "scan":
+        if device == "cuda":
             if ops.NATIVE_CUDA_MISSING is None:
                 return None
             return f"the CUDA kernels are not installed ({ops.NATIVE_CUDA_MISSING}); see python -m fastseq doctor"
         if device != "cpu":
-            return f"the native kernels of {op} run on the CPU{' and on CUDA' if op == 'scan' else ''}, not on {device}"
+            return f"the native kernels of {op} run on the CPU and on CUDA, not on {device}"
         return None
     if name == "triton":
         return ops_triton.missing(device)

@@ -1,28 +1,31 @@
 """The CUDA C++ kernels of attention on the emulated machine, as operators: ``torch.ops.fastseq.attention_*.emulated``.
 
-The kernels run from the sources that nvcc compiles; what is not run is the code that turns a GPU's tensors into their
-structs. ``settings`` says how the next calls are scheduled.
+Everything from the operators down is what runs on a GPU: the checks of tensors, the plans, the launches, the kernels.
+Where a test asks for what an operator would not choose, or for a sanitizer, the kernels are called past the operators.
+``settings`` says how the next calls are scheduled.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_recurrent_support import ABI, CUDA, TORCH
 from emulation import build
 from torch import Tensor
 
 from fastseq import ops, ops_attention
 from fastseq.ops_define import define
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
-    *sorted((ROOT / "csrc" / "cuda").glob("attention*.cu")),
-    ROOT / "csrc" / "cuda" / "attention_plan.cpp",
-    ROOT / "tests" / "emulation" / "attention_entries.cpp",
+    *sorted(CUDA.glob("attention*.cu")),
+    CUDA / "attention_plan.cpp",
+    build.HERE / "attention_entries.cpp",
 ]
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -36,7 +39,6 @@ class Settings:
     sanitizer: str = ""
     decode: bool = True  # whether few queries take the decoding kernel
     multiprocessors: int = 4  # few, so that work is shared as on a large machine
-    deterministic: bool = False
 
 
 settings = Settings()
@@ -45,6 +47,32 @@ settings = Settings()
 @cache
 def library(sanitizer: str) -> build.Library:
     return build.Library(SOURCES, sanitizer)
+
+
+@cache
+def operators() -> ctypes.CDLL:
+    """Builds and loads the operators over emulated kernels, as overloads of their own."""
+    folders = [build.HERE, build.ROOT, CUDA, build.ROOT / "csrc"]
+    jobs = [(path, ["-O1"]) for path in SOURCES[:-1]]
+    jobs += [(CUDA / "attention_ops.cpp", ["-O1", *ABI]), (build.HERE / "attention_library.cpp", ["-O1", *ABI])]
+    jobs += [(build.HERE / name, build.MACHINE) for name in build.RUNTIME]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: build.compile_one(*job, folders), jobs))
+    target = build.BUILD / f"attention-{hashlib.sha256(' '.join(o.name for o in objects).encode()).hexdigest()[:20]}.so"
+    if not target.exists():
+        libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+        build.run([str(build.compiler()), "-shared", "-pthread", *map(str, objects), *libraries], target)
+    for name, schema in (("forward", ops.ATTENTION_FORWARD), ("backward", ops.ATTENTION_BACKWARD)):
+        torch.library.define(f"fastseq::attention_{name}.emulated_tensors", schema)
+    torch.ops.load_library(str(target))
+    return ctypes.CDLL(str(target))
+
+
+def through_operators(op: str, arguments: tuple) -> tuple[Tensor, ...]:
+    setter = operators().fastseq_emulation_set
+    setter.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
+    setter(settings.seed, settings.schedule, 0, 0, settings.multiprocessors, 0)
+    return getattr(torch.ops.fastseq, op).emulated_tensors(*arguments)
 
 
 def span(x: Tensor | None) -> Tensor | None:
@@ -118,12 +146,14 @@ class Arguments:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if settings.decode and not settings.sanitizer:
+        return through_operators("attention_forward", (q, k, v, *options))
     x = Arguments(q, k, v, *options)
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]) if x.packed else q.shape[:3], dtype=torch.float32)
     x.add(view(o, x.packed))
     x.add(row_view(lse, x.packed))
-    x.integers += [settings.decode, settings.multiprocessors, settings.deterministic]
+    x.integers += [settings.decode, settings.multiprocessors]
     if lse.numel():
         x.call("attention_forward_entry")
     return o, lse
@@ -132,6 +162,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
 def backward(
     d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    if settings.decode and not settings.sanitizer:
+        return through_operators("attention_backward", (d_o, dlse, q, k, v, o, lse, *rest))
     *options, bias_grad = rest
     bias, _, sinks = options[:3]
     x = Arguments(q, k, v, *options)

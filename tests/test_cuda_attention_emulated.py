@@ -1,9 +1,10 @@
-"""The CUDA C++ kernels of attention on the emulated machine: every feature held to the reference in float64, the error
-at most twice that of torch in the same dtype, all memory poisoned with NaN, under orders of threads drawn from seeds."""
+"""The CUDA C++ kernels of attention on the emulated machine: every feature against the reference in float64, the error
+at most twice that of torch in the same dtype, memory poisoned with NaN, under orders of threads drawn from seeds."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,12 @@ from attention_operators import (
 from emulation import build
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler to emulate with")
+from fastseq import backend as backends
+from fastseq import ops, ops_attention
+
+pytestmark = pytest.mark.skipif(
+    build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
+)
 
 HALVES = [torch.bfloat16, torch.float16]
 HEADS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
@@ -134,15 +140,6 @@ def test_decoding_with_every_kind_of_heads(heads: tuple[int, int]) -> None:
         torch.testing.assert_close(o, whole, rtol=2 * torch.finfo(o.dtype).eps, atol=2e-3)
 
 
-def test_with_fixed_splits_an_answer_does_not_depend_on_the_rest_of_the_batch() -> None:
-    settings.deterministic = True
-    q, k, v = dense((3, 2, 1, 1, 700, 64, 64), torch.bfloat16)
-    together = forward(q, k, v, {}, "emulated")
-    for b in range(3):
-        alone = forward(q[b : b + 1], k[b : b + 1], v[b : b + 1], {}, "emulated")
-        assert all(torch.equal(x[b : b + 1], y) for x, y in zip(together, alone, strict=True))
-
-
 @pytest.mark.parametrize("queries", [2, 40])
 def test_what_lies_past_a_length_is_never_read(queries: int) -> None:
     assert_past_a_length_is_never_read(queries, torch.bfloat16, "emulated")
@@ -227,6 +224,41 @@ def test_empty_inputs() -> None:
         grads = backward(torch.ones_like(o), None, q, k, v, o, lse, {}, "emulated")
         assert [g.shape for g in grads[:3]] == [q.shape, k.shape, v.shape]
         assert not any(g.any() for g in grads)
+
+
+def test_wrong_arguments_are_refused_before_they_do_harm() -> None:
+    q, k, v = dense((2, 4, 2, 33, 65, 24, 17), torch.bfloat16)
+    for wrong in (
+        {"lengths_k": torch.tensor([3])},
+        {"mask": torch.ones(1, 1, 33, 64, dtype=torch.bool)},
+        {"bias": torch.randn(1, 1, 33, 65, dtype=torch.float64)},
+        {"sinks": torch.randn(3)},
+        {"dropout_p": 0.5},
+    ):
+        with pytest.raises(RuntimeError, match=next(iter(wrong)).split("_")[0]):
+            forward(q, k, v, wrong, "emulated")
+    with pytest.raises(RuntimeError, match="k and v"):
+        forward(q, k, v[:, :, 1:], {}, "emulated")
+    q, k, v, cu = packed([3, 4], [5, 6], torch.bfloat16)
+    with pytest.raises(RuntimeError, match="padded layout"):
+        forward(q, k, v, {**cu, "mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, "emulated")
+
+
+def test_what_is_not_supported_is_said_alike_by_kernels_and_backend() -> None:
+    for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 257), (torch.float16, 256)):
+        reason = ops_attention.native_cuda_reason(dtype, dim, 8)
+        q, k, v = dense((1, 1, 1, 2, 2, dim, 8), dtype)
+        if reason is None:
+            forward(q, k, v, {}, "emulated")
+        else:
+            with pytest.raises(RuntimeError, match=re.escape(reason)):
+                forward(q, k, v, {}, "emulated")
+
+
+def test_auto_leaves_these_kernels_out_until_they_have_run_on_hardware() -> None:
+    row = backends.auto_row("cuda", "attention")
+    assert "native" not in row.order
+    assert "not yet run on hardware" in row.because
 
 
 @pytest.mark.full

@@ -92,8 +92,9 @@ const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v);
 struct Place {
   void* stream = nullptr;
   int32_t multiprocessors = 132;
-  bool deterministic = false;  // the splits of decoding do not depend on the batch
 };
+// Reads what the current device is; null, or why it could not be read.
+const char* read_device(Place& place);
 
 // Fills in splits and split_keys; splits stays 0 where the call is not decoding.
 void plan_decode(AttentionForward& call, const Place& place);

@@ -7,7 +7,7 @@
 //   o = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m),   m = max_s lse_s
 //
 // in the order of the splits. A split begins at a multiple of split_keys whatever the lengths are, and one that sees
-// nothing changes no bit of the sum: with a fixed split_keys an answer does not depend on the rest of the batch.
+// nothing changes no bit of the sum.
 #include "attention_epilogue.cuh"
 #include "attention_softmax.cuh"
 #include "attention_table.cuh"
@@ -225,6 +225,13 @@ const char* launch_decode(const AttentionForward& call, Stream stream) {
 }
 
 }  // namespace attention
+
+const char* read_device(Place& place) {
+  DeviceLimits limits{};
+  const char* error = device_limits(limits);
+  if (error == nullptr) place.multiprocessors = limits.multiprocessors;
+  return error;
+}
 
 const char* attention_decode(const AttentionForward& call, const Place& place) {
   using namespace attention;

@@ -11,7 +11,6 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kDecodeQueries = 16;  // up to so many, and kDecodeRows in a group of heads, attention is decoding
 constexpr int64_t kDecodeRows = 64;
 constexpr int64_t kSplitUnit = 64;    // keys that all splits but the last are a multiple of
-constexpr int64_t kFixedSplit = 512;  // keys a split where the answer may not depend on the batch
 
 bool aligned(const View& view, bool packed) {
   const auto whole = [](int64_t stride) { return stride % 8 == 0; };
@@ -50,7 +49,7 @@ void prepare(AttentionBackward& call) {
 }
 
 const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {
-  if (dtype == Number::f32) return "the CUDA C++ kernels of attention multiply bfloat16 and float16, not float32";
+  if (dtype == Number::f32) return "the CUDA C++ kernels of attention take bfloat16 and float16 alone";
   if (std::max(dim, dim_v) > 256) return "the CUDA C++ kernels of attention take up to 256 features a head";
   return nullptr;
 }
@@ -62,7 +61,7 @@ void plan_decode(AttentionForward& call, const Place& place) {
   const int64_t heads = std::max<int64_t>(1, int64_t(call.batch) * call.heads_k * ((rows + 15) / 16));
   const int64_t wanted = std::max<int64_t>(1, 2 * place.multiprocessors / heads);
   const int64_t even = (call.length_k + wanted - 1) / wanted;
-  const int64_t keys = place.deterministic ? kFixedSplit : std::max(2 * kSplitUnit, even);
+  const int64_t keys = std::max(2 * kSplitUnit, even);
   call.split_keys = int32_t((keys + kSplitUnit - 1) / kSplitUnit * kSplitUnit);
   call.splits = int32_t((int64_t(call.length_k) + call.split_keys - 1) / call.split_keys);
 }

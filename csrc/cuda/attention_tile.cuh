@@ -41,8 +41,10 @@ FASTSEQ_DEVICE void load_tile(unsigned char* tile, const T* base, int64_t stride
                               bool aligned, unsigned thread) {
   // A thread keeps its place in a panel and walks down the rows: neighbours read whole panels' rows.
   constexpr int kStep = kThreads / Tile::kPanel;
-  static_assert(Tile::kRows % kStep == 0 && (kStep % 8 == 0 || (kStep == 4 && Tile::kPanel == 8)));
+  static_assert(kStep % 8 == 0 || (kStep == 4 && Tile::kPanel == 8), "rows further down have the same permutation");
+  static_assert(Tile::kRows % kStep == 0 || kStep % Tile::kRows == 0);
   const unsigned column = thread % Tile::kPanel, row0 = thread / Tile::kPanel;
+  if (kStep > Tile::kRows && row0 >= unsigned(Tile::kRows)) return;
   const unsigned start = Tile::offset(row0, column);
   const T* from = base + int64_t(first + int(row0)) * stride + column * 8;
   const int rows = count - first - int(row0), width = columns - int(column) * 8;  // left from here on

@@ -2,11 +2,14 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "attention_ops.h"
 #include "recurrent_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CUDA, m) {
   m.impl("scan_forward.native", TORCH_BOX(&fastseq::cuda::scan_forward_cuda));
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::cuda::scan_backward_cuda));
+  m.impl("attention_forward.native", TORCH_BOX(&fastseq::cuda::attention_forward_cuda));
+  m.impl("attention_backward.native", TORCH_BOX(&fastseq::cuda::attention_backward_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {  // no tensor among their arguments

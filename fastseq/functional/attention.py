@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastseq import autograd_attention, checks_attention, ops_triton
+from fastseq import autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
 from fastseq.functional import eager_attention, pages
@@ -278,7 +278,10 @@ def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     """Why an operator backend cannot run attention of these; None where it can."""
     if name == "triton":
         return ops_triton.attention_reason(q, v)
-    return backends.operator_reason(name, q.device.type, "attention")
+    reason = backends.operator_reason(name, q.device.type, "attention")
+    if reason is None and q.device.type == "cuda":
+        reason = ops_attention.native_cuda_reason(q.dtype, q.shape[-1], v.shape[-1])
+    return reason
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/cuda/attention.h"
+#include "csrc/cuda/attention_table.cuh"
 #include "entry.h"
 
 namespace fastseq::cuda {
@@ -68,11 +68,11 @@ FASTSEQ_ENTRY(attention_forward_entry) {
   AttentionForward call;
   read_call(in, call);
   in.view(call.o), in.view(call.lse);
-  int64_t decode = 0, multiprocessors = 0, deterministic = 0;
-  in.integer(decode), in.integer(multiprocessors), in.integer(deterministic);
+  int64_t decode = 0, multiprocessors = 0;
+  in.integer(decode), in.integer(multiprocessors);
   prepare(call);
   Place place;
-  place.multiprocessors = int32_t(multiprocessors), place.deterministic = deterministic != 0;
+  place.multiprocessors = int32_t(multiprocessors);
   if (decode) plan_decode(call, place);
   if (call.splits == 0) return attention_forward(call, place);
   Scratch scratch;
@@ -105,6 +105,30 @@ FASTSEQ_ENTRY(attention_backward_entry) {
     call.dbias_parts = scratch.make(call.bias_splits * size);
   }
   return attention_backward(call, place);
+}
+
+namespace attention {
+template <class H, bool kGeneral>
+void write_shared(int64_t*& to) {
+  const int64_t sizes[4] = {ForwardShape<Bf16, H, kGeneral>::kShared, DecodeShape<Bf16, H, kGeneral>::kShared,
+                            KeysShape<Bf16, H, kGeneral>::kShared, QueriesShape<Bf16, H, kGeneral>::kShared};
+  for (int64_t kernel = 0; kernel < 4; ++kernel)
+    *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
+  if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 0, *to++ = BiasShape<Bf16, H>::kShared;
+}
+template <class... H>
+void write_all(int64_t* to) {
+  (write_shared<H, false>(to), ...);
+  (write_shared<H, true>(to), ...);
+  *to = 0;
+}
+}  // namespace attention
+
+// (kernel, Dk, Dv, general, bytes of shared memory) of every variant, ended by a 0.
+FASTSEQ_ENTRY(attention_shared_entry) {
+  using namespace attention;
+  write_all<Heads<64, 64>, Heads<96, 96>, Heads<128, 128>, Heads<192, 128>, Heads<256, 256>>(static_cast<int64_t*>(p[0]));
+  return nullptr;
 }
 
 }  // namespace fastseq::cuda

@@ -48,7 +48,7 @@ def sections(results: Results) -> list[Section]:
     """In reading order; a section without results is left out."""
     made = [
         *(_section(f"speed-{speed_figures.slug(name)}", f"Speed: {_titled(name)}", _told(name, document),
-                   speed_figures.ratios(document, name))
+                   [*speed_figures.ratios(document, name), *_peaks(document, name)])
           for name, document in _fullest_first(results.speed)),
         _section("ledger", "Hardware ledger", [], [speed_figures.ledger(results)]),
         _section("budgets", "Error budgets", [],
@@ -68,6 +68,11 @@ def sections(results: Results) -> list[Section]:
 
 def _fullest_first(found: dict[str, Document]) -> list[tuple[str, Document]]:
     return sorted(found.items(), key=lambda pair: -measured(pair[1]))
+
+
+def _peaks(document: Document, name: str) -> list[Exhibit]:
+    found = speed_figures.peaks(document, name)
+    return [found] if found else []
 
 
 def _titled(name: str) -> str:

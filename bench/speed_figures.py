@@ -6,7 +6,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, number, on_gpu
+from bench.exhibits import (
+    Document,
+    Exhibit,
+    Results,
+    command_of,
+    commit_of,
+    date_of,
+    device_of,
+    mebibytes,
+    number,
+    on_gpu,
+)
 from bench.peers import OURS, PEERS
 from fastseq.demo import plots
 
@@ -164,6 +175,41 @@ def budgets(document: Document, name: str) -> Exhibit | None:
     )  # fmt: skip
 
 
+def peaks(document: Document, name: str) -> Exhibit | None:
+    """Peak memory of a training step, where the run measured it."""
+    cases = [c for c in document["cases"] if c["contestants"].get(OURS.name, {}).get("peak_bytes")]
+    taken = {c["name"]: {n: e["peak_bytes"] for n, e in c["contestants"].items() if e.get("peak_bytes")} for c in cases}
+    peers = {n: label(n) for n in dict.fromkeys(n for peak in taken.values() for n in peak) if n != OURS.name}
+    if not peers:
+        return None
+    over = {n: {peer: peak[peer] / peak[OURS.name] for peer in peers if peer in peak} for n, peak in taken.items()}
+    ordered = sorted((n for n in over if over[n]), key=lambda n: min(over[n].values()))
+
+    def draw() -> Any:
+        figure = plots.figure(5.6, 0.9 + len(ordered) * (0.16 * len(peers) + 0.1))
+        axis = figure.subplots()
+        plots.draw_ratios(axis, [(shorten(n), over[n]) for n in ordered], peers)
+        axis.set_xlabel("peak memory of peer / of fastseq")
+        figure.legend(loc="outside upper right", ncols=len(peers))
+        return figure
+
+    return Exhibit(
+        name=slug(f"{name}-peaks"),
+        title="Peak memory of a training step",
+        alt=f"Bars of {', '.join(peers.values())} peak memory over fastseq's for {len(ordered)} cases; the lowest is "
+        f"{min(over[ordered[0]].values()):.2f} at {ordered[0]}.",
+        header=["case", "fastseq", *peers.values(), *(f"{each} / fastseq" for each in peers.values())],
+        rows=[
+            [n, *(mebibytes(taken[n][c]) if c in taken[n] else "–" for c in (OURS.name, *peers)),
+             *(_times(over[n].get(peer)) for peer in peers)]
+            for n in ordered
+        ],
+        command=command_of(document, name),
+        draw=draw,
+        note="Above 1 fastseq takes less. Above what inputs and weights take; each in a process of its own.",
+    )  # fmt: skip
+
+
 def ledger(results: Results) -> Exhibit:
     """Which kernels ran on which hardware, at which commit; those that never did are said to."""
     rows = []
@@ -181,12 +227,12 @@ def ledger(results: Results) -> Exhibit:
                 )  # fmt: skip
         rows += found or [[f"{kernels}, {subject}", NOT_RUN, "–", "–", "–", "–"]]
     return Exhibit(
-        name="ledger",
+        name="hardware",
         title="Hardware ledger",
         alt="",
         header=["kernels", "hardware", "checked against float64", "commit", "date", "file"],
         rows=rows,
-        command="make gpu" if not any(on_gpu(d) for d in results.speed.values()) else "python -m bench",
+        command="python -m bench --json PATH",
         note="A row comes from a result file, or there is none: kernels without one have not run on such hardware.",
     )
 

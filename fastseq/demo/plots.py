@@ -136,8 +136,24 @@ def draw_ratios(
     axis.set_xscale("log")
     lowest = min([1.0, *(r for _, ratios in rows for r in ratios.values())])
     highest = max([1.0, *(r for _, ratios in rows for r in ratios.values())])
-    axis.set_xlim(lowest / 1.3 if lowest < 1 else 0.93, max(highest, 1.2) ** 1.06 * 1.35)
-    ticks = [t for t in (0.01, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if lowest / 1.3 <= t <= highest * 1.3]
+    room = 1.15 * (max(highest, 1.2) / lowest) ** 0.09  # for the number at a bar's end
+    axis.set_xlim(lowest / room if lowest < 1 else 0.93, max(highest, 1.2) * room)
+    candidates = [
+        0.01,
+        0.1,
+        0.2,
+        0.5,
+        1,
+        *([1.5] if highest < 6 else []),
+        2,
+        *([3] if highest < 25 else []),
+        5,
+        10,
+        20,
+        50,
+        100,
+    ]
+    ticks = [t for t in candidates if lowest / room <= t <= highest * room]
     axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axis.minorticks_off()
     axis.tick_params(axis="y", length=0)

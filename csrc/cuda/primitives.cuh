@@ -22,7 +22,8 @@
 // A test calls it through an entry (tests/emulation/entry.h), a second file that includes the .cu; see build.py there.
 //
 // Rules that the emulation and the older architectures ask for:
-//   - no <<<>>>, __shared__, __global__, threadIdx, asm or CUDA header outside primitives*.cuh; no static shared arrays;
+//   - no <<<>>>, __shared__, __global__, threadIdx, asm or CUDA header outside primitives*.cuh, nor static shared
+//     arrays;
 //   - arrays of registers are passed by reference, `uint32_t (&a)[4]`;
 //   - threads wait for each other only by what is here: a loop that polls memory does so by ld_acquire_gpu or
 //     mbar_try_wait, never by a plain load;
@@ -41,4 +42,6 @@
 #include "primitives_launch.cuh"
 #include "primitives_sm80.cuh"
 #include "primitives_sm90.cuh"
+#include "primitives_tma.cuh"
+#include "primitives_wgmma.cuh"
 #endif

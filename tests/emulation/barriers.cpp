@@ -204,10 +204,14 @@ void landed_bytes(const Pending* pending, unsigned bytes) {
   end_phase_if_due(*state);
 }
 
-void will_land(Block& target, Mbar* bar, Where where) {
+MbarState& will_land(Block& target, Mbar* bar, Where where) {
   MbarState& state = state_of(target, bar, where);
   if (!state.fenced) fail("asynchronous stores reach an mbarrier that was initialised without fence_mbar_init", where);
   state.remote |= &target != running->in_block;
+  return state;
+}
+
+void edge_release(MbarState& state) {
   // It is not known yet in which phase the bytes will land.
   edge_release(&state.edge[0]);
   edge_release(&state.edge[1]);

@@ -11,6 +11,7 @@ null pointer), which it changes in place in every mode.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -37,7 +38,17 @@ SANITIZERS = {
     "thread": (["-fsanitize=thread"], ["-DFASTSEQ_THREAD_SANITIZER"]),
     "address": (["-fsanitize=address", "-fno-omit-frame-pointer"], ["-DFASTSEQ_ADDRESS_SANITIZER"]),
 }
-RUNTIME = ["scheduler.cpp", "work.cpp", "switch.cpp", "barriers.cpp", "memory.cpp", "matrix.cpp", "entry.cpp"]
+RUNTIME = [
+    "scheduler.cpp",
+    "work.cpp",
+    "switch.cpp",
+    "barriers.cpp",
+    "memory.cpp",
+    "matrix.cpp",
+    "bulk.cpp",
+    "wgmma.cpp",
+    "entry.cpp",
+]
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -66,19 +77,27 @@ def compile_one(source: Path, flags: Sequence[str], folders: Sequence[Path]) -> 
         raise RuntimeError("there is no C++ compiler here; install g++ 12 or newer")
     seen: dict[Path, bytes] = {}
     included(source, folders, seen)
-    command = [cxx, *BASE, *flags, *(f"-iquote{folder}" for folder in folders)]
+    # The texts say all that the folders' names could, and a changed copy shares what is not changed in it.
+    command = [cxx, *BASE, *flags]
     digest = hashlib.sha256(repr(command).encode())
     for path in sorted(seen):
         digest.update(path.name.encode() + b"\0" + seen[path])
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        run([*command, "-x", "c++", "-c", str(source)], target)
+        run([*command, *(f"-iquote{folder}" for folder in folders), "-x", "c++", "-c", str(source)], target)
     return target
 
 
 def run(command: list[str], target: Path) -> None:
-    """Runs a compiler whose output appears whole or not at all: test processes share the folder."""
+    """Runs a compiler, once though several test processes ask; its output appears whole or not at all."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            make(command, target)
+
+
+def make(command: list[str], target: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=BUILD, delete=False) as scratch:
         pass
     done = subprocess.run([*command, "-o", scratch.name], capture_output=True, text=True)
@@ -95,11 +114,11 @@ def build(sources: Sequence[Path], sanitizer: str = "", flags: Sequence[str] = (
     ``quote`` are folders searched for headers before the repository's own, as a changed copy of a kernel needs.
     """
     kernel_flags, machine_flags = SANITIZERS[sanitizer]
-    folders = [*quote, HERE, ROOT, ROOT / "csrc" / "cuda", ROOT / "csrc"]
-    jobs = [(Path(source), ["-O1", *kernel_flags, *flags]) for source in sources]
-    jobs += [(HERE / name, [*MACHINE, *machine_flags]) for name in RUNTIME]
+    folders = [HERE, ROOT, ROOT / "csrc" / "cuda", ROOT / "csrc"]
+    jobs = [(Path(source), ["-O1", *kernel_flags, *flags], [*quote, *folders]) for source in sources]
+    jobs += [(HERE / name, [*MACHINE, *machine_flags], folders) for name in RUNTIME]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_one(job[0], job[1], folders), jobs))
+        objects = list(pool.map(lambda job: compile_one(*job), jobs))
     name = hashlib.sha256(" ".join(sorted(o.name for o in objects)).encode()).hexdigest()[:20]
     target = BUILD / f"kernels-{name}.so"
     if not target.exists():

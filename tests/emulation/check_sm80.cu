@@ -77,8 +77,9 @@ FASTSEQ_KERNEL(32, 1) halves(const float* x, unsigned* bits, float* back) {
   back[2 * tid()] = both.x, back[2 * tid() + 1] = both.y;
 }
 // Rounding to nearest even, overflow, subnormals and both zeros, by hand.
-const std::vector<float> kHalfInputs = {1.f,     -2.f,    65504.f, 65519.f, 65520.f, 1e9f, 0x1p-24f, 0x1.8p-25f,
-                                        0x1p-26f, 0.f,    -0.f,    1.00048828125f, 1.00146484375f, -0.333f, 6.1e-5f, 0x1p-14f};
+const std::vector<float> kHalfInputs = {1.f,       -2.f,      65504.f,   65519.f, 65520.f, 1e9f,
+                                        0x1p-24f,  0x1.8p-25f, 0x1p-26f, 0.f,     -0.f,    1.00048828125f,
+                                        1.00146484375f, -0.333f, 6.1e-5f, 0x1p-14f};
 FASTSEQ_CHECK(fp16_conversions, 80) {
   Buffer<float> in(kHalfInputs), back(16);
   Buffer<unsigned> bits(8);

@@ -314,3 +314,5 @@ inline void st_async(void* p, unsigned rank, uint4 v, Mbar* bar, FASTSEQ_HERE) {
 }
 
 }  // namespace fastseq::cuda
+
+#include "emulated_sm90a.h"

@@ -51,6 +51,20 @@ void mbar_init(Mbar* bar, unsigned count, Where where);
 void fence_mbar_init();
 void mbar_arrive(Mbar* bar, unsigned arrivals, unsigned bytes, Where where);
 void mbar_arrive_remote(Mbar* bar, unsigned rank, Where where);
+void tma_load(void* shared, const TensorMap& map, Mbar* bar, unsigned rank, int x, int y, int z, int w, Where where);
+void tma_load_1d(void* shared, const void* global, Mbar* bar, unsigned bytes, Where where);
+void tma_store(const TensorMap& map, const void* shared, unsigned rank, int x, int y, int z, int w, Where where);
+void tma_commit();
+void tma_store_wait(unsigned left);
+void fence_proxy_async();
+
+uint64_t wg_desc(const void* tile, unsigned lead, unsigned stride, unsigned swizzle, Where where);
+void wgmma(float* c, unsigned count, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool a_transposed,
+           bool b_transposed, bool accumulate, bool half, Where where);
+void wg_fence();
+void wg_commit(Where where);
+void wg_wait(unsigned left, Where where);
+
 bool mbar_wait(Mbar* bar, unsigned parity, bool from_cluster, bool blocks, Where where);
 
 }  // namespace fastseq::emulation

@@ -25,6 +25,7 @@ Block& peer(unsigned rank, const char* what, Where where) {
   running->doing = what;
   if (rank >= cluster.blocks.size()) fail("no block of the cluster has that rank", where);
   Block& block = *cluster.blocks[rank];
+  if (!block.started) fail("the peer block has not started yet", where);
   if (!block.live) fail("the peer block has returned: its shared memory is gone", where);
   return block;
 }
@@ -92,8 +93,9 @@ void st_async(void* p, unsigned rank, const void* v, unsigned bytes, Mbar* bar, 
   Block& target = peer(rank, "st_async", where);
   unsigned char* to = target.shared + (own - running->shared);
   auto* there = reinterpret_cast<Mbar*>(target.shared + (own_bar - running->shared));
-  will_land(target, there, where);
+  MbarState& state = will_land(target, there, where);
   race_write(to, bytes);
+  edge_release(state);
   fill_bytes(to, kPoison, bytes);
   Pending* pending = issue(Pending::async_store, &target, where);
   pending->to = to;
@@ -118,8 +120,12 @@ void land(Pending* pending) {
       copy_bytes(pending->to, pending->data, pending->bytes);
       if (pending->kind == Pending::async_store) landed_bytes(pending, pending->bytes);
       break;
-    default:
+    case Pending::bulk_load:
+    case Pending::bulk_store:
+      land_bulk(pending);
       break;
+    case Pending::product:
+      return land_product(pending);
   }
   take_off(pending);
 }

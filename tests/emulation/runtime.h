@@ -42,10 +42,23 @@ struct Fiber;
 struct Warp;
 struct Block;
 struct Cluster;
+struct Warpgroup;
+
+// A tensor map, and where in it a box lies; no map for a copy in a row.
+struct TensorMap {
+  const unsigned char* tensor;
+  unsigned element_bytes, rank, swizzle;
+  uint64_t sizes[4], strides[4];
+  uint32_t box[4];
+};
+struct Box {
+  TensorMap map;
+  int at[4];
+};
 
 // Work under way: a copy or store that has been issued and has not landed.
 struct Pending {
-  enum Kind { copy, store, async_store, bulk_load, bulk_store } kind;
+  enum Kind { copy, store, async_store, bulk_load, bulk_store, product } kind;
   Fiber* owner;
   Pending *older, *newer;  // of the same owner
   unsigned index;          // in the list of all
@@ -57,7 +70,8 @@ struct Pending {
   Mbar* bar;
   Where where;
   unsigned char data[16];
-  struct Box* box;  // of a tensor copy
+  struct Box box;                     // of a copy by a tensor map
+  struct WarpgroupProduct* multiply;  // of a product
 };
 
 struct Fiber : Thread {
@@ -71,7 +85,9 @@ struct Fiber : Thread {
   Where where;
   Fiber* next_waiting;
   Pending *oldest, *newest;
-  unsigned group;  // of copies, the one that is open
+  unsigned group;       // of copies, the one that is open
+  unsigned bulk_group;  // of bulk stores
+  bool fenced;          // wg_fence since the last wg_wait
   unsigned cluster_phase;
   bool cluster_arrived;
   const void* polled;
@@ -124,9 +140,13 @@ struct Block {
   Cluster* in_cluster;
   Extent index;
   unsigned rank, threads, live;
+  bool started;  // one of its threads has run
   unsigned char* shared;
   size_t shared_bytes;
   Barrier barriers[16];
+  Warpgroup* warpgroups[8];  // those that have multiplied
+  void *loads, *reads;       // ThreadSanitizer's fibers of the asynchronous proxy
+  char fence_edge, loads_edge;
   MbarState mbars[64];
   unsigned mbar_count;
 };
@@ -159,18 +179,27 @@ Pending* issue(Pending::Kind kind, Block* target, Where where);
 void take_off(Pending* pending);
 void fault_on_landing(const char* what, const Pending* pending);
 void land(Pending* pending);
+void land_bulk(Pending* pending);
+void land_product(Pending* pending);
+void forget_warpgroups(Block& block);
 void land_one(unsigned i);  // of the list of all
 unsigned under_way();
 void forget_all();
 void land_all(Fiber* owner, bool (*wanted)(const Pending*, unsigned), unsigned argument);
 void landed_bytes(const Pending* pending, unsigned bytes);  // at its mbarrier
-void will_land(Block& target, Mbar* bar, Where where);
+MbarState& will_land(Block& target, Mbar* bar, Where where);
 
 // ---- What ThreadSanitizer is told; nothing without it.
 void edge_release(const void* address);
+void edge_release(MbarState& state);  // by bytes that will land
 void edge_acquire(const void* address);
 void race_read(const void* p, size_t bytes);
 void race_write(const void* p, size_t bytes);
+
+// The asynchronous proxy: what TMA writes for a thread that has seen what must come before, and what TMA and wgmma
+// read, which only knows what fence_proxy_async has shown it and what TMA has loaded.
+void proxy_writes(Block& block, void (*write)(void*), void* argument, MbarState& state);
+void proxy_reads(Block& block, void (*read)(void*), void* argument, const void* edge);
 
 inline void copy_bytes(unsigned char* to, const unsigned char* from, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) to[i] = from[i];

@@ -124,6 +124,7 @@ void leave(Fiber* fiber) { to_scheduler(scheduler, *fiber); }
 [[noreturn]] void fiber_main() {
   Fiber* fiber = running;
   entered(scheduler, *fiber);
+  fiber->in_block->started = true;
   edge_acquire(wave);
   body(body_arguments);
   finished(fiber);
@@ -325,6 +326,7 @@ void set_up(const Launch& shape, const std::vector<unsigned>& groups, std::vecto
     block.threads = block.live = shape.threads;
     block.shared = memory[b].begin;
     block.shared_bytes = shape.shared;
+    edge_release(&block.fence_edge);
     for (unsigned t = 0; t < shape.threads; ++t) {
       Fiber& fiber = wave->fibers[(size_t{b} * warps + t / 32) * 32 + t % 32];
       static_cast<Thread&>(fiber) = Thread{t,          shape.threads, t % 32,        t / 32,      block.index,
@@ -426,6 +428,7 @@ const char* run_launch(const Launch& shape, Body kernel, void* arguments) {
     edge_acquire(wave);
     race_stop(here.fibers.data(), here.fibers.size());
     forget_all();
+    for (Block& block : here.blocks) proxy_stop(block), forget_warpgroups(block);
     wave = nullptr;
     running = nullptr;
   }

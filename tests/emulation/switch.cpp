@@ -170,6 +170,44 @@ void race_write([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
 #endif
 }
 
+// ---- The asynchronous proxy.
+
+#if defined(FASTSEQ_THREAD_SANITIZER)
+namespace {
+// Runs `act` as another thread of the race detector, after `before` and before `after`.
+template <class F, class G, class H>
+void as_proxy(void*& proxy, const F& before, const G& act, const H& after) {
+  void* own = __tsan_get_current_fiber();
+  if (!proxy) proxy = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(proxy, 1);
+  before();
+  act();
+  after();
+  __tsan_switch_to_fiber(own, 1);
+}
+}  // namespace
+
+void proxy_writes(Block& block, void (*write)(void*), void* argument, MbarState& state) {
+  edge_release(&block.loads);
+  as_proxy(
+      block.loads, [&] { edge_acquire(&block.loads); }, [&] { write(argument); },
+      [&] { edge_release(state), edge_release(&block.loads_edge); });
+}
+void proxy_reads(Block& block, void (*read)(void*), void* argument, const void* edge) {
+  as_proxy(
+      block.reads, [&] { edge_acquire(&block.fence_edge), edge_acquire(&block.loads_edge); }, [&] { read(argument); },
+      [&] { edge_release(edge); });
+}
+void proxy_stop(Block& block) {
+  if (block.loads) __tsan_destroy_fiber(block.loads);
+  if (block.reads) __tsan_destroy_fiber(block.reads);
+}
+#else
+void proxy_writes(Block&, void (*)(void*), void*, MbarState&) {}
+void proxy_reads(Block&, void (*)(void*), void*, const void*) {}
+void proxy_stop(Block&) {}
+#endif
+
 // ---- Shared memory. Mapped anew for every block: the sanitizers forget what they knew of the addresses.
 
 namespace {

@@ -1,6 +1,6 @@
 """Print what of the CUDA C++ scan fits where: the largest H by cell, dtype, and blocks that share W_hh.
 
-Computed by the kernels' own plan (csrc/cuda/recurrent_plan.cpp) from the limits of a device. docs/cuda-scan.md shows it.
+Computed by the kernels' own plan (csrc/cuda/recurrent_plan.cpp) from a device's limits; docs/cuda-scan.md shows it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def table(plan: Plan, role: Role) -> Iterator[str]:
     role("", 0, 0, 0)
     for name, device in DEVICES.items():
         yield ""
-        yield f"What the plan takes on {name} at B = {BATCH}, forward / backward (c: blocks of a cluster; g: of a grid):"
+        meaning = "forward / backward (c: blocks of a cluster; g: of a grid)"
+        yield f"What the plan takes on {name} at B = {BATCH}, {meaning}:"
         yield ""
         yield f"| | {' | '.join(f'H = {n}' for n in COMMON_SIZES)} |"
         yield "| --- |" + " --- |" * len(COMMON_SIZES)

@@ -125,7 +125,7 @@ dtype: fp32, bf16 or fp16; device: major compute capability, multiprocessors, by
 the current one."""
 
 NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
-"""For tests and measurements: fixes the role (cluster, grid, step; '' leaves it to the plan) and shape of CUDA scans."""
+"""For tests and measurements: fixes the role (cluster, grid, step; '': the plan's choice) and shape of CUDA scans."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -43,7 +43,7 @@ def test_values_and_gradients_match_the_reference(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_large_tiles_of_the_batch(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrent_launch, "properties", lambda device: (227 * 1024, 2))
+    monkeypatch.setattr(recurrent_launch, "properties", lambda device: (227 * 1024, 3))
     dtype = torch.float16
     tile, _ = recurrent_launch.tile(cell, torch.empty(2, 18, 3, dtype=dtype), 40, False, False)
     assert tile.block_b == 64
@@ -113,12 +113,12 @@ def test_reasons_are_true() -> None:
     tile, reason = recurrent_launch.tile("lstm", x, 512, False, False)
     assert isinstance(tile, tuning.Persistent)
     assert reason == "asked for"
-    assert tuning.persistent("bf16", 64, 1024, 132).block_b == 16  # 128 programs
-    assert tuning.persistent("bf16", 65, 1024, 132).block_b == 64
-    assert tuning.persistent("bf16", 65, 1024, 108).block_b == 64
+    assert tuning.persistent("bf16", 32, 1024, 132).block_b == 16  # 128 programs
+    assert tuning.persistent("bf16", 33, 1024, 132).block_b == 64
+    assert tuning.persistent("bf16", 128, 1024, 132).block_b == 64
     few = tuning.persistent("bf16", 16, 1024, 20)
-    assert few == "B = 16, H = 1024 takes 32 programs at once; this device has 20 processors"
-    with pytest.raises(ValueError, match="B = 16, H = 8192 takes 256 programs at once; this device has 132 processors"):
+    assert few == "B = 16, H = 1024 takes 64 programs at once; this device has 20 processors"
+    with pytest.raises(ValueError, match="B = 16, H = 8192 takes 512 programs at once; this device has 132 processors"):
         recurrent_launch.tile("lstm", x, 8192, False, True)
     recurrent_launch.role = None
     tile, reason = recurrent_launch.tile("lstm", x, 512, False, False)

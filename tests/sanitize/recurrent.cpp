@@ -129,6 +129,24 @@ struct Problem {
     return out;
   }
 
+  // The matrix w [(gates + apart)*H, K] as weights of a smaller type than x are packed (recurrent.h).
+  Array packed(const Array& w, int64_t gates, int64_t apart, int64_t H, int64_t K) const {
+    if (w.absent()) return {};
+    const fastseq::ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), 2};
+    const int64_t row = layout.lanes * layout.word, words = layout.words(K), all = gates + apart;
+    Array out(weights, layout.vectors(H) * words * all * row);
+    for (int64_t i = 0; i < out.size(); ++i) out.set(i, 0);
+    for (int64_t g = 0; g < all; ++g)
+      for (int64_t unit = 0; unit < H; ++unit)
+        for (int64_t k = 0; k < K; ++k) {
+          const int64_t block = g < gates ? 0 : layout.vectors(H) * words * gates, width = g < gates ? gates : apart;
+          const int64_t at = (unit / layout.lanes * words + k / 2) * width + (g < gates ? g : g - gates);
+          const int64_t from = transposed ? k * all * H + g * H + unit : (g * H + unit) * K + k;
+          out.set((block + at) * row + unit % layout.lanes * 2 + k % 2, w[from]);
+        }
+    return out;
+  }
+
   Outputs run() const {
     Array y(dtype, T * B * P), h_n(dtype, B * P), c_n, all_states, saved;
     if (lstm()) c_n = Array(dtype, B * H);
@@ -141,6 +159,13 @@ struct Problem {
     p.w_ih = rows(w_ih, G * H, I, transposed);
     p.w_hh = rows(w_hh, G * H, P, transposed);
     p.w_hr = rows(w_hr, P, H, transposed);
+    Array small[3];
+    if (dtype == Dtype::f32 && weights != dtype) {
+      const int64_t apart = cell == Cell::gru_reset_before;
+      small[0] = packed(w_ih, G, 0, H, I), small[1] = packed(w_hh, G - apart, apart, H, P);
+      small[2] = packed(w_hr, 1, 0, P, H);
+      p.w_ih = rows(small[0], 1, 1), p.w_hh = rows(small[1], 1, 1), p.w_hr = rows(small[2], 1, 1);
+    }
     p.b_ih = rows(b_ih, 1, G * H);
     p.b_hh = rows(b_hh, 1, G * H);
     p.h0 = rows(h0, B, P);

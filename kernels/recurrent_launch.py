@@ -62,7 +62,10 @@ def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> 
                 return found, None
             reasons.append(found)
         if role == "persistent" or (role is None and tuning.PERSISTENT_FIRST):
-            found = tuning.persistent(name, x.shape[1], hidden, processors)
+            if torch.version.hip is None:
+                found = tuning.persistent(name, x.shape[1], hidden, processors)
+            else:
+                found = "the persistent role is for CUDA GPUs: compiled for others it spills registers"
             if not isinstance(found, str):
                 return found, reasons[0] if reasons else "asked for"
             reasons.append(found)

@@ -93,7 +93,7 @@ def test_programs_wait_in_a_loop_and_read_what_others_stored_after_it(target: st
         assert any("bar.sync" in line for line in lines[look:end])
         read = first(lines, r"cp\.async\.cg|ld\.global\.cg", end)
         assert read < first(lines, "mma", end)
-        assert not any(re.search(r"cp\.async|ld\.global\.(cg|v)", line) for line in lines[:look])
+        assert not any(re.search(r"cp\.async|ld\.global\.cg", line) for line in lines[:look])
 
 
 @pytest.mark.parametrize("kernel", ["forward_persistent", "backward_persistent"])
@@ -112,7 +112,7 @@ def test_programs_count_themselves_in_after_all_their_threads_have_stored(target
 def test_how_many_variants_there_are() -> None:
     """As the design notes say; twice as many where H is no multiple of 16, and of fp32 where torch allows TF32."""
     counts = {target: len(list(variants(target))) for target in TARGETS}
-    assert counts == {"sm_80": 460, "sm_90": 460, "sm_100": 460, "gfx942": 422}
+    assert counts == {"sm_80": 460, "sm_90": 460, "sm_100": 460, "gfx942": 344}
     assert len({str(v) for v in variants("sm_90")}) == counts["sm_90"]
 
 

@@ -108,7 +108,7 @@ def test_waiting_for_who_never_comes_is_a_deadlock_and_said_so(monkeypatch: pyte
         forward(inputs, None, None, "gru", False, backend="triton")
 
 
-def test_reasons_are_true() -> None:
+def test_reasons_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(9, 16, 1, dtype=torch.bfloat16)
     tile, reason = recurrent_launch.tile("lstm", x, 512, False, False)
     assert isinstance(tile, tuning.Persistent)
@@ -120,6 +120,10 @@ def test_reasons_are_true() -> None:
     assert few == "B = 16, H = 1024 takes 64 programs at once; this device has 20 processors"
     with pytest.raises(ValueError, match="B = 16, H = 8192 takes 512 programs at once; this device has 132 processors"):
         recurrent_launch.tile("lstm", x, 8192, False, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(ValueError, match="is for CUDA GPUs"):
+            recurrent_launch.tile("lstm", x, 512, False, True)
     recurrent_launch.role = None
     tile, reason = recurrent_launch.tile("lstm", x, 512, False, False)
     assert type(tile) is tuning.Step  # not before it has run on hardware

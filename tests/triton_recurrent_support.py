@@ -102,7 +102,7 @@ def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> I
                     yield Variant("forward_sequence", cell, dtype, tile, save)
             for tile in tuning.sequence_tiles(cell, dtype, shared, True):
                 yield Variant("backward_sequence", cell, dtype, tile)
-            for tile in tuning.persistent_tiles(dtype):
+            for tile in tuning.persistent_tiles(dtype) if not target.startswith("gfx") else ():
                 for save in (True, False) if gated else (False,):
                     yield Variant("forward_persistent", cell, dtype, tile, save)
                 yield Variant("backward_persistent", cell, dtype, tile)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,18 +200,75 @@ MUTATIONS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
         ("h overwritten before it is read", "named_bar_sync(2, 64);", "named_bar_arrive(2, 64);", (THREADS,)),
     ],
 }
-FAULTS = [
-    pytest.param(kernel, Mutation(name, DEMO_NAME, old, new, caught), means, id=f"{kernel}: {name}: {means}")
-    for kernel, faults in MUTATIONS.items()
-    for name, old, new, caught in faults
-    for means in caught
+# In the checks of the asynchronous proxy: the check that fails, and the fault.
+PROXY = HERE / "check_sm90a.cu"
+PROXY_MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
+    ("tma_load", "read before the box has landed", "  mbar_wait(bar, 0);\n  for", "  sync_block();\n  for", BOTH),
+    ("tma_load_swizzled_by_64", "read without the swizzle", "place = swizzled<kSwizzle>(place);", ";", (SCHEDULES,)),
+    ("tma_load", "fewer bytes expected", "mbar_arrive_tx(bar, count * 2)", "mbar_arrive_tx(bar, count)", (SCHEDULES,)),
+    (
+        "tma_store",
+        "no proxy fence before a store",
+        "  fence_proxy_async();\n  sync_block();\n  if",
+        "  sync_block();\n  if",
+        (THREADS,),
+    ),
+    (
+        "tma_store",
+        "no block sync before a store",
+        "  sync_block();\n  if (tid() == 0) {\n    if (rank == 2) tma_store",
+        "  if (tid() == 0) {\n    if (rank == 2) tma_store",
+        (SCHEDULES,),
+    ),
+    ("tma_store", "store not waited for", "    tma_store_wait<0>();\n    tma_store_wait_all<0>();\n", "", (SCHEDULES,)),
+    (
+        "wgmma_n16",
+        "no proxy fence before a product",
+        "  fence_proxy_async();\n  sync_block();\n  float",
+        "  sync_block();\n  float",
+        (THREADS,),
+    ),
+    (
+        "wgmma_n16",
+        "accumulators read before their wait",
+        "  wg_wait<1>();\n  wg_wait<0>(sums);\n",
+        "  wg_wait<1>();\n",
+        (SCHEDULES,),
+    ),
+    ("wgmma_n16", "no warpgroup fence at all", "  wg_fence();\n  for (int pass", "  for (int pass", (SCHEDULES,)),
+    (
+        "wgmma_n256",
+        "one k step for two",
+        "wg_desc(tile_a + 32 * k, 16, 1024, 128), wg_desc(tile_b + 32 * k,",
+        "wg_desc(tile_a + 32 * k, 16, 1024, 128), wg_desc(tile_b + 16 * k,",
+        (SCHEDULES,),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "mutation", "means"), FAULTS)
-def test_fault_is_noticed(kernel: str, mutation: Mutation, means: str) -> None:
-    faulty = library(mutation, [DEMO], "thread" if means == THREADS else "")
-    found = noticed(RUNS[kernel], faulty)
+def faults() -> list[Any]:
+    """Each planted fault once for each means that must notice it."""
+    found = []
+    for kernel, mutations in MUTATIONS.items():
+        for name, old, new, caught in mutations:
+            mutation = Mutation(name, DEMO_NAME, old, new, caught)
+            found += [pytest.param(RUNS[kernel], mutation, [DEMO], m, id=f"{kernel}: {name}: {m}") for m in caught]
+    for check, name, old, new, caught in PROXY_MUTATIONS:
+        mutation = Mutation(name, str(PROXY.relative_to(ROOT)), old, new, caught)
+        run, sources = functools.partial(run_proxy_check, check), [HERE / "check_main.cu", PROXY]
+        found += [pytest.param(run, mutation, sources, means, id=f"{check}: {name}: {means}") for means in caught]
+    return found
+
+
+def run_proxy_check(name: str, kernels: Library, machine: dict[str, int]) -> str | None:
+    names = re.findall(r"^FASTSEQ_CHECK\((\w+),", PROXY.read_text(), re.MULTILINE)
+    return kernels.call("check_run", [], [names.index(name)], **machine)
+
+
+@pytest.mark.parametrize(("run", "mutation", "sources", "means"), faults())
+def test_fault_is_noticed(run: Run, mutation: Mutation, sources: list[Path], means: str) -> None:
+    faulty = library(mutation, sources, "thread" if means == THREADS else "")
+    found = noticed(run, faulty)
     assert found, f"nothing noticed: {mutation}"
     if means == THREADS:
         assert any("data race" in text for text in found), found
@@ -255,3 +315,27 @@ def test_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     first, second = ([run_scan("run_grid_scan", demo(), machine, [0]) for machine in machines] for _ in range(2))
     assert first == second
     assert len(set(first)) > 2
+
+
+# ---- The same checks for a GPU.
+
+NVCC = shutil.which("nvcc") or next((str(p) for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", CHECKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90a", "sm_100"])
+def test_primitives_compile_for_a_gpu_without_spills_or_warnings(
+    source: Path, architecture: str, tmp_path: Path
+) -> None:
+    command = [str(NVCC), "-std=c++17", f"-I{ROOT}", f"-arch={architecture}", "-Xptxas=-v", str(source)]
+    goal = ["-c"] if source.name == "check_main.cu" else ["--cubin"]
+    done = subprocess.run([*command, *goal, "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said
+    assert not re.search(r"C75\d\d", said), "ptxas serialises wgmma"
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert all(spill == ("0", "0") for spill in spills), said
+    assert spills or source.name == "check_main.cu"

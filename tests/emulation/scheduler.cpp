@@ -326,7 +326,7 @@ void set_up(const Launch& shape, const std::vector<unsigned>& groups, std::vecto
     block.threads = block.live = shape.threads;
     block.shared = memory[b].begin;
     block.shared_bytes = shape.shared;
-    edge_release(&block.fence_edge);
+    proxy_start(block);
     for (unsigned t = 0; t < shape.threads; ++t) {
       Fiber& fiber = wave->fibers[(size_t{b} * warps + t / 32) * 32 + t % 32];
       static_cast<Thread&>(fiber) = Thread{t,          shape.threads, t % 32,        t / 32,      block.index,

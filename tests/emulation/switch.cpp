@@ -176,9 +176,8 @@ void race_write([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
 namespace {
 // Runs `act` as another thread of the race detector, after `before` and before `after`.
 template <class F, class G, class H>
-void as_proxy(void*& proxy, const F& before, const G& act, const H& after) {
+void as_proxy(void* proxy, const F& before, const G& act, const H& after) {
   void* own = __tsan_get_current_fiber();
-  if (!proxy) proxy = __tsan_create_fiber(0);
   __tsan_switch_to_fiber(proxy, 1);
   before();
   act();
@@ -198,13 +197,19 @@ void proxy_reads(Block& block, void (*read)(void*), void* argument, const void* 
       block.reads, [&] { edge_acquire(&block.fence_edge), edge_acquire(&block.loads_edge); }, [&] { read(argument); },
       [&] { edge_release(edge); });
 }
+// Created before the block runs: a fiber knows all that its creator did before.
+void proxy_start(Block& block) {
+  block.loads = __tsan_create_fiber(0);
+  block.reads = __tsan_create_fiber(0);
+}
 void proxy_stop(Block& block) {
-  if (block.loads) __tsan_destroy_fiber(block.loads);
-  if (block.reads) __tsan_destroy_fiber(block.reads);
+  __tsan_destroy_fiber(block.loads);
+  __tsan_destroy_fiber(block.reads);
 }
 #else
 void proxy_writes(Block&, void (*)(void*), void*, MbarState&) {}
 void proxy_reads(Block&, void (*)(void*), void*, const void*) {}
+void proxy_start(Block&) {}
 void proxy_stop(Block&) {}
 #endif
 

@@ -21,6 +21,7 @@ void to_scheduler(Context& scheduler, Fiber& fiber);
 void entered(Context& scheduler, Fiber& fiber);  // a fiber's first act
 void race_start(Context& scheduler, Fiber* fibers, size_t count);
 void race_stop(Fiber* fibers, size_t count);
+void proxy_start(Block& block);
 void proxy_stop(Block& block);
 
 }  // namespace fastseq::emulation

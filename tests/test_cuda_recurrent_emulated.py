@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import fit
 from fastseq import backend, ops
+from fastseq.reference import recurrent as reference
 
 pytestmark = pytest.mark.skipif(
     build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
@@ -57,15 +58,30 @@ LARGE = [
 ]
 
 
+def on_one_side(inputs: list, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> bool:
+    """Whether rounding moves no unit of a ReLU across its kink, where gradients jump; those it moves lie near it."""
+    y = forward(inputs, lengths, reset, "rnn_relu", reverse, backend="emulated")[0]
+    exact: list[Any] = [None if t is None else t.double() for t in inputs]
+    truth = reference.scan(*exact, lengths, reset, cell="rnn_relu", reverse=reverse)[0]
+    moved = (y > 0) != (truth > 0)
+    if moved.any():
+        assert torch.maximum(y, truth)[moved].max() <= 4 * torch.finfo(y.dtype).eps
+    return not moved.any()
+
+
 def check(cell: str, dtype: torch.dtype, case: Case, option: str, schedule: int, draws: int = 0) -> None:
-    seed(cell, dtype, case, draws)
     steps, batch = case.shape[:2]
-    inputs = draw(cell, *case.shape, dtype=dtype)
-    lengths, reset, reverse = options(option, steps, batch)
     with machine(case.role, case.blocks, case.threads, case.rows, seed=draws, schedule=schedule):
         for direction in (False, True):
             assert plan(cell, dtype, case.shape[3], batch, direction)["role"] == case.role
-        compare(inputs, lengths, reset, cell, reverse, (True, True, True, True), "emulated")
+        for attempt in range(40):
+            seed(cell, dtype, case, draws, attempt)
+            inputs = draw(cell, *case.shape, dtype=dtype)
+            lengths, reset, reverse = options(option, steps, batch)
+            if cell != "rnn_relu" or on_one_side(inputs, lengths, reset, reverse):
+                compare(inputs, lengths, reset, cell, reverse, (True, True, True, True), "emulated")
+                return
+    raise AssertionError("every draw has a unit at its kink")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -77,7 +93,6 @@ def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype)
         check(cell, dtype, case, OPTIONS[(n + first) % 5], SCHEDULES[(n + first) % 4], n)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_values_and_gradients_match_the_reference_in_every_option(cell: str, dtype: torch.dtype) -> None:

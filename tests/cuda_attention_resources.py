@@ -1,5 +1,6 @@
-"""What the compiler makes of the CUDA kernels of attention: registers, spills and warnings of every variant, as the table
-in docs/cuda-attention.md. ``python tests/cuda_attention_resources.py`` writes it anew.
+"""What the compiler makes of the CUDA kernels of attention: registers, spills and warnings of every variant.
+
+``python tests/cuda_attention_resources.py`` writes the table in docs/cuda-attention.md anew.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def read(text: str) -> dict[Variant, Made]:
         kernel = re.search(r"attention\d+([a-z_]+)_kernel", name)
         assert kernel is not None, name
         heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
-        variant = Variant(kernel[1], heads, "ELb1E" in name)
+        variant = Variant(kernel[1], heads, "ELb1E" in name or kernel[1] == "bias")
         made = Made(int(registers), int(stores) + int(loads))
         found[variant] = Made(*map(max, made, found.get(variant, made)))
     return found

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import attention_emulated
@@ -269,6 +270,49 @@ def test_every_feature_in_several_tiles(name: str, dtype: torch.dtype) -> None:
         settings.schedule, settings.seed = schedule, seed
         shape = (1, 2, 1, 150, 140, 40, 72)
         check(*dense(shape, dtype), feature(name, dtype, shape), with_dlse=True)
+
+
+FAULTS = {
+    "K is read before its copy has come": (
+        "attention_forward.cu", "    cp_wait<0>();\n    sync_block();  // K is there", "    sync_block();  //"
+    ),
+    "K is read before others' copies have come": ("attention_forward.cu", "sync_block();  // K is there", ";  //"),
+    "V is read before others' copies have come": ("attention_forward.cu", "sync_block();  // V is there", ";  //"),
+    "no tile is masked": ("attention_forward.cu", "if (keys.masked(j0)) hide", "if (false) hide"),
+    "q is read before others' copies have come": (
+        "attention_backward_keys.cu", "sync_block();  // this step's q", ";  //"
+    ),
+    "q has one buffer": ("attention_backward_keys.cu", "step % 2 * kBuffer", "0 * kBuffer"),
+    "k is read before others' copies have come": (
+        "attention_backward_queries.cu", "sync_block();  // these keys are there", ";  //"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
+    name, right, wrong = FAULTS[fault]
+    text = (attention_emulated.CUDA / name).read_text()
+    assert right in text
+    (tmp_path / name).write_text(text.replace(right, wrong))
+    sources = [tmp_path / name if s.name == name else s for s in attention_emulated.SOURCES]
+    q, k, v = dense((1, 2, 1, 140, 150, 64, 64), torch.bfloat16)
+    options = {"causal": True}
+    d_o = torch.randn(q.shape).to(q.dtype)
+    o, lse = forward(q, k, v, options, "emulated")
+    expected = (o, lse, *backward(d_o, None, q, k, v, o, lse, options, "emulated")[:3])
+    settings.changed = build.Library(sources)
+    for schedule, seed in ((s, n) for n in range(4) for s in (build.STICKY, build.PRIORITY)):
+        settings.schedule, settings.seed = schedule, seed
+        try:
+            got = (*forward(q, k, v, options, "emulated"),
+                   *backward(d_o, None, q, k, v, o, lse, options, "emulated")[:3])  # fmt: skip
+        except RuntimeError:
+            return  # the machine itself saw it
+        if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+            return
+    raise AssertionError("eight schedules gave the right answer")
 
 
 @pytest.mark.full

@@ -114,7 +114,7 @@ void write_shared(int64_t*& to) {
                             KeysShape<Bf16, H, kGeneral>::kShared, QueriesShape<Bf16, H, kGeneral>::kShared};
   for (int64_t kernel = 0; kernel < 4; ++kernel)
     *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
-  if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 0, *to++ = BiasShape<Bf16, H>::kShared;
+  if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = BiasShape<Bf16, H>::kShared;
 }
 template <class... H>
 void write_all(int64_t* to) {

@@ -169,6 +169,17 @@ def logarithmic(axis: Any, values: Sequence[float], name: str) -> None:
     axis.set_xlabel(name)
 
 
+def logarithmic_values(axis: Any, values: Sequence[float]) -> None:
+    """y on a logarithmic scale that holds these values, its ticks plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = min(v for v in values if v > 0), max(values)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=()))
+
+
 def svg(drawn: Any, name: str, alt: str) -> str:
     """The figure as one ``<svg>`` element to stand in a page: it scales, refers to nothing outside, takes the page's
     colours where it was drawn with ``style(follow_page=True)``, and tells ``alt`` to those who cannot see it."""

@@ -70,6 +70,7 @@ def facts(results: Results) -> dict[str, Any]:
         "tasks": tasks,
         "kinds": dict(zip(kinds, rows, strict=True)),
         "rows": rows,
+        "lowest": min(rows, key=lambda row: float(str(row["loss"])))["layer"],
         "seeds": findings.seeds(memory),
         "passed": passed,
         "lengths": cost["protocol"]["lengths"],

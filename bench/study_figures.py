@@ -112,7 +112,7 @@ def _reach(document: Document, of: str) -> Exhibit:
     kinds = [kind for kind in findings.kinds(document, "text") if findings.reach(document, kind, "after", of)]
     moments = {"before": "at initialisation", "after": "after training"}
     gains = {when: {kind: findings.reach(document, kind, when, of) for kind in kinds} for when in moments}
-    formula = "‖∂h_T/∂h_{T−k}‖" if of == "state" else "‖∂output_T/∂input_{T−k}‖"
+    formula = "‖∂h(T) / ∂h(T−k)‖" if of == "state" else "‖∂output(T) / ∂input(T−k)‖"
 
     def draw() -> Any:
         figure = plots.figure(5.6, 3.4)
@@ -182,12 +182,16 @@ def cost(document: Document) -> list[Exhibit]:
     return found + [_peaks(document, mode) for mode in MODES if findings.peaks(document, mode, "lstm")]
 
 
-def _panel(curves: list[Curve], lengths: list[int], what: str) -> Any:
+def _panel(curves: list[Curve], lengths: list[int], what: str, straight: bool = False) -> Any:
+    """One panel over T; y logarithmic unless ``straight``."""
     figure = plots.figure(5.6, 3.3)
     axis = figure.subplots()
     plots.draw_curves(axis, curves)
     plots.logarithmic(axis, lengths, "T: steps")
-    axis.set_yscale("log")
+    if straight:
+        axis.axhline(1, color="#808080", linewidth=0.8)
+    else:
+        plots.logarithmic_values(axis, [y for curve in curves for y in curve.y])
     axis.set_ylabel(what)
     _legend(figure, axis, 4)
     return figure
@@ -235,7 +239,7 @@ def _sequential(document: Document, mode: str) -> Exhibit:
         header=["T", *(f"{COST_LABELS[kind]}: one sequence / short ones" for kind in RECURRENT)],
         rows=[[f"{t:,}", *(f"{price[kind][i]:.2f}×" for kind in RECURRENT)] for i, t in enumerate(lengths)],
         command=str(document["command"]),
-        draw=lambda: _panel(curves, lengths, "one sequence / sequences of 16 steps"),
+        draw=lambda: _panel(curves, lengths, "one sequence / sequences of 16 steps", True),
         note="The same number of steps, once as one sequence and once as sequences of 16 steps side by side: equal "
         "work, but only the latter can be done at once. It is what a recurrent layer pays for time that cannot be "
         "parallelised.",

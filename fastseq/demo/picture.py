@@ -49,5 +49,5 @@ def _speeds(axis: Any, races: list[Race]) -> None:
         name = f"{race.kind.name}\n{race.tokens_per_second(race.ours) / 1000:.0f} k/s"
         rows.append((name, {"torch": middle}))
         spans[name, "torch"] = (low, high)
-    plots.draw_ratios(axis, rows, {"torch": "torch.nn's time / fastseq's"}, spans)
+    plots.draw_ratios(axis, rows, {"torch": "torch.nn's time / fastseq's"}, spans, plots.OURS)
     axis.set(title="training speed, torch.nn = 1", xlabel="k/s: thousand characters a second")

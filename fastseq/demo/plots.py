@@ -107,6 +107,7 @@ def draw_ratios(
     rows: Sequence[tuple[str, Mapping[str, float]]],
     labels: Mapping[str, str],
     spans: Mapping[tuple[str, str], tuple[float, float]] | None = None,
+    shade: str | None = None,
 ) -> None:
     """Horizontal bars of peer's time / ours, from 1, the peer's own speed, to the ratio; the worst row on top.
 
@@ -115,44 +116,34 @@ def draw_ratios(
         rows: name of each row, and its ratios by peer.
         labels: the peers, in the order of a row's bars, and what the legend calls them.
         spans: of (row, peer), where half of the measurements lay.
+        shade: of all bars, rather than each peer's own.
     """
     rows = sorted(rows, key=lambda row: min(row[1].values(), default=math.inf))
+    ends = [1.0]
     present = [peer for peer in labels if any(peer in ratios for _, ratios in rows)]
     thick = 0.8 / max(1, len(present))
     for i, peer in enumerate(present):
         bars = [(row, name, ratios[peer]) for row, (name, ratios) in enumerate(rows) if peer in ratios]
         places = [row + (i - (len(present) - 1) / 2) * thick for row, _, _ in bars]
-        drawn = axis.barh(places, [ratio - 1 for _, _, ratio in bars], thick * 0.9, left=1, color=colour(peer),
-                          label=labels[peer])  # fmt: skip
-        ends = [(spans or {}).get((name, peer), (ratio, ratio)) for _, name, ratio in bars]
-        off = [[max(0.0, r - low) for (_, _, r), (low, _) in zip(bars, ends, strict=True)],
-               [max(0.0, high - r) for (_, _, r), (_, high) in zip(bars, ends, strict=True)]]  # fmt: skip
-        if spans:
-            axis.errorbar([r for _, _, r in bars], places, xerr=off, fmt="none", ecolor="#808080", elinewidth=1)
-        axis.bar_label(drawn, [f"{r:.2f}×" for _, _, r in bars], padding=3, fontsize=7)
+        axis.barh(places, [ratio - 1 for _, _, ratio in bars], thick * 0.9, left=1, color=shade or colour(peer),
+                  label=labels[peer])  # fmt: skip
+        for place, (_, name, ratio) in zip(places, bars, strict=True):
+            low, high = (spans or {}).get((name, peer), (ratio, ratio))
+            if spans:
+                axis.plot((low, high), (place, place), color="#808080", linewidth=1)
+            end, side, align = (max(ratio, high), 3, "left") if ratio >= 1 else (min(ratio, low), -3, "right")
+            axis.annotate(f"{ratio:.2f}×", (end, place), (side, 0), textcoords="offset points", va="center",
+                          ha=align, fontsize=7)  # fmt: skip
+            ends += [ratio, end]
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.axvline(1, color="#808080", linewidth=0.8)
     axis.set_xscale("log")
-    lowest = min([1.0, *(r for _, ratios in rows for r in ratios.values())])
-    highest = max([1.0, *(r for _, ratios in rows for r in ratios.values())])
+    lowest, highest = min(ends), max(ends)
     room = 1.15 * (max(highest, 1.2) / lowest) ** 0.09  # for the number at a bar's end
     axis.set_xlim(lowest / room if lowest < 1 else 0.93, max(highest, 1.2) * room)
-    candidates = [
-        0.01,
-        0.1,
-        0.2,
-        0.5,
-        1,
-        *([1.5] if highest < 6 else []),
-        2,
-        *([3] if highest < 25 else []),
-        5,
-        10,
-        20,
-        50,
-        100,
-    ]
+    finer = [*([0.8, 1.25] if highest < 1.5 else []), *([1.5] if highest < 6 else []), *([3] if highest < 25 else [])]
+    candidates = sorted([0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, *finer])
     ticks = [t for t in candidates if lowest / room <= t <= highest * room]
     axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axis.minorticks_off()
@@ -167,6 +158,17 @@ def logarithmic(axis: Any, values: Sequence[float], name: str) -> None:
     axis.set_xticks(list(values), [f"{v:,g}" if v < 1024 or v % 1024 else f"{v // 1024:g}k" for v in values])
     axis.minorticks_off()
     axis.set_xlabel(name)
+
+
+def logarithmic_values(axis: Any, values: Sequence[float]) -> None:
+    """y on a logarithmic scale that holds these values, its ticks plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = min(v for v in values if v > 0), max(values)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=()))
 
 
 def svg(drawn: Any, name: str, alt: str) -> str:

@@ -35,11 +35,13 @@ def fake_attention_backward(
 
 
 def fake_attention_paged(
-    q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, *settings
+    q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q,
+    scale, causal, bottom_right, window_left, window_right, softcap,
 ):  # fmt: skip
     return fake_attention_forward(
-        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None, *settings, 0.0
-    )
+        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
+        scale, causal, bottom_right, window_left, window_right, softcap, 0.0,
+    )  # fmt: skip
 
 
 def native_cuda_reason(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:

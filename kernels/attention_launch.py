@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
-from .attention_problem import INTERPRETED, PROGRAMS, Problem, power_of_two, with_unit_rows
+from .attention_problem import HALF_WIDEST, INTERPRETED, PROGRAMS, Problem, power_of_two, with_unit_rows
 from .attention_problem import unsupported as unsupported
 from .attention_tiles import ROW_BLOCK as _ROW_BLOCK
 from .attention_tiles import Rows, hidden
@@ -123,23 +123,30 @@ def plan_backward(
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
                 "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
                 "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "ALIGN": align,
+                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], HALF_WIDEST), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
-    for role, kernel, of_keys, results in (
-        ("backward_keys", attention_backward.attention_backward_keys, True, {"dk": out.dk, "dv": out.dv}),
+    keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
+    if (
+        max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST
+    ):  # both sums are more than the registers of a program hold
+        keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
+    launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
+        *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
         ("backward_queries", attention_backward.attention_backward_queries, False, {"dq": out.dq}),
-    ):
+    ]
+    for role, kernel, of_keys, results in launches:
         tile = x.tile(role)
         grid, heads, together = x.grid(of_keys, tile.block_n if of_keys else tile.block_m)
         yield Plan(
             kernel,
             grid,
             {
-                **inputs, **{name: x.view(t, align) for name, t in results.items()}, "heads": heads,
-                "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
+                **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
+                "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                "ALIGN": align,
             },
             options_of(tile),
         )  # fmt: skip
@@ -207,12 +214,16 @@ def fill(x: Problem, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def forward_paged(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor,
     bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    lengths_q: Tensor | None, lengths_k: Tensor, cu_seqlens_q: Tensor | None, *settings: Any,
+    lengths_q: Tensor | None, lengths_k: Tensor, cu_seqlens_q: Tensor | None,
+    scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments and results as the operator ``attention_paged``."""
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    options = (bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None)
-    return fill(Problem(q, k, v, *options, *settings, 0.0, block_table), q, v)
+    x = Problem(
+        q, k.transpose(1, 2), v.transpose(1, 2),
+        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
+        scale, causal, bottom_right, window_left, window_right, softcap, 0.0, block_table,
+    )  # fmt: skip
+    return fill(x, q, v)
 
 
 def row_sizes(x: Problem) -> tuple[int, ...]:

@@ -31,15 +31,16 @@ FIXED_SPLITS = 32  # splits of a sequence under torch.use_deterministic_algorith
 FIXED_LEAST = 256  # and the keys that one has at least: a multiple of every tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = tuning_attention.WIDTHS[-1]
-HALF_WIDEST = 256  # features that one product takes at most
+HALF_WIDEST = 256  # features that one product takes at most; and a head of float32, for want of shared memory
 
 
 def unsupported(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
     """Why these kernels cannot run on heads of ``dim`` and ``dim_v`` features; None where they can."""
     if dtype not in DTYPES:
         return f"the Triton kernels compute in float32, not in {dtype}"
-    if max(dim, dim_v) > WIDEST:
-        return f"the Triton kernels take up to {WIDEST} features a head, got {dim} and {dim_v}"
+    widest = WIDEST if dtype != torch.float32 else HALF_WIDEST
+    if max(dim, dim_v) > widest:
+        return f"the Triton kernels take up to {widest} features a head in {dtype}, got {dim} and {dim_v}"
     return None
 
 

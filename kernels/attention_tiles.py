@@ -119,9 +119,9 @@ def load_halves(
 
 
 @triton.jit
-def load_rows(base, offset, inside, D: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
-    """[ROWS, COLUMNS]: features FIRST.. of rows at ``offset`` [ROWS], 0 where not ``inside``."""
-    column = FIRST + tl.arange(0, COLUMNS)
+def load_rows(base, offset, inside, D: tl.constexpr, first, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
+    """[ROWS, COLUMNS]: features first.. of rows at ``offset`` [ROWS], 0 where not ``inside``."""
+    column = first + tl.arange(0, COLUMNS)
     pointers = base + (offset[:, None] * ALIGN + column[None, :])
     if ALIGN > 1:
         pointers = tl.multiple_of(pointers, (1, 16))

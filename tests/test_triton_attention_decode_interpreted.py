@@ -59,8 +59,13 @@ PAGED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [7, 16, 64])
-@pytest.mark.parametrize("name", PAGED)
+QUICK = [("plain", 7), ("causal", 16), ("window", 64), ("softcap", 7), ("sinks", 64), ("alibi", 16)]
+REST = [(name, page) for name in PAGED for page in (7, 16, 64) if (name, page) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)]
+)  # fmt: skip
 def test_pages_hold_the_same_keys_as_a_tensor(name: str, page: int) -> None:
     dtype = {7: torch.float32, 16: torch.bfloat16, 64: torch.float16}[page]
     queries = 40 if page == 16 else 3  # of the forward kernel, and of the decoding one
@@ -119,7 +124,9 @@ def test_a_packed_batch_of_single_queries(more: Options) -> None:
     assert_right(q, k, v, {**cu, **more}, backend="triton", repeat=False)
 
 
-@pytest.mark.parametrize("group", [1, 4, 20])
+@pytest.mark.parametrize(
+    "group", [4, pytest.param(1, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.full)]
+)
 def test_short_and_long_sequences_in_one_packed_batch(group: int) -> None:
     _, k, v, cu = packed([1, 4, 5, 33, 16, 17], [150, 33, 64, 40, 70, 1], torch.float32)
     q = torch.randn(76, 2 * group, 24)

@@ -97,7 +97,7 @@ def test_dropout_in_a_packed_batch() -> None:
     ("lengths", "dim"),
     [((1, 33), (1, 1)), ((33, 65), (7, 3)), ((64, 1), (16, 65)), ((65, 64), (65, 16)), ((17, 70), (80, 80)),
      ((1, 150), (192, 128)), ((40, 33), (192, 128)), ((33, 40), (256, 256)), ((33, 40), (300, 17)),
-     ((3, 70), (512, 512)), ((17, 33), (129, 512))],
+     ((3, 70), (511, 512)), ((17, 33), (129, 512))],
     ids=str,
 )  # fmt: skip
 def test_odd_shapes(lengths: tuple[int, int], dim: tuple[int, int]) -> None:
@@ -331,9 +331,10 @@ def test_what_the_kernels_cannot_do_is_refused_with_its_reason() -> None:
     q, k, v = dense((1, 2, 1, 5, 9, 8, 8))
     with pytest.raises(fastseq.BackendError, match="compute in float32"):
         fastseq.attention(q.double(), k.double(), v.double(), backend="triton")
-    q, k, v = dense((1, 2, 1, 5, 9, 513, 8))
-    with pytest.raises(fastseq.BackendError, match="up to 512 features"):
-        fastseq.attention(q, k, v, backend="triton")
+    for dtype, most in ((torch.float32, 256), (torch.bfloat16, 512)):
+        q, k, v = dense((1, 2, 1, 5, 9, most + 1, 8), dtype)
+        with pytest.raises(fastseq.BackendError, match=f"up to {most} features"):
+            fastseq.attention(q, k, v, backend="triton")
 
 
 def test_wrong_arguments_are_refused_before_they_do_harm() -> None:

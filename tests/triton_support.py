@@ -92,7 +92,8 @@ def read(target: str, made: Any) -> Compiled:
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
-        spilled = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
+        # Scalars that find no register go into lanes of vector registers, not to memory: no spill.
+        spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
     else:
         text = made.asm["ptx"]
         registers, spilled = _resources(made.asm["cubin"])

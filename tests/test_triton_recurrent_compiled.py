@@ -19,6 +19,8 @@ def quick(target: str, variant: Variant) -> bool:
     """Those of every run: bf16 as it is trained, and on Hopper fp32's LSTM; the others are in `make test-full`."""
     if not variant.save or variant.cell == "rnn_relu" or (variant.fused and variant.projected):
         return False
+    if variant.kernel.endswith("persistent") and target != "sm_90":
+        return False
     return variant.dtype == "bf16" or (
         variant.dtype == "fp32" and target == "sm_90" and variant.cell == "lstm" and not variant.fused
     )

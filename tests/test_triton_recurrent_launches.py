@@ -59,10 +59,10 @@ def test_no_other_length_batch_or_option_compiles_anything(cell: str, role: str)
             there_and_back(cell, 5, batch, 64)
         made = len(log.made)
         for steps, batch in ((2, 1), (3, 16), (16, 8), (17, 33), (128, 64), (40, 130)):
-            for options, reverse, absent in itertools.product((False, True), repeat=3):
+            for options, reverse, absent in ((False, False, False), (True, True, False), (True, False, True)):
                 there_and_back(cell, steps, batch, 64, options=options, reverse=reverse, absent=absent)
         assert len(log.made) == made, [m.kernel for m in log.made[made:]]
-        assert len(log.launches) > 48
+        assert len(log.launches) >= 36
 
 
 def expected(variant: Variant) -> tuple:

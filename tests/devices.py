@@ -33,7 +33,7 @@ def use(device: str, kernels: str) -> None:
     if device == "pretend":
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # there is no .data to put others into
         Pretend().__enter__()
-    else:
+    elif device != "cpu":  # a default device is a mode, even the CPU's: torch.compile and the shortest calls see it
         torch.set_default_device(device)
 
 

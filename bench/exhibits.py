@@ -39,11 +39,12 @@ class Results:
     memory: dict[str, Document] = field(default_factory=dict)
     cost: dict[str, Document] = field(default_factory=dict)
     weights: dict[str, Document] = field(default_factory=dict)
+    tests: dict[str, Document] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> dict[str, Document]:
-        return self.speed | self.memory | self.cost | self.weights
+        return self.speed | self.memory | self.cost | self.weights | self.tests
 
     def best(self, kind: str) -> Document | None:
         """The file of this kind with the most in it: a full run rather than a quick one."""
@@ -66,12 +67,31 @@ def load(folder: Path) -> Results:
         except (OSError, ValueError) as error:
             results.unread[path.name] = str(error)
             continue
-        getattr(results, kind)[path.name] = document
+        found = by_backend(path.name, document) if kind == "speed" else {path.name: document}
+        getattr(results, kind).update(found)
     return results
 
 
+def by_backend(name: str, document: Document) -> dict[str, Document]:
+    """A run that timed several of our backends side by side (on a GPU), as one document for each, in which that backend
+    is fastseq and the others' are left out; any other as it is."""
+    backends = dict.fromkeys(b for case in document["cases"] for b, r in case["ratios"].items() if isinstance(r, dict))
+    if not backends:
+        return {name: document}
+    found = {}
+    for ours in backends:
+        cases = []
+        for case in document["cases"]:
+            theirs = {n: entry for n, entry in case["contestants"].items() if n not in backends}
+            if entry := case["contestants"].get(ours):
+                theirs = {"fastseq": entry | {"backend": ours}, **theirs}
+            cases.append(case | {"contestants": theirs, "ratios": case["ratios"].get(ours) or {}})
+        found[f"{name} ({ours})"] = document | {"cases": cases}
+    return found
+
+
 def kind_of(document: Any) -> str:
-    """speed, memory, cost or weights.
+    """speed, memory, cost, weights or tests.
 
     Raises:
         ValueError: none of them.
@@ -86,6 +106,8 @@ def kind_of(document: Any) -> str:
         return "speed"
     if "models" in document:
         return "weights"
+    if "kernels" in document:
+        return "tests"
     raise ValueError("a result file of no kind that the report knows")
 
 
@@ -93,6 +115,8 @@ def command_of(document: Document, name: str) -> str:
     """What made the file, as far as it says."""
     if "command" in document:
         return str(document["command"])
+    if "kernels" in document or on_gpu(document):
+        return "make gpu"
     if "models" in document:
         return f"{PLAIN_COMMAND} weights --steps {document.get('steps')} --json bench/results/{name}"
     options = document.get("options", {})

@@ -51,7 +51,7 @@ def ratios(document: Document, name: str) -> list[Exhibit]:
     families: dict[str, list[dict[str, Any]]] = {}
     for case in document["cases"]:
         if case["ratios"].get("best") is not None:
-            families.setdefault(case["family"] or case["group"], []).append(case)
+            families.setdefault(case.get("family") or case["group"], []).append(case)
     return [_family(document, name, family, cases) for family, cases in families.items()]
 
 
@@ -220,11 +220,17 @@ def ledger(results: Results) -> Exhibit:
                 continue
             cases = [c for c in document["cases"] if _subject(c) == subject and _backend(c) == backend]
             passed = sum(c["contestants"][OURS.name]["status"] in ("timed", "checked") for c in cases)
-            if cases:
+            if cases:  # a list of what ran, and not of what was planned
                 found.append(
                     [f"{kernels}, {subject}", device_of(document), f"{passed} of {len(cases)} cases right",
                      commit_of(document), date_of(document), name]
                 )  # fmt: skip
+        for name, document in results.tests.items() if gpu else ():
+            counts = _outcomes(document, backend, subject)
+            if counts:
+                told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+                found.append([f"{kernels}, {subject}", device_of(document), f"tests: {told}", commit_of(document),
+                              date_of(document), name])  # fmt: skip
         rows += found or [[f"{kernels}, {subject}", NOT_RUN, "–", "–", "–", "–"]]
     return Exhibit(
         name="hardware",
@@ -237,8 +243,20 @@ def ledger(results: Results) -> Exhibit:
     )
 
 
+def _outcomes(document: Document, backend: str, subject: str) -> dict[str, int]:
+    """How the tests of some kernels came out, those that were skipped left out."""
+    counts: dict[str, int] = {}
+    for suite, outcomes in document["kernels"].get(backend, {}).get("suites", {}).items():
+        if subject in suite:
+            for outcome, count in outcomes.items():
+                if outcome != "skipped":
+                    counts[outcome] = counts.get(outcome, 0) + count
+    return counts
+
+
 def _subject(case: dict[str, Any]) -> str:
-    return "attention" if str(case["group"]).startswith("attention") else "recurrent"
+    named = str(case.get("family") or case.get("group") or case["name"])
+    return "attention" if "attention" in named else "recurrent"
 
 
 def _backend(case: dict[str, Any]) -> str | None:
@@ -282,7 +300,7 @@ def weights(document: Document, name: str) -> Exhibit:
 
 def summary_figure(document: Document) -> Any:
     """The README's plot: of each family the geometric mean against each peer, worst family first."""
-    lines = [line for line in document["summary"] if line["of"] in {case["family"] for case in document["cases"]}]
+    lines = [line for line in document["summary"] if line["of"] in {case.get("family") for case in document["cases"]}]
     peers = {line["peer"]: label(line["peer"]) for line in lines if line["peer"] != "best"}
     rows = {line["of"]: {p["peer"]: p["geomean"] for p in lines if p["of"] == line["of"] and p["peer"] in peers}
             for line in lines}  # fmt: skip

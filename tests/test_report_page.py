@@ -129,6 +129,29 @@ def test_a_file_from_a_gpu_enters_its_kernels_into_the_ledger(where, tmp_path):
     assert rows["Triton, attention"][1] == rows["native C++ (CPU), recurrent"][1] == speed_figures.NOT_RUN
 
 
+def test_runs_of_several_backends_on_a_gpu_are_shown_one_by_one(tmp_path):
+    entry = {"status": "timed", "reason": "", "errors": {"o": 1e-3}, "median_us": 10.0}
+    case = {"name": "attention-forward-T64", "group": "attention forward", "family": "attention",
+            "budget": {"o": 2e-3}, "reason": "", "contestants": {"triton": entry, "native": entry, "cudnn": entry},
+            "ratios": {"triton": {"cudnn": 0.8, "best": 0.8}, "native": {"cudnn": 1.1, "best": 1.1}}}  # fmt: skip
+    lost = {"name": "attention-forward-T128", "reason": "lost", "contestants": {}, "ratios": {}}
+    machine = {"device": "NVIDIA H200", "cpu": "some", "commit": "d" * 40, "driver": "1", "versions": {}}
+    timed = {"schema": 1, "complete": False, "environment": machine, "cases": [case, lost], "summary": [], "notes": []}
+    suites = {"tests/test_triton_attention.py": {"passed": 7, "skipped": 2}}
+    tests = {"schema": 1, "complete": True, "environment": machine, "kernels": {"triton": {"suites": suites}}}
+    (tmp_path / "nvidia-h200-attention.json").write_text(json.dumps(timed))
+    (tmp_path / "nvidia-h200-tests.json").write_text(json.dumps(tests))
+    results = exhibits.load(tmp_path)
+    assert [speed_figures.ratios(d, n)[0].rows[0][3] for n, d in results.speed.items()] == ["0.80×", "1.10×"]
+    ran = [row[:3] for row in speed_figures.ledger(results).rows if row[1] != speed_figures.NOT_RUN]
+    assert ran == [
+        ["CUDA C++, attention", "NVIDIA H200", "1 of 1 cases right"],
+        ["Triton, attention", "NVIDIA H200", "1 of 1 cases right"],
+        ["Triton, attention", "NVIDIA H200", "tests: 7 passed"],
+    ]
+    assert "NVIDIA H200" in page.render(tmp_path, HANDED)
+
+
 def test_bars_are_sorted_worst_first():
     document = json.loads((RESULTS / "cpu-quick.json").read_text())
     for exhibit in speed_figures.ratios(document, "cpu-quick.json"):

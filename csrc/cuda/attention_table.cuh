@@ -53,7 +53,7 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
 // dk and dv: a block owns kBlockN keys, a warp 16 of them, meeting kBlockM queries at a time; kParts share the columns.
 template <class T, class HeadsOf, bool kGeneral>
 struct KeysShape : Shape<T, HeadsOf, kGeneral> {
-  static constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
+  static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
   static constexpr int kBlockM = HeadsOf::kDim <= (kGeneral ? 64 : 96) ? 64 : HeadsOf::kDim == 192 ? 16 : 32;
   static constexpr int kParts = HeadsOf::kDim <= 192 ? 1 : kGeneral ? 4 : 2;
   static constexpr int kShared = 2 * (kBlockN + 2 * kBlockM) * (HeadsOf::kDim + HeadsOf::kDimV) + 16 * kBlockM;

@@ -10,6 +10,7 @@ template <class T, class Tile, bool kAnyLayout, int kM, int kN>
 FASTSEQ_DEVICE void store_rows(const Fragment<kM, kN>& x, unsigned char* tile, int row, T* base, int64_t stride, int first,
                                int count, int columns, bool aligned) {
   static_assert(8 * kN <= Tile::kColumns);
+  sync_warp();  // other lanes' last ldmatrix may still read these rows
   for_each_element<kM, kN>([&](int m, int n, int e) {
     if (e % 2 == 0) {
       const int own = row + 16 * m + int(lane() >> 2) + 4 * e;

@@ -45,7 +45,7 @@ template <class T, class HeadsOf, bool kGeneral>
 struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kM = kGeneral || HeadsOf::kDim > 192 ? 1 : 2, kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kBlockM = 16 * kM * kWarps;
-  static constexpr int kBlockN = kM == 2 && HeadsOf::kDimV == 128 ? 32 : 64;
+  static constexpr int kBlockN = kM == 2 && HeadsOf::kDim > 64 ? 32 : 64;
   static constexpr int kBlocks = HeadsOf::kDim <= 192 ? 2 : 1;
   static constexpr int kShared = 2 * (kBlockM * HeadsOf::kDim + kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
 };
@@ -53,8 +53,8 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
 // dk and dv: a block owns kBlockN keys, a warp 16 of them, meeting kBlockM queries at a time; kParts share the columns.
 template <class T, class HeadsOf, bool kGeneral>
 struct KeysShape : Shape<T, HeadsOf, kGeneral> {
-  static constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
-  static constexpr int kBlockM = HeadsOf::kDim <= (kGeneral ? 64 : 96) ? 64 : 32;
+  static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
+  static constexpr int kBlockM = HeadsOf::kDim <= (kGeneral ? 64 : 96) ? 64 : HeadsOf::kDim == 192 ? 16 : 32;
   static constexpr int kParts = HeadsOf::kDim <= 192 ? 1 : kGeneral ? 4 : 2;
   static constexpr int kShared = 2 * (kBlockN + 2 * kBlockM) * (HeadsOf::kDim + HeadsOf::kDimV) + 16 * kBlockM;
 };

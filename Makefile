@@ -1,4 +1,4 @@
-# make demo | test | test-interpreted | test-full | test-tiles | bench | lint | sanitize | check-arm64 | wheel | build | clean
+# make demo | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64 | wheel | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-interpreted test-full test-tiles bench lint sanitize check-arm64 wheel build clean
+.PHONY: demo test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -36,12 +36,22 @@ test-full: build
 	$(PYTEST) -m full $(ARGS)
 	$(if $(findstring tests/,$(ARGS)),,$(MAKE) --no-print-directory test-interpreted ARGS="-m full $(ARGS)")
 
-# Every tile of the Triton kernels for every machine: half an hour or more. Some of attention's still spill registers.
+# Every tile of the Triton kernels for every machine: half an hour or more. Three of attention's still spill registers.
 test-tiles: build
 	$(PYTEST) -m tiles $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)
+
+# On a machine with a GPU: builds what can be built, tests on it, sanitizes, times; bench/results/<device>-*.json.
+# Takes $(PYTHON) with the packages it has where there is no $(VENV): nothing is installed, nothing is fetched.
+GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+gpu:
+	@$(GPU_PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU here")' || exit 2
+	PATH="$$PATH:/usr/local/cuda/bin" FASTSEQ_BUILD=$(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),cuda,auto) \
+	  $(GPU_PY) setup.py --quiet build_ext --inplace || $(GPU_PY) setup.py --quiet build_ext --inplace
+	@PYTHONPATH=. $(GPU_PY) -c 'import fastseq.kernels' 2>/dev/null || ln -sfn ../kernels fastseq/kernels  # not installed
+	PATH="$$PATH:/usr/local/cuda/bin" PYTHONPATH=. $(GPU_PY) -m bench gpu $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -77,4 +87,5 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@touch $@
 
 clean:
+	rm -f fastseq/kernels
 	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

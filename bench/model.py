@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from fastseq.kernels import tuning_recurrent as tuning
 
+from bench import model_attention
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -55,12 +57,19 @@ class Floor:
         return max(self.product, self.weights, self.traffic) + self.synchronisation
 
 
-def floor(cell: str, dtype: str, batch: int, hidden: int, machine: Machine = H200) -> Floor:
-    """The floor of one forward step, in the role that the tables give this layer on that machine."""
+def floor(
+    cell: str, dtype: str, batch: int, hidden: int, machine: Machine = H200, role: str | None = None
+) -> Floor | None:
+    """The floor of one forward step, in the role that the tables give this layer on that machine, or in a named one.
+
+    None where the machine cannot give it that role.
+    """
     size, gates = tuning.BYTES[dtype], tuning.GATES[cell]
     tile = tuning.sequence(cell, dtype, hidden, machine.shared, False)
     traffic = batch * hidden * (gates + 1) * size / machine.copy  # gates_x in, y out
-    if isinstance(tile, tuning.Sequence):
+    if role == "sequence" and isinstance(tile, str):
+        return None
+    if role in (None, "sequence") and isinstance(tile, tuning.Sequence):
         programs = -(-batch // tile.block_b)
         waves = -(-programs // machine.sms)
         a_sm = machine.operations(dtype) / machine.sms / 2  # 16 rows of mma.sync reach half of the peak
@@ -68,16 +77,20 @@ def floor(cell: str, dtype: str, batch: int, hidden: int, machine: Machine = H20
         weights = waves * gates * tile.block_h**2 * size / machine.shared_bytes / machine.clock
         synchronisation = waves * (BARRIERS[cell] * machine.barrier + machine.gates) / machine.clock
         return Floor("sequence", product, weights, traffic, synchronisation)
-    step = tuning.step(dtype, batch)
-    launches = 2 if cell == "gru_reset_before" else 1
+    persistent = tuning.persistent(dtype, batch, hidden, machine.sms)
+    if role == "persistent" and isinstance(persistent, str):
+        return None
+    step = persistent if role == "persistent" and not isinstance(persistent, str) else tuning.step(dtype, batch)
+    meetings = 2 if cell == "gru_reset_before" else 1
     over_batch = -(-batch // step.block_b)
     programs = -(-hidden // step.block_n) * over_batch
     used = min(programs, machine.sms)
     rows = over_batch * step.block_b
     product = 2 * rows * gates * hidden**2 / (machine.operations(dtype) * used / machine.sms)
     weights = over_batch * gates * hidden**2 * size / (machine.l2 * used / machine.sms)
-    synchronisation = launches * (machine.launch + machine.latency_l2 + machine.gates / machine.clock)
-    return Floor("step", product, weights, traffic, synchronisation)
+    between = machine.launch if role != "persistent" else 0.0  # there only what another has written must arrive
+    synchronisation = meetings * (between + machine.latency_l2 + machine.gates / machine.clock)
+    return Floor("step" if role != "persistent" else role, product, weights, traffic, synchronisation)
 
 
 def main(argv: list[str]) -> int:
@@ -85,18 +98,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=tuning.BYTES, default="bf16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 128])
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512, 768, 1024])
+    parser.add_argument("--role", choices=("sequence", "step", "persistent"), help="by default as the tables choose")
+    parser.add_argument("--attention", choices=("core", "all"), nargs="?", const="core",
+                        help="attention's cases in place of the recurrent steps")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.attention:
+        print("\n".join(model_attention.lines(model_attention.cases(options.attention == "all"))))
+        return 0
     print(f"floor of one forward step on an {H200.name}, {options.dtype}, microseconds (product of x not included)")
-    print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':9}{'product':>9}{'weights':>9}{'traffic':>9}{'sync':>7}{'step':>8}")
+    print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':11}{'product':>9}{'weights':>9}{'traffic':>9}{'sync':>7}{'step':>8}")
     for cell in tuning.GATES:
         if cell == "rnn_relu":  # as rnn_tanh
             continue
         for batch in options.batch:
             for hidden in options.hidden:
-                f = floor(cell, options.dtype, batch, hidden)
+                f = floor(cell, options.dtype, batch, hidden, role=options.role)
+                if f is None:
+                    continue
                 parts = (f.product, f.weights, f.traffic)
                 print(
-                    f"{cell:18}{batch:5}{hidden:6}  {f.role:9}"
+                    f"{cell:18}{batch:5}{hidden:6}  {f.role:11}"
                     + "".join(f"{1e6 * part:9.3f}" for part in parts)
                     + f"{1e6 * f.synchronisation:7.2f}{1e6 * f.step:8.2f}"
                 )

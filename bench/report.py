@@ -1,11 +1,16 @@
-"""What was measured, as tables, as JSON, and as a picture. ratio = peer's time / ours: above 1 fastseq is ahead."""
+"""Everything measured so far as one HTML page to look at; the same numbers as tables, as JSON, and as pictures.
+
+ratio = peer's time / ours: above 1 fastseq is ahead.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,12 +21,14 @@ from typing import Any, TextIO
 
 import torch
 
-from bench.cases import DTYPES
 from bench.peers import OURS, PEERS
 from bench.run import NOISY, Entry, Options, Result, Timing, geomean
 
 SCHEMA = 1
 """Version of the JSON document's layout."""
+
+RESULTS = Path(__file__).resolve().parent / "results"
+"""Where the committed result files are."""
 
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
@@ -252,6 +259,7 @@ def document(results: Sequence[Result], options: Options, complete: bool, enviro
     return {
         "schema": SCHEMA,
         "complete": complete,
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "environment": environ,
         "options": dataclasses.asdict(options),
         "cases": [_case_document(result) for result in results],
@@ -268,13 +276,13 @@ def _case_document(result: Result) -> dict[str, Any]:
         "family": case.family,
         "shape": dataclasses.asdict(case),
         "budget": result.budget,
-        "contestants": {name: _entry_document(entry) for name, entry in result.entries.items()},
+        "contestants": {name: entry_document(entry) for name, entry in result.entries.items()},
         "ratios": {name: result.ratio(name) for name in (*result.entries, "best") if name != OURS.name},
         "noisy": result.noisy,
     }
 
 
-def _entry_document(entry: Entry) -> dict[str, Any]:
+def entry_document(entry: Entry) -> dict[str, Any]:
     document: dict[str, Any] = {"status": entry.status, "reason": entry.reason, "backend": entry.backend}
     document["errors"] = {name: error if error != float("inf") else None for name, error in entry.errors.items()}
     document["peak_bytes"] = entry.peak_bytes
@@ -296,54 +304,44 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-# --- picture --------------------------------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------------------------
 
 
 def plot(results: Sequence[Result], path: Path, title: str) -> None:
-    """Bars of the ratio to each peer, a panel for each group, sorted, on a logarithmic axis that is cut at 1."""
-    from matplotlib.figure import Figure
+    """Bars of the ratio to each peer, a panel for each group, worst first; nothing where no case has a ratio."""
+    from bench import speed_figures
+    from fastseq.demo import plots
 
-    heads = labels(results)
-    peers = [name for name in heads if name != OURS.name]
-    panels: dict[str, list[Result]] = {}
-    for result in results:
-        if result.ratio("best") is not None:
-            panels.setdefault(result.case.group, []).append(result)
-    if not panels:
-        return
-    heights = [len(members) * max(1, len(peers)) * 0.17 + 0.7 for members in panels.values()]
-    figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    colours = {peer: f"C{i}" for i, peer in enumerate(peers)}
-    for axis, (group, members) in zip(axes, panels.items(), strict=True):
-        members = sorted(members, key=lambda result: result.ratio("best") or 0)
-        present = [peer for peer in peers if any(r.ratio(peer) is not None for r in members)]
-        thick = 0.8 / len(present)
-        for i, peer in enumerate(present):
-            bars = [(row, ratio) for row, r in enumerate(members) if (ratio := r.ratio(peer)) is not None]
-            places = [row + ((len(present) - 1) / 2 - i) * thick for row, _ in bars]
-            # a bar runs from 1, the peer's own speed, to the ratio
-            drawn = axis.barh(
-                places, [r - 1 for _, r in bars], thick * 0.9, left=1, color=colours[peer], label=heads[peer]
-            )
-            axis.bar_label(drawn, [f"{r:.2f}" for _, r in bars], padding=2, fontsize=6)
-        axis.set_yticks(range(len(members)), [_short(r) for r in members], fontsize=7)
-        axis.set_ylim(-0.6, len(members) - 0.4)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log", subs=range(2, 10))
-        axis.xaxis.set_major_formatter("{x:g}×")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(group, fontsize=9, loc="left")
-        axis.margins(x=0.15)
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), fontsize=8)
-    axes[-1].set_xlabel("time of peer / time of fastseq (above 1: fastseq is faster)", fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
-    figure.savefig(path, dpi=150)
+    cases = [_case_document(result) for result in results if result.ratio("best") is not None]
+    if cases:
+        with plots.style():
+            speed_figures.groups(cases, title).savefig(path, dpi=150)
 
 
-def _short(result: Result) -> str:
-    """A case's name without what its group says already."""
-    first, *words = result.case.name.split("-")
-    words = [word for word in words if word not in (result.case.mode, DTYPES[result.case.dtype])]
-    return " ".join(["cell"] * first.endswith("_cell") + words)
+def main(argv: list[str]) -> int:
+    """Entry point of ``python -m bench report``; 2 on bad arguments or where there is nothing to show."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description="One HTML page of all result files, or the figures that docs use."
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and the figures of docs instead")
+    options = parser.parse_args(argv)
+    try:
+        from bench import choosing, page
+
+        if options.docs:
+            written = choosing.write(options.results)
+        else:
+            command = shlex.join(["python", "-m", "bench", "report", *argv])
+            text = page.render(options.results, command)
+            options.out.write_text(text, encoding="utf-8")
+            written = [options.out]
+    except ImportError as error:
+        print(f"python -m bench report needs the package {error.name}; pip install {error.name}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return 2
+    print("wrote " + ", ".join(str(path) for path in written))
+    return 0

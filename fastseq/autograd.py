@@ -16,7 +16,7 @@ from fastseq import ops, reference
 
 FORWARD = {name: getattr(torch.ops.fastseq.scan_forward, name) for name in ops.BACKENDS}
 BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops.BACKENDS}
-# The whole gradient, of the backends that have it in one call.
+# The whole gradient, of the backends that have it in one call; native on the CPU.
 GRADIENT = {"native": torch.ops.fastseq.scan_gradient.native}
 
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its transform
@@ -173,7 +173,7 @@ def fused_gradient(
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 by a backend; anything, or None, where not needed."""
     x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
     flags = (need[0], need[1] or need[2] or need[3] or need[4])
-    if backend in GRADIENT:
+    if backend in GRADIENT and y.device.type == "cpu":
         dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden = GRADIENT[backend](
             *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell, reverse, *flags
         )

@@ -168,14 +168,27 @@ def run(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
         return call_reference(*arguments)
     if functorch_active():
         return apply(Attention, *arguments, backend)
-    if torch.is_grad_enabled():
-        q, k, v, bias, _, sinks = arguments[:6]
-        if (
-            q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (sinks is not None and sinks.requires_grad)
-        ):
-            return apply(Attention, *arguments, backend)
+    q, k, v, bias, _, sinks = arguments[:6]
+    if differentiates(q, k, v, bias, sinks):
+        return apply(Attention, *arguments, backend)
     return FORWARD[backend](*arguments)
+
+
+def differentiates(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None) -> bool:
+    """Whether a gradient of one of these may be asked for."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
+def reads_pages(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, dropout_p: float
+) -> bool:
+    """Whether the backend takes keys and values in pages as they lie: Triton's does, for inference."""
+    if backend != "triton" or dropout_p > 0.0 or needs_reference() or functorch_active():
+        return False
+    return not differentiates(q, k, v, bias, sinks)

@@ -51,8 +51,8 @@ AUTO: tuple[Row, ...] = (
         "torch's bfloat16 products use the chip's AMX tiles, ours are built but have only run on a model of these",
     ),
     Row("cpu", "attention", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch"),
-    Row("cuda", "scan", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
-    Row("cuda", "attention", ("torch", "reference"), "no kernel of ours has a hardware run yet"),
+    Row("cuda", "scan", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
+    Row("cuda", "attention", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
     Row("*", "scan_bf16_batch", ("torch", "reference"), "no kernel of ours exists for this device"),
     Row("*", "scan", ("torch", "reference"), "no kernel of ours exists for this device"),
     Row("*", "attention", ("torch", "reference"), "no kernel of ours exists for this device"),
@@ -154,13 +154,18 @@ def _log_once(op: str, name: str, reason: str) -> None:
         log.info("%s: %s passed over: %s", op, name, reason)
 
 
-def operator_reason(name: str, device: str) -> str | None:
-    """Why an operator backend (``native``, ``triton``) cannot run on a device at all; None where it can."""
+def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
+    """Why an operator backend (``native``, ``triton``) cannot run ``op`` (``scan``, ``attention``) on a device at all;
+    None where it can."""
     if name == "native":
         if ops.NATIVE_MISSING is not None:
             return f"the compiled extension is not installed ({ops.NATIVE_MISSING}); see python -m fastseq doctor"
+        if device == "cuda":
+            if ops.NATIVE_CUDA_MISSING is None:
+                return None
+            return f"the CUDA kernels are not installed ({ops.NATIVE_CUDA_MISSING}); see python -m fastseq doctor"
         if device != "cpu":
-            return f"the native kernels run on the CPU only so far, not on {device}"
+            return f"the native kernels of {op} run on the CPU and on CUDA, not on {device}"
         return None
     if name == "triton":
         return ops_triton.missing(device)

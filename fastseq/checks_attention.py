@@ -82,6 +82,13 @@ def check_heads(heads_q: int, heads_k: int, heads_v: int) -> None:
         )
 
 
+def check_no_dense(**dense_only: Any) -> None:
+    """What a packed batch cannot be given."""
+    for name, given in dense_only.items():
+        if given is not None:
+            raise ArgumentError(f"{name} cannot be given with cu_seqlens: it belongs to the padded layout [B,H,T,D]")
+
+
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **dense_only: Any
 ) -> None:
@@ -91,9 +98,7 @@ def check_packed(
         raise ArgumentError(
             f"{missing} is missing: a packed batch needs both cu_seqlens (in self-attention the same tensor)"
         )
-    for name, given in dense_only.items():
-        if given is not None:
-            raise ArgumentError(f"{name} cannot be given with cu_seqlens: it belongs to the padded layout [B,H,T,D]")
+    check_no_dense(**dense_only)
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ArgumentError(
             "with cu_seqlens q, k and v must be 3-D [total_q,Hq,D], [total_k,Hk,D] and [total_k,Hk,Dv], "
@@ -109,23 +114,72 @@ def check_packed(
             f"q and k must have the same number of features (last dimension), at least 1, got {sizes(q)} and {sizes(k)}"
         )
     check_heads(q.shape[1], k.shape[1], v.shape[1])
-    for name, cu_seqlens, x, of in (("cu_seqlens_q", cu_seqlens_q, q, "q"), ("cu_seqlens_k", cu_seqlens_k, k, "k")):
-        _check_integers(name, cu_seqlens, q)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ArgumentError(f"{name} must be 1-D [B+1], got {sizes(cu_seqlens)}")
-        if cu_seqlens.device.type == "cpu" and values_visible(cu_seqlens):
-            starts = cu_seqlens.tolist()
-            if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in pairwise(starts)):
-                raise ArgumentError(
-                    f"{name} must begin with 0, never decrease, and end at or before {of}'s {x.shape[0]} rows, "
-                    f"got {starts if len(starts) <= 8 else f'{starts[:4]} ... {starts[-4:]}'}; "
-                    "it is the running sum of the lengths, with 0 before it"
-                )
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ArgumentError(
             "cu_seqlens_q and cu_seqlens_k must name the same number of sequences, "
             f"got shapes {sizes(cu_seqlens_q)} and {sizes(cu_seqlens_k)}"
         )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor, q: Tensor) -> None:
+    """Running sums [B+1] of the lengths of the sequences packed in ``x``."""
+    _check_integers(name, cu_seqlens, q)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ArgumentError(f"{name} must be 1-D [B+1], got {sizes(cu_seqlens)}")
+    if cu_seqlens.device.type == "cpu" and values_visible(cu_seqlens):
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] > x.shape[0] or any(a > b for a, b in pairwise(starts)):
+            raise ArgumentError(
+                f"{name} must begin with 0, never decrease, and end at or before {name[-1]}'s {x.shape[0]} rows, "
+                f"got {starts if len(starts) <= 8 else f'{starts[:4]} ... {starts[-4:]}'}; "
+                "it is the running sum of the lengths, with 0 before it"
+            )
+
+
+def check_paged(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths_k: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+) -> None:  # fmt: skip
+    """k [P,page,Hk,D], v [P,page,Hk,Dv] and block_table [B,pages]; q [B,Hq,Tq,D], or packed [total_q,Hq,D]."""
+    if cu_seqlens_k is not None:
+        raise ArgumentError("cu_seqlens_k cannot be given with block_table: keys are counted by lengths_k")
+    if lengths_k is None:
+        raise ArgumentError("lengths_k is missing: block_table needs it, [B], to know how many keys of its pages count")
+    rank, layout = (4, "[B,Hq,Tq,D]") if cu_seqlens_q is None else (3, "[total_q,Hq,D] (with cu_seqlens_q)")
+    if q.dim() != rank or k.dim() != 4 or v.dim() != 4:
+        raise ArgumentError(
+            f"with block_table q must be {layout}, k and v pools of pages [P,page,Hk,D] and [P,page,Hk,Dv], "
+            f"got {sizes(q)}, {sizes(k)} and {sizes(v)}"
+        )
+    if k.shape[:2] != v.shape[:2] or k.shape[0] == 0 or k.shape[1] == 0:
+        raise ArgumentError(
+            "k and v must have the same number of pages and rows a page (first two dimensions), at least 1 each, "
+            f"got {sizes(k)} and {sizes(v)}"
+        )
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ArgumentError(
+            f"q and k must have the same number of features (last dimension), at least 1, got {sizes(q)} and {sizes(k)}"
+        )
+    check_heads(q.shape[1], k.shape[2], v.shape[2])
+    _check_integers("block_table", block_table, q)
+    batch = q.shape[0]
+    if cu_seqlens_q is not None:
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q)
+        batch = cu_seqlens_q.shape[0] - 1
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise ArgumentError(f"block_table must be [B,pages] with B = {batch}, got {sizes(block_table)}")
+    check_lengths("lengths_k", lengths_k, q, block_table.shape[1] * k.shape[1], batch)
+    if batch and block_table.device.type == "cpu" and values_visible(block_table) and values_visible(lengths_k):
+        used = torch.arange(block_table.shape[1]) * k.shape[1] < lengths_k[:, None]
+        wrong = used & ((block_table < 0) | (block_table >= k.shape[0]))
+        if wrong.any():
+            b, page = wrong.nonzero()[0].tolist()
+            raise ArgumentError(
+                f"block_table must name pages from 0 to {k.shape[0] - 1} wherever lengths_k counts keys, "
+                f"got {int(block_table[b, page])} at [{b}, {page}]"
+            )
 
 
 def _check_integers(name: str, x: Any, q: Tensor) -> None:
@@ -141,11 +195,12 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ArgumentError(f"{name} is on {x.device} but q on {q.device}; move it with .to({str(q.device)!r})")
 
 
-def check_lengths(name: str, lengths: Any, q: Tensor, longest: int) -> None:
-    """Integers [B], each from 0 to the tensor's own length."""
+def check_lengths(name: str, lengths: Any, q: Tensor, longest: int, batch: int | None = None) -> None:
+    """Integers [B], each from 0 to the tensor's own length; B is q's first dimension where it is not given."""
     _check_integers(name, lengths, q)
-    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
-        raise ArgumentError(f"{name} must be [B] = [{q.shape[0]}], got {sizes(lengths)}")
+    batch = q.shape[0] if batch is None else batch
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise ArgumentError(f"{name} must be [B] = [{batch}], got {sizes(lengths)}")
     if lengths.shape[0] and lengths.device.type == "cpu" and values_visible(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > longest:

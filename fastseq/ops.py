@@ -12,7 +12,12 @@ from __future__ import annotations
 import torch
 
 from fastseq import ops_triton
-from fastseq.ops_attention import attention_rule, fake_attention_backward, fake_attention_forward
+from fastseq.ops_attention import (
+    attention_rule,
+    fake_attention_backward,
+    fake_attention_forward,
+    fake_attention_paged,
+)
 from fastseq.ops_define import BACKENDS as BACKENDS
 from fastseq.ops_define import define, fold_batch, loop_over
 
@@ -78,6 +83,15 @@ ATTENTION_BACKWARD = (
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
+# Inference on a cache of pages: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,pages of the longest], of which
+# lengths_k int64 [B] rows count; q [B,Hq,Tq,D], or packed [total,Hq,D] with cu_seqlens_q. No gradients, no dropout;
+# else, and what comes out, as ATTENTION_FORWARD with Tk = pages of the longest * page.
+ATTENTION_PAGED = (
+    "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor? bias, Tensor? mask, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? lengths_q, Tensor lengths_k, Tensor? cu_seqlens_q, float scale, bool causal, "
+    "bool bottom_right, int window_left, int window_right, float softcap) -> (Tensor o, Tensor lse)"
+)
+
 # Inference of a whole stack on the CPU in one call, for models so small that calls are what they cost.
 #   x [T,B,I], batch_first [B,T,I], unbatched [T,I]; h0, c0 as torch.nn's hx or None for zeros; weights flat, in
 #   torch's order (biases and projections are told by their number); beside a float32 x the matrices may be packed
@@ -104,6 +118,14 @@ PACK_WEIGHTS = "(Tensor w, int gates, int apart) -> Tensor"
 
 NATIVE_ISA = "(str name) -> str"
 """Test hook: force an instruction set of the CPU kernels ('' only asks); returns the one now active."""
+
+NATIVE_SCAN_PLAN = "(str cell, str dtype, bool backward, int hidden, int batch, int[] device) -> str"
+"""How the CUDA C++ kernels would run a scan: role, division of the work, bytes, and why no better role is taken.
+dtype: fp32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; [] asks
+the current one."""
+
+NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
+"""For tests and measurements: fixes the role (cluster, grid, step; '': the plan's choice) and shape of CUDA scans."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -196,8 +218,14 @@ define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
 define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
+define(
+    "attention_paged", ATTENTION_PAGED, fake_attention_paged,
+    lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("triton",),
+)  # fmt: skip
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", PACK_WEIGHTS)
+torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)
+torch.library.define("fastseq::native_scan_role", NATIVE_SCAN_ROLE)
 ops_triton.register()
 
 
@@ -210,5 +238,19 @@ def _load_native() -> str | None:
     return None
 
 
+def _load_native_cuda() -> str | None:
+    """Load the CUDA kernels, where torch is one that could run them; returns None, or the reason why there are none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        import fastseq._native_cuda  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 NATIVE_MISSING: str | None = _load_native()
 """None where the compiled extension is loaded, else why it is not."""
+
+NATIVE_CUDA_MISSING: str | None = _load_native_cuda() if NATIVE_MISSING is None else NATIVE_MISSING
+"""None where the compiled CUDA kernels are loaded, else why they are not."""

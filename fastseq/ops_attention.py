@@ -34,6 +34,25 @@ def fake_attention_backward(
     )
 
 
+def fake_attention_paged(
+    q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q,
+    scale, causal, bottom_right, window_left, window_right, softcap,
+):  # fmt: skip
+    return fake_attention_forward(
+        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
+        scale, causal, bottom_right, window_left, window_right, softcap, 0.0,
+    )  # fmt: skip
+
+
+def native_cuda_reason(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
+    """Why the CUDA C++ kernels cannot run on heads of ``dim`` and ``dim_v`` features; None where they can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "the CUDA C++ kernels of attention take bfloat16 and float16 alone"
+    if max(dim, dim_v) > 256:
+        return "the CUDA C++ kernels of attention take up to 256 features a head"
+    return None
+
+
 def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callable[..., tuple[Any, Any]]]:
     """The vmap rule of an operator with ``leading`` arguments before the options: the mapped dimension is laid into
     the batch where that means the same, else the slices are run one by one."""

@@ -29,6 +29,9 @@ def missing(device: str) -> str | None:
     return None
 
 
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot trace the questions it asks
+
+
 def attention_reason(q: Tensor, v: Tensor) -> str | None:
     """Why the Triton kernels cannot run attention of these queries and values; None where they can."""
     reason = missing(q.device.type)
@@ -63,6 +66,12 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     return attention_launch.backward(*args)
 
 
+def _attention_paged(*args: Any) -> tuple[Tensor, ...]:
+    from fastseq.kernels import attention_launch
+
+    return attention_launch.forward_paged(*args)
+
+
 def register() -> None:
     """Give the operators their implementation; on the CPU only where the interpreter runs it."""
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
@@ -71,5 +80,6 @@ def register() -> None:
         ("scan_backward", _scan_backward),
         ("attention_forward", _attention_forward),
         ("attention_backward", _attention_backward),
+        ("attention_paged", _attention_paged),
     ):
         torch.library.impl(f"fastseq::{name}.triton", devices, implementation)

@@ -12,39 +12,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import (
-    LN2,
-    LOG2E,
-    biased,
+from .attention_ranges import find_program, key_range, sequence
+from .attention_scores import LN2, LOG2E, biased, kept, logits, visible
+from .attention_tiles import (
     dot,
     dot_add,
-    find_program,
     head_of,
-    kept,
-    key_range,
-    load_tile,
-    logits,
+    head_of_keys,
+    load_halves,
+    load_keys,
     narrow,
     number,
-    sequence,
     store_tile,
-    visible,
 )
 
 
 @triton.jit
 def attend(
-    acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, end, call, b, h, i, i0, tq, tk, shift,
+    acc, m, l, q1, q2, k, v, k_head, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1]."""
     for start in tl.range(begin, end, BLOCK_N):
-        k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)  # [BLOCK_N, D1]
+        k1 = load_keys(k, k_head, call.pages, b, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)  # [BLOCK_N, D1]
         qk = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
         if D2 > 0:
-            k2 = load_tile(k_head, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
+            k2 = load_keys(k, k_head, call.pages, b, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
             qk = dot_add(q2, tl.trans(k2), qk, PRECISION, WIDEN)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         if FOLD:  # the scale is positive and nothing is added: it commutes with the maximum, and fuses into the exp2
@@ -66,15 +61,17 @@ def attend(
         if call.seed is not None:
             p = tl.where(kept(call, b, h, i, start, BLOCK_M, BLOCK_N), p, 0.0)
         acc = acc * factor_old[:, None]
-        v = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)  # [BLOCK_N, DV]
-        acc = dot_add(narrow(p, v.dtype, WIDEN), v, acc, PRECISION, WIDEN)
+        values = load_keys(
+            v, v_head, call.pages, b, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED
+        )  # [BLOCK_N, DV]
+        acc = dot_add(narrow(p, values.dtype, WIDEN), values, acc, PRECISION, WIDEN)
         m = m_new
     return acc, m, l
 
 
 @triton.jit
 def attend_all(
-    acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, whole_begin, whole_end, end,
+    acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, whole_end, end,
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,42 +81,40 @@ def attend_all(
     if call.pairs is None:
         if call.left is not None:
             acc, m, l = attend(
-                acc, m, l, q1, q2, k_head, v_head, k_row, v_row, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
             )  # fmt: skip
         acc, m, l = attend(
-            acc, m, l, q1, q2, k_head, v_head, k_row, v_row, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+            acc, m, l, q1, q2, k, v, k_head, v_head, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
         )  # fmt: skip
     return attend(
-        acc, m, l, q1, q2, k_head, v_head, k_row, v_row, whole_end, end, call, b, h, i, i0, tq, tk, shift,
+        acc, m, l, q1, q2, k, v, k_head, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads", "together", "few"])
 def attention_forward(
-    q, k, v, o, lse, call, heads, together,
+    q, k, v, o, lse, call, heads, together, few,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are
-    taken as D1 + D2 columns, powers of two. Rows past a length get 0 and -inf."""
+    taken as D1 + D2 columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are
+    left to the decoding kernel."""
     b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
-    if i0 < rows:
+    if (i0 < rows) & ((tq > few) | (tq == 0)):
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
-        k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
-        v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
-        q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
-        q2 = q1
-        if D2 > 0:
-            q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+        k_head = head_of_keys(k, call.pages, b, h // number(call.group), k_row, ALIGN)
+        v_head = head_of_keys(v, call.pages, b, h // number(call.group), k_row, ALIGN)
+        q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)  # [BLOCK_M, D1], [, D2]
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         if call.sinks is not None:  # a key of value 0, met before all others
@@ -128,7 +123,7 @@ def attention_forward(
             l += tl.where(sink == float("-inf"), 0.0, 1.0)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, m, l = attend_all(
-            acc, m, l, q1, q2, k_head, v_head, number(k.row), number(v.row), begin, whole_begin, whole_end, end,
+            acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
         )  # fmt: skip

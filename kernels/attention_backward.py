@@ -14,25 +14,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import (
-    LOG2E,
+from .attention_ranges import find_program, key_range, query_range, sequence
+from .attention_scores import LOG2E, biased, cap_slope, kept, logits
+from .attention_tiles import (
     ROW_BLOCK,
-    biased,
-    cap_slope,
     dot,
     dot_add,
-    find_program,
     head_of,
-    kept,
-    key_range,
+    load_halves,
+    load_rows,
     load_tile,
     load_vector,
-    logits,
     narrow,
     number,
-    query_range,
     rows_of,
-    sequence,
     store_tile,
 )
 
@@ -48,13 +43,14 @@ def attention_delta(
     i0 = tile * ROW_BLOCK
     if i0 < rows:
         row = i0 + tl.arange(0, ROW_BLOCK)
-        o_tile = load_tile(
-            head_of(o, b, h, q_row, ALIGN), number(o.row), i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True
-        )
-        d_tile = load_tile(
-            head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, ROW_BLOCK, BLOCK_DV, ALIGN, True
-        )
-        delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
+        o_head = head_of(o, b, h, q_row, ALIGN)
+        d_head = head_of(d_o, b, h, q_row, ALIGN)
+        delta = tl.zeros([ROW_BLOCK], tl.float32)
+        place = tl.cast(row, tl.int64)
+        for first in range(0, DV, BLOCK_DV):
+            o_tile = load_rows(o_head, place * number(o.row), row < tq, DV, first, BLOCK_DV, ALIGN)
+            d_tile = load_rows(d_head, place * number(d_o.row), row < tq, DV, first, BLOCK_DV, ALIGN)
+            delta += tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
         log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
         if dlse is not None:
             delta -= tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
@@ -75,17 +71,25 @@ def attention_delta(
 
 @triton.jit
 def add_queries(
-    dk1, dk2, dv, k1, k2, v_tile, q_head, d_head, log_head, delta_head, q_row, d_row, begin, end,
+    dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row, q_head, d_head, log_head, delta_head, q_row, d_row,
+    begin, end,
     call, b, h, j, j0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    MASKED: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk and dv of a tile of keys what queries from ``begin`` to ``end`` send them. All tiles are transposed,
-    [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last need no mask: each has rows
-    of its own, which end as zeros; queries past the last are rows of 0 with log = +inf, which add nothing."""
+    """Adds to dk (if KEYS) and dv (if VALUES) of a tile of keys what queries from ``begin`` to ``end`` send them.
+
+    All tiles are transposed, [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last
+    need no mask: each has rows of its own, which end as zeros; queries past the last are rows of 0 with log = +inf,
+    which add nothing. Keys and values of more than 256 features are more than the registers hold from one tile to the
+    next: they are read anew."""
     for start in tl.range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
+        if D > 256:
+            k1, k2 = load_halves(k_head, k_row, j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)
+        if DV > 256:
+            v_tile = load_tile(v_head, v_row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
         q1 = load_tile(q_head, q_row, start, tq, D, 0, BLOCK_M, D1, ALIGN, True)  # [BLOCK_M, D1]
         s = dot(k1, tl.trans(q1), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
         q2 = q1
@@ -97,22 +101,26 @@ def add_queries(
         log = load_vector(log_head, start, BLOCK_M)
         p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
         d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
-        delta = tl.broadcast_to(load_vector(delta_head, start, BLOCK_M)[None, :], [BLOCK_N, BLOCK_M])
+        reaching = p
         if call.seed is not None:
             keep = tl.trans(kept(call, b, h, row[:, None], j0, BLOCK_M, BLOCK_N))
             reaching = tl.where(keep, p * call.kept_scale, 0.0)
-            dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
-            ds = p * (tl.where(keep, dp * call.kept_scale, 0.0) - delta)
-        else:
-            reaching = p
-            ds = p * dot_add(v_tile, tl.trans(d_tile), -delta, PRECISION, WIDEN)
-        dv = dot_add(narrow(reaching, d_tile.dtype, WIDEN), d_tile, dv, PRECISION, WIDEN)
-        if call.cap_in is not None:
-            ds = ds * cap_slope(s, call)
-        ds = narrow(ds, q1.dtype, WIDEN)
-        dk1 = dot_add(ds, q1, dk1, PRECISION, WIDEN)
-        if D2 > 0:
-            dk2 = dot_add(ds, q2, dk2, PRECISION, WIDEN)
+        if KEYS:
+            delta = tl.broadcast_to(load_vector(delta_head, start, BLOCK_M)[None, :], [BLOCK_N, BLOCK_M])
+            if call.seed is not None:
+                dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
+                ds = p * (tl.where(keep, dp * call.kept_scale, 0.0) - delta)
+            else:
+                ds = p * dot_add(v_tile, tl.trans(d_tile), -delta, PRECISION, WIDEN)
+        if VALUES:
+            dv = dot_add(narrow(reaching, d_tile.dtype, WIDEN), d_tile, dv, PRECISION, WIDEN)
+        if KEYS:
+            if call.cap_in is not None:
+                ds = ds * cap_slope(s, call)
+            ds = narrow(ds, q1.dtype, WIDEN)
+            dk1 = dot_add(ds, q1, dk1, PRECISION, WIDEN)
+            if D2 > 0:
+                dk2 = dot_add(ds, q2, dk2, PRECISION, WIDEN)
     return dk1, dk2, dv
 
 
@@ -122,7 +130,9 @@ def attention_backward_keys(
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys of one key head, summed over the query heads that share it."""
+    """dk and dv (either may be None) of one tile of keys of one key head, summed over the query heads that share it."""
+    KEYS: tl.constexpr = dk is not None
+    VALUES: tl.constexpr = dv is not None
     b, head, tile = find_program(call, call.cu_k, number(call.length_k), heads, together, BLOCK_N)
     q_row, _, tq, k_row, keys, tk, shift = sequence(call, b)
     j0 = tile * BLOCK_N
@@ -131,14 +141,14 @@ def attention_backward_keys(
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
         begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
-        k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)  # [BLOCK_N, D1]
+        k1, k2 = load_halves(k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)  # [BLOCK_N, D1], [, D2]
+        row_k = number(k.row)
+        row_v = number(v.row)
         row_q = number(q.row)
         row_d = number(d_o.row)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-        k2 = k1
         dk2 = dk1
         if D2 > 0:
-            k2 = load_tile(k_head, number(k.row), j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
             dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
         v_head = head_of(v, b, head, k_row, ALIGN)
         v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
@@ -151,32 +161,37 @@ def attention_backward_keys(
             delta_head = scratch.delta + base
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                    q_head, d_head, log_head, delta_head, row_q, row_d,
                     begin, end, call, b, h, j, j0, tq, tk, shift,
-                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                 )  # fmt: skip
             else:
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
-                        dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
+                        dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                        q_head, d_head, log_head, delta_head, row_q, row_d,
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
-                        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
+                        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
-                    dk1, dk2, dv_acc, k1, k2, v_tile, q_head, d_head, log_head, delta_head, row_q, row_d,
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                    q_head, d_head, log_head, delta_head, row_q, row_d,
                     whole, end, call, b, h, j, j0, tq, tk, shift,
-                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, False,
                 )  # fmt: skip
         counted = j < tk  # past its length a key gets 0, whatever its row of the sums has taken in
-        dk1 = tl.where(counted, dk1, 0.0)
-        dv_acc = tl.where(counted, dv_acc, 0.0)
-        dk_head = head_of(dk, b, head, k_row, ALIGN)
-        store_tile(dk1 * call.scale, dk_head, number(dk.row), j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
-        if D2 > 0:
-            dk2 = tl.where(counted, dk2, 0.0)
-            store_tile(dk2 * call.scale, dk_head, number(dk.row), j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
-        dv_head = head_of(dv, b, head, k_row, ALIGN)
-        store_tile(dv_acc, dv_head, number(dv.row), j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)
+        if KEYS:
+            dk_head = head_of(dk, b, head, k_row, ALIGN)
+            dk1 = tl.where(counted, dk1, 0.0)
+            store_tile(dk1 * call.scale, dk_head, number(dk.row), j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
+            if D2 > 0:
+                dk2 = tl.where(counted, dk2, 0.0)
+                store_tile(dk2 * call.scale, dk_head, number(dk.row), j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
+        if VALUES:
+            dv_head = head_of(dv, b, head, k_row, ALIGN)
+            dv_acc = tl.where(counted, dv_acc, 0.0)
+            store_tile(dv_acc, dv_head, number(dv.row), j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)
 
 
 @triton.jit
@@ -207,10 +222,7 @@ def add_keys(
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
     for start in tl.range(begin, end, BLOCK_N):
-        k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)
-        k2 = k1
-        if D2 > 0:
-            k2 = load_tile(k_head, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
+        k1, k2 = load_halves(k_head, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, MASKED)
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         ds, s = scores_gradient(
             q1, q2, d_tile, log, delta, k1, k2, v_tile, call, b, h, i, i0, start, tq, tk, shift,
@@ -233,10 +245,7 @@ def load_queries(
 ):  # fmt: skip
     """A tile of queries: q in two parts, do, and the numbers of :class:`Rows`."""
     q_head = head_of(q, b, h, q_row, ALIGN)
-    q1 = load_tile(q_head, number(q.row), i0, tq, D, 0, BLOCK_M, D1, ALIGN, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_tile(q_head, number(q.row), i0, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+    q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)
     d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
     base = rows_of(call, scratch, b, h, q_row, heads)
     log = load_vector(scratch.log + base, i0, BLOCK_M)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .attention_backward import load_queries, scores_gradient
-from .attention_scores import head_of, key_range, load_tile, narrow, number, sequence
+from .attention_ranges import key_range, sequence
+from .attention_tiles import head_of, load_halves, load_tile, narrow, number
 
 
 @triton.jit(
@@ -62,10 +63,7 @@ def attention_backward_bias(
                 q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
             )  # fmt: skip
             k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
-            k1 = load_tile(k_head, number(k.row), j0, tk, D, 0, BLOCK_N, D1, ALIGN, True)
-            k2 = k1
-            if D2 > 0:
-                k2 = load_tile(k_head, number(k.row), j0, tk, D, D1, BLOCK_N, D2, ALIGN, True)
+            k1, k2 = load_halves(k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)
             v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
             v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
             i = i0 + tl.arange(0, BLOCK_M)[:, None]

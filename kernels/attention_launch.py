@@ -1,8 +1,7 @@
 """From tensors to kernel launches: attention forward and backward as plans that are run, or compiled without a device.
 
 Nothing here waits for the device or looks at a tensor's values, so a call can be captured in a CUDA graph. Scratch is
-linear in the lengths. Lengths, strides and batch are run-time arguments: a kernel is compiled anew only for another
-dtype, head dimension or set of features.
+linear in the lengths.
 """
 
 from __future__ import annotations
@@ -13,35 +12,16 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
-from .attention_scores import ROW_BLOCK as _ROW_BLOCK
-from .attention_scores import Call, Rows, View, hidden
+from .attention_problem import HALF_WIDEST, INTERPRETED, PROGRAMS, Problem, power_of_two, with_unit_rows
+from .attention_problem import unsupported as unsupported
+from .attention_tiles import ROW_BLOCK as _ROW_BLOCK
+from .attention_tiles import Rows, hidden
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-LOG2E = 1.4426950408889634
-DROP_NONE = 1 << 39  # makes each threshold a number of 64 bits; the kernel takes the lower 32
-UNLIMITED = 1 << 28  # no distance between two positions is larger
-L2_BYTES = 32 << 20  # what programs that run together should read no more of than this, to find it in the cache again
-PROGRAMS = 512  # about what fills a large machine
-DECODE_QUERIES = 16  # up to so many, and DECODE_ROWS in a group of heads, attention is decoding
-DECODE_ROWS = 64
-FIXED_SPLIT = 512  # keys a split under torch.use_deterministic_algorithms
 ROW_BLOCK = _ROW_BLOCK.value  # queries a program of attention_delta
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-
-
-def unsupported(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
-    """Why these kernels cannot run on heads of ``dim`` and ``dim_v`` features; None where they can."""
-    if dtype not in DTYPES:
-        return f"the Triton kernels compute in float32, not in {dtype}"
-    if max(dim, dim_v) > WIDEST:
-        return f"the Triton kernels take up to {WIDEST} features a head, got {dim} and {dim_v}"
-    return None
+MERGED = 16  # splits that attention_merge takes at a time
 
 
 class Plan(NamedTuple):
@@ -57,224 +37,32 @@ class Plan(NamedTuple):
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
-class Problem:
-    """The tensors of a call laid out as the kernels want them: rows of unit stride, and everything else by strides."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor,
-        bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-        lengths_q: Tensor | None, lengths_k: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-        seed: Tensor | None, scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int,
-        softcap: float, dropout_p: float, machine: str | None = None,
-    ) -> None:  # fmt: skip
-        self.packed = cu_seqlens_q is not None
-        self.machine = tuning_attention.architecture(q) if machine is None else machine
-        self.q, self.k, self.v = with_unit_rows(q), with_unit_rows(k), with_unit_rows(v)
-        rows, keys = (0, 0) if self.packed else (2, 2)
-        self.heads, self.heads_k, self.length_q, self.length_k = q.shape[1], k.shape[1], q.shape[rows], k.shape[keys]
-        self.dim, self.dim_v, self.dtype = q.shape[-1], v.shape[-1], q.dtype
-        self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        self.bias, self.scale = bias, float(scale)
-        self.check(bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed, dropout_p)
-        right = min(window_right if window_right >= 0 else UNLIMITED, 0 if causal else UNLIMITED)
-        self.call = Call(
-            batch=hidden(self.batch),
-            group=hidden(self.heads // max(self.heads_k, 1)),
-            length_q=hidden(self.length_q),
-            length_k=hidden(self.length_k),
-            cu_q=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
-            cu_k=None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
-            lengths_q=None if lengths_q is None else lengths_q.contiguous(),
-            lengths_k=None if lengths_k is None else lengths_k.contiguous(),
-            bottom_right=hidden(int(bottom_right)),
-            left=hidden(min(window_left, UNLIMITED)) if window_left >= 0 else None,
-            right=hidden(right) if right < UNLIMITED else None,
-            scale=self.scale,
-            cap_in=scale / softcap if softcap > 0.0 else None,
-            cap_out=softcap * LOG2E if softcap > 0.0 else None,
-            pairs=None if bias is None and mask is None else 1,
-            **pairs_of("bias", bias),
-            **pairs_of("mask", None if mask is None else mask.view(torch.int8)),
-            alibi=None if alibi_slopes is None else alibi_slopes.contiguous(),
-            sinks=None if sinks is None else sinks.contiguous(),
-            seed=seed if dropout_p > 0.0 else None,
-            threshold=hidden(DROP_NONE + min(int(dropout_p * 4294967296.0), 0xFFFFFFFF)) if dropout_p > 0.0 else None,
-            kept_scale=(1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0) if dropout_p > 0.0 else None,
-        )
-
-    def check(
-        self, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-        lengths_q: Tensor | None, lengths_k: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-        seed: Tensor | None, dropout_p: float,
-    ) -> None:  # fmt: skip
-        """Refuses what would make a kernel read past a tensor's end, as far as shapes tell."""
-        q, k, v = self.q, self.k, self.v
-        reason = unsupported(q.dtype, self.dim, self.dim_v)
-        if reason is not None:
-            raise RuntimeError(f"attention: {reason}")
-        rank = 3 if self.packed else 4
-        if not (q.dim() == k.dim() == v.dim() == rank and q.dtype == k.dtype == v.dtype):
-            raise RuntimeError(f"attention: q, k and v must have {rank} dimensions and one dtype")
-        length = 0 if self.packed else 2
-        if v.shape[1] != self.heads_k or v.shape[length] != self.length_k or k.shape[-1] != self.dim:
-            raise RuntimeError("attention: k and v differ in heads or length, or q and k in features")
-        if self.heads % max(self.heads_k, 1) != 0 or (self.heads_k == 0 and self.heads > 0):
-            raise RuntimeError(f"attention: {self.heads} query heads cannot share {self.heads_k} key heads")
-        if not self.packed and not (k.shape[0] == v.shape[0] == self.batch):
-            raise RuntimeError("attention: q, k and v differ in batch size")
-        if (cu_q is None) != (cu_k is None):
-            raise RuntimeError("attention: cu_seqlens_q and cu_seqlens_k come together")
-        dense_only = (bias, mask, lengths_q, lengths_k)
-        if self.packed and any(x is not None for x in dense_only):
-            raise RuntimeError("attention: bias, mask and lengths belong to the padded layout, not to cu_seqlens")
-        vectors = {
-            "lengths_q": (lengths_q, torch.int64, self.batch),
-            "lengths_k": (lengths_k, torch.int64, self.batch),
-            "cu_seqlens_q": (cu_q, torch.int32, self.batch + 1),
-            "cu_seqlens_k": (cu_k, torch.int32, self.batch + 1),
-            "alibi_slopes": (alibi_slopes, torch.float32, self.heads),
-            "sinks": (sinks, None, self.heads),
-        }
-        for name, (x, dtype, size) in vectors.items():
-            if x is not None and (x.shape != (size,) or (dtype is not None and x.dtype != dtype)):
-                raise RuntimeError(f"attention: {name} must be {dtype or 'floating'} of shape [{size}]")
-        shape = (self.batch, self.heads, self.length_q, self.length_k)
-        for name, pairs in (("bias", bias), ("mask", mask)):
-            if pairs is None:
-                continue
-            fits = pairs.dim() == 4 and all(n in (1, m) for n, m in zip(pairs.shape, shape, strict=True))
-            if not fits or (
-                pairs.dtype != torch.bool if name == "mask" else pairs.dtype not in (q.dtype, torch.float32)
-            ):
-                raise RuntimeError(f"attention: {name} {list(pairs.shape)} must broadcast to {list(shape)}")
-        if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
-            raise RuntimeError("attention: dropout_p > 0 needs a seed, an int64 tensor of shape [1]")
-
-    @property
-    def empty(self) -> bool:
-        return (self.batch == 0 and not self.packed) or self.heads == 0 or self.length_q == 0
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the queries are so few that splits of the keys are what keeps the machine busy."""
-        rows = self.length_q * (self.heads // max(self.heads_k, 1))
-        return not self.packed and self.length_q <= DECODE_QUERIES and rows <= DECODE_ROWS
-
-    def split_keys(self, block: int) -> int:
-        """Keys a split, a multiple of ``block``: enough splits to fill the machine, or always as many keys."""
-        if torch.are_deterministic_algorithms_enabled():
-            return FIXED_SPLIT
-        wanted = max(1, PROGRAMS // max(1, self.batch * self.heads_k))
-        return max(2, -(-self.length_k // (wanted * block))) * block
-
-    @property
-    def folds(self) -> bool:
-        """Whether the scale may be multiplied after the maximum is taken: it is positive, and nothing comes between."""
-        call = self.call
-        return self.scale > 0.0 and call.cap_in is None and call.bias is None and call.alibi is None
-
-    def tile(self, role: str) -> tuning_attention.Tile:
-        call = self.call
-        by_pair = (call.bias, call.mask, call.alibi, call.cap_in, call.seed)
-        pairs = any(x is not None for x in by_pair)
-        return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v), pairs)
-
-    def align(self, *tensors: Tensor) -> int:
-        """How many elements every row of these begins at a multiple of: what 16 bytes hold, or 1."""
-        unit = 16 // tensors[0].element_size()
-        for x in tensors:
-            if x.data_ptr() % 16 != 0 or any(
-                n > 1 and s % unit for n, s in zip(x.shape[:-1], x.stride(), strict=False)
-            ):
-                return 1
-        return unit
-
-    def view(self, x: Tensor, align: int) -> View:
-        """[B,H,T,D] or packed [T,H,D], strides in units of ``align``."""
-        first, second, third = (hidden(s // align) for s in x.stride()[:3])
-        return View(x, hidden(0), second, first) if self.packed else View(x, first, second, third)
-
-    def row_view(self, x: Tensor) -> View:
-        """[B,H,T] or packed [H,T], contiguous."""
-        strides = [hidden(s) for s in x.stride()]
-        return View(x, hidden(0), *strides) if self.packed else View(x, *strides)
-
-    def columns(self) -> dict[str, int]:
-        """D as two powers of two, the second 0 where one is as good; and DV as one."""
-        whole = max(16, power_of_two(self.dim))
-        first, second = whole, 0
-        if whole > 64 and self.dim <= whole // 2 + whole // 4:
-            first = whole // 2
-            second = max(16, power_of_two(self.dim - first))
-        return {"D": self.dim, "DV": self.dim_v, "D1": first, "D2": second,
-                "BLOCK_DV": max(16, power_of_two(self.dim_v))}  # fmt: skip
-
-    def shared(self) -> dict[str, Any]:
-        """The constants that all kernels of products take."""
-        exact = self.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        return {**self.columns(), "PRECISION": "ieee" if exact else "tf32", "WIDEN": INTERPRETED}
-
-    def grid(self, of_keys: bool, block: int) -> tuple[int, int, int]:
-        """(programs, heads, heads that run together) of a kernel over tiles of queries or of keys."""
-        length, heads = (self.length_k, self.heads_k) if of_keys else (self.length_q, self.heads)
-        group = self.heads // max(self.heads_k, 1)
-        bytes_of_head = (self.length_q if of_keys else self.length_k) * (self.dim + self.dim_v) * self.q.element_size()
-        at_once = max(1, L2_BYTES // max(1, bytes_of_head))
-        together = max(1, at_once // group) if of_keys else at_once * group
-        if self.packed:
-            return (length // block + self.batch + 1) * heads, heads, together
-        return -(-length // block) * self.batch * heads, heads, together
-
-
-def with_unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def pairs_of(name: str, x: Tensor | None) -> dict[str, Any]:
-    """The fields of :class:`Call` that describe a bias or a mask."""
-    batch: int | None = None
-    head: int | None = None
-    row: int | None = None
-    step: int | None = None
-    if x is not None:
-        strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
-        batch, head, row, step = (hidden(s) for s in strides)
-        row, step = row if strides[2] else None, None if strides[3] == 1 else step
-    return {name: x, f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row, f"{name}_step": step}
-
-
 def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
     """Launches that fill o and lse."""
-    if x.decodes:
+    if x.few > 0:
         yield from plan_decode(x, o, lse)
-        return
+        if not x.packed:
+            return
     tile = x.tile("forward")
     grid, heads, together = x.grid(False, tile.block_m)
     align = x.align(x.q, x.k, x.v, o)
-    call = x.call
     yield Plan(
         attention.attention_forward,
         grid,
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
-            "lse": x.row_view(lse), "call": call, "heads": heads, "together": together, **x.shared(),
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align, "FOLD": x.folds,
+            "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
+            **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align, "FOLD": x.folds,
         },
         options_of(tile),
     )  # fmt: skip
 
 
 def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
-    """Launches that fill o and lse for few queries: splits of the keys, and what merges them."""
+    """Launches that fill o and lse of the sequences of few queries: splits of the keys, and what merges them."""
     tile = x.tile("decode")
-    rows = x.batch * x.heads * x.length_q
-    size = x.split_keys(tile.block_n)
-    splits = max(1, -(-x.length_k // size))
+    rows = x.batch * x.heads * x.few
+    splits, least = x.splits(tile.block_n)
     o_split = torch.empty((rows, splits, x.dim_v), dtype=torch.float32, device=o.device)
     lse_split = torch.empty((rows, splits), dtype=torch.float32, device=o.device)
     align = x.align(x.q, x.k, x.v)
@@ -283,8 +71,8 @@ def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         x.batch * x.heads_k * splits,
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": o_split, "lse": lse_split,
-            "call": x.call, "heads_k": x.heads_k, "splits": splits, "split_keys": size, **x.shared(),
-            "BLOCK_M": max(tile.block_m, power_of_two(x.heads // x.heads_k * x.length_q)), "BLOCK_N": tile.block_n,
+            "call": x.call, "heads_k": x.heads_k, "queries": x.few, "splits": splits, "least": least, **x.shared(),
+            "BLOCK_M": max(tile.block_m, power_of_two(x.heads // x.heads_k * x.few)), "BLOCK_N": tile.block_n,
             "ALIGN": align, "FOLD": x.folds,
         },
         options_of(tile),
@@ -293,15 +81,17 @@ def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         attention_decode.attention_merge,
         rows,
         {
-            "o_split": o_split, "lse_split": lse_split, "o": o, "lse": lse, "call": x.call, "heads": x.heads,
-            "splits": splits, "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "WIDEN": INTERPRETED,
+            "o_split": o_split, "lse_split": lse_split, "o": x.view(o, 1), "lse": x.row_view(lse), "call": x.call,
+            "heads": x.heads, "queries": x.few, "splits": splits, "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"],
+            "CHUNK": MERGED, "WIDEN": INTERPRETED,
         },
-        {"num_warps": 1, "num_stages": 1},
+        {"num_warps": 4, "num_stages": 1},
     )  # fmt: skip
 
 
 def options_of(tile: tuning_attention.Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **limit}
 
 
 class Gradients(NamedTuple):
@@ -333,23 +123,30 @@ def plan_backward(
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
                 "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
                 "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": x.columns()["BLOCK_DV"], "ALIGN": align,
+                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], HALF_WIDEST), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
-    for role, kernel, of_keys, results in (
-        ("backward_keys", attention_backward.attention_backward_keys, True, {"dk": out.dk, "dv": out.dv}),
+    keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
+    if (
+        max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST
+    ):  # both sums are more than the registers of a program hold
+        keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
+    launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
+        *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
         ("backward_queries", attention_backward.attention_backward_queries, False, {"dq": out.dq}),
-    ):
+    ]
+    for role, kernel, of_keys, results in launches:
         tile = x.tile(role)
         grid, heads, together = x.grid(of_keys, tile.block_n if of_keys else tile.block_m)
         yield Plan(
             kernel,
             grid,
             {
-                **inputs, **{name: x.view(t, align) for name, t in results.items()}, "heads": heads,
-                "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
+                **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
+                "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                "ALIGN": align,
             },
             options_of(tile),
         )  # fmt: skip
@@ -402,12 +199,31 @@ def run(plans: Iterator[Plan], device: torch.device) -> None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Arguments and results as the operator ``attention_forward``."""
-    x = Problem(q, k, v, *options)
+    return fill(Problem(q, k, v, *options), q, v)
+
+
+def fill(x: Problem, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse of a problem."""
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.empty(row_sizes(x), dtype=torch.float32, device=q.device)
     if not x.empty:
         run(plan_forward(x, o, lse), q.device)
     return o, lse
+
+
+def forward_paged(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor,
+    bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
+    lengths_q: Tensor | None, lengths_k: Tensor, cu_seqlens_q: Tensor | None,
+    scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Arguments and results as the operator ``attention_paged``."""
+    x = Problem(
+        q, k.transpose(1, 2), v.transpose(1, 2),
+        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
+        scale, causal, bottom_right, window_left, window_right, softcap, 0.0, block_table,
+    )  # fmt: skip
+    return fill(x, q, v)
 
 
 def row_sizes(x: Problem) -> tuple[int, ...]:

@@ -99,7 +99,7 @@ def forward_sequence(
         if CELL == "lstm":
             x_3 = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
         clear = tl.load(
-            reset + t * reset_t + rows * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+            reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
         ).to(tl.int1)[:, None]
         live = (t < length)[:, None]
 
@@ -142,12 +142,17 @@ def forward_sequence(
 @triton.jit
 def products(
     p_0, p_1, p_2, p_3, a, rows, w, gate, units, H, K,
-    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr,
 ):
-    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off."""
+    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off.
+
+    ``CACHE``: ".cg" where other programs store ``a`` while this one runs: the caches before L2 know nothing of that.
+    """
     for k in range(0, K, BLOCK_K):
         inputs = k + tl.arange(0, BLOCK_K)
-        a_k = tl.load(a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
         p_0 = dot(a_k, weight(w, gate, units, inputs, H, K, UPCAST), p_0, PRECISION, UPCAST)
         if G > 1:
             p_1 = dot(a_k, weight(w, gate + 1, units, inputs, H, K, UPCAST), p_1, PRECISION, UPCAST)
@@ -183,7 +188,7 @@ def forward_step(
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
     live = (t < length)[:, None]
     clear = tl.load(
-        reset + t * reset_t + rows * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+        reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
     ).to(tl.int1)
     known = (rows < B) & ((given & H0) != 0) & ~clear
     clear = clear[:, None]
@@ -194,7 +199,7 @@ def forward_step(
     if FUSE_X:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, x + (wide * I)[:, None], rows < B, w_ih, FROM, units, H, I,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
         p_0 += bias(b_ih, FROM, units, H, has_bias)
         if MADE > 1:
@@ -224,12 +229,12 @@ def forward_step(
     if PHASE == 1:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
     else:
         p_0, p_1, p_2, p_3 = products(
             p_0, p_1, p_2, p_3, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
         )
 
     row = t * B + wide
@@ -304,7 +309,7 @@ def forward_projection(
     live = (t < length)[:, None]
     p = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     p, _, _, _ = products(
-        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST,
+        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST, "",
     )
     h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
     tl.store(h_out + state, tl.where(live, p.to(dtype), h), mask=mask)

@@ -31,7 +31,7 @@ def load(at, mask):
 def cleared(reset, t, rows, B, given, reset_t, reset_b):
     """Whether the state was cleared before step t: [BLOCK_B]."""
     mask = (rows < B) & ((given & RESET) != 0)
-    return tl.load(reset + t * reset_t + rows * reset_b, mask=mask, other=0).to(tl.int1)
+    return tl.load(reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=mask, other=0).to(tl.int1)
 
 
 @triton.jit
@@ -154,11 +154,14 @@ def backward_sequence(
 @triton.jit
 def product_of(
     acc, a, rows, w, units, K, N, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """acc += a · w; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off; w [K, N] at ``units``."""
     for k in range(0, K, BLOCK_K):
         inputs = k + tl.arange(0, BLOCK_K)
-        a_k = tl.load(a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
         acc = dot(a_k, block(w, inputs, units, K, N, UPCAST), acc, PRECISION, UPCAST)
     return acc
 
@@ -178,12 +181,12 @@ def state_gradient(
     row = later * B + rows
     dh = product_of(
         dh, dgates + (row * (G * H))[:, None], known, w_hh, units, DIRECT * H * has_later, P, BLOCK_K, PRECISION,
-        UPCAST,
+        UPCAST, "",
     )
     if CELL == "gru":
         dh = product_of(
             dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * P, units, H * has_later, P, BLOCK_K, PRECISION,
-            UPCAST,
+            UPCAST, "",
         )
     return dh
 
@@ -257,7 +260,7 @@ def backward_step(
     if PHASE == 1:  # gru_reset_before's second launch: through W_n, of all units at once, to r
         dq = product_of(
             tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dgates + (row * (G * H) + 2 * H)[:, None], rows < B,
-            w_hh + 2 * H * P, units, H, P, BLOCK_K, PRECISION, UPCAST,
+            w_hh + 2 * H * P, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
         tl.store(out, tl.where(live, gru_backward_reset(r, h_prev, dq), 0.0).to(dtype), mask=mask)
         dh = load(carry + state, mask)
@@ -266,7 +269,7 @@ def backward_step(
         if PROJECTED:
             dh = product_of(
                 tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dhidden + (row * P)[:, None], rows < B, w_hr, units, P, H,
-                BLOCK_K, PRECISION, UPCAST,
+                BLOCK_K, PRECISION, UPCAST, "",
             )
             total = dh
         else:

@@ -1,7 +1,9 @@
 """Launches of the recurrent kernels: tensors as in the schemas ``scan_forward`` and ``scan_backward``.
 
 The products over all steps are torch's. A role is chosen by what fits on the device: *sequence* where W_hh fits one
-SM and there is more than one step, else *step*. All launches go to the current stream, and nothing waits for them.
+SM and there is more than one step, else *step*; *persistent* where it is asked for. All launches go to the current
+stream, the host waits for none of them, and all may be captured in a CUDA graph: nothing depends on what a tensor
+holds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor
 from . import tuning_recurrent as tuning
 from .recurrent import forward_projection, forward_sequence, forward_step
 from .recurrent_backward import backward_sequence, backward_state, backward_step
+from .recurrent_persistent import forward_persistent
+from .recurrent_persistent_backward import backward_persistent
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -24,42 +28,58 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BIAS, H0, C0, LENGTHS, RESET, STATES, LAST, DY, DSTATES, CARRY, DC, LATER = (1 << bit for bit in range(12))
 
 role: str | None = None
-"""For tests and measurements: ``"sequence"`` or ``"step"`` instead of what :func:`tile` would choose."""
+"""For tests and measurements: ``"sequence"``, ``"persistent"`` or ``"step"``, not what :func:`tile` would choose."""
 
 
 @lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have on a device; of an H100 under the interpreter."""
+def properties(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that one program may have on a device, and its processors; an H200's for the CPU."""
     if device.type == "cpu":
-        return 227 * 1024
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+        return 227 * 1024, 132
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return found["max_shared_mem"], found["multiprocessor_count"]
 
 
 def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> tuple[Any, str | None]:
-    """The tile of the sequence role, or that of the step role and the reason for it."""
+    """The tile of the role that a call gets, and why it is not the sequence role (None where it is).
+
+    Raises:
+        ValueError: the role that was asked for cannot be had; says why.
+    """
     name = _NAMES[x.dtype]
-    reason: Any = None
+    shared, processors = properties(x.device)
+    reasons: list[str] = []
     if projected:
-        reason = "a projected state needs two products a step"
-    elif x.shape[0] == 1 and role != "sequence":
-        reason = "one step is one launch either way, and the step role takes both products into it"
+        reasons.append("a projected state needs two products a step")
+    elif x.shape[0] == 1 and role in (None, "step"):
+        reasons.append("one step is one launch either way, and the step role takes both products into it")
     elif role == "step":
-        reason = "asked for"
+        reasons.append("asked for")
     else:
-        found = tuning.sequence(cell, name, hidden, shared_memory(x.device), backward)
-        if not isinstance(found, str):
-            return found, None
-        reason = found
-        if role == "sequence":
-            raise ValueError(reason)
-    return tuning.step(name, x.shape[1]), reason
+        if role != "persistent":
+            found: Any = tuning.sequence(cell, name, hidden, shared, backward)
+            if not isinstance(found, str):
+                return found, None
+            reasons.append(found)
+        if role == "persistent" or (role is None and tuning.PERSISTENT_FIRST):
+            if torch.version.hip is None:
+                found = tuning.persistent(name, x.shape[1], hidden, processors)
+            else:
+                found = "the persistent role is for CUDA GPUs: compiled for others it spills registers"
+            if not isinstance(found, str):
+                return found, reasons[0] if reasons else "asked for"
+            reasons.append(found)
+        if role is not None:
+            raise ValueError(reasons[0])
+    return tuning.step(name, x.shape[1]), "; ".join(reasons)
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
     """How tl.dot multiplies: float32 by three TF32 products, which keep its digits, or one if torch may use TF32."""
     if dtype is not torch.float32 or hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Set by torch.set_float32_matmul_precision too, which cannot be asked once either has been set by its newer name.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def common(tiles: Any, x: Tensor) -> dict[str, Any]:
@@ -74,6 +94,8 @@ def common(tiles: Any, x: Tensor) -> dict[str, Any]:
         found["maxnreg"] = tuning.MAX_REGISTERS
     if isinstance(tiles, tuning.Sequence):
         return {**found, "BLOCK_H": tiles.block_h, "STAGES": tiles.stages}
+    if isinstance(tiles, tuning.Persistent):
+        found["launch_cooperative_grid"] = True
     return {**found, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "num_stages": tiles.num_stages}
 
 
@@ -84,21 +106,26 @@ def absent(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rows(t: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A [T, B, N] tensor whose rows lie densely in some order, copied if they do not, and its strides in rows."""
+    """A [T, B, N] tensor and its strides in rows of N: a half of a wider one too; copied where it has no such rows."""
     if t is None:
         return None, 0, 0
-    steps, batch, _ = t.shape
-    if not t.is_contiguous() and not t.transpose(0, 1).is_contiguous():
+    width = t.shape[2]
+    if t.stride(2) != 1 or t.stride(0) % width or t.stride(1) % width:
         t = t.contiguous()
-    return (t, batch, 1) if t.is_contiguous() else (t, 1, steps)
+    return t, t.stride(0) // width, t.stride(1) // width
 
 
 def project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tensor, int, int]:
-    """gates_x = x · W_ihᵀ + b_ih [T, B, G*H], laid out as x is, and its strides in rows."""
-    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
-        gates_x = torch.nn.functional.linear(x.transpose(0, 1), w_ih, b_ih)
-        return gates_x, 1, x.shape[0]
-    return torch.nn.functional.linear(x.contiguous(), w_ih, b_ih), x.shape[1], 1
+    """gates_x = x · W_ihᵀ + b_ih, [T, B, G*H] or [B, T, G*H] as x lies, and its strides in rows of T and B.
+
+    One product. Rows of x at one distance from each other, in either order, are not copied: a slice of a wider tensor
+    is read where it lies.
+    """
+    steps, batch, _ = x.shape
+    swapped = x.stride(1) == steps * x.stride(0) and x.stride(0) != batch * x.stride(1)
+    order = x.transpose(0, 1) if swapped else x
+    gates_x = torch.nn.functional.linear(order.reshape(-1, x.shape[2]), w_ih, b_ih)
+    return (gates_x, 1, steps) if swapped else (gates_x, batch, 1)
 
 
 def walk(t: Tensor, reverse: bool) -> tuple[int, int]:
@@ -122,6 +149,34 @@ def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tu
             return launch(*args)
 
     return wrapped
+
+
+class Repeated:
+    """A kernel that is launched at every step of a walk, with other tensors but as compiled once.
+
+    Triton looks at each argument of each launch, to find what was compiled for such ones. What the first launch gets
+    may differ (a caller's h0 may lie at any address); all later ones get tensors of our own, of one kind: so from the
+    third on the compiled kernel is called without asking.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any):
+        self.launch = kernel[grid]
+        self.grid = grid + (1,) * (3 - len(grid))
+        self.constants = constants
+        self.names = kernel.arg_names
+        self.launched = 0
+        self.compiled: Any = None
+        self.rest: list[Any] = []  # the constants, which a compiled kernel takes by position, and ignores
+
+    def __call__(self, *args: Any) -> None:
+        if self.compiled is not None:
+            self.compiled(*args, *self.rest)
+            return
+        made = self.launch(*args, **self.constants)
+        self.launched += 1
+        if self.launched == 2 and made is not None:  # None: interpreted
+            self.rest = [self.constants[name] for name in self.names[len(args) :]]
+            self.compiled = made[self.grid]
 
 
 @on_its_device
@@ -160,11 +215,19 @@ def scan_forward(
     states_or = there(all_c if with_states else None, torch.float32)
     tape_or = there(tape if save_tape else None)
 
-    if isinstance(tiles, tuning.Sequence):
+    if not isinstance(tiles, tuning.Step) or isinstance(tiles, tuning.Persistent):  # one launch for all steps
         gates_x, x_t, x_b = project(x, w_ih, b_ih)
-        forward_sequence[(triton.cdiv(batch, tiles.block_b),)](
+        over_batch = triton.cdiv(batch, tiles.block_b)
+        meeting: tuple[Tensor, ...] = ()
+        if isinstance(tiles, tuning.Persistent):
+            exchange = x.new_empty(3 if cell == "gru_reset_before" else 2, batch, hidden)
+            meeting = (exchange, x.new_zeros(over_batch, 32, dtype=torch.int32))
+            launch = forward_persistent[(triton.cdiv(hidden, tiles.block_n), over_batch)]
+        else:
+            launch = forward_sequence[(over_batch,)]
+        launch(
             gates_x, w_hh, there(b_hh), there(h0), there(c0), lengths, reset, y, h_n, c_n, states_or, tape_or,
-            steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
+            *meeting, steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
         )  # fmt: skip
         return y, h_n, c_n, all_c, tape
 
@@ -180,24 +243,25 @@ def scan_forward(
     update = x.new_empty(batch, hidden, dtype=torch.float32) if two else absent(torch.float32, x.device)
     between = [x.new_empty(batch, state) for _ in range(min(2, steps - 1))]
     grid = (triton.cdiv(hidden, tiles.block_n), triton.cdiv(batch, tiles.block_b))
-    h_in = there(h0)
+    phases = [
+        Repeated(forward_step, grid, PHASE=phase, FUSE_X=fused, PROJECTED=projected, **shared)
+        for phase in ((0, 1) if two else (0,))
+    ]
+    options = {name: value for name, value in shared.items() if name not in ("CELL", "SAVE")}
+    projection = Repeated(forward_projection, (triton.cdiv(state, tiles.block_n), grid[1]), **options)
+    b_ih, b_hh, h_in = there(b_ih), there(b_hh), there(h0)
     for step in range(steps):
         t = first + step * direction
         last = step == steps - 1
         h_out = h_n if last else between[step % 2]
         given |= LAST * last
-        for phase in (0, 1) if two else (0,):
-            forward_step[grid](
-                source, w_ih, there(b_ih), h_in, carry_in, w_hh, there(b_hh), lengths, reset,
-                y, h_out, carry_out, c_n, states_or, tape_or, scratch, update,
-                t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
-                PHASE=phase, FUSE_X=fused, PROJECTED=projected, **shared,
+        for launch in phases:
+            launch(
+                source, w_ih, b_ih, h_in, carry_in, w_hh, b_hh, lengths, reset, y, h_out, carry_out, c_n, states_or,
+                tape_or, scratch, update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
             )  # fmt: skip
         if projected:
-            options = {k: v for k, v in shared.items() if k not in ("CELL", "SAVE")}
-            forward_projection[(triton.cdiv(state, tiles.block_n), grid[1])](
-                scratch, w_hr, h_in, lengths, y, h_out, t, batch, given, hidden, state, **options
-            )
+            projection(scratch, w_hr, h_in, lengths, y, h_out, t, batch, given, hidden, state)
         h_in, given = h_out, given | H0 | C0
         carry_in = carry_in if carry_out is None else carry_out
     return y, h_n, c_n, all_c, tape
@@ -244,10 +308,17 @@ def scan_backward(
     saved = (there(states, torch.float32), there(tape))
     dstates = there(dstates, torch.float32)
 
-    if isinstance(tiles, tuning.Sequence):
-        backward_sequence[(triton.cdiv(batch, tiles.block_b),)](
+    if not isinstance(tiles, tuning.Step) or isinstance(tiles, tuning.Persistent):  # one launch for all steps
+        over_batch = triton.cdiv(batch, tiles.block_b)
+        meeting: tuple[Tensor, ...] = ()
+        if isinstance(tiles, tuning.Persistent):
+            meeting = (y.new_zeros(over_batch, 32, dtype=torch.int32),)
+            launch = backward_persistent[(triton.cdiv(hidden, tiles.block_n), over_batch)]
+        else:
+            launch = backward_sequence[(over_batch,)]
+        launch(
             there(dy), there(wide(dh_n), torch.float32), there(wide(dc_n), torch.float32), dstates,
-            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0,
+            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0, *meeting,
             steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
         )  # fmt: skip
         return dgates, dhidden, dh0, dc0
@@ -258,27 +329,32 @@ def scan_backward(
     carry = carried(dense(dh_n), state)
     dc = carried(dense(dc_n), hidden) if lstm else absent(torch.float32, y.device)
     two = cell == "gru_reset_before"
-    over_batch = triton.cdiv(batch, tiles.block_b)
-    over_units, over_state = (triton.cdiv(n, tiles.block_n) for n in (hidden, state))
+    grid, state_grid = (
+        (triton.cdiv(n, tiles.block_n), triton.cdiv(batch, tiles.block_b)) for n in (hidden, state)
+    )  # fmt: skip
+    phases = [
+        Repeated(backward_step, grid, PHASE=phase, PROJECTED=projected, **shared) for phase in ((0, 1) if two else (0,))
+    ]
+    projection = Repeated(backward_state, state_grid, FINAL=False, **shared)
+    dy, w_hr, start = there(dy), there(w_hr), (there(h0), there(c0))
 
-    def state_gradient(t: int, later: int, final: bool) -> None:
-        backward_state[(over_state, over_batch)](
-            there(dy), w_hh, lengths, reset, dgates, dhidden, carry, dh0, t, later, batch, given, x_t, x_b,
-            reset_t, reset_b, hidden, state, FINAL=final, **shared,
+    def state_gradient(launch: Callable[..., None], t: int, later: int) -> None:
+        launch(
+            dy, w_hh, lengths, reset, dgates, dhidden, carry, dh0, t, later, batch, given, x_t, x_b,
+            reset_t, reset_b, hidden, state,
         )  # fmt: skip
 
     for step in reversed(range(steps)):
         t = first + step * direction
         later = t + direction
         if projected:
-            state_gradient(t, later, False)
-        for phase in (0, 1) if two else (0,):
-            backward_step[(over_units, over_batch)](
-                there(dy), dstates, y, *saved, w_hh, there(w_hr), there(h0), there(c0), lengths, reset,
-                dgates, dhidden, carry, dc, t, later, batch, given, first, direction, x_t, x_b, reset_t, reset_b,
-                steps, hidden, state, PHASE=phase, PROJECTED=projected, **shared,
+            state_gradient(projection, t, later)
+        for launch in phases:
+            launch(
+                dy, dstates, y, *saved, w_hh, w_hr, *start, lengths, reset, dgates, dhidden, carry, dc, t, later,
+                batch, given, first, direction, x_t, x_b, reset_t, reset_b, steps, hidden, state,
             )  # fmt: skip
         given |= CARRY | DC | LATER
     if h0 is not None:
-        state_gradient(first, first, True)
+        state_gradient(Repeated(backward_state, state_grid, FINAL=True, **shared), first, first)
     return dgates, dhidden, dh0, dc.to(y.dtype) if c0 is not None else dc0

@@ -1,8 +1,8 @@
 """Tiles of the attention kernels: which sizes, warps and stages for which machine, role and head dimension.
 
-Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine, and most spill no
-registers. For some sets of features a few bytes still spill; the exhaustive tests name them. None has been timed on
-hardware.
+Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine and spills nothing,
+but for three: dK and dV of 256 features in float32 (300 bytes), dK of 512 with everything on on sm_90 (8), the gradient
+of a bias of 512 on sm_80 (128). None has been timed on hardware.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    registers: int = 0  # a thread may take; 0 leaves it to ptxas, which may spill a little to fit two programs on an SM
 
 
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -24,55 +25,75 @@ SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 
 not of the two later kinds: its tiles fit in what the smallest of those has."""
 
 ROLES = ("forward", "backward_keys", "backward_queries", "backward_bias", "decode")
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 256, 512)
 """Features of a head, the larger of q's and v's, rounded up to one of these."""
 
-Table = dict[str, tuple[Tile, Tile, Tile]]  # by role, for each of WIDTHS
+Table = dict[str, tuple[Tile, ...]]  # by role, for each of WIDTHS; float32 has none of the last
 
 # bfloat16 and float16. Limits (causal, window, lengths) and sinks cost few registers, so that tiles can be large.
 _HALF: dict[str, Table] = {
     "sm_80": {
-        "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-        "backward_keys": (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+        "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {
-        "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1)),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+        "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
+        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (
+            Tile(128, 64, 8, 2),
+            Tile(128, 64, 8, 2),
+            Tile(128, 16, 8, 2),
+            Tile(32, 32, 8, 1, 255),
+        ),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
-        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        "backward_keys": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
-        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1)),
+        "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
+        "backward_keys": (
+            Tile(32, 64, 8, 2, 255),
+            Tile(32, 64, 8, 1, 255),
+            Tile(32, 32, 8, 1),
+            Tile(16, 16, 8, 1, 255),
+        ),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1, 255)),
+        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
 
 # The same with a bias, mask, slopes, softcap or dropout, which all take registers for every pair of the tile.
 _HALF_PAIRS: dict[str, Table] = {
     "sm_80": {
-        "forward": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_bias": (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+        "forward": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (
+            Tile(32, 32, 8, 1, 255),
+            Tile(32, 32, 8, 1),
+            Tile(16, 16, 8, 1, 255),
+            Tile(16, 16, 8, 1, 255),
+        ),
+        "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_bias": (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {
-        "forward": (Tile(64, 64, 4, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+        "forward": (Tile(64, 64, 8, 2, 255), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
-        "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        "backward_bias": (Tile(64, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+        "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (
+            Tile(64, 32, 4, 1, 255),
+            Tile(32, 32, 8, 1),
+            Tile(32, 32, 8, 1, 255),
+            Tile(16, 16, 8, 1, 255),
+        ),
+        "backward_bias": (Tile(64, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
 
@@ -80,17 +101,17 @@ _HALF_PAIRS: dict[str, Table] = {
 _SINGLE: Table = {
     "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
     "backward_keys": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_queries": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_queries": (Tile(32, 32, 8, 1, 255), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
     "backward_bias": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 
 _GFX942: Table = {
-    "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-    "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
-    "backward_queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
-    "backward_bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
-    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "backward_queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "backward_bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 
 _INTERPRETED = {

@@ -34,6 +34,11 @@ class Step:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Persistent(Step):
+    """One launch for all steps of any H, whose programs wait for each other at every step: tiled as a step."""
+
+
 # All that a thread can have with 8 warps. Left to itself ptxas stops at 128 here and there, and spills.
 MAX_REGISTERS = 255
 BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
@@ -115,12 +120,43 @@ def step(dtype: str, batch: int) -> Step:
     return _STEP[BYTES[dtype], batch > BLOCK_B]
 
 
+# By whether a tile has 64 rows.
+_PERSISTENT = {
+    (2, False): Persistent(16, 16, 64, 4, 4),
+    (2, True): Persistent(64, 16, 64, 4, 3),
+    (4, False): Persistent(16, 32, 32, 8, 3),
+    (4, True): Persistent(64, 16, 16, 4, 3),
+}
+PERSISTENT_FIRST = False
+"""Whether a layer that is too large for the sequence role takes the persistent one before the step role: not before
+hardware has been seen to run it, and to be faster at it."""
+
+
+def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persistent | str:
+    """The tile of the persistent role, or why this device cannot run it: all its programs must run at once.
+
+    Args:
+        processors: how many of them the device has; one program each is what surely fits.
+    """
+    for large in (False, True) if batch > BLOCK_B else (False,):
+        tile = _PERSISTENT[BYTES[dtype], large]
+        programs = -(-hidden // tile.block_n) * -(-batch // tile.block_b)
+        if programs <= processors:
+            return tile
+    return f"B = {batch}, H = {hidden} takes {programs} programs at once; this device has {processors} processors"
+
+
 def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterator[Sequence]:
     """Every tile of the sequence role that a device with so much shared memory may be given."""
     block_h = 16
     while not isinstance(tile := sequence(cell, dtype, block_h, shared, backward), str):
         yield tile
         block_h *= 2
+
+
+def persistent_tiles(dtype: str) -> Iterator[Persistent]:
+    """Every tile of the persistent role."""
+    yield from (tile for (size, _), tile in _PERSISTENT.items() if size == BYTES[dtype])
 
 
 def step_tiles(dtype: str) -> Iterator[Step]:

@@ -12,6 +12,7 @@ from itertools import compress
 from typing import Any
 
 import torch
+from devices import operator
 from support import assert_within_budget, error
 from torch import Tensor
 
@@ -32,13 +33,13 @@ def arguments(options: Options) -> list[Any]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str = "native") -> tuple[Tensor, Tensor]:
-    return getattr(torch.ops.fastseq.attention_forward, backend)(q, k, v, *arguments(options))
+    return operator("attention_forward", backend)(q, k, v, *arguments(options))
 
 
 def backward(
     d_o: Tensor, dlse: Tensor | None, q, k, v, o, lse, options: Options, backend: str = "native"
 ) -> tuple[Tensor, ...]:
-    call = getattr(torch.ops.fastseq.attention_backward, backend)
+    call = operator("attention_backward", backend)
     return call(d_o, dlse, q, k, v, o, lse, *arguments(options), options.get("bias") is not None)
 
 

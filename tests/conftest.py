@@ -9,12 +9,20 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import devices
 import pytest
 import torch
-from hypothesis import settings
+import without_hypothesis
 
 import fastseq
 from fastseq import ops
+from fastseq.ops_triton import interpreted
+
+HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+if not HYPOTHESIS:
+    without_hypothesis.install()
+
+from hypothesis import settings  # noqa: E402
 
 # Without Triton its kernels have no tests.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*"]
@@ -24,6 +32,42 @@ ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 # Examples take as long as the machine is busy; a failing one is printed and replayed by hypothesis itself.
 settings.register_profile("fastseq", deadline=None, print_blob=True)
 settings.load_profile("fastseq")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=devices.CHOICES,
+        help="where tests draw; cuda: the tests of GPU kernels alone, on a GPU; pretend: the same without one",
+    )  # fmt: skip
+    parser.addoption(
+        "--kernels", default="triton", choices=("triton", "native"),
+        help="whose GPU kernels are tested with --device cuda; native: CUDA C++",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device, kernels = config.getoption("--device"), config.getoption("--kernels")
+    if device == "cpu" and not HYPOTHESIS:
+        raise pytest.UsageError("hypothesis is not installed: pip install hypothesis")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    devices.use(device, kernels)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU only what is marked for it; on the CPU the Triton kernels only where they are interpreted."""
+    away = [
+        item
+        for item in items
+        if devices.DEVICE == "cuda"
+        and (item.get_closest_marker("device") is None or item.get_closest_marker("interpreter_only") is not None)
+    ]
+    items[:] = [item for item in items if item not in set(away)]
+    config.hook.pytest_deselected(items=away)
+    for item in items:
+        mark = item.get_closest_marker("device")
+        if mark is not None and "triton" in mark.args and devices.DEVICE == "cpu" and not interpreted():
+            item.add_marker(pytest.mark.skip(reason="runs in the interpreted process"))
 
 
 def pytest_report_header() -> list[str]:
@@ -66,9 +110,19 @@ def poison() -> Iterator[None]:
     libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     switch = ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
     switch.value = True
-    assert torch.empty(3).isnan().all(), "the allocator does not poison"
+    assert torch.empty(3, device="cpu").isnan().all(), "the allocator does not poison"
     yield
     switch.value = False
+
+
+@pytest.fixture(autouse=True)
+def poison_gpu(request: pytest.FixtureRequest) -> None:
+    """Leaves junk in the memory that torch's allocator keeps for the next small and large tensors on a GPU."""
+    if request.config.getoption("--device") != "cuda":
+        return
+    blocks = [torch.empty(size, dtype=torch.int32) for size in [1 << 12] * 8 + [1 << 17] * 8 + [1 << 20] * 8]
+    for block in blocks:
+        block.fill_(0x7FEDBEEF)
 
 
 @pytest.fixture(params=ISAS)

@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import torch
+from devices import operator
 from support import cell_inputs, error
 from torch import Tensor
 
@@ -34,14 +35,14 @@ def options(name: str, steps: int, batch: int) -> tuple[Tensor | None, Tensor | 
 
 
 def forward(inputs, lengths, reset, cell: str, reverse: bool, save=True, states=True, backend="native"):
-    op = getattr(torch.ops.fastseq.scan_forward, backend)
+    op = operator("scan_forward", backend)
     return op(*inputs, lengths, reset, cell, reverse, save, states)
 
 
 def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backend="native"):
     y, _, _, states, tape = out
     _, _, w_hh, _, _, w_hr, h0, c0 = inputs
-    op = getattr(torch.ops.fastseq.scan_backward, backend)
+    op = operator("scan_backward", backend)
     return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse)
 
 
@@ -118,7 +119,7 @@ def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="nati
 
 def rounds_h(dtype: torch.dtype, backend: str) -> bool:
     """Whether the products take h rounded to its storage type: tensor cores do, and the CPU's bfloat16 pairs."""
-    if backend == "triton":
+    if backend in ("triton", "emulated"):
         return dtype.itemsize == 2
     return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") in ("avx512_bf16", "amx_bf16")
 

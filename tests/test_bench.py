@@ -229,7 +229,7 @@ def test_the_document_says_what_ran_where_and_how(tmp_path):
     arguments = ["--case", SMALL, "--threads", "1", "--min-time", "0.001", "--peer", "torch"]
     assert main([*arguments, "--json", str(path), "--backend", "reference"]) == 0
     data = json.loads(path.read_text())
-    assert data.keys() == {"schema", "complete", "environment", "options", "cases", "summary", "notes"}
+    assert data.keys() == {"schema", "complete", "command", "environment", "options", "cases", "summary", "notes"}
     assert (data["schema"], data["complete"]) == (report.SCHEMA, True)
     assert data["environment"].keys() >= {
         "cpu", "cpu_flags", "instruction_set", "threads", "versions", "commit", "date", "load"
@@ -242,7 +242,7 @@ def test_the_document_says_what_ran_where_and_how(tmp_path):
     assert case["name"] == SMALL
     assert case["shape"] == {
         "mode": "inference", "dtype": "float32", "cell": "rnn", "steps": 1, "batch": 1, "features": 64, "hidden": 64,
-        "as_cell": False,
+        "as_cell": False, "weights": "",
     }  # fmt: skip
     ours, theirs = case["contestants"]["fastseq"], case["contestants"]["torch"]
     assert ours["backend"] == "reference"

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from bench import model
+from bench import gpu_cases, model, model_attention
 
 
 def test_more_work_never_takes_less() -> None:
@@ -30,3 +30,35 @@ def test_the_table_has_a_line_for_every_shape(capsys: pytest.CaptureFixture[str]
     assert len(lines) == 2 + 4 * 2
     assert "sequence" in lines[2]
     assert "step" in lines[3]
+
+
+def test_waiting_for_each_other_takes_less_than_another_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    for cell in ("lstm", "gru_reset_before"):
+        for batch, hidden in ((1, 256), (16, 512), (64, 1024)):
+            step, persistent = (model.floor(cell, "bf16", batch, hidden, role=r) for r in ("step", "persistent"))
+            assert step is not None
+            assert persistent is not None
+            assert persistent.synchronisation < step.synchronisation
+    assert model.floor("lstm", "bf16", 16, 512, role="sequence") is None
+    assert model.floor("lstm", "bf16", 4096, 8192, role="persistent") is None
+    assert model.main(["--batch", "1", "--hidden", "512", "--role", "persistent"]) == 0
+    assert capsys.readouterr().out.count("persistent") == 4
+
+
+def test_attention_is_bound_by_products_when_long_and_by_bytes_when_decoding() -> None:
+    long = gpu_cases.dense("forward", "bfloat16", 8192, 128, False)
+    floor = model_attention.floor(long)
+    assert floor.bound == "products"
+    assert long.operations / floor.seconds == pytest.approx(model_attention.H200.product)
+    causal = model_attention.floor(gpu_cases.dense("forward", "bfloat16", 8192, 128, True))
+    assert causal.seconds == pytest.approx(floor.seconds / 2, rel=1e-3)
+    decoding = gpu_cases.decode("bfloat16", 16, 65536, 128)
+    assert model_attention.floor(decoding).bound == "bytes"
+    cache = 2 * 16 * 8 * 65536 * 128 * 2
+    assert model_attention.floor(decoding).seconds == pytest.approx(cache / model_attention.H200.copy, rel=1e-3)
+
+
+def test_attention_has_a_line_for_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.main(["--attention", "all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(gpu_cases.plan("attention")) + 2

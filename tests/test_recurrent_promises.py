@@ -5,6 +5,7 @@ Gates are driven open or shut by large biases: sigmoid(+-1000) is 1 or 0 in ever
 
 from __future__ import annotations
 
+import devices
 import pytest
 import torch
 from support import NATIVE
@@ -15,12 +16,12 @@ from fastseq.ops_triton import interpreted
 T, B, I, H = 9, 4, 5, 7
 OPEN, SHUT = 1000.0, -1000.0
 # Triton's kernels are interpreted in a process of their own (test_triton_promises_interpreted.py), and know no float64.
-INTERPRETED = interpreted()
-BACKENDS = ["triton"] if INTERPRETED else ["reference", "torch", NATIVE]
+INTERPRETED = interpreted() or devices.DEVICE == "cuda"
+BACKENDS = [devices.KERNELS] if INTERPRETED else ["reference", "torch", NATIVE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDE = torch.float32 if INTERPRETED else torch.float64
 DTYPES = DTYPES if INTERPRETED else [WIDE, *DTYPES]
-LONG = 25 if INTERPRETED else 2000
+LONG = 25 if interpreted() else 2000
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 

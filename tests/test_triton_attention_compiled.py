@@ -1,4 +1,4 @@
-"""The Triton attention compiled ahead of time: every tile of the tables, without spills, and on tensor cores.
+"""The Triton attention compiled ahead of time: every tile of the tables, without spills, its loops on tensor cores.
 
 A line of CASES is a set of features with the same code; the numbers are in test_triton_attention_interpreted.py.
 """
@@ -12,13 +12,13 @@ import pytest
 import torch
 from attention_operators import Options
 from fastseq.kernels import tuning_attention
-from triton_attention_support import compile_plan, plans, variant
-from triton_support import NVIDIA, needs_compiler
+from triton_attention_support import compile_plan, loops, plans, variant
+from triton_support import NVIDIA, Compiled, needs_compiler
 
 pytestmark = needs_compiler
 
 HALF = torch.bfloat16
-WIDTHS = {64: (64, 64), 128: (128, 128), 192: (192, 128), 256: (256, 256)}
+WIDTHS = {64: (64, 64), 128: (128, 128), 192: (192, 128), 256: (256, 256), 512: (512, 512)}
 
 
 def case(name: str, dtype: torch.dtype = HALF) -> Options:
@@ -54,26 +54,48 @@ CASES = [
     "alibi", "softcap", "everything",
 ]  # fmt: skip
 QUICK = [("sm_90", "causal", 64), ("sm_90", "causal", 128), ("sm_80", "window", 128), ("sm_100", "packed", 128),
-         ("sm_90", "everything", 128), ("sm_80", "everything", 64), ("sm_90", "full", 192)]  # fmt: skip
+         ("sm_90", "everything", 128), ("sm_80", "everything", 64), ("sm_90", "full", 192),
+         ("sm_100", "causal", 512)]  # fmt: skip
+
+
+def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | None:
+    """What is wrong with a kernel of products."""
+    try:
+        found.check(tensor_cores=half)
+    except AssertionError as error:
+        return str(error)
+    if found.shared > tuning_attention.SHARED[target]:
+        return f"{found.shared} bytes of shared memory"
+    # The compiler may drop a loop that it cannot make, without an error.
+    bodies = loops(found.text)
+    if not bodies:
+        return "no loop"
+    if half and not any(product in body for body in bodies for product in set(found.products)):
+        return "no product in a loop"
+    return None
 
 
 def check(target: str, name: str, width: int, dtype: torch.dtype, **shape: Any) -> None:
-    dim, dim_v = WIDTHS[width]
-    made = plans(target, dtype, case(name, dtype), dim, dim_v, **shape)
+    made = plans(target, dtype, case(name, dtype), *WIDTHS[width], **shape)
+    half = dtype != torch.float32
     problems = []
     for plan in made:
+        kernel = plan.kernel.__name__
         found = compile_plan(target, plan)
-        has_products = plan.kernel.__name__ not in ("attention_delta", "attention_merge")
-        what = f"{plan.kernel.__name__} {name} D{width} {dtype} {plan.options}"
-        try:
-            found.check(tensor_cores=has_products and dtype != torch.float32)
-            assert found.shared <= tuning_attention.SHARED[target], f"{found.shared} bytes of shared memory"
-        except AssertionError as error:
-            problems.append(f"{what}: {error}")
-        if has_products and target == "sm_90" and dtype == HALF and plan.arguments["BLOCK_M"] >= 64:
-            reads_rows = plan.kernel.__name__ in ("attention_forward", "attention_backward_queries")
-            if reads_rows and "wgmma.mma_async" not in found.products:
-                problems.append(f"{what}: no wgmma")
+        what = f"{kernel} {name} D{width} {dtype} {plan.options}"
+        if kernel in ("attention_delta", "attention_merge"):
+            if found.spilled:
+                problems.append(f"{what}: {found.spilled} bytes spilled")
+            continue
+        problem = problem_of(target, kernel, found, half)
+        if problem is not None:
+            problems.append(f"{what}: {problem}")
+        reads_rows = kernel in ("attention_forward", "attention_backward_queries")
+        wide = plan.arguments["BLOCK_M"] >= 64 and reads_rows
+        if target == "sm_90" and half and wide and "wgmma.mma_async" not in found.products:
+            problems.append(f"{what}: no wgmma")
+        if target == "sm_100" and half and wide and "tcgen05.mma" not in found.products:
+            problems.append(f"{what}: no tcgen05")
     assert not problems, "\n".join(problems)
 
 
@@ -96,30 +118,54 @@ def test_every_tile_fits_its_machine(target: str, name: str, width: int) -> None
 def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> None:
     for target in ("sm_80", "sm_90"):
         check(target, name, width, torch.float16)
-        check(target, name, width, torch.float32)
+        if width <= 256:
+            check(target, name, width, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["causal", pytest.param("everything", marks=pytest.mark.tiles)])
+def decoding(name: str, heads: int) -> Options:
+    """A case of four queries, of ``heads`` query heads."""
+    options = case(name)
+    for key in options.keys() & {"bias", "mask"}:
+        options[key] = options[key][:, :heads, :4]
+    for key in options.keys() & {"sinks", "alibi_slopes"}:
+        options[key] = options[key][:heads]
+    return options
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", pytest.param("everything", marks=pytest.mark.tiles)])
 def test_decoding_fits_its_machine(name: str) -> None:
     for target in NVIDIA:
         for heads in (2, 4):  # of the query; 2 of the key
-            options = case(name)
-            for key in options.keys() & {"bias", "mask"}:
-                options[key] = options[key][:, :heads, :4]
-            for key in options.keys() & {"sinks", "alibi_slopes"}:
-                options[key] = options[key][:heads]
-            for dim in (64, 128, 256):
-                for plan in plans(target, HALF, options, dim, dim, queries=4, heads=heads, backward=False):
-                    found = compile_plan(target, plan)
-                    found.check(tensor_cores=plan.kernel.__name__ == "attention_decode")
-                    assert found.shared <= tuning_attention.SHARED[target]
+            for dim in (64, 128, 256, 512):
+                for plan in plans(
+                    target, HALF, decoding(name, heads), dim, dim, queries=4, heads=heads, backward=False
+                ):
+                    if plan.kernel.__name__ == "attention_decode":
+                        assert problem_of(target, "attention_decode", compile_plan(target, plan), True) is None
+
+
+@pytest.mark.parametrize("paged", ["queries of one length", "packed queries"])
+def test_pages_fit_their_machine(paged: str) -> None:
+    batch, page = 2, 16
+    options: Options = {"lengths_k": torch.empty(batch, dtype=torch.int64), "causal": True}
+    if paged == "packed queries":
+        options["cu_seqlens_q"] = torch.empty(batch + 1, dtype=torch.int32)
+    table = torch.empty(batch, 32, dtype=torch.int32)
+    for target in NVIDIA:
+        for queries in (4, 256):
+            made = plans(target, HALF, options, 128, 128, queries=queries, keys=page, pages=table, backward=False)
+            assert made
+            for plan in made:
+                if plan.kernel.__name__ != "attention_merge":
+                    problem = problem_of(target, plan.kernel.__name__, compile_plan(target, plan), True)
+                    assert problem is None, f"{target} {plan.kernel.__name__} {plan.options}: {problem}"
 
 
 @pytest.mark.tiles
-@pytest.mark.parametrize("width", [64, 128])
-def test_a_few_tiles_compile_for_amd(width: int) -> None:
-    for name in ("causal", "everything"):
-        check("gfx942", name, width, HALF)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["causal", "lengths", "padding mask", "dropout", "everything"])
+def test_tiles_compile_for_amd(name: str, width: int) -> None:
+    check("gfx942", name, width, HALF)
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time_and_ahead() -> None:
@@ -148,7 +194,8 @@ def test_no_new_variant_for_another_length_batch_or_stride() -> None:
                 made = plans("sm_90", HALF, {**options, "sinks": None}, 64, 64, batch=batch, queries=queries, keys=keys,
                              heads=heads)  # fmt: skip
                 seen |= {variant(plan) for plan in made}
-        assert len(seen) == 4, f"{name}: {len(seen)} variants of the four kernels"
+        kernels = 6 if name == "packed" else 4  # a packed batch may hold sequences that decode
+        assert len(seen) == kernels, f"{name}: {len(seen)} variants of {kernels} kernels"
 
 
 def test_the_number_of_variants_is_known() -> None:
@@ -157,3 +204,38 @@ def test_the_number_of_variants_is_known() -> None:
     found = {variant(plan) for name in names for plan in plans("sm_90", HALF, case(name), 128, 128)}
     # Delta and two gradients and the forward for each set of features, and the bias of the last.
     assert len(found) == 4 * len(names) + 1
+
+
+def test_each_feature_multiplies_the_variants_by_a_known_number() -> None:
+    """All there are of the forward kernel for one dtype and head dimension: the product of these."""
+    lengths, sequences = torch.empty(2, dtype=torch.int64), torch.empty(3, dtype=torch.int32)
+
+    def pairs(dtype: torch.dtype, keys: int) -> list[torch.Tensor]:
+        whole = torch.empty(2, 4, 256, keys, dtype=dtype)
+        by_key = [whole, whole[:, :, :1], whole[..., :1], whole[:, :, :1, :1], whole[:1], whole[:, :1]]
+        return [*by_key, whole.transpose(2, 3).contiguous().transpose(2, 3)]
+
+    axes: dict[str, tuple[int, list[Options]]] = {
+        "layout": (5, [
+            {}, {"lengths_q": lengths}, {"lengths_k": lengths}, {"lengths_q": lengths, "lengths_k": lengths},
+            {"cu_seqlens_q": sequences, "cu_seqlens_k": sequences},
+        ]),
+        "right limit": (2, [{}, {"causal": True}, {"causal": True, "window_right": 5}, {"window_right": 100}]),
+        "left limit": (2, [{}, {"window_left": 0}, {"window_left": 100}]),
+        "align": (1, [{}, {"bottom_right": False}]),
+        "softcap": (2, [{}, {"softcap": 1.0}, {"softcap": 30.0}]),
+        "slopes": (2, [{}, {"alibi_slopes": torch.empty(4)}]),
+        "dropout": (2, [{}, *({"dropout_p": p, "seed": lengths[:1]} for p in (0.1, 0.5, 1.0))]),
+        "sinks": (3, [{}, {"sinks": torch.empty(4)}, {"sinks": torch.empty(4, dtype=HALF)}]),
+        "scale": (2, [{}, {"scale": 1.0}, {"scale": -1.0}]),
+        "mask": (7, [{}, *({"mask": x} for n in (256, 250) for x in pairs(torch.bool, n))]),
+        "bias": (13, [{}, *({"bias": x} for n in (256, 250) for d in (HALF, torch.float32) for x in pairs(d, n))]),
+    }  # fmt: skip
+    for name, (count, given) in axes.items():
+        found = set()
+        for options in given:
+            keys = next((options[x].shape[3] for x in ("bias", "mask") if x in options), 256)
+            keys = 256 if keys == 1 else keys
+            made = plans("sm_90", HALF, options, 128, 128, keys=keys, backward=False)
+            found |= {variant(plan) for plan in made if plan.kernel.__name__ == "attention_forward"}
+        assert len(found) == count, f"{name}: {len(found)} variants"

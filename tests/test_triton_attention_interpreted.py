@@ -96,7 +96,8 @@ def test_dropout_in_a_packed_batch() -> None:
 @pytest.mark.parametrize(
     ("lengths", "dim"),
     [((1, 33), (1, 1)), ((33, 65), (7, 3)), ((64, 1), (16, 65)), ((65, 64), (65, 16)), ((17, 70), (80, 80)),
-     ((1, 150), (192, 128)), ((40, 33), (192, 128)), ((33, 40), (256, 256))],
+     ((1, 150), (192, 128)), ((40, 33), (192, 128)), ((33, 40), (256, 256)), ((33, 40), (300, 17)),
+     ((3, 70), (511, 512)), ((17, 33), (129, 512))],
     ids=str,
 )  # fmt: skip
 def test_odd_shapes(lengths: tuple[int, int], dim: tuple[int, int]) -> None:
@@ -293,7 +294,7 @@ def test_the_public_functions_and_the_layer_reach_the_kernels() -> None:
     layer = fastseq.nn.MultiheadAttention(16, 2, batch_first=True)
     x = torch.randn(2, 20, 16)
     with fastseq.use_backend("triton"):
-        assert fastseq.explain(layer, x, x, x).startswith("attention on cpu runs on: triton")
+        assert fastseq.explain(layer, x, x, x).startswith(f"attention on {x.device.type} runs on: triton")
         results = [
             fastseq.attention(q, k, v, causal=True),
             fastseq.scaled_dot_product_attention(q, k, v, enable_gqa=True),
@@ -330,9 +331,10 @@ def test_what_the_kernels_cannot_do_is_refused_with_its_reason() -> None:
     q, k, v = dense((1, 2, 1, 5, 9, 8, 8))
     with pytest.raises(fastseq.BackendError, match="compute in float32"):
         fastseq.attention(q.double(), k.double(), v.double(), backend="triton")
-    q, k, v = dense((1, 2, 1, 5, 9, 300, 8))
-    with pytest.raises(fastseq.BackendError, match="up to 256 features"):
-        fastseq.attention(q, k, v, backend="triton")
+    for dtype, most in ((torch.float32, 256), (torch.bfloat16, 512)):
+        q, k, v = dense((1, 2, 1, 5, 9, most + 1, 8), dtype)
+        with pytest.raises(fastseq.BackendError, match=f"up to {most} features"):
+            fastseq.attention(q, k, v, backend="triton")
 
 
 def test_wrong_arguments_are_refused_before_they_do_harm() -> None:

@@ -19,6 +19,8 @@ def quick(target: str, variant: Variant) -> bool:
     """Those of every run: bf16 as it is trained, and on Hopper fp32's LSTM; the others are in `make test-full`."""
     if not variant.save or variant.cell == "rnn_relu" or (variant.fused and variant.projected):
         return False
+    if variant.kernel.endswith("persistent") and target != "sm_90":
+        return False
     return variant.dtype == "bf16" or (
         variant.dtype == "fp32" and target == "sm_90" and variant.cell == "lstm" and not variant.fused
     )
@@ -62,10 +64,57 @@ def test_amd_compiles_too(kernel: str) -> None:
     check("gfx942", chosen[:2])
 
 
+@pytest.mark.tiles
+@pytest.mark.parametrize("cell", tuning.GATES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_all_of_amd_do_not_spill_and_fit(dtype: str, cell: str) -> None:
+    check("gfx942", [v for v in variants("gfx942", [dtype]) if v.cell == cell])
+
+
+def walk_between_meetings(target: str, kernel: str, cell: str, dtype: str, large: bool = False) -> list[str]:
+    """The persistent role's PTX from its loop over time on, without what does not matter: a line an instruction."""
+    tile = list(tuning.persistent_tiles(dtype))[large]
+    text = Variant(kernel, cell, dtype, tile).compile(target).text
+    return [line.strip() for line in text[text.index("Loop Header: Depth=1") :].splitlines()]
+
+
+def first(lines: list[str], pattern: str, after: int = 0) -> int:
+    return next(i for i, line in enumerate(lines) if i > after and re.search(pattern, line))
+
+
+@pytest.mark.parametrize("kernel", ["forward_persistent", "backward_persistent"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_programs_wait_in_a_loop_and_read_what_others_stored_after_it(target: str, kernel: str) -> None:
+    """The look at the counter is an acquire inside its own loop; all threads wait for it; then loads past the L1."""
+    for cell, large in (("lstm", False), ("gru_reset_before", True)):
+        lines = walk_between_meetings(target, kernel, cell, "bf16", large)
+        look = first(lines, r"ld\.global\.gpu\.acquire|atom\.global\.(gpu\.)?acquire")
+        top = max(i for i in range(look) if lines[i].startswith("$L__BB"))
+        label = lines[top].partition(":")[0]
+        end = first(lines, rf"bra(\.uni)?\s+{re.escape(label)};", look)
+        assert any("bar.sync" in line for line in lines[look:end])
+        read = first(lines, r"cp\.async\.cg|ld\.global\.cg", end)
+        assert read < first(lines, "mma", end)
+        assert not any(re.search(r"cp\.async|ld\.global\.cg", line) for line in lines[:look])
+
+
+@pytest.mark.parametrize("kernel", ["forward_persistent", "backward_persistent"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_programs_count_themselves_in_after_all_their_threads_have_stored(target: str, kernel: str) -> None:
+    tile = next(tuning.persistent_tiles("bf16"))
+    lines = Variant(kernel, "gru", "bf16", tile).compile(target).text.splitlines()
+    counts = [i for i, line in enumerate(lines) if re.search(r"(atom|red)\.(global\.)?(gpu\.)?release", line)]
+    assert counts
+    for count in counts:
+        barrier = max(i for i in range(count) if "bar.sync" in lines[i])
+        assert not any("st.global" in line for line in lines[barrier:count])
+        assert any("st.global" in line for line in lines[max(0, barrier - 400) : barrier])
+
+
 def test_how_many_variants_there_are() -> None:
     """As the design notes say; twice as many where H is no multiple of 16, and of fp32 where torch allows TF32."""
     counts = {target: len(list(variants(target))) for target in TARGETS}
-    assert counts == {"sm_80": 382, "sm_90": 382, "sm_100": 382, "gfx942": 344}
+    assert counts == {"sm_80": 460, "sm_90": 460, "sm_100": 460, "gfx942": 344}
     assert len({str(v) for v in variants("sm_90")}) == counts["sm_90"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,18 +62,32 @@ def compile_plan(target: str, plan: Plan) -> Compiled:
     return read(target, made)
 
 
+_LABEL = re.compile(r"^\s*(\$L__BB\d+_\d+|\.LBB\d+_\d+):", re.MULTILINE)
+_BRANCH = re.compile(r"(?:\bbra(?:\.uni)?|\bs_c?branch\w*)\s+(\$L__BB\d+_\d+|\.LBB\d+_\d+)")
+
+
+def loops(text: str) -> list[str]:
+    """The bodies of the loops in a listing: what lies between a label and a branch back to it."""
+    places = {found[1]: found.start() for found in _LABEL.finditer(text)}
+    backward = ((places[found[1]], found.start()) for found in _BRANCH.finditer(text) if found[1] in places)
+    return [text[label:branch] for label, branch in backward if label < branch]
+
+
 def plans(
     machine: str, dtype: torch.dtype, options: Options, dim: int, dim_v: int, *, queries: int = 256, keys: int = 256,
-    batch: int = 2, heads: int = 4, heads_k: int = 2, backward: bool = True,
+    batch: int = 2, heads: int = 4, heads_k: int = 2, backward: bool = True, pages: Tensor | None = None,
 ) -> list[Plan]:  # fmt: skip
-    """Every launch of a forward and backward pass; nothing is computed."""
+    """Every launch of a forward and backward pass; nothing is computed. With ``pages``, a block_table, k and v are
+    pools of pages of ``keys`` rows."""
     packed = options.get("cu_seqlens_q") is not None
 
     def make(heads: int, length: int, dim: int) -> Tensor:
         return torch.empty((length, heads, dim) if packed else (batch, heads, length, dim), dtype=dtype)
 
     q, k, v = make(heads, queries, dim), make(heads_k, keys, dim), make(heads_k, keys, dim_v)
-    x = Problem(q, k, v, *arguments(options), machine=machine)
+    if pages is not None:
+        k, v = (torch.empty(9, keys, heads_k, d, dtype=dtype).transpose(1, 2) for d in (dim, dim_v))
+    x = Problem(q, k, v, *arguments(options), block_table=pages, machine=machine)
     o = make(heads, queries, dim_v)
     lse = torch.empty(attention_launch.row_sizes(x))
     found = list(attention_launch.plan_forward(x, o, lse))

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastseq.kernels import recurrent, recurrent_backward
+from fastseq.kernels import recurrent, recurrent_backward, recurrent_persistent, recurrent_persistent_backward
 from fastseq.kernels import tuning_recurrent as tuning
 from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
-_LONG = {"lengths": "*i64", "reset": "*i1"}
+_LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}
 _WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
 _NUMBERS = {"T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b", "I", "H", "P"}
 
@@ -34,12 +34,19 @@ class Variant:
 
     def __str__(self) -> str:
         t = self.tiles
+        wide = "" if self.aligned else "-odd"
         shape = f"H{t.block_h}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
         flags = [n for n in ("save", "fused", "projected", "final") if getattr(self, n)]
-        return "-".join([self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])])
+        parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])]
+        return "-".join(parts) + wide + (f"-{self.precision}" if self.precision else "")
 
     def compile(self, target: str) -> Compiled:
-        kernel: Any = getattr(recurrent, self.kernel, None) or getattr(recurrent_backward, self.kernel)
+        kernel, types, constants, options = self.source(target)
+        return compile_for(target, kernel, types, constants, **options)
+
+    def source(self, target: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+        """The kernel, the types of its run-time arguments, its constants, and the compiler's options."""
+        kernel = kernel_named(self.kernel)
         t = self.tiles
         precision = self.precision or ("tf32x3" if self.dtype == "fp32" and not target.startswith("gfx") else "ieee")
         constants: dict[str, Any] = {
@@ -53,20 +60,22 @@ class Variant:
             "PRECISION": precision,
             "UPCAST": False,
         }
-        options = {"num_warps": t.num_warps}
+        options: dict[str, Any] = {"num_warps": t.num_warps}
         if isinstance(t, tuning.Sequence):
             constants |= {"BLOCK_H": t.block_h, "STAGES": t.stages}
         else:
             constants |= {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
             options["num_stages"] = t.num_stages
+        if isinstance(t, tuning.Persistent):
+            options["launch_cooperative_grid"] = True
         if not target.startswith("gfx"):
             options["maxnreg"] = tuning.MAX_REGISTERS
         names = kernel.arg_names
-        if self.fused:
+        if self.fused or tuning.GATES[self.cell] == 1:  # nothing is carried in float32 to a later step
             constants["carry_out"] = None
         constants = {name: value for name, value in constants.items() if name in names}
         types = {name: self._type(name) for name in names if name not in constants}
-        return compile_for(target, kernel, types, constants, **options)
+        return kernel, types, constants, options
 
     def _type(self, name: str) -> str:
         if name in _NUMBERS:
@@ -75,6 +84,11 @@ class Variant:
             return _LONG[name] + ":16"
         wide = name in _WIDE and not (self.fused and name == "carry_in")
         return ("*fp32" if wide else f"*{self.dtype}") + ":16"
+
+
+def kernel_named(name: str) -> Any:
+    modules = (recurrent, recurrent_backward, recurrent_persistent, recurrent_persistent_backward)
+    return next(getattr(m, name) for m in modules if hasattr(m, name))
 
 
 def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
@@ -88,6 +102,10 @@ def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> I
                     yield Variant("forward_sequence", cell, dtype, tile, save)
             for tile in tuning.sequence_tiles(cell, dtype, shared, True):
                 yield Variant("backward_sequence", cell, dtype, tile)
+            for tile in tuning.persistent_tiles(dtype) if not target.startswith("gfx") else ():
+                for save in (True, False) if gated else (False,):
+                    yield Variant("forward_persistent", cell, dtype, tile, save)
+                yield Variant("backward_persistent", cell, dtype, tile)
             for step in tuning.step_tiles(dtype):
                 phases = (0, 1) if cell == "gru_reset_before" else (0,)
                 for projected in (False, True) if cell == "lstm" else (False,):

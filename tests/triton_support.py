@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # An interpreted kernel patches triton.language for good, so that each process runs either kind of test.
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
+needs_interpreter = pytest.mark.device("triton")  # or a GPU, with --device cuda
+interpreter_only = pytest.mark.interpreter_only  # beside it: drives the interpreter itself, and has no place on a GPU
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="runs in the process that compiles")
 
 TARGETS = {
@@ -91,7 +92,8 @@ def read(target: str, made: Any) -> Compiled:
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
-        spilled = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
+        # Scalars that find no register go into lanes of vector registers, not to memory: no spill.
+        spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
     else:
         text = made.asm["ptx"]
         registers, spilled = _resources(made.asm["cubin"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+from fastseq.demo import plots
 from fastseq.demo.race import Race
-
-TORCH, OURS = "#d95f02", "#1b6ca8"
 
 
 def draw(races: list[Race], path: Path, where: str) -> None:
@@ -16,37 +16,38 @@ def draw(races: list[Race], path: Path, where: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with plots.style():
+        figure = plots.figure(4.0 * (len(races) + 1), 3.6)
+        axes = figure.subplots(1, len(races) + 1, squeeze=False)[0]
+        for axis, race in zip(axes, races, strict=False):
+            steps = range(1, race.done + 1)
+            both = ((race.theirs, "torch", "torch.nn", 4.0), (race.ours, "fastseq", "fastseq", 1.0))
+            plots.draw_curves(axis, [
+                plots.Curve(name, label, steps, side.losses[: race.done], width=width, marked=False,
+                            options={"alpha": 0.55 if name == "torch" else 1.0})
+                for side, name, label, width in both
+            ])  # fmt: skip
+            axis.set(title=race.kind.title, xlabel="step")
+            axis.text(0.97, 0.62, f"largest difference\n{max(race.differences):.2g} (relative)", ha="right", fontsize=8,
+                      transform=axis.transAxes)  # fmt: skip
+            axis.legend(loc="upper right")
+        axes[0].set_ylabel("loss, nats a character")
+        _speeds(axes[-1], races)
+        figure.suptitle(f"One model, one seed, two engines — {where}", fontsize=11)
+        figure.savefig(path, dpi=140)
 
-    figure = Figure(figsize=(4.2 * (len(races) + 1), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(races) + 1, squeeze=False)[0]
-    for axis, race in zip(axes, races, strict=False):
-        steps = range(1, race.done + 1)
-        axis.plot(steps, race.theirs.losses[: race.done], color=TORCH, linewidth=3.5, alpha=0.55, label="torch.nn")
-        axis.plot(steps, race.ours.losses[: race.done], color=OURS, linewidth=1.0, label="fastseq")
-        axis.set(title=race.kind.title, xlabel="step")
-        axis.text(0.97, 0.62, f"largest difference\n{max(race.differences):.2g} (relative)", ha="right", fontsize=8,
-                  transform=axis.transAxes)  # fmt: skip
-        axis.legend(frameon=False)
-    axes[0].set_ylabel("loss, nats a character")
 
-    bars = axes[-1]
-    for i, race in enumerate(races):
-        for side, color, shift in ((race.theirs, TORCH, -0.2), (race.ours, OURS, 0.2)):
-            speed = race.tokens_per_second(side) / 1000
-            bars.bar(i + shift, speed, 0.38, color=color, alpha=0.55 if side is race.theirs else 1.0)
-        height = max(race.tokens_per_second(side) for side in (race.theirs, race.ours)) / 1000
-        if math.isnan(height):
-            bars.text(i, 0, "too few\nsteps", ha="center", va="bottom", fontsize=8)
-        else:
-            label = f"{race.speedup[1]:.2f}×"
-            bars.annotate(label, (i, height), (0, 4), textcoords="offset points", ha="center", weight="bold")
-    bars.set_xticks(range(len(races)), [race.kind.name for race in races])
-    bars.set(title="training speed", ylabel="thousand characters a second")
-    bars.margins(y=0.15)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"One model, one seed, two engines — {where}", fontsize=11)
-    figure.savefig(path, dpi=140)
+def _speeds(axis: Any, races: list[Race]) -> None:
+    """How many times torch.nn's speed in training, and where half of the turns lay."""
+    rows: list[tuple[str, dict[str, float]]] = []
+    spans = {}
+    for race in races:
+        low, middle, high = race.speedup
+        if math.isnan(middle):
+            rows.append((f"{race.kind.name}\ntoo few steps", {}))
+            continue
+        name = f"{race.kind.name}\n{race.tokens_per_second(race.ours) / 1000:.0f} k/s"
+        rows.append((name, {"torch": middle}))
+        spans[name, "torch"] = (low, high)
+    plots.draw_ratios(axis, rows, {"torch": "torch.nn's time / fastseq's"}, spans, plots.OURS)
+    axis.set(title="training speed, torch.nn = 1", xlabel="k/s: thousand characters a second")

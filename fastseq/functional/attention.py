@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastseq import autograd_attention, checks_attention, ops_triton
+from fastseq import autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
-from fastseq.functional import eager_attention
+from fastseq.functional import eager_attention, pages
 from fastseq.reference.attention import attention_weights
 
 
@@ -33,6 +33,7 @@ def attention(
     lengths_k: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -61,6 +62,12 @@ def attention(
         lengths_q, lengths_k: int ``[B]``: positions from there on are padding, never read; o is 0 there.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, running sums of lengths from 0: q, k and v are then packed,
             ``[total, H, D]``, sequence after sequence. Not together with bias, mask or lengths.
+        block_table: int32 ``[B, pages]``: k and v are then a cache in pages, pools ``[P, page, Hk, D]`` and
+            ``[P, page, Hk, Dv]`` that all sequences share, and key j of sequence b is row j % page of page
+            block_table[b, j // page]; Kwon et al. 2023. ``lengths_k`` must say how many keys each sequence has; what
+            the table names past them is never looked at. Tk is pages · page. q may be packed by ``cu_seqlens_q``
+            alone. The Triton kernels read the pages where they lie; any other backend, a gradient or dropout has the
+            keys gathered first.
         scale: 1 / sqrt(D) by default.
         dropout_p: chance in [0, 1] of each weight to be dropped, the kept ones scaled by 1 / (1 − dropout_p). Drawn
             from torch's default generator: the same after the same ``torch.manual_seed``.
@@ -81,29 +88,42 @@ def attention(
         >>> o, lse = attention(q, k, v, causal=True, window=(3, 0), return_lse=True)
         >>> o.shape, lse.shape
         (torch.Size([2, 8, 5, 16]), torch.Size([2, 8, 5]))
+
+        One token each for two sequences of 37 and 5 keys, in pages of 16:
+
+        >>> pool_k, pool_v = torch.randn(10, 16, 2, 16), torch.randn(10, 16, 2, 16)
+        >>> table = torch.tensor([[7, 2, 4], [9, 0, 0]], dtype=torch.int32)
+        >>> attention(q[:, :, :1], pool_k, pool_v, block_table=table, lengths_k=torch.tensor([37, 5])).shape
+        torch.Size([2, 8, 1, 16])
     """
     q, k, v = _autocast(q, k, v)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if packed:
+    if block_table is not None:
+        checks_attention.check_paged(q, k, v, block_table, lengths_k, cu_seqlens_q, cu_seqlens_k)
+        block_table = block_table.to(torch.int32)
+    if packed and block_table is not None:
+        checks_attention.check_no_dense(bias=bias, mask=mask, lengths_q=lengths_q)
+    elif packed:
         checks_attention.check_packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, bias=bias, mask=mask, lengths_q=lengths_q, lengths_k=lengths_k
         )
-        cu_seqlens_q, cu_seqlens_k = (None if c is None else c.to(torch.int32) for c in (cu_seqlens_q, cu_seqlens_k))
     else:
-        checks_attention.check_dense(q, k, v)
+        if block_table is None:
+            checks_attention.check_dense(q, k, v)
+        shape = (*q.shape[:3], k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1])
         if lengths_q is not None:
-            checks_attention.check_lengths("lengths_q", lengths_q, q, q.shape[2])
-            lengths_q = lengths_q.to(torch.int64)
+            checks_attention.check_lengths("lengths_q", lengths_q, q, shape[2])
         if lengths_k is not None:
-            checks_attention.check_lengths("lengths_k", lengths_k, q, k.shape[2])
-            lengths_k = lengths_k.to(torch.int64)
+            checks_attention.check_lengths("lengths_k", lengths_k, q, shape[3])
         if bias is not None:
-            checks_attention.check_pairs("bias", bias, q, (*q.shape[:3], k.shape[2]), is_bool=False)
+            checks_attention.check_pairs("bias", bias, q, shape, is_bool=False)
             bias = _with_four_dimensions(bias)
         if mask is not None:
-            checks_attention.check_pairs("mask", mask, q, (*q.shape[:3], k.shape[2]), is_bool=True)
+            checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
             mask = _with_four_dimensions(mask)
+    cu_seqlens_q, cu_seqlens_k = (None if c is None else c.to(torch.int32) for c in (cu_seqlens_q, cu_seqlens_k))
+    lengths_q, lengths_k = (None if n is None else n.to(torch.int64) for n in (lengths_q, lengths_k))
     if sinks is not None:
         checks_attention.check_per_head("sinks", sinks, q, q.shape[1])
     if alibi_slopes is not None:
@@ -117,6 +137,7 @@ def attention(
         q, k, v,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
         scale, bool(causal), bottom_right, left, right, float(softcap), float(dropout_p), return_lse, backend,
+        block_table,
     )  # fmt: skip
 
 
@@ -255,7 +276,12 @@ def attention_and_weights(
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     """Why an operator backend cannot run attention of these; None where it can."""
-    return ops_triton.attention_reason(q, v) if name == "triton" else backends.operator_reason(name, q.device.type)
+    if name == "triton":
+        return ops_triton.attention_reason(q, v)
+    reason = backends.operator_reason(name, q.device.type, "attention")
+    if reason is None and q.device.type == "cuda":
+        reason = ops_attention.native_cuda_reason(q.dtype, q.shape[-1], v.shape[-1])
+    return reason
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,7 +341,7 @@ def _four_dimensions(
 def _attend(
     q, k, v,
     bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
-    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend,
+    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend, block_table=None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
     device = q.device.type
@@ -329,11 +355,19 @@ def _attend(
 
     name = backends.resolve("attention", device, reasons, backend)
     seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if block_table is not None:
+        if autograd_attention.reads_pages(name, q, k, v, bias, sinks, dropout_p):
+            o, lse = torch.ops.fastseq.attention_paged.triton(
+                q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q,
+                scale, causal, bottom_right, window_left, window_right, softcap,
+            )  # fmt: skip
+            return (o, lse) if return_lse else o
+        k, v, lengths_k, cu_seqlens_k = pages.gather(k, v, block_table, lengths_k, packed=cu_seqlens_q is not None)
     arguments = (
         q, k, v,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        causal, bottom_right, window_left, window_right, softcap, dropout_p,
+        scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
     )  # fmt: skip
     if name == "torch":
         return eager_attention.attention(*arguments)

@@ -412,4 +412,9 @@ def _reason(
         return eager.torch_reason(stack, lengths, reset, want_states)
     if name == "triton" and x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
+    if name == "native" and x.device.type == "cuda":
+        if x.dtype is torch.float64:
+            return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
+        if stack.projected:
+            return "the native CUDA kernels have no projection (proj_size)"
     return backends.operator_reason(name, x.device.type)

@@ -1,0 +1,177 @@
+"""What a report shows: figures, each with its table, its words and its command; and the result files they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Document = dict[str, Any]
+
+PLAIN_COMMAND = "python -m bench"
+
+
+@dataclass
+class Exhibit:
+    """A figure and the same numbers as a table. ``alt`` tells what the figure shows to those who cannot see it.
+
+    draw: makes the matplotlib Figure, inside ``plots.style``; None for a table alone. numbers: columns to align right.
+    """
+
+    name: str
+    title: str
+    alt: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    command: str
+    draw: Callable[[], Any] | None = None
+    note: str = ""
+
+
+@dataclass
+class Results:
+    """Result files by what is in them: name of the file -> what it holds."""
+
+    speed: dict[str, Document] = field(default_factory=dict)
+    memory: dict[str, Document] = field(default_factory=dict)
+    cost: dict[str, Document] = field(default_factory=dict)
+    weights: dict[str, Document] = field(default_factory=dict)
+    tests: dict[str, Document] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, Document]:
+        return self.speed | self.memory | self.cost | self.weights | self.tests
+
+    def best(self, kind: str) -> Document | None:
+        """The file of this kind with the most in it: a full run rather than a quick one."""
+        found: dict[str, Document] = getattr(self, kind)
+        return max(found.values(), key=measured, default=None)
+
+
+def measured(document: Document) -> int:
+    """How many cases or units a file holds."""
+    return len(document.get("results") or document.get("cases") or ())
+
+
+def load(folder: Path) -> Results:
+    """Every ``*.json`` of a folder. A file that cannot be read, or is of no known kind, is named with the reason."""
+    results = Results()
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+            kind = kind_of(document)
+        except (OSError, ValueError) as error:
+            results.unread[path.name] = str(error)
+            continue
+        found = by_backend(path.name, document) if kind == "speed" else {path.name: document}
+        getattr(results, kind).update(found)
+    return results
+
+
+def by_backend(name: str, document: Document) -> dict[str, Document]:
+    """A run that timed several of our backends side by side (on a GPU), as one document for each, in which that backend
+    is fastseq and the others' are left out; any other as it is."""
+    backends = dict.fromkeys(b for case in document["cases"] for b, r in case["ratios"].items() if isinstance(r, dict))
+    if not backends:
+        return {name: document}
+    found = {}
+    for ours in backends:
+        cases = []
+        for case in document["cases"]:
+            theirs = {n: entry for n, entry in case["contestants"].items() if n not in backends}
+            if entry := case["contestants"].get(ours):
+                theirs = {"fastseq": entry | {"backend": ours}, **theirs}
+            cases.append(case | {"contestants": theirs, "ratios": case["ratios"].get(ours) or {}})
+        found[f"{name} ({ours})"] = document | {"cases": cases}
+    return found
+
+
+def kind_of(document: Any) -> str:
+    """speed, memory, cost, weights or tests.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("environment"), dict):
+        raise ValueError("not a result file: it has no environment")
+    command = str(document.get("command", ""))
+    for name in ("memory", "cost"):
+        if re.match(rf"{PLAIN_COMMAND} {name}\b", command) and "results" in document:
+            return name
+    if "cases" in document:
+        return "speed"
+    if "models" in document:
+        return "weights"
+    if "kernels" in document:
+        return "tests"
+    raise ValueError("a result file of no kind that the report knows")
+
+
+def command_of(document: Document, name: str) -> str:
+    """What made the file, as far as it says."""
+    if "command" in document:
+        return str(document["command"])
+    if "kernels" in document or on_gpu(document):
+        return "make gpu"
+    if "models" in document:
+        return f"{PLAIN_COMMAND} weights --steps {document.get('steps')} --json bench/results/{name}"
+    options = document.get("options", {})
+    memory = " --memory" * bool(options.get("memory"))
+    dtypes = {case["shape"]["dtype"] for case in document["cases"]}
+    dtype = f" --dtype {dtypes.pop()}" if dtypes == {"bfloat16"} else ""
+    return f"{PLAIN_COMMAND}{dtype} --min-time {options.get('min_time')}{memory} --json bench/results/{name}"
+
+
+def device_of(document: Document) -> str:
+    """The hardware: a GPU's name where the file has one, else the CPU's."""
+    environment = document["environment"]
+    for place in (document, environment):
+        for key in ("device", "gpu"):
+            if isinstance(place.get(key), str) and place[key] != "cpu":
+                return str(place[key])
+    return str(environment.get("cpu", "unknown"))
+
+
+def on_gpu(document: Document) -> bool:
+    return device_of(document) != str(document["environment"].get("cpu", "unknown"))
+
+
+def commit_of(document: Document) -> str:
+    """Ten digits, and ``+changes`` where the tree was not clean; all of them where a file was made at several."""
+    commits = [result.get("commit") for result in document.get("results", ())] or [
+        document["environment"].get("commit")
+    ]
+    short = dict.fromkeys(c[:10] + "+changes" * c.endswith("+changes") if c else "unknown" for c in commits)
+    return ", ".join(short)
+
+
+def date_of(document: Document) -> str:
+    return str(document["environment"].get("date", ""))[:10]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, without exponents where it is not very small or large."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{float(f'{value:.{digits}g}'):,f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.{max(1, digits - 1)}g}"
+
+
+def mean_range(values: Sequence[float], places: int = 2) -> str:
+    """0.93 (0.91–0.96); without the brackets where there is one value."""
+    if not values:
+        return "–"
+    mean = f"{sum(values) / len(values):.{places}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{places}f} to {max(values):.{places}f})"
+
+
+def mebibytes(count: float) -> str:
+    return number(count / 2**20) + " MiB"

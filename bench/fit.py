@@ -1,0 +1,90 @@
+"""Print what of the CUDA C++ scan fits where: the largest H by cell, dtype, and blocks that share W_hh.
+
+Computed by the kernels' own plan (csrc/cuda/recurrent_plan.cpp) from a device's limits; docs/cuda-scan.md shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastseq import ops
+
+DEVICES = {"H100, H200": [9, 132, 232448], "A100": [8, 108, 166912]}
+"""Major compute capability, multiprocessors, bytes of shared memory that a block may have."""
+
+CLUSTERS = (1, 2, 4, 8, 16)
+CELLS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU, reset before the product"}
+DTYPES = {"bf16": "16 bits", "fp32": "float32"}
+BATCH, STEP, LARGEST = 8, 8, 4096
+COMMON_SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048)
+
+Plan = Callable[[str, str, bool, int, int, list[int]], str]
+"""``native_scan_plan``: cell, dtype, backward, hidden, batch, device."""
+Role = Callable[[str, int, int, int], str]
+"""``native_scan_role``: role, blocks, threads, rows."""
+
+
+def largest(plan: Plan, cell: str, dtype: str, backward: bool, device: list[int]) -> int:
+    """The largest H, a multiple of 8, that the role in force fits; 0 if none."""
+    low, high = 0, LARGEST // STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan(cell, dtype, backward, middle * STEP, BATCH, device).startswith("role=step"):
+            high = middle - 1
+        else:
+            low = middle
+    return low * STEP
+
+
+def table(plan: Plan, role: Role) -> Iterator[str]:
+    """The tables as lines of Markdown."""
+    yield f"Largest H that fits, forward / backward, with rows of the batch by {BATCH}:"
+    yield ""
+    names = [f"cluster of {n}" for n in CLUSTERS] + [f"grid, {name}" for name in DEVICES]
+    yield f"| | {' | '.join(names)} |"
+    yield "| --- |" + " ---: |" * len(names)
+    for cell, name in CELLS.items():
+        for dtype, bits in DTYPES.items():
+            entries = []
+            for wanted, blocks, device in [
+                *(("cluster", n, DEVICES["H100, H200"]) for n in CLUSTERS),
+                *(("grid", 0, device) for device in DEVICES.values()),
+            ]:
+                role(wanted, blocks, 0, 0)
+                both = [largest(plan, cell, dtype, backward, device) for backward in (False, True)]
+                entries.append(" / ".join(map(str, both)))
+            yield f"| {name}, {bits} | {' | '.join(entries)} |"
+    role("", 0, 0, 0)
+    for name, device in DEVICES.items():
+        yield ""
+        meaning = "forward / backward (c: blocks of a cluster; g: of a grid)"
+        yield f"What the plan takes on {name} at B = {BATCH}, {meaning}:"
+        yield ""
+        yield f"| | {' | '.join(f'H = {n}' for n in COMMON_SIZES)} |"
+        yield "| --- |" + " --- |" * len(COMMON_SIZES)
+        for cell, title in CELLS.items():
+            for dtype, bits in DTYPES.items():
+                entries = []
+                for hidden in COMMON_SIZES:
+                    lines = [plan(cell, dtype, backward, hidden, BATCH, device) for backward in (False, True)]
+                    entries.append(" / ".join(map(_short, lines)))
+                yield f"| {title}, {bits} | {' | '.join(entries)} |"
+
+
+def _short(line: str) -> str:
+    role, _, rest = line.removeprefix("role=").partition(" ")
+    return "step" if role == "step" else role[0] + rest.removeprefix("blocks=").partition(" ")[0]
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables; needs the CUDA kernels built, but no GPU."""
+    argparse.ArgumentParser(prog="python -m bench fit", description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    if ops.NATIVE_CUDA_MISSING is not None:
+        print(f"the CUDA kernels are not built: {ops.NATIVE_CUDA_MISSING}", file=sys.stderr)
+        return 1
+    print("\n".join(table(torch.ops.fastseq.native_scan_plan, torch.ops.fastseq.native_scan_role)))
+    return 0

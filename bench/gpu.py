@@ -1,0 +1,338 @@
+"""Tests, sanitizers and timings of the GPU kernels, in minutes; results in bench/results/<device>-*.json.
+
+What it does, in this order: the numeric suites with ``--device cuda``, compute-sanitizer over small cases of the CUDA
+C++ kernels, and the recurrent and attention cases, each checked before it is timed. All that runs on the GPU does so in
+a process that may crash, hang or run out of memory: what it was at is noted, and the rest goes on. Results are written
+as they come. Ctrl-C, SIGTERM and the end of the minutes leave whole files of what was done until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from bench.gpu_cases import FAMILIES, chosen
+from bench.gpu_journal import Journal, end, last_line, supervise
+from bench.gpu_report import case_lost, print_cases, slug, surroundings, timings_document
+from bench.gpu_report import tests_document as document_of_tests
+from bench.gpu_run import DEFAULT, RUNNERS
+from bench.report import Printer, write_json
+from fastseq.backend import operator_reason
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("tests", "sanitizer", *FAMILIES)
+NO_GPU, INTERRUPTED = 2, 130
+SHARE = {"tests": 0.33, "sanitizer": 0.1}
+"""Of the time, at most; the timings have what is left, in halves, and of theirs a fifth goes to compiling."""
+STALL = {"tests": 100.0, "recurrent": 60.0, "attention": 90.0}
+"""Seconds of silence after which a child is taken to hang: a first call may compile for long."""
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+@dataclass
+class Run:
+    """One run: where results go, until when, and whether somebody asked it to stop."""
+
+    options: argparse.Namespace
+    environment: dict[str, Any]
+    until: float
+    scratch: Path
+    stop: bool = False
+    files: list[Path] = field(default_factory=list)
+    failed: bool = False
+
+    def path(self, what: str) -> Path:
+        return Path(self.options.out) / f"{slug(self.environment['device'])}-{what}.json"
+
+    def write(self, what: str, document: dict[str, Any]) -> None:
+        path = self.path(what)
+        write_json(path, document)
+        if path not in self.files:
+            self.files.append(path)
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def supervise(
+        self, command: list[str], journal: Journal, until: float, stall: float, changed: Callable[[], None], log: Path,
+        fine: Sequence[int] = (0,),
+    ) -> str:  # fmt: skip
+        return supervise(command, journal, log, until, stall, changed, lambda: self.stop, ROOT, fine)
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+def suites() -> list[str]:
+    """The test files that have something to run on a GPU; not those that schedule the interpreter's own programs."""
+    found = []
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        text = file.read_text()
+        marked = "needs_interpreter" in text or "mark.device" in text
+        if marked and "_schedule import" not in text and file.name != "test_devices.py":
+            found.append(str(file.relative_to(ROOT)))
+    return found
+
+
+def suites_of(kernels: str, device: str, files: Sequence[str]) -> list[str]:
+    """Those of ``files`` whose operators ``kernels`` have on a device; the emulated suites are of CUDA C++ alone."""
+
+    def there(file: str) -> bool:
+        op = "attention_forward" if "attention" in file else "scan_forward"
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastseq::{op}.{kernels}", device.upper())
+        return registered and (kernels == "native" or "test_cuda_" not in file)
+
+    return [file for file in files if there(file)]
+
+
+def tests(run: Run, until: float) -> None:
+    """Every suite, on each family of kernels that is there."""
+    device = run.options.device
+    parts: dict[str, dict[str, Any]] = {}
+    for kernels in ("triton", "native"):
+        reason = operator_reason(kernels, device)
+        if reason is not None:
+            parts[kernels] = {"reason": reason, "tests": {}, "lost": []}
+            continue
+        journal, log = Journal(run.scratch / f"tests-{kernels}.jsonl"), run.scratch / f"tests-{kernels}.log"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "bench.gpu_record",
+        ]
+        command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
+        if importlib.util.find_spec("xdist") is not None and (workers := min(8, (os.cpu_count() or 2) // 2)) > 1:
+            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "20"]
+        files = suites_of(kernels, device, run.options.test or suites())
+        if not files:
+            parts[kernels] = {"reason": "their operators are not registered", "tests": {}, "lost": []}
+            continue
+        command += files
+
+        def changed(kernels: str = kernels, journal: Journal = journal) -> None:
+            done = {name: line["outcome"] for name, line in journal.done().items()}
+            failures = [line for line in journal.done().values() if line["outcome"] == "failed"]
+            parts[kernels] = {"reason": "", "tests": done, "failures": failures, "lost": journal.lost()}
+            run.write("tests", document_of_tests(parts, run.environment, False))
+
+        fine = (0, 1, 5)  # pytest's own words: all passed, some failed, none were left to run
+        parts[kernels]["reason"] = run.supervise(command, journal, until, STALL["tests"], changed, log, fine)
+        until = min(run.until, max(until, time.monotonic() + 20))
+    complete = not any(part["reason"] for part in parts.values() if "failures" in part)  # of those that are there
+    document = document_of_tests(parts, run.environment, complete)
+    run.write("tests", document)
+    for name, part in document["kernels"].items():
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in part["counts"].items()) or "none run"
+        print(f"tests of {name}: {counts}" + f" ({part['reason']})" * bool(part["reason"]), flush=True)
+        for failure in part["failures"][:20]:
+            print(f"  failed: {failure['name']}: {failure['reason'][:200]}")
+        run.failed |= bool(part["failures"]) or part["reason"].startswith("the process ended")
+
+
+# --- sanitizers -------------------------------------------------------------------------------------------------------
+
+
+def sanitizers(run: Run, until: float) -> None:
+    """compute-sanitizer's tools over small cases of the CUDA C++ kernels, side by side."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    reason = operator_reason("native", "cuda") or (None if tool else "there is no compute-sanitizer")
+    found: dict[str, Any] = {"reason": reason or "", "tools": {}}
+    if reason is None:
+        going = {}
+        for name in TOOLS:
+            for family in FAMILIES:
+                journal, log = (run.scratch / f"{name}-{family}.{end}" for end in ("jsonl", "log"))
+                command = [str(tool), "--tool", name, "--error-exitcode", "99", *worker(run, family, journal, until)]
+                command += ["--tiny", "--check", "--contestant", "native"]
+                with log.open("wb") as output:
+                    started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
+                going[name, family] = (started, Journal(journal), log)
+        while any(child.poll() is None for child, *_ in going.values()) and time.monotonic() < until and not run.stop:
+            time.sleep(0.2)
+        for (name, family), (child, journal_of, log) in going.items():
+            late = child.poll() is None
+            if late:
+                end(child)
+            cases = [line["case"] for line in journal_of.done().values()]
+            wrong = [case["name"] for case in cases if case["contestants"]["native"]["status"] == "refused"]
+            said = [line for line in log.read_text(errors="replace").splitlines() if "=====" in line]
+            found["tools"][f"{name}, {family}"] = {
+                "status": "out of time" if late else "clean" if child.returncode == 0 else "errors",
+                "cases": len(cases), "wrong": wrong, "said": said[-12:] or [last_line(log)],
+            }  # fmt: skip
+            run.failed |= not late and child.returncode != 0
+    run.write("sanitizer", {"schema": 1, "environment": run.environment, **found})
+    told = {name: tool["status"] for name, tool in found["tools"].items()}
+    print(f"compute-sanitizer: {reason or told}", flush=True)
+
+
+# --- timings ----------------------------------------------------------------------------------------------------------
+
+
+def worker(run: Run, family: str, journal: Path, until: float) -> list[str]:
+    options = run.options
+    command = [sys.executable, "-m", "bench.gpu_worker", family, "--journal", str(journal), "--device", options.device]
+    command += ["--until", str(time.time() + until - time.monotonic()), "--min-time", str(options.min_time)]
+    return command
+
+
+def selection(run: Run) -> list[str]:
+    options = run.options
+    chosen = ["--case", *options.case] if options.case else []
+    return chosen + ["--contestant", *options.contestant] + ["--tiny"] * options.tiny
+
+
+def warm(run: Run, family: str, until: float) -> None:
+    """Compile what the first cases will call, on all processors at once."""
+    count = max(1, min(8, (os.cpu_count() or 2) // 2))
+    children = []
+    for n in range(count):
+        command = [*worker(run, family, run.scratch / "warm.jsonl", until), *selection(run), "--warm", f"{n}/{count}"]
+        with (run.scratch / f"warm-{family}-{n}.log").open("wb") as output:
+            children.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT))
+    try:
+        while any(child.poll() is None for child in children) and time.monotonic() < until and not run.stop:
+            time.sleep(0.1)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                end(child)
+
+
+def timings(run: Run, family: str, until: float) -> None:
+    """The cases of a family, in the plan's order."""
+    if run.options.device == "cuda":
+        warm(run, family, time.monotonic() + (until - time.monotonic()) / 5)
+    journal, log = Journal(run.scratch / f"{family}.jsonl"), run.scratch / f"{family}.log"
+    planned = len(chosen(family, run.options.case, run.options.tiny))
+
+    def document(complete: bool, why: str) -> dict[str, Any]:
+        cases = [line["case"] for line in journal.done().values()]
+        known = {case["name"] for case in cases}
+        cases += [case_lost(line) for line in journal.lost() if line["name"] not in known]
+        return timings_document(cases, run.environment, planned, complete, why)
+
+    def changed() -> None:
+        run.write(family, document(False, "the run is not over"))
+
+    why = run.supervise([*worker(run, family, journal.path, until), *selection(run)], journal, until + 10,
+                        STALL[family], changed, log)  # fmt: skip
+    done = document(False, why)
+    if not why and len(done["cases"]) < planned:
+        why = "out of time"
+    done = document(not why, why)
+    run.write(family, done)
+    print_cases(done, Printer(), {name: runner.label for name, runner in RUNNERS.items()})
+    for case in done["cases"]:
+        wrong = [name for name, entry in case["contestants"].items() if entry["status"] == "refused"]
+        run.failed |= any(RUNNERS[name].backend is not None for name in wrong)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, help="default: all of them")
+    out.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)s)")
+    out.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result files")
+    out.add_argument("--case", nargs="+", default=[], metavar="PART", help="only cases with one of these in their name")
+    out.add_argument("--test", nargs="+", default=[], metavar="FILE", help="only these test files, or tests")
+    out.add_argument("--contestant", nargs="+", choices=RUNNERS, help="who takes part (default: all there are)")
+    out.add_argument("--min-time", type=float, default=0.12, help="seconds for each contestant of a case")
+    out.add_argument("--plan", action="store_true", help="print the cases in their order and what they may need; end")
+    out.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
+    out.add_argument("--tiny", action="store_true", help="a few small cases instead of the plan")
+    out.add_argument("--commit", help="of the sources, where there is no repository to ask")
+    return out
+
+
+def print_plan(options: argparse.Namespace) -> None:
+    """Each case and the time by which it should be done."""
+    for family in [phase for phase in options.only if phase in FAMILIES]:
+        share = sum(SHARE[phase] for phase in options.only if phase in SHARE)
+        budget = options.minutes * 60 * (1 - share) / len([p for p in options.only if p in FAMILIES]) * 0.8
+        at, inside = 0.0, 0
+        cases: list[Any] = chosen(family, options.case, options.tiny)
+        for n, case in enumerate(cases, 1):
+            at += case.seconds
+            inside += at <= budget
+            print(f"{n:6} {at:7.0f} s {'' if at <= budget else 'later':6}{case.name}")
+        print(f"{family}: {len(cases)} cases, of which about {inside} fit into {budget:.0f} s")
+
+
+@contextlib.contextmanager
+def signals(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; it then writes what it has."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; 2 without a GPU, 1 where a test failed or an answer was wrong, 130 where it was stopped."""
+    options = parser().parse_args(argv)
+    if options.plan:
+        print_plan(options)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "python -m bench gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    options.contestant = options.contestant or DEFAULT[options.device]
+    options.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="fastseq-gpu-") as scratch:
+        run = Run(options, surroundings(options.device, options.commit), until, Path(scratch))
+        environment = run.environment
+        print(f"{environment['device']}, driver {environment['driver']}, torch {environment['versions']['torch']}, "
+              f"commit {environment['commit']}", flush=True)  # fmt: skip
+        with signals(run):
+            phases = [phase for phase in PHASES if phase in options.only]
+            for n, phase in enumerate(phases):
+                if run.stop or run.left < 5:
+                    break
+                begun = time.monotonic()
+                if phase in SHARE:
+                    alone = len(phases) == 1
+                    own = run.until if alone else min(run.until, begun + SHARE[phase] * 60 * options.minutes)
+                    (tests if phase == "tests" else sanitizers)(run, own)
+                else:
+                    timings(run, phase, begun + run.left / (len(phases) - n) - 5)
+                print(f"{phase}: {time.monotonic() - begun:.0f} s", flush=True)
+    for path in run.files:
+        print(path)
+    return INTERRUPTED if run.stop else int(run.failed)

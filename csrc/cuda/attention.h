@@ -1,0 +1,111 @@
+// softmax(Q Kᵀ) V on NVIDIA GPUs, tiled, forward and backward: plain structs in, launches out, nothing of torch.
+//
+//   s[i,j] = scale * q[i]·k[j];  softcap * tanh(s / softcap);  + bias[i,j];  - alibi * |i + shift - j|
+//   lse[i] = log( sum over visible j of exp s[i,j]  +  exp sink )
+//   o[i]   = sum over visible j of  exp(s[i,j] - lse[i]) v[j]
+//
+// with shift = 0, or tk - tq of each sequence where bottom_right. The matrix of scores is never stored, no sum is shared
+// between blocks but in a fixed order, and the host looks at no tensor's values: a call can be captured in a CUDA graph.
+#pragma once
+#include <cstdint>
+
+namespace fastseq::cuda {
+
+enum class Number : int32_t { f32, bf16, f16 };
+
+// [B,H,T,D] of unit stride in D, or [B,H,T] of unit stride in T; strides in elements. Packed: the batch stride is 0, and
+// sequence b begins at row cu[b].
+struct View {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// [B,Hq,Tq,Tk] by strides in elements, 0 where it is broadcast.
+struct Pairs {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, step = 0;
+};
+
+// What a caller fills in; `prepare` derives the rest.
+struct AttentionCall {
+  Number dtype = Number::bf16, bias_dtype = Number::f32, sinks_dtype = Number::f32;
+  int32_t batch = 0, heads_q = 0, heads_k = 0;
+  int32_t length_q = 0, length_k = 0;  // of every sequence; packed: rows in all
+  int32_t dim = 0, dim_v = 0;
+  View q, k, v;
+  const int32_t *cu_q = nullptr, *cu_k = nullptr;            // [B+1]: packed
+  const int64_t *lengths_q = nullptr, *lengths_k = nullptr;  // [B]
+  Pairs bias;                                                // bias_dtype
+  Pairs mask;                                                // bytes, not 0: may look
+  const void* sinks = nullptr;                               // sinks_dtype [Hq]
+  const float* alibi = nullptr;                              // [Hq]
+  const int64_t* seed = nullptr;                             // [1]
+  double scale = 1, softcap = 0, dropout_p = 0;
+  bool causal = false, bottom_right = true;
+  int64_t window_left = -1, window_right = -1;
+
+  // Derived.
+  int32_t group = 1;               // query heads that share a key head
+  int32_t left = 0, right = 0;     // limits, kUnlimited where there are none
+  float factor = 0;                // scale * log2(e)
+  float cap_in = 0, cap_out = 0;   // scale / softcap, softcap * log2(e)
+  float kept_scale = 1;            // 1 / (1 - dropout_p)
+  uint32_t threshold = 0;          // a weight whose word is below is dropped
+  bool aligned = true;             // every row begins at 16 bytes and holds whole sixteens
+};
+
+constexpr int32_t kUnlimited = 1 << 28;  // no distance between two positions is larger
+constexpr int32_t kLongest = 1 << 27;    // rows of q or of k
+constexpr int32_t kRowBlock = 128;       // rows of each sequence in the backward's scratch are a multiple of this
+
+struct AttentionForward : AttentionCall {
+  View o;                      // dtype
+  View lse;                    // float
+  float* o_split = nullptr;    // decoding: [B*Hq*Tq, splits, Dv]
+  float* lse_split = nullptr;  // decoding: [B*Hq*Tq, splits], in units of log 2
+  int32_t splits = 0, split_keys = 0;
+};
+
+struct AttentionBackward : AttentionCall {
+  View o, d_o;       // dtype
+  View lse, dlse;    // float; dlse may be absent
+  View dq, dk, dv;   // dtype
+  float* log = nullptr;    // scratch [B,Hq,rows]: lse in units of log 2, +inf for a row that sees nothing
+  float* delta = nullptr;  // scratch, the same shape: do·o - dlse, 0 there
+  int64_t rows = 0;        // per head in the scratch, see scratch_rows
+  float* sinks_parts = nullptr;  // scratch [parts, Hq], zeros
+  void* dsinks = nullptr;        // sinks_dtype [Hq]
+  float* dbias_parts = nullptr;  // scratch [splits, the bias's own sizes]
+  void* dbias = nullptr;         // bias_dtype, contiguous, of the bias's own sizes
+  int32_t bias_size[4] = {};
+  int32_t bias_splits = 1;
+};
+
+// Derives what the kernels want from what the caller filled in. Comes before everything below.
+void prepare(AttentionForward& call);
+void prepare(AttentionBackward& call);
+
+// Why these kernels cannot run a call of this dtype and these features a head; null where they can.
+const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v);
+
+// Where and how a call is launched.
+struct Place {
+  void* stream = nullptr;
+  int32_t multiprocessors = 132;
+};
+// Reads what the current device is; null, or why it could not be read.
+const char* read_device(Place& place);
+
+// Fills in splits and split_keys; splits stays 0 where the call is not decoding.
+void plan_decode(AttentionForward& call, const Place& place);
+// Rows a head in the backward's scratch; rows of sinks_parts; how many blocks share a tile of the bias's gradient.
+int64_t scratch_rows(const AttentionCall& call);
+int64_t sinks_parts(const AttentionCall& call);
+int32_t plan_bias(const AttentionBackward& call, const Place& place);
+
+// Both return null, or why the launch failed.
+const char* attention_forward(const AttentionForward& call, const Place& place);
+const char* attention_decode(const AttentionForward& call, const Place& place);
+const char* attention_backward(const AttentionBackward& call, const Place& place);
+
+}  // namespace fastseq::cuda

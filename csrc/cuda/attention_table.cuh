@@ -1,0 +1,89 @@
+// The one table of what is compiled: kinds of heads, dtypes, feature classes, and the tile of each kernel for them.
+//
+// A head of fewer features runs in the next larger kind, its missing columns zero in shared memory. Two feature classes:
+// plain (limits of causality, window and lengths, sinks, grouped heads, packed batches), and general (whatever acts on
+// single pairs: bias, mask, cap, slopes, dropout; a scale that is not positive; rows that are not aligned).
+#pragma once
+#include "attention_schedule.cuh"
+
+namespace fastseq::cuda::attention {
+
+template <int kDim_, int kDimV_>
+struct Heads {
+  static constexpr int kDim = kDim_, kDimV = kDimV_;
+  static constexpr bool fits(const AttentionCall& call) { return call.dim <= kDim && call.dim_v <= kDimV; }
+};
+
+// Calls visit(T(), Heads<..>()) for the call's dtype and the smallest kind of heads that holds it.
+template <class Visit>
+const char* with_heads(const AttentionCall& call, const Visit& visit) {
+  const auto with_type = [&](auto heads) {
+    return call.dtype == Number::bf16 ? visit(Bf16(), heads) : visit(Fp16(), heads);
+  };
+  if (Heads<64, 64>::fits(call)) return with_type(Heads<64, 64>());
+  if (Heads<96, 96>::fits(call)) return with_type(Heads<96, 96>());
+  if (Heads<128, 128>::fits(call)) return with_type(Heads<128, 128>());
+  if (Heads<192, 128>::fits(call)) return with_type(Heads<192, 128>());
+  return with_type(Heads<256, 256>());
+}
+
+// Whether anything acts on single pairs, or rows are not laid out for 16-byte copies.
+inline bool is_general(const AttentionCall& call) {
+  return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
+         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
+}
+
+template <class T_, class HeadsOf, bool kGeneral_>
+struct Shape {
+  using T = T_;
+  static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
+  static constexpr bool kGeneral = kGeneral_;
+};
+
+// A block makes kBlockM rows of o, each of its warps 16 kM, meeting kBlockN keys at a time.
+template <class T, class HeadsOf, bool kGeneral>
+struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
+  static constexpr int kM = kGeneral || HeadsOf::kDim > 192 ? 1 : 2, kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kBlockM = 16 * kM * kWarps;
+  static constexpr int kBlockN = kM == 2 && HeadsOf::kDim > 64 ? 32 : 64;
+  static constexpr int kBlocks = HeadsOf::kDim <= 192 ? 2 : 1;
+  static constexpr int kShared = 2 * (kBlockM * HeadsOf::kDim + kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
+};
+
+// dk and dv: a block owns kBlockN keys, a warp 16 of them, meeting kBlockM queries at a time; kParts share the columns.
+template <class T, class HeadsOf, bool kGeneral>
+struct KeysShape : Shape<T, HeadsOf, kGeneral> {
+  static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
+  static constexpr int kBlockM = HeadsOf::kDim <= (kGeneral ? 64 : 96) ? 64 : HeadsOf::kDim == 192 ? 16 : 32;
+  static constexpr int kParts = HeadsOf::kDim <= 192 ? 1 : kGeneral ? 4 : 2;
+  static constexpr int kShared = 2 * (kBlockN + 2 * kBlockM) * (HeadsOf::kDim + HeadsOf::kDimV) + 16 * kBlockM;
+};
+
+// dq: a block owns kBlockM queries, a warp 16 of them, meeting kBlockN keys at a time.
+template <class T, class HeadsOf, bool kGeneral>
+struct QueriesShape : Shape<T, HeadsOf, kGeneral> {
+  static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1;
+  static constexpr int kBlockM = 16 * kWarps, kBlockN = HeadsOf::kDim > 128 ? 32 : 64;
+  static constexpr int kShared = 2 * (kBlockM + 2 * kBlockN) * (HeadsOf::kDim + HeadsOf::kDimV);
+};
+
+// Decoding: each of kWarps warps meets kBlockN keys at a time, kStages - 1 tiles ahead of its products.
+template <class T, class HeadsOf, bool kGeneral>
+struct DecodeShape : Shape<T, HeadsOf, kGeneral> {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16;
+  static constexpr int kStages = HeadsOf::kDim > 192 ? 2 : 3;
+  static constexpr int kTiles = 2 * (16 * HeadsOf::kDim + kWarps * kStages * kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
+  static constexpr int kResults = 4 * kWarps * 16 * (HeadsOf::kDimV + 1);
+  static constexpr int kShared = kTiles > kResults ? kTiles : kResults;
+};
+
+// The bias's gradient: a block owns kBlockM x kBlockN numbers, and meets the tiles of scores that share them in turn.
+template <class T, class HeadsOf>
+struct BiasShape : Shape<T, HeadsOf, true> {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kBlocks = 1, kBlockM = 64, kBlockN = 64;
+  static constexpr int kTiles = 2 * (kBlockM + kBlockN) * (HeadsOf::kDim + HeadsOf::kDimV);
+  static constexpr int kSums = 4 * kBlockM * (kBlockN + 1);
+  static constexpr int kShared = kTiles > kSums ? kTiles : kSums;
+};
+
+}  // namespace fastseq::cuda::attention

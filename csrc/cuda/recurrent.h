@@ -1,0 +1,150 @@
+// The recurrent scan on a GPU: one layer, one direction, all time steps. Plain arguments, no torch.
+//
+// Letters: T steps, B batch, H hidden units, G gates of the cell in torch's order. Pointers are to device memory, dense
+// unless strides are given, of the scan's dtype unless said otherwise. Roles, of which make_plan() chooses one:
+//   cluster   one launch; W_hh is spread over the blocks of a cluster, which push h to each other's shared memory;
+//   grid      one cooperative launch; W_hh is spread over many blocks, which exchange h through global memory;
+//   step      a launch a step for the gates; the caller makes the products with W_hh.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "primitives_types.cuh"
+
+namespace fastseq::cuda {
+
+enum class ScanCell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class ScanDtype : int { f32, bf16, f16 };
+enum class ScanRole : int { step, grid, cluster };
+
+constexpr int gates_of(ScanCell cell) {
+  return cell == ScanCell::lstm ? 4 : cell == ScanCell::gru || cell == ScanCell::gru_reset_before ? 3 : 1;
+}
+constexpr int bytes_of(ScanDtype dtype) { return dtype == ScanDtype::f32 ? 4 : 2; }
+
+// What both directions share. lengths: int64 [B] or null; reset: [T,B] by strides, or null.
+struct ScanWalk {
+  int T, B, H;
+  bool reverse;
+  bool relu;  // of an RNN
+  const int64_t* lengths;
+  const bool* reset;
+  int64_t reset_t, reset_b;
+};
+
+struct ScanForward : ScanWalk {
+  const void* gates_x;  // W_ih x + b_ih [T,B,G*H]: row [t,b] is row t * x_t + b * x_b
+  int64_t x_t, x_b;
+  const void *w_hh, *b_hh, *h0, *c0;  // [G*H,H]; [G*H], [B,H], [B,H] or null
+  void *y, *h_n, *c_n;                // [T,B,H], [B,H], an LSTM's [B,H]
+  float* states;                      // [T,B,H] or null: c of every step
+  void* tape;                         // [T,B,4*H] or null: LSTM i,f,g,o; GRU r,z,n,q
+};
+
+struct ScanBackward : ScanWalk {
+  const void* dy;  // [T,B,H] by rows as gates_x, or null
+  int64_t x_t, x_b;
+  const void *dh_n, *dc_n;  // [B,H] or null
+  const float* dstates;     // [T,B,H] or null
+  const void *y, *tape, *w_hh, *h0, *c0;  // as the forward pass had them
+  const float* states;
+  void *dgates, *dhidden, *dh0, *dc0;  // [T,B,G*H]; a GRU's [T,B,H]; [B,H] or null
+};
+
+// ---- The choice of a role.
+
+constexpr int kScanThreads = 512;  // of a block of the resident roles, at most
+constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs looks after, at most
+// Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid needs
+// registers for what is on its way from global memory.
+constexpr int scan_held(ScanRole role, int bytes) { return (role == ScanRole::grid ? 4 : 12) / (bytes == 4 ? 3 : 1) / 4 * 4; }
+constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
+// W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.
+constexpr int kScanTileRows = 16, kScanTileColumns = 8, kScanTileBytes = 32;
+
+// How the resident roles divide the work.
+struct ScanShape {
+  int units = 0;    // of H that a block owns
+  int columns = 0;  // rows of the batch that a group of blocks walks at once; a multiple of 8
+  int blocks = 0;   // that share one W_hh
+  int groups = 0;   // of such blocks; each walks tiles of `columns` rows, one after the other
+};
+
+// One product of a block's rows of W (forward: gates of its units; backward: its units, W transposed) with the vector
+// that the blocks exchange, in tiles of 16 rows by 32 bytes. A task, one warp's, is a tile of rows and a split of k.
+struct ScanProduct {
+  int rows = 0, row_tiles = 0;
+  int first_k = 0, k_tiles = 0;  // in tiles of the vector
+  int splits = 0, per_split = 0;
+  int held = 0;              // fragments of a warp's first task that it keeps in registers
+  int first_fragment = 0;    // of those in shared memory
+};
+
+// Where everything lies in a block's shared memory: offsets and sizes in bytes.
+struct ScanLayout {
+  ScanProduct product[2];  // the second of gru_reset_before, whose reset needs a product of its own
+  int part = 0;            // elements of the vector for each gate, H and padding
+  int column = 0;          // a row of the batch in the vector
+  int buffer = 0;          // one of the vector's two buffers
+  int partial_rows = 0;    // floats from one column of the partial sums to the next
+  int fragments = 0, partial = 0, bias = 0, shared = 0;
+  int tiles = 0, stored = 0;  // of W_hh in the block, and those of them in shared memory
+};
+
+struct ScanProblem {
+  ScanCell cell;
+  ScanDtype dtype;
+  bool backward;
+  int H, B;
+};
+
+struct ScanPlan {
+  ScanRole role = ScanRole::step;
+  ScanShape shape;
+  ScanLayout layout;
+  Launch launch;
+  size_t workspace = 0;  // bytes of device memory that are zero when the kernel starts
+  std::string reason;    // why no role before it: cluster, then grid, then step
+};
+
+// What a caller may fix instead of leaving it to the plan; -1 or 0: nothing.
+struct ScanWish {
+  int role = -1, blocks = 0, threads = 0, columns = 0;
+};
+
+// How many groups of blocks of that launch the device holds at once; without it the limits alone decide.
+using ScanResidency = int (*)(const ScanProblem&, ScanRole, const Launch&);
+
+ScanPlan make_plan(const DeviceLimits& limits, const ScanProblem& problem, const ScanWish& wish = {},
+                   ScanResidency residency = nullptr);
+
+// ---- Launches. Each returns nullptr, or why it could not start; `stream` is a cudaStream_t.
+
+int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& launch);
+const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+                         void* workspace, void* stream);
+const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+                          void* workspace, void* stream);
+
+// One launch of the role `step`, which does what lies between two products. gru_reset_before takes two launches a step
+// (phase 0 and 1). Scratch is dense; nothing in it need be initialised.
+//   forward   step -1 makes operand from h0, before the first product; then 0 .. T-1.
+//             product [B,N] = operand W_hhᵀ: all gates' rows; phase 0: those of r and z; phase 1: the candidate's
+//             operand [B,H]: h with the rows cleared that the next step clears; after phase 0: r * h_prev
+//   backward  0 .. T-1 walk back; step T makes dh0 and dc0.
+//             product [B,H] = operand W_hh of the launch before (none before step 0); phase 1: of phase 0
+//             operand [B,N]: dgates, with a GRU's third gate as in dhidden; phase 0: the candidate's; phase 1: r's and z's
+struct ScanStep {
+  int step = 0, phase = 0;
+  const float* product = nullptr;
+  float* state = nullptr;       // [B,H]: h; backward: what reaches h beside the product
+  float* cell_state = nullptr;  // [B,H], an LSTM's: c; backward: its gradient
+  float* kept = nullptr;        // [B,H], gru_reset_before's: what phase 0 leaves for phase 1
+  void* operand = nullptr;
+};
+const char* step_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step, void* stream);
+const char* step_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step,
+                          void* stream);
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,206 @@
+// What one thread does at one step for one unit of one row: reads, gates (gates.h), writes. All roles share it.
+#pragma once
+#include "../gates.h"
+#include "primitives.cuh"
+#include "recurrent.h"
+
+namespace fastseq::cuda {
+
+template <ScanCell C>
+constexpr int kGates = gates_of(C);
+template <ScanCell C>
+constexpr bool kTwice = C == ScanCell::gru_reset_before;  // two products a step: for r and z, then for the candidate
+// Gates whose hidden side is the product with h itself.
+template <ScanCell C>
+constexpr int kDirect = kTwice<C> ? 2 : kGates<C>;
+
+template <class T>
+FASTSEQ_DEVICE float read(const void* p, int64_t at) {
+  return to_float(static_cast<const T*>(p)[at]);
+}
+template <class T>
+FASTSEQ_DEVICE float read_or_zero(const void* p, int64_t at) {
+  return p ? read<T>(p, at) : 0.0f;
+}
+template <class T>
+FASTSEQ_DEVICE void write(void* p, int64_t at, float v) {
+  static_cast<T*>(p)[at] = from_float<T>(v);
+}
+
+FASTSEQ_DEVICE int length_of(const ScanWalk& a, int b) { return a.lengths ? static_cast<int>(a.lengths[b]) : a.T; }
+// Whether the state of row b is cleared before step t.
+FASTSEQ_DEVICE bool cleared(const ScanWalk& a, int t, int b) { return a.reset && a.reset[t * a.reset_t + b * a.reset_b]; }
+// The time of the walk's step s, and of the walk back's.
+FASTSEQ_DEVICE int time_of(const ScanWalk& a, int s) { return a.reverse ? a.T - 1 - s : s; }
+FASTSEQ_DEVICE int time_back(const ScanWalk& a, int s) { return time_of(a, a.T - 1 - s); }
+
+struct Place {
+  int b, u;      // the row and the unit
+  int length;    // of the row
+};
+FASTSEQ_DEVICE int64_t element(const ScanWalk& a, const Place& at) { return int64_t(at.b) * a.H + at.u; }
+FASTSEQ_DEVICE int64_t row_of(const ScanWalk& a, int t, const Place& at) { return int64_t(t) * a.B + at.b; }
+
+// ---- Forward
+
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void read_gates(const ScanForward& a, int t, const Place& at, float (&x)[kGates<C>]) {
+  const int64_t from = (t * a.x_t + at.b * a.x_b) * (kGates<C> * int64_t(a.H)) + at.u;
+#pragma unroll
+  for (int g = 0; g < kGates<C>; ++g) x[g] = read<T>(a.gates_x, from + int64_t(g) * a.H);
+}
+
+// y and, where it is kept, the tape: 0 past the length.
+template <class T>
+FASTSEQ_DEVICE void write_tape(const ScanForward& a, int t, const Place& at, int block, bool live, float v) {
+  if (a.tape) write<T>(a.tape, row_of(a, t, at) * 4 * a.H + int64_t(block) * a.H + at.u, live ? v : 0.0f);
+}
+template <class T>
+FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, bool live, float h_new, float& h) {
+  h = live ? h_new : h;
+  write<T>(a.y, row_of(a, t, at) * a.H + at.u, live ? h_new : 0.0f);
+}
+
+// One step from the pre-activations' two sides, x and p = W_hh h_prev + b_hh, to h and an LSTM's c.
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void forward_element(const ScanForward& a, int t, const Place& at, bool clear,
+                                    const float (&x)[kGates<C>], const float (&p)[kGates<C>], float& h, float& c) {
+  const bool live = t < at.length;
+  const float h_prev = clear ? 0.0f : h;
+  if constexpr (C == ScanCell::lstm) {
+    float c_new;
+    const auto s = baseline::lstm_forward(x[0] + p[0], x[1] + p[1], x[2] + p[2], x[3] + p[3], clear ? 0.0f : c, c_new);
+    c = live ? c_new : c;
+    if (a.states) a.states[row_of(a, t, at) * a.H + at.u] = c;
+    write_tape<T>(a, t, at, 0, live, s.i);
+    write_tape<T>(a, t, at, 1, live, s.f);
+    write_tape<T>(a, t, at, 2, live, s.g);
+    write_tape<T>(a, t, at, 3, live, s.o);
+    write_output<T>(a, t, at, live, baseline::lstm_hidden(s.o, c_new), h);
+  } else if constexpr (C == ScanCell::gru) {
+    const auto s = baseline::gru_forward(x[0] + p[0], x[1] + p[1], x[2], p[2]);
+    const float n = baseline::tanh(s.x_n);
+    write_tape<T>(a, t, at, 0, live, s.r);
+    write_tape<T>(a, t, at, 1, live, s.z);
+    write_tape<T>(a, t, at, 2, live, n);
+    write_tape<T>(a, t, at, 3, live, p[2]);
+    write_output<T>(a, t, at, live, baseline::gru_blend(s.z, n, h_prev), h);
+  } else {
+    const float s = x[0] + p[0];
+    write_output<T>(a, t, at, live, a.relu ? baseline::rnn_forward<true>(s) : baseline::rnn_forward<false>(s), h);
+  }
+}
+
+// gru_reset_before in two halves: q = r * h_prev, which W_hn multiplies, and z; then the candidate.
+template <class T>
+FASTSEQ_DEVICE float forward_reset(const ScanForward& a, int t, const Place& at, bool clear, float x_r, float x_z,
+                                   float h, float& z) {
+  const bool live = t < at.length;
+  const float r = baseline::sigmoid(x_r), q = clear ? 0.0f : r * h;
+  z = baseline::sigmoid(x_z);
+  write_tape<T>(a, t, at, 0, live, r);
+  write_tape<T>(a, t, at, 1, live, z);
+  write_tape<T>(a, t, at, 3, live, q);
+  return q;
+}
+template <class T>
+FASTSEQ_DEVICE void forward_candidate(const ScanForward& a, int t, const Place& at, bool clear, float x_n, float z,
+                                      float& h) {
+  const bool live = t < at.length;
+  const float n = baseline::tanh(x_n);
+  write_tape<T>(a, t, at, 2, live, n);
+  write_output<T>(a, t, at, live, baseline::gru_blend(z, n, clear ? 0.0f : h), h);
+}
+
+// ---- Backward
+
+// What a step's gradient is made of, read ahead of it.
+template <ScanCell C>
+struct Saved {
+  static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : kTwice<C> ? 3 : 0;
+  float tape[kTape ? kTape : 1];
+  float h;   // an RNN's h_t, a GRU's h_prev
+  float dy;
+  float c, c_prev, dc;  // an LSTM's
+};
+
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, bool first, const Place& at, bool clear, Saved<C>& s) {
+  const int64_t row = row_of(a, t, at), here = row * a.H + at.u;
+  const int64_t before = here + (a.reverse ? 1 : -1) * int64_t(a.B) * a.H;
+#pragma unroll
+  for (int k = 0; k < Saved<C>::kTape; ++k) s.tape[k] = read<T>(a.tape, row * 4 * a.H + int64_t(k) * a.H + at.u);
+  s.dy = a.dy && t < at.length ? read<T>(a.dy, (t * a.x_t + at.b * a.x_b) * int64_t(a.H) + at.u) : 0.0f;
+  if constexpr (C == ScanCell::lstm) {
+    s.c = a.states[here];
+    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[before];
+    s.dc = a.dstates ? a.dstates[here] : 0.0f;
+  } else if constexpr (kGates<C> == 3) {
+    const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
+    s.h = clear ? 0.0f : start ? read_or_zero<T>(a.h0, element(a, at)) : read<T>(a.y, before);
+  } else {
+    s.h = read<T>(a.y, here);
+  }
+}
+
+template <ScanCell C, class T>
+FASTSEQ_DEVICE float write_gradient(const ScanBackward& a, int t, const Place& at, int gate, bool live, float d) {
+  d = live ? d : 0.0f;
+  write<T>(a.dgates, row_of(a, t, at) * (kGates<C> * int64_t(a.H)) + int64_t(gate) * a.H + at.u, d);
+  return d;
+}
+
+// One step back: dgates from dh, the gradient that reaches h_t from later steps. d: what W_hh multiplies (a GRU's third
+// is the gradient of W_hn h + b_hn). Returns what reaches h_prev beside that product; an LSTM's dc becomes c_prev's.
+template <ScanCell C, class T>
+FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place& at, bool clear, const Saved<C>& s,
+                                      float dh, float& dc, float (&d)[kGates<C>]) {
+  const bool live = t < at.length;
+  const float total = dh + s.dy;
+  float beside = 0.0f;
+  if constexpr (C == ScanCell::lstm) {
+    dc += s.dc;
+    float dc_prev = dc;
+    const auto g = baseline::lstm_backward(baseline::LstmGates<float>{s.tape[0], s.tape[1], s.tape[2], s.tape[3]},
+                                           s.c_prev, s.c, total, dc_prev);
+    d[0] = write_gradient<C, T>(a, t, at, 0, live, g.i);
+    d[1] = write_gradient<C, T>(a, t, at, 1, live, g.f);
+    d[2] = write_gradient<C, T>(a, t, at, 2, live, g.g);
+    d[3] = write_gradient<C, T>(a, t, at, 3, live, g.o);
+    dc = live ? (clear ? 0.0f : dc_prev) : dc;
+  } else if constexpr (C == ScanCell::gru) {
+    float dz, dn;
+    baseline::gru_backward_blend(s.tape[1], s.tape[2], s.h, total, dz, dn);
+    d[0] = write_gradient<C, T>(a, t, at, 0, live, baseline::gru_backward_reset(s.tape[0], s.tape[3], dn));
+    d[1] = write_gradient<C, T>(a, t, at, 1, live, dz);
+    write_gradient<C, T>(a, t, at, 2, live, dn);
+    d[2] = live ? dn * s.tape[0] : 0.0f;
+    write<T>(a.dhidden, row_of(a, t, at) * a.H + at.u, d[2]);
+    beside = total * s.tape[1];
+  } else {
+    d[0] = write_gradient<C, T>(
+        a, t, at, 0, live, a.relu ? baseline::rnn_backward<true>(s.h, total) : baseline::rnn_backward<false>(s.h, total));
+  }
+  return live ? (clear ? 0.0f : beside) : dh;
+}
+
+// gru_reset_before in two halves: dn, which W_hn carries to q = r * h_prev, and dz; then dr from that dq.
+template <class T>
+FASTSEQ_DEVICE float backward_candidate(const ScanBackward& a, int t, const Place& at,
+                                        const Saved<ScanCell::gru_reset_before>& s, float dh, float& dz) {
+  const bool live = t < at.length;
+  float dn;
+  baseline::gru_backward_blend(s.tape[1], s.tape[2], s.h, dh + s.dy, dz, dn);
+  dz = write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 1, live, dz);
+  return write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 2, live, dn);
+}
+template <class T>
+FASTSEQ_DEVICE float backward_reset(const ScanBackward& a, int t, const Place& at, bool clear,
+                                    const Saved<ScanCell::gru_reset_before>& s, float dh, float dq, float& dr) {
+  const bool live = t < at.length;
+  dr = write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 0, live,
+                                                     baseline::gru_backward_reset(s.tape[0], s.h, dq));
+  return live ? (clear ? 0.0f : (dh + s.dy) * s.tape[1] + dq * s.tape[0]) : dh;
+}
+
+}  // namespace fastseq::cuda

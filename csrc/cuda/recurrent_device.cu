@@ -1,0 +1,36 @@
+// Plans for the device that is current.
+#include "recurrent_device.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "primitives.cuh"
+
+namespace fastseq::cuda {
+
+ScanWish& wish() {
+  static ScanWish fixed;
+  return fixed;
+}
+
+ScanPlan device_plan(int device, const ScanProblem& problem) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, int, int, int, int, int, int, int>, ScanPlan> plans;
+  const ScanWish& w = wish();
+  const auto key = std::make_tuple(device, int(problem.cell), int(problem.dtype), int(problem.backward), problem.H,
+                                   problem.B, w.role, w.blocks, w.threads, w.columns);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = plans.find(key);
+  if (found != plans.end() && !kEmulated) return found->second;  // the emulated device's limits change
+  DeviceLimits limits{};
+  if (const char* error = device_limits(limits)) {
+    ScanPlan none;
+    none.reason = error;
+    return none;
+  }
+  if (plans.size() > 4096) plans.clear();  // as many batch sizes as a program may come to have
+  return plans[key] = make_plan(limits, problem, w, resident_groups);
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,113 @@
+// How the blocks that share one W_hh give each other the vector it multiplies, [column][k], one exchange after another.
+//
+// Exchange e fills buffer e % 2. A block writes it only after exchange e - 1 has ended for it, so after every block has
+// given its part of e - 1, and that is after it read e - 2 for the last time: two buffers are enough.
+//   put(column, k, v)   this block's share, any thread; then
+//   publish(...)        all threads; then, with other work between,
+//   wait()              all threads: from here load() reads what all blocks put.
+// Whoever has waited for an exchange knows that no peer will write to its memory before it publishes again: after the
+// last wait it may end.
+#pragma once
+#include "primitives.cuh"
+#include "recurrent.h"
+
+namespace fastseq::cuda {
+
+// What of the vector this block owns: for each of `parts` gates, units of them from `first` on.
+struct Slice {
+  int part, first, units, columns;
+};
+
+// Through the shared memory of a cluster's blocks.
+template <class T>
+struct ClusterExchange {
+  static constexpr ScanRole kRole = ScanRole::cluster;
+  static constexpr int kChunk = 2;  // tiles of the vector read before the first is multiplied
+  unsigned char* buffers;
+  ScanLayout layout;
+  int blocks, rank, group, epoch = 0;
+
+  FASTSEQ_DEVICE ClusterExchange(unsigned char* shared, void*, const ScanLayout& l, const ScanShape& s)
+      : buffers(shared), layout(l), blocks(s.blocks), rank(cta_rank()), group(bid() / s.blocks) {}
+
+  // Zeroes what nobody writes: the padding, which W's zeros multiply. No peer writes here before all have done so.
+  FASTSEQ_DEVICE void start() {
+    const uint4 zero{0, 0, 0, 0};
+    for (int i = tid(); i < 2 * layout.buffer / 16; i += nthreads()) reinterpret_cast<uint4*>(buffers)[i] = zero;
+    sync_block();
+    if (blocks > 1) cluster_sync();
+  }
+  FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
+  FASTSEQ_DEVICE void put(int column, int k, float v) {
+    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = from_float<T>(v);
+  }
+  // Pushes this block's share, parts [from, to), to every peer, 16 bytes at a time.
+  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
+    sync_block();
+    ++epoch;
+    if (blocks == 1) return;
+    const int pieces = (mine.units * static_cast<int>(sizeof(T)) + 15) / 16;
+    const int rows = (to - from) * mine.columns, total = rows * pieces * (blocks - 1);
+    for (int i = tid(); i < total; i += nthreads()) {
+      const int piece = i % pieces, row = i / pieces % rows, peer = (rank + 1 + i / pieces / rows) % blocks;
+      const int part = from + row % (to - from), column = row / (to - from);
+      unsigned char* at = buffer(epoch) + column * layout.column +
+                          (part * mine.part + mine.first) * static_cast<int>(sizeof(T)) + piece * 16;
+      st_cluster_v4(at, peer, *reinterpret_cast<const uint4*>(at));
+    }
+    sync_warp();
+    cluster_arrive_release();
+  }
+  FASTSEQ_DEVICE void wait() {
+    sync_warp();  // the barrier wants whole warps
+    if (blocks > 1) cluster_wait_acquire();
+  }
+  FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {
+    const uint2 v = *reinterpret_cast<const uint2*>(buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column +
+                                                    k_tile * kScanTileBytes + lane() % 4 * 8);
+    b[0] = v.x;
+    b[1] = v.y;
+  }
+};
+
+// Through global memory, with a counter for each group of blocks: a group's tiles do not wait for another's.
+template <class T>
+struct GridExchange {
+  static constexpr ScanRole kRole = ScanRole::grid;
+  static constexpr int kChunk = sizeof(T) == 4 ? 2 : 4;
+  unsigned char* buffers;
+  unsigned* counter;
+  ScanLayout layout;
+  int blocks, rank, group, epoch = 0;
+
+  FASTSEQ_DEVICE GridExchange(unsigned char*, void* workspace, const ScanLayout& l, const ScanShape& s)
+      : layout(l), blocks(s.blocks), rank(bid() % s.blocks), group(bid() / s.blocks) {
+    unsigned char* base = static_cast<unsigned char*>(workspace);
+    counter = reinterpret_cast<unsigned*>(base + group * kScanCounterBytes);
+    buffers = base + s.groups * kScanCounterBytes + int64_t(group) * 2 * l.buffer;
+  }
+  FASTSEQ_DEVICE void start() {}  // the workspace is zero
+  FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
+  FASTSEQ_DEVICE void put(int column, int k, float v) {
+    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = from_float<T>(v);
+  }
+  FASTSEQ_DEVICE void publish(const Slice&, int, int) {
+    sync_block();
+    ++epoch;
+    if (tid() == 0) red_release_gpu(counter, 1);
+  }
+  FASTSEQ_DEVICE void wait() {
+    if (tid() == 0)
+      while (ld_acquire_gpu(counter) < static_cast<unsigned>(epoch) * blocks) {
+      }
+    sync_block();
+  }
+  FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {
+    const uint2 v = ldcg(reinterpret_cast<const uint2*>(buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column +
+                                                        k_tile * kScanTileBytes + lane() % 4 * 8));
+    b[0] = v.x;
+    b[1] = v.y;
+  }
+};
+
+}  // namespace fastseq::cuda

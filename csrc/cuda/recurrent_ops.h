@@ -1,0 +1,35 @@
+// The recurrent operators on a GPU, which library.cpp registers. Their schemas are in fastseq/ops.py.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastseq::cuda {
+
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+scan_forward_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
+                  const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                  const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
+                  const OptionalTensor& reset, const std::string& cell, bool reverse, bool save, bool states);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+scan_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                   const OptionalTensor& dstates, const torch::stable::Tensor& y, const OptionalTensor& states,
+                   const OptionalTensor& tape, const torch::stable::Tensor& w_hh, const OptionalTensor& w_hr,
+                   const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
+                   const OptionalTensor& reset, const std::string& cell, bool reverse);
+
+// The role of a scan and how it divides the work, as one line of name=number, and why no better one is taken.
+std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t hidden,
+                             int64_t batch, const std::vector<int64_t>& device);
+// Fixes a role and its shape instead of what the plan would choose ("", 0: the plan's own); returns the role.
+std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows);
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,186 @@
+// Which role a scan gets, from what the device has. What each kernel needs is reckoned here and nowhere else.
+#include "recurrent.h"
+
+#include <algorithm>
+
+namespace fastseq::cuda {
+namespace {
+
+int up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+int parts(int n, int size) { return (n + size - 1) / size; }
+std::string text(long long n) { return std::to_string(n); }
+
+constexpr int kFragmentBytes = kScanTileRows * kScanTileBytes;
+// Rows of the batch that a group of blocks walks at once.
+constexpr int kColumns[] = {8, 16, 32, 64};
+constexpr int kClusters[] = {1, 2, 4, 8, 16};
+constexpr int kFewTiles = 64;  // read from shared memory in a fraction of what an exchange takes
+
+ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads) {
+  const int size = bytes_of(q.dtype), gates = gates_of(q.cell), warps = threads / 32;
+  const bool twice = q.cell == ScanCell::gru_reset_before;
+  const int direct = twice ? 2 : gates;  // gates of the first product
+  ScanLayout l;
+  l.part = up(q.H, 16 / size);
+  l.column = up((q.backward ? gates : 1) * l.part * size, 64) + kScanTileBytes;  // a warp's reads meet no bank twice
+  l.buffer = l.column * shape.columns;
+  int stored = 0, splits = 0;
+  for (int i = 0; i < (twice ? 2 : 1); ++i) {
+    ScanProduct& p = l.product[i];
+    const int own = i ? 1 : direct;  // gates of this product
+    p.rows = (q.backward ? 1 : own) * shape.units;
+    p.row_tiles = parts(p.rows, kScanTileRows);
+    p.first_k = q.backward && i ? direct * l.part * size / kScanTileBytes : 0;
+    p.k_tiles = parts((q.backward ? own : 1) * l.part * size, kScanTileBytes);
+    p.splits = std::clamp(warps / p.row_tiles, 1, p.k_tiles);
+    p.per_split = parts(p.k_tiles, p.splits);
+    p.splits = parts(p.k_tiles, p.per_split);
+    p.held = i ? 0 : std::min(scan_held(role, size), p.per_split);
+    p.first_fragment = stored;
+    const int tasks = p.row_tiles * p.splits;
+    stored += tasks * p.per_split - std::min(tasks, warps) * p.held;
+    l.tiles += tasks * p.per_split;
+    l.partial_rows = std::max(l.partial_rows, p.row_tiles * kScanTileRows + 4);
+    splits = std::max(splits, p.splits);
+  }
+  l.stored = stored;
+  l.fragments = role == ScanRole::cluster ? 2 * l.buffer : 0;
+  l.partial = l.fragments + stored * kFragmentBytes;
+  l.bias = l.partial + splits * shape.columns * l.partial_rows * 4;
+  l.shared = up(l.bias + (q.backward ? 0 : gates * shape.units * 4), 16);
+  return l;
+}
+
+// A plan for so many blocks and columns, or none (role step) and why.
+ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role, int blocks, int columns,
+                 int threads) {
+  ScanPlan plan;
+  const int step = 16 / bytes_of(q.dtype);
+  plan.shape.blocks = blocks;
+  plan.shape.columns = columns;
+  plan.shape.units = up(parts(q.H, blocks), step);
+  const int wanted = threads;
+  for (threads = wanted ? wanted : 128;; threads *= 2) {
+    plan.layout = make_layout(q, role, plan.shape, threads);
+    const bool enough = plan.shape.units * columns <= kScanElements * threads &&
+                        plan.layout.tiles <= scan_held(role, bytes_of(q.dtype)) * threads / 32;
+    if (wanted || enough || threads == kScanThreads) break;
+  }
+  plan.launch.threads = threads;
+  plan.launch.shared = plan.layout.shared;
+  if (plan.layout.shared > static_cast<long long>(limits.shared_per_block))
+    plan.reason = "needs " + text(plan.layout.shared) + " bytes of shared memory a block; this device has " +
+                  text(limits.shared_per_block);
+  else if (plan.shape.units * columns > kScanElements * threads)
+    plan.reason = "leaves more than " + text(kScanElements) + " elements to a thread";
+  else
+    plan.role = role;
+  return plan;
+}
+
+void place(ScanPlan& plan, const ScanProblem& q, int at_once) {
+  const int tiles = parts(q.B, plan.shape.columns);
+  plan.shape.groups = std::max(1, std::min(tiles, at_once));
+  plan.launch.grid.x = plan.shape.groups * plan.shape.blocks;
+  if (plan.role == ScanRole::cluster) {
+    plan.launch.cluster = plan.shape.blocks;
+  } else {
+    plan.launch.cooperative = true;
+    plan.workspace = size_t(plan.shape.groups) * (kScanCounterBytes + 2 * size_t(plan.layout.buffer));
+  }
+}
+
+ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const ScanWish& wish,
+                      ScanResidency residency) {
+  ScanPlan best;
+  if (limits.major < 9) {
+    best.reason = "clusters of blocks need compute capability 9.0";
+    return best;
+  }
+  int best_groups = 0;
+  bool best_suits = false;
+  for (int blocks : kClusters) {
+    if (wish.blocks && blocks != wish.blocks) continue;
+    const int first = wish.columns ? wish.columns : kColumns[0];
+    ScanPlan plan = attempt(limits, q, ScanRole::cluster, blocks, first, wish.threads);
+    if (plan.shape.units * (blocks - 1) >= q.H && !wish.blocks) break;  // a block would have nothing to do
+    if (plan.role == ScanRole::step) {
+      if (best.role == ScanRole::step) best.reason = "a cluster of " + text(blocks) + " " + plan.reason;
+      continue;
+    }
+    const auto groups_of = [&](ScanPlan& p) {
+      p.launch.cluster = blocks;
+      p.launch.grid.x = blocks;
+      if (!residency) return limits.multiprocessors / blocks;
+      const int found = residency(q, ScanRole::cluster, p.launch);
+      return blocks == 1 ? found * limits.multiprocessors : found;
+    };
+    int groups = groups_of(plan);
+    if (groups == 0) {
+      if (best.role == ScanRole::step)
+        best.reason = "this device holds no cluster of " + text(blocks) + " blocks of " + text(plan.layout.shared) +
+                      " bytes of shared memory";
+      continue;
+    }
+    for (int columns : kColumns) {  // more rows a group, where there are not groups enough for all
+      if (wish.columns || groups * plan.shape.columns >= q.B) break;
+      if (columns == first) continue;
+      ScanPlan wider = attempt(limits, q, ScanRole::cluster, blocks, columns, wish.threads);
+      const int fewer = wider.role == ScanRole::step ? 0 : groups_of(wider);
+      if (fewer * wider.shape.columns <= groups * plan.shape.columns) break;
+      plan = wider, groups = fewer;
+    }
+    // As few blocks as keep W_hh in registers, or nearly; failing that, as many as there are, if all rows walk at once.
+    const bool suits = groups * plan.shape.columns >= q.B;
+    if (best.role != ScanRole::step && (best.layout.stored <= kFewTiles || (best_suits && !suits))) break;
+    best = plan, best_groups = groups, best_suits = suits;
+  }
+  if (best.role != ScanRole::step) place(best, q, best_groups);
+  return best;
+}
+
+ScanPlan plan_grid(const DeviceLimits& limits, const ScanProblem& q, const ScanWish& wish, ScanResidency residency) {
+  ScanPlan best;
+  if (limits.major < 8 || !limits.cooperative) {
+    best.reason = "a grid whose blocks wait for each other needs compute capability 8.0 and cooperative launches";
+    return best;
+  }
+  const int step = 16 / bytes_of(q.dtype), most = limits.multiprocessors;
+  const int units = wish.blocks ? up(parts(q.H, wish.blocks), step) : up(parts(q.H, most), step);
+  const int blocks = parts(q.H, units);
+  for (int columns : kColumns) {
+    if (wish.columns) columns = wish.columns;
+    ScanPlan plan = attempt(limits, q, ScanRole::grid, blocks, columns, wish.threads);
+    if (plan.role == ScanRole::step || (residency && residency(q, ScanRole::grid, plan.launch) == 0)) {
+      if (best.role == ScanRole::step) best = plan;
+      break;
+    }
+    place(plan, q, most / blocks);
+    best = plan;
+    if (wish.columns || plan.shape.groups * columns >= q.B) break;
+  }
+  if (best.role == ScanRole::step) best.reason = "a grid of " + text(blocks) + " blocks " + best.reason;
+  return best;
+}
+
+}  // namespace
+
+ScanPlan make_plan(const DeviceLimits& limits, const ScanProblem& problem, const ScanWish& wish,
+                   ScanResidency residency) {
+  std::string reason;
+  for (ScanRole role : {ScanRole::cluster, ScanRole::grid}) {
+    if (wish.role >= 0 && wish.role != static_cast<int>(role)) continue;
+    ScanPlan plan = role == ScanRole::cluster ? plan_cluster(limits, problem, wish, residency)
+                                              : plan_grid(limits, problem, wish, residency);
+    if (plan.role == role) {
+      plan.reason = reason;
+      return plan;
+    }
+    reason += (reason.empty() ? "" : "; ") + plan.reason;
+  }
+  ScanPlan plan;
+  plan.reason = reason.empty() ? "asked for" : reason;
+  return plan;
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,150 @@
+// A block's rows of W times the vector of every row of the batch, on tensor cores: gates are M, the batch is N.
+//
+// Both are taken in tiles of 32 bytes of k: 16 of a 16-bit dtype, 8 floats. Within a tile lane l takes the 8 bytes from
+// 8 * (l % 4) on, of W as of the vector, instead of the two halves that mma names: the sum over k does not care for its
+// order, and so each lane reads its share at once. W lies as fragments, 16 bytes a lane: some in registers, the rest in
+// shared memory; neither is read from global memory again while the walk lasts.
+#pragma once
+#include "primitives.cuh"
+#include "recurrent.h"
+
+namespace fastseq::cuda {
+
+struct alignas(16) Fragment {
+  uint32_t r[4];
+};
+
+FASTSEQ_DEVICE void mma(Bf16, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
+  mma_m16n8k16<Bf16>(c, a.r, b);
+}
+FASTSEQ_DEVICE void mma(Fp16, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
+  mma_m16n8k16<Fp16>(c, a.r, b);
+}
+// float32: each factor is the sum of two TF32 numbers; all but the product of the small ones counts.
+FASTSEQ_DEVICE void mma(float, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
+  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a_high[i] = to_tf32(bits_float(a.r[i]));
+    a_low[i] = to_tf32(bits_float(a.r[i]) - bits_float(a_high[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    b_high[i] = to_tf32(bits_float(b[i]));
+    b_low[i] = to_tf32(bits_float(b[i]) - bits_float(b_high[i]));
+  }
+  mma_m16n8k8_tf32(c, a_low, b_high);
+  mma_m16n8k8_tf32(c, a_high, b_low);
+  mma_m16n8k8_tf32(c, a_high, b_high);
+}
+
+FASTSEQ_DEVICE uint32_t pair_bits(Bf16 low, Bf16 high) { return low.bits | uint32_t(high.bits) << 16; }
+FASTSEQ_DEVICE uint32_t pair_bits(Fp16 low, Fp16 high) { return low.bits | uint32_t(high.bits) << 16; }
+
+// The fragment of one tile of W; weight(row, k) gives an element, 0 outside of W.
+template <class T, class Weight>
+FASTSEQ_DEVICE Fragment load_fragment(int row_tile, int k_tile, Weight weight) {
+  const int row = row_tile * kScanTileRows + lane() / 4;
+  Fragment f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = row + (i & 1) * 8;
+    if constexpr (sizeof(T) == 2) {
+      const int k = k_tile * 16 + lane() % 4 * 4 + (i >> 1) * 2;
+      f.r[i] = pair_bits(weight(m, k), weight(m, k + 1));
+    } else {
+      f.r[i] = float_bits(weight(m, k_tile * 8 + lane() % 4 * 2 + (i >> 1)));
+    }
+  }
+  return f;
+}
+
+// A warp's tasks are warp(), warp() + warps, ...; this is where the fragments of one begin in shared memory.
+FASTSEQ_DEVICE int first_stored(const ScanProduct& p, int task) {
+  const int warps = nthreads() / 32;
+  const int skipped = (task < warps ? task : warps) * p.held;
+  return p.first_fragment + task * p.per_split - skipped;
+}
+
+// Lays W down: the first p.held fragments of each warp's first task in `held` (the others there are 0), the rest stored.
+template <class T, int kHeld, int kRoom, class Weight>
+FASTSEQ_DEVICE void lay_weights(const ScanProduct& p, Fragment (&held)[kRoom], Fragment* stored, Weight weight) {
+  const int warps = nthreads() / 32, tasks = p.row_tiles * p.splits;
+  for (int task = warp(); task < tasks; task += warps) {
+    const int row_tile = task % p.row_tiles, k0 = task / p.row_tiles * p.per_split;
+    const int in_registers = task < warps ? p.held : 0;
+    Fragment* out = stored + first_stored(p, task) * 32 + lane();
+    for (int i = in_registers; i < p.per_split; ++i)
+      if (k0 + i < p.k_tiles) out[(i - in_registers) * 32] = load_fragment<T>(row_tile, k0 + i, weight);
+  }
+  const int row_tile = warp() % p.row_tiles, k0 = warp() / p.row_tiles * p.per_split;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    held[i] = Fragment{{0, 0, 0, 0}};
+    if (i < p.held && static_cast<int>(warp()) < tasks && k0 + i < p.k_tiles)
+      held[i] = load_fragment<T>(row_tile, k0 + i, weight);
+  }
+}
+
+// partial[split][column][row] = W vector, of every tile of columns. load(column tile, k tile, b) reads this lane's share
+// of the vector. kChunk tiles are read before the first is multiplied.
+template <class T, int kChunk, int kHeld, int kRoom, class Load>
+FASTSEQ_DEVICE void multiply(const ScanProduct& p, const Fragment (&held)[kRoom], const Fragment* stored,
+                             float* partial, int partial_rows, int columns, Load load) {
+  static_assert(kHeld % kChunk == 0, "chunks of the held fragments");
+  const int warps = nthreads() / 32, tasks = p.row_tiles * p.splits;
+  for (int task = warp(); task < tasks; task += warps) {
+    const int row_tile = task % p.row_tiles, split = task / p.row_tiles, k0 = split * p.per_split;
+    const int count = p.k_tiles - k0 < p.per_split ? p.k_tiles - k0 : p.per_split;
+    const int in_registers = task < warps ? p.held : 0;
+    const Fragment* in = stored + first_stored(p, task) * 32 + lane();
+#pragma unroll 1
+    for (int n = 0; n * kScanTileColumns < columns; ++n) {
+      float sums[2][4] = {};  // two, so that a product need not wait for the one before it
+      uint32_t b[kChunk][2];
+      const auto load_chunk = [&](int i0) {
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          b[j][0] = b[j][1] = 0;
+          if (i0 + j < count) load(n, p.first_k + k0 + i0 + j, b[j]);
+        }
+      };
+      if constexpr (kHeld > 0) {
+#pragma unroll
+        for (int i0 = 0; i0 < kHeld; i0 += kChunk) {
+          if (i0 < in_registers) {
+            load_chunk(i0);
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) {
+              if (i0 + j < in_registers) mma(T{}, sums[j & 1], held[i0 + j], b[j]);
+            }
+          }
+        }
+      }
+#pragma unroll 1
+      for (int i0 = in_registers; i0 < count; i0 += kChunk) {
+        load_chunk(i0);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          if (i0 + j < count) mma(T{}, sums[j & 1], in[(i0 + j - in_registers) * 32], b[j]);
+        }
+      }
+      const int row = row_tile * kScanTileRows + lane() / 4, column = n * kScanTileColumns + lane() % 4 * 2;
+      float* out = partial + (split * columns + column) * partial_rows + row;
+      out[0] = sums[0][0] + sums[1][0];
+      out[partial_rows] = sums[0][1] + sums[1][1];
+      out[8] = sums[0][2] + sums[1][2];
+      out[partial_rows + 8] = sums[0][3] + sums[1][3];
+    }
+  }
+}
+
+// One element of the product: the sum over its splits.
+FASTSEQ_DEVICE float product_of(const ScanProduct& p, const float* partial, int partial_rows, int columns, int row,
+                                int column) {
+  float sum = 0.0f;
+  for (int s = 0; s < p.splits; ++s) sum += partial[(s * columns + column) * partial_rows + row];
+  return sum;
+}
+
+}  // namespace fastseq::cuda

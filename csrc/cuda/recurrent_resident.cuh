@@ -1,0 +1,329 @@
+// The walk of the resident roles: W_hh stays on the chip, spread over the blocks of a group, for all steps.
+//
+// Forward, each step: wait for h; W_hh h of this block's units and their gates; new h of those units; publish it.
+// Backward: dgates of this block's units; publish them; wait; W_hhᵀ dgates, columns of this block's units: dh of them.
+// gru_reset_before exchanges twice a step: h, then q = r * h_prev; backward dn, then dr and dz.
+// What a step reads besides is read while the exchange before it is under way.
+#pragma once
+#include "recurrent_cell.cuh"
+#include "recurrent_exchange.cuh"
+#include "recurrent_product.cuh"
+
+namespace fastseq::cuda {
+
+constexpr int kElements = kScanElements;
+
+struct Resident {
+  ScanShape shape;
+  ScanLayout layout;
+  void* workspace;
+};
+
+// The elements of a thread in one tile of rows. Bits of a mask stand for elements.
+struct Tile {
+  int first_row, columns, units, first_unit, count;
+  Place at[kElements];
+
+  FASTSEQ_DEVICE Tile(const ScanWalk& a, const ScanShape& s, int tile, int rank) {
+    first_row = tile * s.columns;
+    columns = a.B - first_row < s.columns ? a.B - first_row : s.columns;
+    first_unit = rank * s.units;
+    units = a.H - first_unit < s.units ? a.H - first_unit : s.units;
+    units = units < 0 ? 0 : units;
+    count = 0;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const int i = tid() + e * nthreads();
+      if (i < units * columns) {
+        at[e] = Place{first_row + i / units, first_unit + i % units, 0};
+        at[e].length = length_of(a, at[e].b);
+        count = e + 1;
+      }
+    }
+  }
+  FASTSEQ_DEVICE int column(int e) const { return at[e].b - first_row; }
+  FASTSEQ_DEVICE int unit(int e) const { return at[e].u - first_unit; }
+  FASTSEQ_DEVICE uint32_t cleared_at(const ScanWalk& a, int t) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      if (e < count && cleared(a, t, at[e].b)) bits |= 1u << e;
+    return bits;
+  }
+};
+
+// Where a block keeps what, and its share of the products.
+template <ScanCell C, class T, template <class> class Exchange>
+struct Block {
+  Exchange<T> exchange;
+  const ScanLayout& layout;
+  int columns;  // of the vector
+  Fragment* stored;
+  float *partial, *bias;
+  static constexpr int kHeld = scan_held(Exchange<T>::kRole, sizeof(T));
+  Fragment held[kHeld ? kHeld : 1];
+
+  FASTSEQ_DEVICE explicit Block(const Resident& r)
+      : exchange(shared_memory(), r.workspace, r.layout, r.shape),
+        layout(r.layout),
+        columns(r.shape.columns),
+        stored(reinterpret_cast<Fragment*>(shared_memory() + r.layout.fragments)),
+        partial(reinterpret_cast<float*>(shared_memory() + r.layout.partial)),
+        bias(reinterpret_cast<float*>(shared_memory() + r.layout.bias)) {}
+
+  template <int kWhich>
+  FASTSEQ_DEVICE void multiply_by() {
+    const auto load = [&](int n, int k, uint32_t(&b)[2]) { exchange.load(n, k, b); };
+    multiply<T, Exchange<T>::kChunk, kWhich ? 0 : kHeld>(layout.product[kWhich], held, stored, partial, layout.partial_rows, columns,
+                                     load);
+    sync_block();
+  }
+  FASTSEQ_DEVICE float product(int which, int row, int column) const {
+    return product_of(layout.product[which], partial, layout.partial_rows, columns, row, column);
+  }
+};
+
+template <ScanCell C, class T, template <class> class Exchange>
+FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
+  constexpr int G = kGates<C>, D = kDirect<C>;
+  Block<C, T, Exchange> block(r);
+  constexpr int kHeld = Block<C, T, Exchange>::kHeld;
+  auto& exchange = block.exchange;
+  const int first_unit = exchange.rank * r.shape.units, H = a.H;
+  exchange.start();
+  // Row g * units + u of a block's share is row g * H + first_unit + u of W.
+  const auto weight = [&](int gate, int gates, int row, int k) {
+    const int g = row / r.shape.units, u = first_unit + row % r.shape.units;
+    if (g >= gates || u >= H || k >= H) return from_float<T>(0.0f);
+    return static_cast<const T*>(a.w_hh)[(int64_t(gate + g) * H + u) * H + k];
+  };
+  lay_weights<T, kHeld>(r.layout.product[0], block.held, block.stored, [&](int row, int k) { return weight(0, D, row, k); });
+  if constexpr (kTwice<C>) {
+    lay_weights<T, 0>(r.layout.product[1], block.held, block.stored, [&](int row, int k) { return weight(2, 1, row, k); });
+  }
+  for (int i = tid(); i < G * r.shape.units; i += nthreads()) {
+    const int u = first_unit + i % r.shape.units;
+    block.bias[i] = a.b_hh && u < H ? read<T>(a.b_hh, int64_t(i / r.shape.units) * H + u) : 0.0f;
+  }
+
+  for (int tile = exchange.group; tile * r.shape.columns < a.B; tile += r.shape.groups) {
+    const Tile own(a, r.shape, tile, exchange.rank);
+    const Slice slice{r.layout.part, first_unit, own.units, own.columns};
+    float h[kElements], c[kElements], x[kElements][G], z[kElements];
+    int t = time_of(a, 0);
+    uint32_t clear = own.cleared_at(a, t);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (e >= own.count) continue;
+      h[e] = read_or_zero<T>(a.h0, element(a, own.at[e]));
+      c[e] = C == ScanCell::lstm ? read_or_zero<T>(a.c0, element(a, own.at[e])) : 0.0f;
+      exchange.put(own.column(e), own.at[e].u, clear >> e & 1 ? 0.0f : h[e]);
+      read_gates<C, T>(a, t, own.at[e], x[e]);
+    }
+    uint32_t clear_next = a.T > 1 ? own.cleared_at(a, time_of(a, 1)) : 0;
+    exchange.publish(slice, 0, 1);
+    exchange.wait();
+    for (int step = 0; step < a.T; ++step) {
+      const auto bias_of = [&](int gate, int e) { return block.bias[gate * r.shape.units + own.unit(e)]; };
+      const auto product = [&](int which, int gate, int e) {
+        return block.product(which, gate * r.shape.units + own.unit(e), own.column(e));
+      };
+      block.template multiply_by<0>();
+      if constexpr (kTwice<C>) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          if (e >= own.count) continue;
+          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, x[e][0] + product(0, 0, e) + bias_of(0, e),
+                                           x[e][1] + product(0, 1, e) + bias_of(1, e), h[e], z[e]);
+          exchange.put(own.column(e), own.at[e].u, q);
+        }
+        exchange.publish(slice, 0, 1);
+        exchange.wait();
+        block.template multiply_by<1>();
+      }
+      const bool more = step + 1 < a.T;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        if (e >= own.count) continue;
+        if constexpr (kTwice<C>) {
+          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, x[e][2] + product(1, 0, e) + bias_of(2, e), z[e], h[e]);
+        } else {
+          float p[G];
+#pragma unroll
+          for (int g = 0; g < G; ++g) p[g] = product(0, g, e) + bias_of(g, e);
+          forward_element<C, T>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e]);
+        }
+        if (more) exchange.put(own.column(e), own.at[e].u, clear_next >> e & 1 ? 0.0f : h[e]);
+      }
+      if (!more) break;
+      exchange.publish(slice, 0, 1);
+      t = time_of(a, step + 1);
+      clear = clear_next;
+      clear_next = step + 2 < a.T ? own.cleared_at(a, time_of(a, step + 2)) : 0;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e)
+        if (e < own.count) read_gates<C, T>(a, t, own.at[e], x[e]);
+      exchange.wait();
+    }
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (e >= own.count) continue;
+      write<T>(a.h_n, element(a, own.at[e]), h[e]);
+      if constexpr (C == ScanCell::lstm) write<T>(a.c_n, element(a, own.at[e]), c[e]);
+    }
+  }
+}
+
+template <ScanCell C, class T, template <class> class Exchange>
+FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
+  constexpr int D = kDirect<C>;
+  Block<C, T, Exchange> block(r);
+  constexpr int kHeld = Block<C, T, Exchange>::kHeld;
+  auto& exchange = block.exchange;
+  const int first_unit = exchange.rank * r.shape.units, H = a.H, part = r.layout.part;
+  exchange.start();
+  // Row u of a block's share is column first_unit + u of W; k runs over the gates' parts of the vector.
+  const auto weight = [&](int gate, int gates, int row, int k) {
+    const int g = k / part, i = k % part, u = first_unit + row;
+    if (row >= r.shape.units || g >= gates || u >= H || i >= H) return from_float<T>(0.0f);
+    return static_cast<const T*>(a.w_hh)[(int64_t(gate + g) * H + i) * H + u];
+  };
+  lay_weights<T, kHeld>(r.layout.product[0], block.held, block.stored, [&](int row, int k) { return weight(0, D, row, k); });
+  if constexpr (kTwice<C>) {
+    lay_weights<T, 0>(r.layout.product[1], block.held, block.stored, [&](int row, int k) { return weight(2, 1, row, k); });
+  }
+
+  for (int tile = exchange.group; tile * r.shape.columns < a.B; tile += r.shape.groups) {
+    const Tile own(a, r.shape, tile, exchange.rank);
+    const Slice slice{part, first_unit, own.units, own.columns};
+    float dh[kElements], dc[kElements], dz[kElements];
+    Saved<C> saved[kElements];
+    int t = time_back(a, 0);
+    uint32_t clear = own.cleared_at(a, t);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (e >= own.count) continue;
+      dh[e] = read_or_zero<T>(a.dh_n, element(a, own.at[e]));
+      dc[e] = C == ScanCell::lstm ? read_or_zero<T>(a.dc_n, element(a, own.at[e])) : 0.0f;
+      read_saved<C, T>(a, t, a.T == 1, own.at[e], clear >> e & 1, saved[e]);
+    }
+    for (int step = 0; step < a.T; ++step) {
+      const bool more = step + 1 < a.T;
+      uint32_t takes = 0;  // the product of this step
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        if (e >= own.count) continue;
+        if (t < own.at[e].length && !(clear >> e & 1)) takes |= 1u << e;
+        if constexpr (kTwice<C>) {
+          exchange.put(own.column(e), 2 * part + own.at[e].u,
+                       backward_candidate<T>(a, t, own.at[e], saved[e], dh[e], dz[e]));
+        } else {
+          float d[kGates<C>];
+          dh[e] = backward_element<C, T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], d);
+#pragma unroll
+          for (int g = 0; g < kGates<C>; ++g) exchange.put(own.column(e), g * part + own.at[e].u, d[g]);
+        }
+      }
+      if constexpr (kTwice<C>) {
+        exchange.publish(slice, 2, 3);
+        exchange.wait();
+        block.template multiply_by<1>();
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          if (e >= own.count) continue;
+          float dr;
+          dh[e] = backward_reset<T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e],
+                                    block.product(1, own.unit(e), own.column(e)), dr);
+          exchange.put(own.column(e), own.at[e].u, dr);
+          exchange.put(own.column(e), part + own.at[e].u, dz[e]);
+        }
+      }
+      if (!more && !a.dh0) break;
+      exchange.publish(slice, 0, D);
+      if (more) {
+        t = time_back(a, step + 1);
+        clear = own.cleared_at(a, t);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e)
+          if (e < own.count) read_saved<C, T>(a, t, step + 2 == a.T, own.at[e], clear >> e & 1, saved[e]);
+      }
+      exchange.wait();
+      block.template multiply_by<0>();
+#pragma unroll
+      for (int e = 0; e < kElements; ++e)
+        if (e < own.count && (takes >> e & 1)) dh[e] += block.product(0, own.unit(e), own.column(e));
+    }
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (e >= own.count) continue;
+      if (a.dh0) write<T>(a.dh0, element(a, own.at[e]), dh[e]);
+      if constexpr (C == ScanCell::lstm)
+        if (a.dc0) write<T>(a.dc0, element(a, own.at[e]), dc[e]);
+    }
+  }
+}
+
+// Code for a GPU without clusters holds no walk through them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
+template <ScanCell C, class T, template <class> class Exchange>
+FASTSEQ_KERNEL(kScanThreads, 1)
+resident_forward(ScanForward a, Resident r) {
+  if constexpr (kClusters || Exchange<T>::kRole == ScanRole::grid) walk_forward<C, T, Exchange>(a, r);
+}
+template <ScanCell C, class T, template <class> class Exchange>
+FASTSEQ_KERNEL(kScanThreads, 1)
+resident_backward(ScanBackward a, Resident r) {
+  if constexpr (kClusters || Exchange<T>::kRole == ScanRole::grid) walk_backward<C, T, Exchange>(a, r);
+}
+
+// The kernel of a cell and a dtype; each file instantiates one exchange and one direction.
+using ForwardKernel = void (*)(ScanForward, Resident);
+using BackwardKernel = void (*)(ScanBackward, Resident);
+
+template <class T, template <class> class Exchange>
+ForwardKernel forward_kernel(ScanCell cell) {
+  switch (cell) {
+    case ScanCell::lstm: return resident_forward<ScanCell::lstm, T, Exchange>;
+    case ScanCell::gru: return resident_forward<ScanCell::gru, T, Exchange>;
+    case ScanCell::gru_reset_before: return resident_forward<ScanCell::gru_reset_before, T, Exchange>;
+    default: return resident_forward<ScanCell::rnn_tanh, T, Exchange>;
+  }
+}
+template <template <class> class Exchange>
+ForwardKernel forward_kernel(ScanCell cell, ScanDtype dtype) {
+  switch (dtype) {
+    case ScanDtype::bf16: return forward_kernel<Bf16, Exchange>(cell);
+    case ScanDtype::f16: return forward_kernel<Fp16, Exchange>(cell);
+    default: return forward_kernel<float, Exchange>(cell);
+  }
+}
+template <class T, template <class> class Exchange>
+BackwardKernel backward_kernel(ScanCell cell) {
+  switch (cell) {
+    case ScanCell::lstm: return resident_backward<ScanCell::lstm, T, Exchange>;
+    case ScanCell::gru: return resident_backward<ScanCell::gru, T, Exchange>;
+    case ScanCell::gru_reset_before: return resident_backward<ScanCell::gru_reset_before, T, Exchange>;
+    default: return resident_backward<ScanCell::rnn_tanh, T, Exchange>;
+  }
+}
+template <template <class> class Exchange>
+BackwardKernel backward_kernel(ScanCell cell, ScanDtype dtype) {
+  switch (dtype) {
+    case ScanDtype::bf16: return backward_kernel<Bf16, Exchange>(cell);
+    case ScanDtype::f16: return backward_kernel<Fp16, Exchange>(cell);
+    default: return backward_kernel<float, Exchange>(cell);
+  }
+}
+
+// Defined in the files that instantiate them.
+ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype);
+ForwardKernel grid_forward(ScanCell cell, ScanDtype dtype);
+BackwardKernel cluster_backward(ScanCell cell, ScanDtype dtype);
+BackwardKernel grid_backward(ScanCell cell, ScanDtype dtype);
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,134 @@
+// Attention's kernels called from a test: the arrays of attention_emulated.py in, scratch made and poisoned here.
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "csrc/cuda/attention_table.cuh"
+#include "entry.h"
+
+namespace fastseq::cuda {
+namespace {
+
+struct Reader {
+  void* const* p;
+  const int64_t* n;
+  const double* x;
+  template <class T>
+  T* pointer() {
+    return static_cast<T*>(*p++);
+  }
+  template <class T>
+  void integer(T& to) {
+    to = static_cast<T>(*n++);
+  }
+  void view(View& to) {
+    to.data = *p++;
+    to.batch = n[0], to.head = n[1], to.row = n[2];
+    n += 3;
+  }
+  void pairs(Pairs& to) {
+    to.data = *p++;
+    to.batch = n[0], to.head = n[1], to.row = n[2], to.step = n[3];
+    n += 4;
+  }
+};
+
+void read_call(Reader& in, AttentionCall& call) {
+  in.integer(call.dtype), in.integer(call.bias_dtype), in.integer(call.sinks_dtype);
+  in.integer(call.batch), in.integer(call.heads_q), in.integer(call.heads_k);
+  in.integer(call.length_q), in.integer(call.length_k), in.integer(call.dim), in.integer(call.dim_v);
+  in.integer(call.causal), in.integer(call.bottom_right);
+  in.integer(call.window_left), in.integer(call.window_right);
+  in.view(call.q), in.view(call.k), in.view(call.v);
+  in.pairs(call.bias), in.pairs(call.mask);
+  call.sinks = in.pointer<void>(), call.alibi = in.pointer<float>();
+  call.lengths_q = in.pointer<int64_t>(), call.lengths_k = in.pointer<int64_t>();
+  call.cu_q = in.pointer<int32_t>(), call.cu_k = in.pointer<int32_t>();
+  call.seed = in.pointer<int64_t>();
+  call.scale = in.x[0], call.softcap = in.x[1], call.dropout_p = in.x[2];
+}
+
+// Scratch that is NaN until written.
+class Scratch {
+ public:
+  float* make(int64_t size, bool zero = false) {
+    parts_.push_back(std::make_unique<float[]>(size_t(size)));
+    std::memset(parts_.back().get(), zero ? 0 : 0xff, size_t(size) * sizeof(float));
+    return parts_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<float[]>> parts_;
+};
+
+}  // namespace
+
+FASTSEQ_ENTRY(attention_forward_entry) {
+  Reader in{p, n, x};
+  AttentionForward call;
+  read_call(in, call);
+  in.view(call.o), in.view(call.lse);
+  int64_t decode = 0, multiprocessors = 0;
+  in.integer(decode), in.integer(multiprocessors);
+  prepare(call);
+  Place place;
+  place.multiprocessors = int32_t(multiprocessors);
+  if (decode) plan_decode(call, place);
+  if (call.splits == 0) return attention_forward(call, place);
+  Scratch scratch;
+  const int64_t rows = int64_t(call.batch) * call.heads_q * call.length_q * call.splits;
+  call.o_split = scratch.make(rows * call.dim_v), call.lse_split = scratch.make(rows);
+  return attention_decode(call, place);
+}
+
+FASTSEQ_ENTRY(attention_backward_entry) {
+  Reader in{p, n, x};
+  AttentionBackward call;
+  read_call(in, call);
+  in.view(call.o), in.view(call.d_o), in.view(call.lse), in.view(call.dlse);
+  in.view(call.dq), in.view(call.dk), in.view(call.dv);
+  call.dbias = in.pointer<void>(), call.dsinks = in.pointer<void>();
+  int64_t size = 1;
+  for (int32_t& extent : call.bias_size) in.integer(extent), size *= extent;
+  int64_t multiprocessors = 0;
+  in.integer(multiprocessors);
+  prepare(call);
+  Scratch scratch;
+  const int64_t heads = int64_t(call.cu_q != nullptr ? 1 : call.batch) * call.heads_q;
+  call.rows = scratch_rows(call);
+  call.log = scratch.make(heads * call.rows), call.delta = scratch.make(heads * call.rows);
+  if (call.dsinks != nullptr) call.sinks_parts = scratch.make(sinks_parts(call) * call.heads_q, true);
+  Place place;
+  place.multiprocessors = int32_t(multiprocessors);
+  if (call.dbias != nullptr) {
+    call.bias_splits = plan_bias(call, place);
+    call.dbias_parts = scratch.make(call.bias_splits * size);
+  }
+  return attention_backward(call, place);
+}
+
+namespace attention {
+template <class H, bool kGeneral>
+void write_shared(int64_t*& to) {
+  const int64_t sizes[4] = {ForwardShape<Bf16, H, kGeneral>::kShared, DecodeShape<Bf16, H, kGeneral>::kShared,
+                            KeysShape<Bf16, H, kGeneral>::kShared, QueriesShape<Bf16, H, kGeneral>::kShared};
+  for (int64_t kernel = 0; kernel < 4; ++kernel)
+    *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
+  if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = BiasShape<Bf16, H>::kShared;
+}
+template <class... H>
+void write_all(int64_t* to) {
+  (write_shared<H, false>(to), ...);
+  (write_shared<H, true>(to), ...);
+  *to = 0;
+}
+}  // namespace attention
+
+// (kernel, Dk, Dv, general, bytes of shared memory) of every variant, ended by a 0.
+FASTSEQ_ENTRY(attention_shared_entry) {
+  using namespace attention;
+  write_all<Heads<64, 64>, Heads<96, 96>, Heads<128, 128>, Heads<192, 128>, Heads<256, 256>>(static_cast<int64_t*>(p[0]));
+  return nullptr;
+}
+
+}  // namespace fastseq::cuda

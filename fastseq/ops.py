@@ -121,11 +121,15 @@ NATIVE_ISA = "(str name) -> str"
 
 NATIVE_SCAN_PLAN = "(str cell, str dtype, bool backward, int hidden, int batch, int[] device) -> str"
 """How the CUDA C++ kernels would run a scan: role, division of the work, bytes, and why no better role is taken.
-dtype: fp32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; [] asks
-the current one."""
+dtype: fp32, tf32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; []
+asks the current one."""
 
 NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
-"""For tests and measurements: fixes the role (cluster, grid, step; '': the plan's choice) and shape of CUDA scans."""
+"""For tests and measurements: fixes the role (cluster, cluster_barrier, grid, step; '': the plan's choice) and shape of
+CUDA scans."""
+
+ONE_TF32_PRODUCT = "() -> bool"
+"""What torch's setting says of float32 products on CUDA, for the C++ kernels to ask at each call."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -226,7 +230,15 @@ torch.library.define("fastseq::native_isa", NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", PACK_WEIGHTS)
 torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)
 torch.library.define("fastseq::native_scan_role", NATIVE_SCAN_ROLE)
+torch.library.define("fastseq::one_tf32_product", ONE_TF32_PRODUCT)
 ops_triton.register()
+
+
+@torch.library.impl("fastseq::one_tf32_product", "CompositeExplicitAutograd")
+def _one_tf32_product() -> bool:
+    from fastseq.kernels.precision import one_tf32_product
+
+    return one_tf32_product()
 
 
 def _load_native() -> str | None:

@@ -65,7 +65,8 @@ def machine(
 
 def plan(cell: str, dtype: torch.dtype, hidden: int, batch: int, backward: bool = False) -> dict[str, str]:
     """What the plan says of a problem, on the device and with the wishes of :func:`machine`."""
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    wide = "tf32" if torch.ops.fastseq.one_tf32_product() else "fp32"
+    name = {torch.float32: wide, torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     library()
     line = torch.ops.fastseq.native_scan_plan.emulated(cell, name, backward, hidden, batch, [])
     line, _, reason = line.partition(" reason=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,6 +47,7 @@ CASES = [
     Case("cluster", 1, 160, 8, (4, 9, 5, 33)),
     Case("cluster", 2, 192, 16, (3, 11, 2, 33)),
     Case("cluster", 4, 64, 8, (5, 7, 3, 49)),
+    Case("cluster_barrier", 2, 96, 8, (4, 9, 5, 17)),
 ]
 LARGE = [
     Case("grid", 4, 256, 8, (3, 10, 7, 129)),
@@ -55,6 +57,7 @@ LARGE = [
     Case("cluster", 4, 256, 8, (3, 10, 7, 129)),
     Case("cluster", 8, 64, 8, (9, 5, 7, 65)),
     Case("cluster", 16, 32, 8, (9, 5, 7, 65)),
+    Case("cluster_barrier", 4, 64, 8, (5, 7, 3, 49)),
 ]
 
 
@@ -107,6 +110,54 @@ def run(cell: str, inputs: list, lengths: Tensor | None, reset: Tensor | None, r
     lstm = cell == "lstm"
     grads = [torch.ones_like(out[0]), torch.ones_like(out[1]), torch.ones_like(out[2]) if lstm else None, None]
     return [*out, *backward(grads, out, inputs, lengths, reset, cell, reverse, "emulated")]
+
+
+def as_tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, ties away from zero."""
+    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("role", ["grid", "cluster"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_float32_is_one_product_of_tf32_where_torch_allows_it_and_exact_elsewhere(cell: str, role: str) -> None:
+    """One step, whose factors are known: each setting is within float32's rounding of its own product alone."""
+    inputs = draw(cell, 1, 9, 5, 33, dtype=torch.float32)
+    dy = torch.randn(1, 9, 33)
+    for setting in ("tf32", "ieee"):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        with machine(role, 2, 96):
+            out = forward(inputs, None, None, cell, False, backend="emulated")
+            dgates, _, dh0, _ = backward([dy, None, None, None], out, inputs, None, None, cell, False, "emulated")
+        for name, factor in (("tf32", as_tf32), ("ieee", lambda t: t)):
+            x, w_ih, w_hh, b_ih, b_hh, _, h0, c0 = inputs
+            exact: list[Any] = [x, w_ih, factor(w_hh), b_ih, b_hh, None, factor(h0), c0]
+            exact = [None if t is None else t.double() for t in exact]
+            y = reference.scan(*exact, None, None, cell=cell)[0]
+            found = [(out[0] - y).abs().max(), (dh0 - factor(dgates[0]).double() @ factor(w_hh).double()).abs().max()]
+            for error in found:
+                assert error < 2e-6 if name == setting else error > 2e-5, (setting, name, error)
+
+
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_walk_in_tf32_stays_near(cell: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    assert torch.ops.fastseq.one_tf32_product()
+    inputs = draw(cell, 5, 9, 5, 33, dtype=torch.float32)
+    lengths, reset, _ = options("lengths+reset", 5, 9)
+    with machine("cluster", 2, 96):
+        y = forward(inputs, lengths, reset, cell, True, backend="emulated")[0]
+    exact: list[Any] = [None if t is None else t.double() for t in inputs]
+    error = (y - reference.scan(*exact, lengths, reset, cell=cell, reverse=True)[0]).abs().max()
+    assert 1e-5 < error < 2e-3
 
 
 @pytest.mark.parametrize("role", ["grid", "cluster"])

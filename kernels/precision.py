@@ -1,4 +1,4 @@
-"""How float32 is multiplied on a GPU: one rule for Triton's kernels and, by ``fastseq::one_tf32_product``, CUDA C++'s."""
+"""How a GPU multiplies float32: one rule for Triton's kernels and, by ``fastseq::one_tf32_product``, for C++'s."""
 
 import torch
 

@@ -104,10 +104,13 @@ inline const char* device_limits(DeviceLimits& limits) {
   return error_text(status);
 }
 
-// ---- Streams beside the caller's, and events, on which a stream waits for another's work so far. nullptr or the error.
+// ---- Streams beside the caller's, whose blocks go first, and events, on which a stream waits for another's work so far. nullptr or the error.
 using Event = cudaEvent_t;
 inline const char* make_stream(Stream& stream) {
-  return error_text(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  int lowest = 0, highest = 0;
+  const cudaError_t status = cudaDeviceGetStreamPriorityRange(&lowest, &highest);
+  if (status != cudaSuccess) return error_text(status);
+  return error_text(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest));
 }
 inline const char* make_event(Event& event) {
   return error_text(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));

@@ -195,6 +195,10 @@ const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanD
   return n == 0 ? nullptr : launch(kernel, shape, static_cast<Stream>(stream), a, b, out, n);
 }
 
+const char* scan_clear(void* target, size_t bytes, void* stream) {
+  return set_zero(target, bytes, static_cast<Stream>(stream));
+}
+
 const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
                          void* workspace, void* stream) {
   return launch(forward_of(cell, dtype, plan.role), plan.launch, static_cast<Stream>(stream), args,

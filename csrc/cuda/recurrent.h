@@ -145,6 +145,9 @@ const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dty
 // out[i] = a[i] + b[i] of n floats, in a dtype; b may be null, out may be a.
 const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream);
 
+// Makes device memory zero, in stream order.
+const char* scan_clear(void* target, size_t bytes, void* stream);
+
 // One launch of the role `step`, which does what lies between two products. gru_reset_before takes two launches a step
 // (phase 0 and 1). Scratch is dense; nothing in it need be initialised.
 //   forward   step -1 makes operand from h0, before the first product; then 0 .. T-1.

@@ -43,6 +43,15 @@ inline Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
 inline void linear_out(const Tensor& x, const Tensor& w, const Optional& b, const Tensor& out) {
   call("aten::linear", "out", std::array{value(x), value(w), value(b), value(out)});
 }
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  call("aten::mm", "out", std::array{value(a), value(b), value(out)});
+}
+inline Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", std::array{value(a), value(b)}); }
+inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", "", std::array{value(a)}); }
+// a[at[0, b, 0], b] of a [T,B,N], as [1,B,N].
+inline Tensor take_steps(const Tensor& a, const Tensor& at) {
+  return call("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
+}
 // Whether torch's setting lets float32 be multiplied as TF32; the rule is that of the Triton kernels.
 inline bool one_tf32_product() {
   std::array<StableIValue, 1> stack{};
@@ -59,10 +68,9 @@ inline ScanDtype dtype_of(ScalarType type) {
 // a b as float [M,N], into `out`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   if (a.scalar_type() == ScalarType::Float) {
-    call("aten::mm", "out", std::array{value(a), value(b), value(out)});
+    mm_out(a, b, out);
   } else if (kEmulated) {  // torch has this product on GPUs alone
-    call("aten::mm", "out", std::array{value(torch::stable::to(a, ScalarType::Float)),
-                                       value(torch::stable::to(b, ScalarType::Float)), value(out)});
+    mm_out(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), out);
   } else {
     call("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
   }
@@ -155,6 +163,8 @@ class Call {
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 inline Tensor rows_of(Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 0, from, count); }
 
+// Refuses what these kernels do not have, and states of cells that have none.
+void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0);
 // The role `step`: launches and products in turn, on the current stream.
 void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh);
 void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh);

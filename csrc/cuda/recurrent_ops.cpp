@@ -57,14 +57,10 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
 
 // ---- The operators.
 
-namespace {
-
 void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
   STD_TORCH_CHECK(!w_hr, "scan: the native CUDA kernels have no projection (w_hr)");
   STD_TORCH_CHECK(cell == ScanCell::lstm || !c0, "scan: only an LSTM has c0");
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,

@@ -14,7 +14,8 @@ from fastseq import backend, ops
 
 TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
-``_cdata`` and make tensors of its own. With others the operators are called: slower by some microseconds, the same otherwise."""
+``_cdata`` and make tensors itself. With others the operators are called: slower by some microseconds, the same
+otherwise."""
 
 
 def _questions() -> tuple[Callable[[], object], ...]:

@@ -198,7 +198,7 @@ def layer_by_layer(kind: Kind, x: Tensor, h0, c0, weights: list[Tensor], lengths
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, bidirectional: bool, role: str) -> None:
     dtype = (torch.float32, torch.bfloat16)[CELLS.index(cell) % 2]
-    kind = Kind(cell, 3, bidirectional, cell != "gru")
+    kind = Kind(cell, 4, bidirectional, cell != "gru")
     x, h0, c0, weights = draw_stack(kind, 5, 6, 9, 7, dtype)
     lengths, reset, _ = options("lengths+reset" if role != "grid" else "plain", 7, 5)
     if role == "grid":

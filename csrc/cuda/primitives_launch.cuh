@@ -104,20 +104,6 @@ inline const char* device_limits(DeviceLimits& limits) {
   return error_text(status);
 }
 
-// ---- Streams beside the caller's, whose blocks go first, and events, on which a stream waits for another's work so far. nullptr or the error.
-using Event = cudaEvent_t;
-inline const char* make_stream(Stream& stream) {
-  int lowest = 0, highest = 0;
-  const cudaError_t status = cudaDeviceGetStreamPriorityRange(&lowest, &highest);
-  if (status != cudaSuccess) return error_text(status);
-  return error_text(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest));
-}
-inline const char* make_event(Event& event) {
-  return error_text(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-}
-inline const char* record_event(Event event, Stream stream) { return error_text(cudaEventRecord(event, stream)); }
-inline const char* wait_event(Event event, Stream stream) { return error_text(cudaStreamWaitEvent(stream, event, 0)); }
-
 // Sets bytes of device memory to zero in stream order; nullptr or the error.
 inline const char* set_zero(void* target, size_t bytes, Stream stream) {
   return error_text(cudaMemsetAsync(target, 0, bytes, stream));

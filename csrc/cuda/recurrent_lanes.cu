@@ -7,7 +7,7 @@
 #include <deque>
 #include <map>
 
-#include "primitives.cuh"
+#include "primitives_stream.cuh"
 
 namespace fastseq::cuda {
 namespace {

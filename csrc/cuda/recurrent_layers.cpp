@@ -331,7 +331,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   a.x = a.call.dense("x", x, {T, B, x.size(2)});
   a.h0 = a.call.pointer("h0", h0, {rows, B, H});
   a.c0 = a.call.pointer("c0", c0, {rows, B, H});
-  for (int64_t layer = 0; layer < num_layers; ++layer) a.ys.push_back(a.call.empty({T, B, D * H}));
+  // Two buffers are enough where nothing is kept: a window of a layer comes after that of the layer before it has been
+  // read, and so after all that read the layer two below.
+  for (int64_t layer = 0; layer < num_layers; ++layer)
+    a.ys.push_back(!save && layer > 1 && layer < num_layers - 1 ? a.ys[layer - 2] : a.call.empty({T, B, D * H}));
   a.y = a.ys.back();
   a.h_n = a.call.empty({rows, B, H});
   a.c_n = lstm ? a.call.empty({rows, B, H}) : a.call.empty({0});

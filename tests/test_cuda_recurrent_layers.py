@@ -11,7 +11,7 @@ from typing import NamedTuple
 import devices
 import pytest
 import torch
-from cuda_recurrent_support import hook, library, machine, missing
+from cuda_recurrent_support import emulation_only, hook, library, machine, missing
 from emulation import build
 from recurrent_support import assert_within_budget, forward, options, seed
 from support import CELLS
@@ -269,6 +269,28 @@ def test_sums_over_windows_have_the_same_bits_in_every_order() -> None:
             found.append(gradients(fused, kind, torch.bfloat16, *drawn, None, None))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@emulation_only
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_lanes_that_do_not_wait_are_noticed(bidirectional: bool) -> None:
+    kind = Kind("lstm", 3, bidirectional, True)
+    drawn = draw_stack(kind, 5, 6, 9, 12, torch.float32)
+
+    def found(order: int, number: int) -> list[Tensor]:
+        with machine("cluster", 2, 64, seed=number, schedule=order, windows=4, walkers=2):
+            return gradients(fused, kind, torch.float32, *drawn, None, None)
+
+    expected = found(*SCHEDULES[0])
+    library().fastseq_lanes_deaf(1)
+    try:
+        other = [found(*schedule) for schedule in SCHEDULES[1:]]
+    finally:
+        library().fastseq_lanes_deaf(0)
+    y, dx = 0, -1 - 4 * 3 * (1 + bidirectional) - 2  # forward alone, and what comes last on the way back
+    for place in (y, dx):
+        assert sum(not torch.equal(o[place], expected[place]) for o in other) > len(other) // 2
 
 
 @pytest.mark.usefixtures("emulated")

@@ -1,5 +1,8 @@
 // Streams and events: host code.
 #pragma once
+#if defined(FASTSEQ_EMULATION)
+#include "emulated_stream.h"
+#else
 #include "primitives_launch.cuh"
 
 namespace fastseq::cuda {
@@ -20,3 +23,4 @@ inline const char* record_event(Event event, Stream stream) { return error_text(
 inline const char* wait_event(Event event, Stream stream) { return error_text(cudaStreamWaitEvent(stream, event, 0)); }
 
 }  // namespace fastseq::cuda
+#endif

@@ -271,6 +271,58 @@ def test_sums_over_windows_have_the_same_bits_in_every_order() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
+    """Gradients of x, of the states, of the weights, of some weights, each without the others."""
+    kind = Kind("gru", 2, bidirectional, True)
+    x, h0, _, weights = draw_stack(kind, 5, 6, 9, 12, torch.float32)
+
+    def found(wanted: list[bool]) -> list[Tensor | None]:
+        own = [t.clone().requires_grad_(w) for t, w in zip((x, h0, *weights), wanted, strict=True)]
+        with machine("cluster", 2, 64, windows=3, walkers=2):
+            y, h_n = fused(kind, own[0], own[1], None, None, None, own[2:])
+            (y.square().sum() + h_n.sum()).backward()
+        return [t.grad for t in own]
+
+    whole = found([True] * (2 + len(weights)))
+    for first in (0, 1, 2, 5):
+        wanted = [n == first or (first == 2 and n > 2) for n in range(2 + len(weights))]
+        for ours, expected, w in zip(found(wanted), whole, wanted, strict=True):
+            assert torch.equal(ours, expected) if w else ours is None
+
+
+@pytest.mark.skipif(devices.DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_a_cuda_graph_holds_a_stack_and_nothing_waits_for_the_host(bidirectional: bool) -> None:
+    kind = Kind("lstm", 3, bidirectional, True)
+    x, h0, c0, weights = draw_stack(kind, 16, 64, 128, 96, torch.bfloat16)
+    other = torch.randn_like(x)
+    own = [t.requires_grad_() for t in (x, h0, c0, *weights)]
+
+    def step() -> list[Tensor]:
+        results = fused(kind, *own[:3], None, None, own[3:])
+        return [*results, *torch.autograd.grad(sum(r.float().sum() for r in results), own)]
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with machine(windows=4):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.graph(graph):
+                held = step()
+            with torch.no_grad():
+                x.copy_(other)
+            graph.replay()
+            expected = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+
+
 @emulation_only
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])

@@ -46,7 +46,9 @@ inline void linear_out(const Tensor& x, const Tensor& w, const Optional& b, cons
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   call("aten::mm", "out", std::array{value(a), value(b), value(out)});
 }
-inline Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", std::array{value(a), value(b)}); }
+inline Tensor times(const Tensor& a, const Tensor& b) {
+  return call("aten::mul", "Tensor", std::array{value(a), value(b)});
+}
 inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", "", std::array{value(a)}); }
 // a[at[0, b, 0], b] of a [T,B,N], as [1,B,N].
 inline Tensor take_steps(const Tensor& a, const Tensor& at) {
@@ -137,7 +139,8 @@ class Call {
   void walk(ScanWalk& a, int64_t T, int64_t B, int64_t H, bool reverse, const Optional& lengths,
             const Optional& reset) {
     STD_TORCH_CHECK(T < (int64_t(1) << 31) && B < (int64_t(1) << 31), "scan: T and B must be below 2^31");
-    a.T = a.total = int(T), a.first = 0, a.B = int(B), a.H = int(H), a.reverse = reverse, a.relu = cell == ScanCell::rnn_relu;
+    a.T = a.total = int(T), a.first = 0, a.B = int(B), a.H = int(H);
+    a.reverse = reverse, a.relu = cell == ScanCell::rnn_relu;
     a.lengths = static_cast<const int64_t*>(pointer("lengths", lengths, {B}, ScalarType::Long));
     a.reset = static_cast<const bool*>(pointer("reset", reset, {T, B}, ScalarType::Bool));
     a.reset_t = B, a.reset_b = 1;

@@ -48,7 +48,8 @@ struct Lanes::State {
 
 // Event 0 is the fork, event 1 + n follows work n.
 Lanes::Lanes(int device, void* stream, int count, int callers)
-    : state_(new State{device, count, callers, static_cast<Stream>(stream), kept(device), std::vector<char>(count), {}}) {
+    : state_(new State{
+          device, count, callers, static_cast<Stream>(stream), kept(device), std::vector<char>(count), {}}) {
   if (count > 1) check(record_event(state_->own.event(0), state_->caller));
 }
 

@@ -61,12 +61,17 @@ struct Layers {
       const ScanPlan shared = call.plan(backward, walk, n);
       if (shared.role == plan.role) plan = shared, beside = n;
     }
-    // Products run at some share of the tensor cores' rate, a step of a walk takes about as long as an exchange.
-    const double rate = call.dtype == ScanDtype::f32 ? 4e13 : call.dtype == ScanDtype::tf32 ? 2e14 : 4e14, step = 1.5e-6;
+    // Estimates, not measured yet: products at half of an H100's rate, a step of a walk as long as its exchange.
+    const double rate = call.dtype == ScanDtype::f32 ? 4e13 : call.dtype == ScanDtype::tf32 ? 2e14 : 4e14;
+    const double step = 1.5e-6;
     const double factors = backward ? inputs(0, x) * (stack.with_dx ? 2.0 : 1.0) + H : inputs(0, x);
     stack.products = 2.0 * B * G * H * factors / rate / step;
     division = cuda::divide(T, stack, backward, beside, wish());
     if (plan.role == ScanRole::step) division.walkers = division.windows = 1;
+    if (division.walkers < beside) {  // a larger share for each
+      const ScanPlan shared = call.plan(backward, walk, division.walkers);
+      if (shared.role == plan.role) plan = shared;
+    }
     const bool lstm = call.cell == ScanCell::lstm;
     for (int64_t i = 0; division.windows > 1 && i < stack.layers * D; ++i) {
       carry_h.push_back(call.empty({B, H}, ScalarType::Float));
@@ -106,7 +111,8 @@ struct ForwardLayers : Layers {
 
   void project(const ScanPiece& p) const {
     linear_out(window_of(p.layer ? ys[p.layer - 1] : x, p.window), weight(p.layer, p.direction, 0),
-               width > 2 ? Optional(weight(p.layer, p.direction, 2)) : Optional(), rows_of(buffer(p), 0, steps(p.window) * B));
+               width > 2 ? Optional(weight(p.layer, p.direction, 2)) : Optional(),
+               rows_of(buffer(p), 0, steps(p.window) * B));
   }
   void step(const ScanPiece& p, void* stream) {
     const int64_t i = p.layer * D + p.direction;
@@ -253,7 +259,8 @@ struct BackwardLayers : Layers {
       bool first = begun;
       const auto share = [&](Tensor g) { return transposed(columns_of(g, first_column, count)); };
       if (whole > 0) {
-        of_states[i].add(share(rows_of(gradients, from * B, whole * B)), rows_of(y, at * B, whole * B), row, first, stream);
+        const Tensor own = share(rows_of(gradients, from * B, whole * B));
+        of_states[i].add(own, rows_of(y, at * B, whole * B), row, first, stream);
         first = false;
       }
       if (reverse ? t0 + n == T : t0 == 0) {
@@ -311,9 +318,10 @@ struct BackwardLayers : Layers {
  private:
   static void add_rows(const Tensor& d, const Tensor& sum, int64_t at, bool first, void* stream) {
     const int64_t columns = d.size(1), over[] = {0};
-    const Tensor added = torch::stable::sum(d, torch::headeronly::IntHeaderOnlyArrayRef(over, 1), false, ScalarType::Float);
-    const Tensor target = rows_of(sum, at, columns);
-    Call::check(scan_add(floats(added), first ? nullptr : floats(target), target.data_ptr(), columns, ScanDtype::f32, stream));
+    const torch::headeronly::IntHeaderOnlyArrayRef axes(over, 1);
+    const Tensor added = torch::stable::sum(d, axes, false, ScalarType::Float), target = rows_of(sum, at, columns);
+    const float* before = first ? nullptr : floats(target);
+    Call::check(scan_add(floats(added), before, target.data_ptr(), columns, ScanDtype::f32, stream));
   }
 };
 
@@ -396,9 +404,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
     for (int64_t i = 0; i < rows * a.width; ++i) {
       const Tensor& w = a.weights[i];
       const int which = i % a.width;
-      a.dweights.push_back(a.call.empty(which < 2 ? std::initializer_list<int64_t>{N, w.size(1)} : std::initializer_list<int64_t>{N}));
-      if (which < 2) (which ? a.of_states : a.of_inputs).push_back(Sum(a, a.dweights.back(), scratch));
-      if (which >= 2) a.biases.push_back(a.call.empty({N}, ScalarType::Float));
+      if (which < 2) {
+        a.dweights.push_back(a.call.empty({N, w.size(1)}));
+        (which ? a.of_states : a.of_inputs).push_back(Sum(a, a.dweights.back(), scratch));
+      } else {
+        a.dweights.push_back(a.call.empty({N}));
+        a.biases.push_back(a.call.empty({N}, ScalarType::Float));
+      }
     }
   }
   a.run();

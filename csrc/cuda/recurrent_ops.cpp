@@ -2,6 +2,8 @@
 // The schemas, with every shape, are in fastseq/ops.py. The tests' emulated machine has the same operators on the CPU.
 #include "recurrent_call.h"
 
+#include <algorithm>
+
 namespace fastseq::cuda {
 
 void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh) {
@@ -159,6 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   return {dgates, dhidden, dh0, dc0};
 }
 
+static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier"};  // as ScanRole has them
+
 std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t H, int64_t B,
                          const std::vector<int64_t>& device) {
   const ScanDtype type = dtype == "bf16"   ? ScanDtype::bf16
@@ -174,8 +178,7 @@ std::string native_scan_plan(const std::string& cell, const std::string& dtype, 
     plan = make_plan({int(device[0]), 0, int(device[1]), size_t(device[2]), size_t(device[2]) + 1024, true}, problem,
                      wish());
   }
-  static const char* names[] = {"step", "grid", "cluster", "cluster_barrier"};
-  std::string line = std::string("role=") + names[int(plan.role)];
+  std::string line = std::string("role=") + kRoles[int(plan.role)];
   const auto add = [&](const char* name, int64_t n) { line += std::string(" ") + name + "=" + std::to_string(n); };
   if (plan.role != ScanRole::step) {
     add("blocks", plan.shape.blocks), add("groups", plan.shape.groups), add("units", plan.shape.units);
@@ -186,8 +189,10 @@ std::string native_scan_plan(const std::string& cell, const std::string& dtype, 
 }
 
 std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows) {
-  const int found = role == "step" ? 0 : role == "grid" ? 1 : role == "cluster" ? 2 : role == "cluster_barrier" ? 3 : -1;
-  STD_TORCH_CHECK(found >= 0 || role.empty(), "native_scan_role: step, grid, cluster, cluster_barrier or '', not ", role);
+  const auto known = std::find(std::begin(kRoles), std::end(kRoles), role);
+  STD_TORCH_CHECK(known != std::end(kRoles) || role.empty(),
+                  "native_scan_role: step, grid, cluster, cluster_barrier or '', not ", role);
+  const int found = role.empty() ? -1 : int(known - std::begin(kRoles));
   wish() = ScanWish{found, int(blocks), int(threads), int(rows)};
   return role;
 }

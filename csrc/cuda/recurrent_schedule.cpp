@@ -55,8 +55,10 @@ std::vector<std::pair<int, int>> in_order(const ScanStack& stack, const ScanDivi
   for (int first = 0; first < stack.layers; first += together) {
     const int count = std::min(together, stack.layers - first);
     for (int diagonal = 0; diagonal < count + division.windows - 1; ++diagonal)
-      for (int i = 0; i < count; ++i)
-        if (const int window = diagonal - i; window >= 0 && window < division.windows) order.push_back({first + i, window});
+      for (int i = 0; i < count; ++i) {
+        const int window = diagonal - i;
+        if (window >= 0 && window < division.windows) order.push_back({first + i, window});
+      }
   }
   return order;
 }

@@ -16,7 +16,7 @@ namespace fastseq::cuda {
 enum class ScanWork : int {
   project,          // gates_x of a window, into a buffer of the lane that walks it
   walk,             // one direction of one layer over a window, forward or back
-  input_gradient,   // the gradient of a layer's input in a window: of x, or into the buffer of the lane that walks it next
+  input_gradient,   // the gradient of a layer's input in a window: of x, or into the buffer of the lane that needs it
   weight_gradient,  // what a window adds to the gradients of one direction's weights
 };
 

@@ -64,7 +64,8 @@ FASTSEQ_ENTRY(walk_backward) {
   ScanBackward a{};
   const Setting s(a, n, true, p[9], p[10]);
   if (s.plan.role == ScanRole::step) return "the plan has no such role";
-  a.dy = p[0], a.x_t = a.B, a.x_b = 1, a.dh_n = p[1], a.dc_n = p[2], a.y = p[3], a.y_t = a.B, a.y_b = 1, a.tape = p[4], a.w_hh = p[5];
+  a.dy = p[0], a.x_t = a.B, a.x_b = 1, a.dh_n = p[1], a.dc_n = p[2], a.y = p[3], a.y_t = a.B, a.y_b = 1;
+  a.tape = p[4], a.w_hh = p[5];
   a.h0 = p[6], a.c0 = p[7], a.states = static_cast<const float*>(p[8]);
   a.dgates = p[11], a.dh0 = p[12], a.dc0 = p[13];
   return launch(s.plan.role == ScanRole::cluster           ? some_backward<ClusterExchange>(s.cell)

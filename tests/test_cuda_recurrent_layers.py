@@ -16,8 +16,9 @@ from emulation import build
 from recurrent_support import assert_within_budget, forward, options, seed
 from support import CELLS
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
-from fastseq import autograd_layers, ops
+from fastseq import autograd_layers, ops, ops_layers
 from fastseq.autograd_layers import Kind, Layers, reference_layers
 from fastseq.functional import layers
 from fastseq.functional.recurrent import Stack
@@ -290,6 +291,26 @@ def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
         wanted = [n == first or (first == 2 and n > 2) for n in range(2 + len(weights))]
         for ours, expected, w in zip(found(wanted), whole, wanted, strict=True):
             assert torch.equal(ours, expected) if w else ours is None
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
+    def shapes(results: object) -> list[tuple]:
+        return [(t.shape, t.dtype, t.stride()) for t in tree_flatten(results)[0]]
+
+    for bidirectional, save, states in itertools.product((False, True), repeat=3):
+        kind = Kind(cell, 2, bidirectional, save)
+        x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16)
+        given = (x, weights, h0, None if states else c0, None, None, *kind, save, states)
+        with machine("cluster", 1, 64):
+            y, h_n, c_n, ys, all_c, tapes = found = autograd_layers.FORWARD(*given)
+            assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
+            if save:
+                dc = c0 if states and cell == "lstm" else None
+                last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
+                given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind, states, True)
+                assert shapes(autograd_layers.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 
 @pytest.mark.skipif(devices.DEVICE != "cuda", reason="a CUDA graph needs a GPU")

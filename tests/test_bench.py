@@ -367,7 +367,8 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
     document = {
         "complete": True,
         "environment": {
-            "cpu": "a chip", "cpu_generation": "family 6, model 1", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
+            "cpu": "a chip", "cpu_generation": "family 6, model 1", "instruction_set": "avx2",
+            "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
             "versions": {"torch": "2.11", "onnxruntime": "1.2"},
         },
         "summary": [

@@ -63,16 +63,33 @@ class Scratch {
 
 }  // namespace
 
+namespace {
+
+void read_forward(Reader& in, AttentionForward& call, Place& place, bool& decode) {
+  read_call(in, call);
+  in.view(call.o), in.view(call.lse);
+  in.integer(decode), in.integer(place.multiprocessors), in.integer(place.capability);
+  prepare(call);
+}
+
+}  // namespace
+
+// Why the kernel for Hopper leaves a call to the portable one.
+FASTSEQ_ENTRY(hopper_refusal_entry) {
+  Reader in{p, n, x};
+  AttentionForward call;
+  Place place;
+  bool decode = false;
+  read_forward(in, call, place, decode);
+  return hopper_refusal(call, place);
+}
+
 FASTSEQ_ENTRY(attention_forward_entry) {
   Reader in{p, n, x};
   AttentionForward call;
-  read_call(in, call);
-  in.view(call.o), in.view(call.lse);
-  int64_t decode = 0, multiprocessors = 0;
-  in.integer(decode), in.integer(multiprocessors);
-  prepare(call);
   Place place;
-  place.multiprocessors = int32_t(multiprocessors);
+  bool decode = false;
+  read_forward(in, call, place, decode);
   if (decode) plan_decode(call, place);
   if (call.splits == 0) return attention_forward(call, place);
   Scratch scratch;
@@ -116,15 +133,23 @@ void write_shared(int64_t*& to) {
     *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
   if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = BiasShape<Bf16, H>::kShared;
 }
+template <class H, bool kLimited>
+void write_hopper(int64_t*& to) {
+  *to++ = 6, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kLimited;
+  *to++ = HopperForwardShape<Bf16, H, kLimited>::kShared;
+}
 template <class... H>
 void write_all(int64_t* to) {
   (write_shared<H, false>(to), ...);
   (write_shared<H, true>(to), ...);
+  write_hopper<Heads<64, 64>, true>(to), write_hopper<Heads<128, 128>, true>(to);
+  write_hopper<Heads<128, 128>, false>(to), write_hopper<Heads<192, 128>, true>(to);
+  write_hopper<Heads<256, 256>, true>(to);
   *to = 0;
 }
 }  // namespace attention
 
-// (kernel, Dk, Dv, general, bytes of shared memory) of every variant, ended by a 0.
+// (kernel, Dk, Dv, general or limited, bytes of shared memory) of every variant, ended by a 0.
 FASTSEQ_ENTRY(attention_shared_entry) {
   using namespace attention;
   write_all<Heads<64, 64>, Heads<96, 96>, Heads<128, 128>, Heads<192, 128>, Heads<256, 256>>(static_cast<int64_t*>(p[0]));

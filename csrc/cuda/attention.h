@@ -56,6 +56,7 @@ struct AttentionCall {
 
 constexpr int32_t kUnlimited = 1 << 28;  // no distance between two positions is larger
 constexpr int32_t kLongest = 1 << 27;    // rows of q or of k
+constexpr int32_t kSplitUnit = 64;       // keys of a split are a multiple of this
 constexpr int32_t kRowBlock = 128;       // rows of each sequence in the backward's scratch are a multiple of this
 
 struct AttentionForward : AttentionCall {
@@ -63,7 +64,7 @@ struct AttentionForward : AttentionCall {
   View lse;                    // float
   float* o_split = nullptr;    // decoding: [B*Hq*Tq, splits, Dv]
   float* lse_split = nullptr;  // decoding: [B*Hq*Tq, splits], in units of log 2
-  int32_t splits = 0, split_keys = 0;
+  int32_t splits = 0, split_keys = 0;  // of every sequence's keys; and how many keys one has at least
 };
 
 struct AttentionBackward : AttentionCall {
@@ -96,8 +97,9 @@ struct Place {
 // Reads what the current device is; null, or why it could not be read.
 const char* read_device(Place& place);
 
-// Fills in splits and split_keys; splits stays 0 where the call is not decoding.
-void plan_decode(AttentionForward& call, const Place& place);
+// Fills in splits and split_keys; splits stays 0 where the call is not decoding. They fill the machine or, where they are
+// `fixed`, cut a sequence alike whatever the batch around it.
+void plan_decode(AttentionForward& call, const Place& place, bool fixed);
 // Rows a head in the backward's scratch; rows of sinks_parts; how many blocks share a tile of the bias's gradient.
 int64_t scratch_rows(const AttentionCall& call);
 int64_t sinks_parts(const AttentionCall& call);

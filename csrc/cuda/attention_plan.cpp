@@ -10,7 +10,8 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kDecodeQueries = 16;  // up to so many, and kDecodeRows in a group of heads, attention is decoding
 constexpr int64_t kDecodeRows = 64;
-constexpr int64_t kSplitUnit = 64;    // keys that all splits but the last are a multiple of
+constexpr int64_t kLeastKeys = 2 * kSplitUnit;
+constexpr int64_t kFixedSplits = 32, kFixedKeys = 4 * kSplitUnit;  // a short sequence has splits of so many keys
 
 bool aligned(const View& view, bool packed) {
   const auto whole = [](int64_t stride) { return stride % 8 == 0; };
@@ -54,16 +55,14 @@ const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {
   return nullptr;
 }
 
-void plan_decode(AttentionForward& call, const Place& place) {
+void plan_decode(AttentionForward& call, const Place& place, bool fixed) {
   call.splits = 0;
   const int64_t rows = int64_t(call.length_q) * call.group;
   if (call.cu_q != nullptr || call.length_q > kDecodeQueries || rows > kDecodeRows || call.length_k == 0) return;
   const int64_t heads = std::max<int64_t>(1, int64_t(call.batch) * call.heads_k * ((rows + 15) / 16));
-  const int64_t wanted = std::max<int64_t>(1, 2 * place.multiprocessors / heads);
-  const int64_t even = (call.length_k + wanted - 1) / wanted;
-  const int64_t keys = std::max(2 * kSplitUnit, even);
-  call.split_keys = int32_t((keys + kSplitUnit - 1) / kSplitUnit * kSplitUnit);
-  call.splits = int32_t((int64_t(call.length_k) + call.split_keys - 1) / call.split_keys);
+  const int64_t wanted = fixed ? kFixedSplits : std::max<int64_t>(1, 2 * place.multiprocessors / heads);
+  call.split_keys = int32_t(fixed ? kFixedKeys : kLeastKeys);
+  call.splits = int32_t(std::min<int64_t>(wanted, (call.length_k + call.split_keys - 1) / call.split_keys));
 }
 
 namespace {

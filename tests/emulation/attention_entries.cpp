@@ -73,7 +73,7 @@ FASTSEQ_ENTRY(attention_forward_entry) {
   prepare(call);
   Place place;
   place.multiprocessors = int32_t(multiprocessors);
-  if (decode) plan_decode(call, place);
+  if (decode) plan_decode(call, place, false);
   if (call.splits == 0) return attention_forward(call, place);
   Scratch scratch;
   const int64_t rows = int64_t(call.batch) * call.heads_q * call.length_q * call.splits;

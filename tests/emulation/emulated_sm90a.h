@@ -65,6 +65,7 @@ inline void tma_store_wait_all() {
 }
 
 // ---- wgmma.
+inline constexpr bool kHasWgmma = true;
 inline uint64_t wg_desc(const void* tile, unsigned lead, unsigned stride, unsigned swizzle, FASTSEQ_HERE) {
   return emulation::wg_desc(tile, lead, stride, swizzle, where);
 }

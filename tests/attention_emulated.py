@@ -39,6 +39,7 @@ class Settings:
     sanitizer: str = ""
     decode: bool = True  # whether few queries take the decoding kernel
     multiprocessors: int = 4  # few, so that work is shared as on a large machine
+    major: int = 8  # compute capability: 9 takes the kernels for Hopper
     changed: build.Library | None = None  # kernels with a fault in them
 
     @property
@@ -76,7 +77,7 @@ def operators() -> ctypes.CDLL:
 def through_operators(op: str, arguments: tuple) -> tuple[Tensor, ...]:
     setter = operators().fastseq_emulation_set
     setter.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
-    setter(settings.seed, settings.schedule, 0, 0, settings.multiprocessors, 0)
+    setter(settings.seed, settings.schedule, 0, settings.major, settings.multiprocessors, 0)
     return getattr(torch.ops.fastseq, op).emulated_tensors(*arguments)
 
 
@@ -158,7 +159,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     lse = torch.empty((q.shape[1], q.shape[0]) if x.packed else q.shape[:3], dtype=torch.float32)
     x.add(view(o, x.packed))
     x.add(row_view(lse, x.packed))
-    x.integers += [settings.decode, settings.multiprocessors]
+    x.integers += [settings.decode, settings.multiprocessors, 10 * settings.major]
     if lse.numel():
         x.call("attention_forward_entry")
     return o, lse

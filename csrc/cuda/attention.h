@@ -54,6 +54,9 @@ struct AttentionCall {
   bool aligned = true;             // every row begins at 16 bytes and holds whole sixteens
 };
 
+// Whether anything acts on single pairs, the scale is not positive, or rows are not laid out for 16-byte copies.
+bool is_general(const AttentionCall& call);
+
 constexpr int32_t kUnlimited = 1 << 28;  // no distance between two positions is larger
 constexpr int32_t kLongest = 1 << 27;    // rows of q or of k
 constexpr int32_t kSplitUnit = 64;       // keys of a split are a multiple of this
@@ -93,6 +96,7 @@ const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v);
 struct Place {
   void* stream = nullptr;
   int32_t multiprocessors = 132;
+  int32_t capability = 80;  // ten times the major version and the minor one
 };
 // Reads what the current device is; null, or why it could not be read.
 const char* read_device(Place& place);
@@ -105,8 +109,12 @@ int64_t scratch_rows(const AttentionCall& call);
 int64_t sinks_parts(const AttentionCall& call);
 int32_t plan_bias(const AttentionBackward& call, const Place& place);
 
-// Both return null, or why the launch failed.
+// Why the kernel for Hopper does not take a call, which the portable one then does; null where it takes it.
+const char* hopper_refusal(const AttentionForward& call, const Place& place);
+
+// All return null, or why the launch failed.
 const char* attention_forward(const AttentionForward& call, const Place& place);
+const char* attention_hopper_forward(const AttentionForward& call, const Place& place);
 const char* attention_decode(const AttentionForward& call, const Place& place);
 const char* attention_backward(const AttentionBackward& call, const Place& place);
 

@@ -230,7 +230,10 @@ const char* launch_decode(const AttentionForward& call, Stream stream) {
 const char* read_device(Place& place) {
   DeviceLimits limits{};
   const char* error = device_limits(limits);
-  if (error == nullptr) place.multiprocessors = limits.multiprocessors;
+  if (error == nullptr) {
+    place.multiprocessors = limits.multiprocessors;
+    place.capability = 10 * limits.major + limits.minor;
+  }
   return error;
 }
 

@@ -20,16 +20,8 @@ constexpr int kWarpgroup = 128;  // threads
 
 // ---- Tensor maps: host code.
 
-// Whether TMA can address a matrix: 16-byte aligned rows, and a stride in every dimension of more than one index.
-inline bool has_tensor_map(const View& view, int64_t batch, int64_t heads, int64_t rows) {
-  const auto stepped = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
-  };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && batch > 0 && heads > 0 && rows > 0 &&
-         stepped(batch, view.batch) && stepped(heads, view.head) && stepped(rows, view.row);
-}
-
-// The map of [batch, heads, rows, columns] whose boxes are the panels of tiles of kRows. Null, or the error.
+// The map of [batch, heads, rows, columns] whose boxes are the panels of tiles of kRows. Null, or the error: what it
+// cannot map the plan keeps away (`mappable`).
 template <class Tile>
 const char* make_map(TensorMap& map, const View& view, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
   static_assert(Tile::kPanel == 8 && Tile::kRows <= 256, "a box is a panel of 64 columns");

@@ -12,6 +12,7 @@ constexpr int64_t kDecodeQueries = 16;  // up to so many, and kDecodeRows in a g
 constexpr int64_t kDecodeRows = 64;
 constexpr int64_t kLeastKeys = 2 * kSplitUnit;
 constexpr int64_t kFixedSplits = 32, kFixedKeys = 4 * kSplitUnit;  // a short sequence has splits of so many keys
+constexpr int64_t kFarthestStep = int64_t(1) << 39;  // of a tensor map, in elements
 
 bool aligned(const View& view, bool packed) {
   const auto whole = [](int64_t stride) { return stride % 8 == 0; };
@@ -47,6 +48,29 @@ void prepare(AttentionBackward& call) {
   const bool packed = call.cu_q != nullptr;
   for (const View* view : {&call.o, &call.d_o, &call.dq, &call.dk, &call.dv})
     call.aligned = call.aligned && aligned(*view, packed);
+}
+
+bool is_general(const AttentionCall& call) {
+  return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
+         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
+}
+
+const char* hopper_refusal(const AttentionForward& call, const Place& place) {
+  if (place.capability != 90) return "the GPU is not of compute capability 9.0";
+  if (!call.aligned) return "rows do not begin at 16 bytes";
+  if (is_general(call)) return "bias, mask, cap, slopes, dropout or a scale that is not positive act on single pairs";
+  if (call.length_k == 0) return "there are no keys";
+  const bool packed = call.cu_q != nullptr;
+  const auto stepped = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride < kFarthestStep);
+  };
+  const auto mapped = [&](const View& view, int64_t heads, int64_t rows) {
+    return stepped(packed ? 1 : call.batch, view.batch) && stepped(heads, view.head) && stepped(rows, view.row);
+  };
+  if (!mapped(call.q, call.heads_q, call.length_q) || !mapped(call.k, call.heads_k, call.length_k) ||
+      !mapped(call.v, call.heads_k, call.length_k))
+    return "TMA cannot step through a broadcast tensor";
+  return nullptr;
 }
 
 const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {

@@ -90,6 +90,20 @@ FASTSEQ_DEVICE Slot find_slot(const AttentionCall& call, const Tiling& t, int bl
   return {low, unit, slot - (t.cu[low] / kBlock + low), slot};
 }
 
+// The tiles of a block that stays on its multiprocessor: it takes one of each round, and every other round is walked
+// backwards, so that whoever had a longer tile gets a shorter one. each(slot, sequence).
+template <int kBlock, class Each>
+FASTSEQ_DEVICE void for_each_slot(const AttentionCall& call, const Tiling& t, const Each& each) {
+  const int all = t.tiles * t.units, together = int(nblocks()), own = int(bid());
+  bool backwards = false;
+  for (int first = 0; first < all; first += together, backwards = !backwards) {
+    const int block = first + (backwards ? together - 1 - own : own);
+    if (block >= all) continue;
+    const Slot slot = find_slot<kBlock>(call, t, block);
+    each(slot, Sequence(call, slot.b));
+  }
+}
+
 // Tiles [begin, end), counted in positions, of which those in [whole_begin, whole_end) are seen by everybody.
 struct Range {
   int begin, whole_begin, whole_end, end;

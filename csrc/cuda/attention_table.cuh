@@ -4,6 +4,8 @@
 // plain (limits of causality, window and lengths, sinks, grouped heads, packed batches), and general (whatever acts on
 // single pairs: bias, mask, cap, slopes, dropout; a scale that is not positive; rows that are not aligned).
 #pragma once
+#include <type_traits>
+
 #include "attention_schedule.cuh"
 
 namespace fastseq::cuda::attention {
@@ -27,12 +29,6 @@ const char* with_heads(const AttentionCall& call, const Visit& visit) {
   return with_type(Heads<256, 256>());
 }
 
-// Whether anything acts on single pairs, or rows are not laid out for 16-byte copies.
-inline bool is_general(const AttentionCall& call) {
-  return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
-         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
-}
-
 template <class T_, class HeadsOf, bool kGeneral_>
 struct Shape {
   using T = T_;
@@ -49,6 +45,31 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kBlocks = HeadsOf::kDim <= 192 ? 2 : 1;
   static constexpr int kShared = 2 * (kBlockM * HeadsOf::kDim + kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
 };
+
+// Forward on Hopper, plain alone: kGroups warpgroups make 64 rows of o each and one more brings the tiles, kStages
+// buffers of K and of V of kBlockN keys ahead. Without limits (kLimited) keys come in longer tiles. kTurns: the groups'
+// products take turns, so that the exponentials of one run under the products of the others.
+template <class T, class HeadsOf, bool kLimited>
+struct HopperForwardShape : Shape<T, HeadsOf, false> {
+  static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
+  static constexpr int kGroups = kDim <= 64 ? 3 : 2, kThreads = 128 * (kGroups + 1), kBlockM = 64 * kGroups;
+  static constexpr int kBlockN = kDim > 192 ? 80 : kDim == 128 && !kLimited ? 176 : 128;
+  static constexpr int kStages = 2;
+  static constexpr bool kTurns = kDim <= 192;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kBringingRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kTiles = 2 * (kBlockM * kDim + kStages * kBlockN * (kDim + kDimV));
+  static constexpr int kShared = kTiles + 1024;
+};
+
+// The kinds of heads that it has: 96 runs as 128.
+template <class Visit>
+const char* with_hopper_heads(const AttentionCall& call, const Visit& visit) {
+  return with_heads(call, [&](auto t, auto heads) {
+    using H = decltype(heads);
+    using Kept = std::conditional_t<H::kDim == 96, Heads<128, 128>, H>;
+    return visit(t, Kept());
+  });
+}
 
 // dk and dv: a block owns kBlockN keys, a warp 16 of them, meeting kBlockM queries at a time; kParts share the columns.
 template <class T, class HeadsOf, bool kGeneral>

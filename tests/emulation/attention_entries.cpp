@@ -68,11 +68,11 @@ FASTSEQ_ENTRY(attention_forward_entry) {
   AttentionForward call;
   read_call(in, call);
   in.view(call.o), in.view(call.lse);
-  int64_t decode = 0, multiprocessors = 0;
-  in.integer(decode), in.integer(multiprocessors);
+  int64_t decode = 0;
+  in.integer(decode);
   prepare(call);
   Place place;
-  place.multiprocessors = int32_t(multiprocessors);
+  in.integer(place.multiprocessors), in.integer(place.capability);
   if (decode) plan_decode(call, place, false);
   if (call.splits == 0) return attention_forward(call, place);
   Scratch scratch;

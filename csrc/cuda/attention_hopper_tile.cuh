@@ -50,7 +50,11 @@ struct Ring {
   }
   FASTSEQ_DEVICE Mbar* full() const { return bars + stage; }
   FASTSEQ_DEVICE void wait_full() const { mbar_wait(full(), parity); }
-  FASTSEQ_DEVICE void wait_empty() const { mbar_wait(bars + kStages + stage, parity ^ 1); }  // at first all are empty
+  // A warp. At first all are empty. No lane may fill the buffer while another still waits: that one could miss the phase.
+  FASTSEQ_DEVICE void wait_empty() const {
+    mbar_wait(bars + kStages + stage, parity ^ 1);
+    sync_warp();
+  }
   // A warp, once all its lanes are done with the buffer.
   FASTSEQ_DEVICE void release() const {
     sync_warp();

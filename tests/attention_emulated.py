@@ -183,7 +183,7 @@ def backward(
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad else torch.empty(0, dtype=q.dtype)
     dsinks = torch.empty(0, dtype=q.dtype) if sinks is None else torch.empty(sinks.shape, dtype=sinks.dtype)
     x.pointers += [dbias if bias_grad else None, None if sinks is None else dsinks]
-    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors]
+    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors, 10 * settings.major]
     x.call("attention_backward_entry")
     return dq, dk, dv, dbias, dsinks
 

@@ -109,8 +109,9 @@ int64_t scratch_rows(const AttentionCall& call);
 int64_t sinks_parts(const AttentionCall& call);
 int32_t plan_bias(const AttentionBackward& call, const Place& place);
 
-// Why the kernel for Hopper does not take a call, which the portable one then does; null where it takes it.
+// Why the kernels for Hopper do not take a call, which the portable ones then do; null where they take it.
 const char* hopper_refusal(const AttentionForward& call, const Place& place);
+const char* hopper_refusal(const AttentionBackward& call, const Place& place);
 
 // All return null, or why the launch failed.
 const char* attention_forward(const AttentionForward& call, const Place& place);

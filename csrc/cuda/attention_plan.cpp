@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 namespace fastseq::cuda {
 namespace {
@@ -55,22 +56,39 @@ bool is_general(const AttentionCall& call) {
          call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
 }
 
-const char* hopper_refusal(const AttentionForward& call, const Place& place) {
+namespace {
+
+// Of either direction; `views` of [B,Hq,Tq,..] or, `of_keys`, of [B,Hk,Tk,..] are what TMA reads.
+struct Mapped {
+  const View& view;
+  bool of_keys;
+};
+
+const char* hopper_refusal_of(const AttentionCall& call, const Place& place, std::initializer_list<Mapped> views) {
   if (place.capability != 90) return "the GPU is not of compute capability 9.0";
   if (!call.aligned) return "rows do not begin at 16 bytes";
   if (is_general(call)) return "bias, mask, cap, slopes, dropout or a scale that is not positive act on single pairs";
-  if (call.length_k == 0) return "there are no keys";
+  if (call.length_q == 0 || call.length_k == 0) return "there are no rows";
   const bool packed = call.cu_q != nullptr;
   const auto stepped = [](int64_t size, int64_t stride) {
     return size == 1 || (stride > 0 && stride < kFarthestStep);
   };
-  const auto mapped = [&](const View& view, int64_t heads, int64_t rows) {
-    return stepped(packed ? 1 : call.batch, view.batch) && stepped(heads, view.head) && stepped(rows, view.row);
-  };
-  if (!mapped(call.q, call.heads_q, call.length_q) || !mapped(call.k, call.heads_k, call.length_k) ||
-      !mapped(call.v, call.heads_k, call.length_k))
-    return "TMA cannot step through a broadcast tensor";
+  for (const Mapped& x : views) {
+    const int64_t heads = x.of_keys ? call.heads_k : call.heads_q, rows = x.of_keys ? call.length_k : call.length_q;
+    if (!stepped(packed ? 1 : call.batch, x.view.batch) || !stepped(heads, x.view.head) || !stepped(rows, x.view.row))
+      return "TMA cannot step through a broadcast tensor";
+  }
   return nullptr;
+}
+
+}  // namespace
+
+const char* hopper_refusal(const AttentionForward& call, const Place& place) {
+  return hopper_refusal_of(call, place, {{call.q, false}, {call.k, true}, {call.v, true}});
+}
+
+const char* hopper_refusal(const AttentionBackward& call, const Place& place) {
+  return hopper_refusal_of(call, place, {{call.q, false}, {call.k, true}, {call.v, true}, {call.d_o, false}});
 }
 
 const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {

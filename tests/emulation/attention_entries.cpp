@@ -90,9 +90,9 @@ FASTSEQ_ENTRY(attention_backward_entry) {
   call.dbias = in.pointer<void>(), call.dsinks = in.pointer<void>();
   int64_t size = 1;
   for (int32_t& extent : call.bias_size) in.integer(extent), size *= extent;
-  int64_t multiprocessors = 0;
-  in.integer(multiprocessors);
   prepare(call);
+  Place place;
+  in.integer(place.multiprocessors), in.integer(place.capability);
   Scratch scratch;
   const int64_t heads = int64_t(call.cu_q != nullptr ? 1 : call.batch) * call.heads_q;
   call.rows = scratch_rows(call);

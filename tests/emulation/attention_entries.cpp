@@ -81,30 +81,43 @@ FASTSEQ_ENTRY(attention_forward_entry) {
   return attention_decode(call, place);
 }
 
-FASTSEQ_ENTRY(attention_backward_entry) {
-  Reader in{p, n, x};
-  AttentionBackward call;
+// Fills in all but the scratch; returns how many numbers the bias has.
+int64_t read_backward(Reader& in, AttentionBackward& call, Place& place) {
   read_call(in, call);
   in.view(call.o), in.view(call.d_o), in.view(call.lse), in.view(call.dlse);
   in.view(call.dq), in.view(call.dk), in.view(call.dv);
   call.dbias = in.pointer<void>(), call.dsinks = in.pointer<void>();
   int64_t size = 1;
   for (int32_t& extent : call.bias_size) in.integer(extent), size *= extent;
-  prepare(call);
-  Place place;
   in.integer(place.multiprocessors), in.integer(place.capability);
+  prepare(call);
+  return size;
+}
+
+FASTSEQ_ENTRY(attention_backward_entry) {
+  Reader in{p, n, x};
+  AttentionBackward call;
+  Place place;
+  const int64_t size = read_backward(in, call, place);
   Scratch scratch;
   const int64_t heads = int64_t(call.cu_q != nullptr ? 1 : call.batch) * call.heads_q;
   call.rows = scratch_rows(call);
   call.log = scratch.make(heads * call.rows), call.delta = scratch.make(heads * call.rows);
   if (call.dsinks != nullptr) call.sinks_parts = scratch.make(sinks_parts(call) * call.heads_q, true);
-  Place place;
-  place.multiprocessors = int32_t(multiprocessors);
   if (call.dbias != nullptr) {
     call.bias_splits = plan_bias(call, place);
     call.dbias_parts = scratch.make(call.bias_splits * size);
   }
   return attention_backward(call, place);
+}
+
+// Why the kernels for Hopper do not take the call.
+FASTSEQ_ENTRY(attention_backward_refusal_entry) {
+  Reader in{p, n, x};
+  AttentionBackward call;
+  Place place;
+  read_backward(in, call, place);
+  return hopper_refusal(call, place);
 }
 
 namespace attention {

@@ -151,18 +151,32 @@ class Arguments:
             raise RuntimeError(error)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    if not settings.past_operators:
-        return through_operators("attention_forward", (q, k, v, *options))
+def forward_arguments(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Arguments, Tensor, Tensor]:
     x = Arguments(q, k, v, *options)
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]) if x.packed else q.shape[:3], dtype=torch.float32)
     x.add(view(o, x.packed))
     x.add(row_view(lse, x.packed))
     x.integers += [settings.decode, settings.multiprocessors, 10 * settings.major]
+    return x, o, lse
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if not settings.past_operators:
+        return through_operators("attention_forward", (q, k, v, *options))
+    x, o, lse = forward_arguments(q, k, v, *options)
     if lse.numel():
         x.call("attention_forward_entry")
     return o, lse
+
+
+def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+    """Why the forward kernel for Hopper leaves a call to the portable one; None where it takes it."""
+    try:
+        forward_arguments(q, k, v, *options)[0].call("hopper_refusal_entry")
+    except RuntimeError as reason:
+        return str(reason)
+    return None
 
 
 def backward(

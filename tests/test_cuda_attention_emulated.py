@@ -53,6 +53,15 @@ def emulated() -> Iterator[None]:
     vars(settings).update(before)
 
 
+@pytest.fixture(params=[8, 9], ids=["portable", "hopper"])
+def machine(request: pytest.FixtureRequest) -> None:
+    """The emulated GPU's major compute capability: 9 takes the kernels for Hopper, for calls of the plain class."""
+    settings.major = request.param
+
+
+either = pytest.mark.usefixtures("machine")
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], **how: Any) -> None:
     assert_right(q, k, v, {"scale": q.shape[-1] ** -0.5, **options}, backend="emulated", **{"repeat": False, **how})
 
@@ -74,6 +83,7 @@ def test_every_feature(name: str) -> None:
     check(*dense(shape, dtype), feature(name, dtype, shape), with_dlse=name in ("plain", "sinks", "bias"))
 
 
+@either
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_kind_of_heads_under_every_limit(heads: tuple[int, int], name: str) -> None:
@@ -91,11 +101,13 @@ def test_packed_sequences(dtype: torch.dtype) -> None:
     check(q, k, v, {**cu, "window_left": 5, "bottom_right": False, "sinks": torch.randn(4)})
 
 
+@either
 def test_packed_sequences_that_are_copied_by_sixteens() -> None:
     q, k, v, cu = packed([3, 67], [70, 66], torch.bfloat16, spare=1)
     check(q.contiguous(), k, v[..., :16].contiguous(), {**cu, "causal": True})
 
 
+@either
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 9, 200, 72, 40), (1, 3, 1, 65, 64, 64, 64),
                                    (1, 2, 2, 129, 1, 33, 65), (2, 1, 1, 17, 130, 40, 8)], ids=str)  # fmt: skip
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
@@ -103,6 +115,7 @@ def test_odd_shapes(shape: tuple[int, ...]) -> None:
     check(*dense(shape, torch.bfloat16), {"causal": shape[3] != shape[4]})
 
 
+@either
 def test_any_strides() -> None:
     q, k, v = dense((2, 2, 1, 20, 40, 64, 64), torch.bfloat16)
     for layout in (
@@ -170,6 +183,7 @@ def test_few_queries_get_the_same_bits_whatever_the_batch_around_them(
     assert not all(torch.equal(a, b) for a, b in bits_of_each_and_of_each_alone(options))
 
 
+@either
 @pytest.mark.parametrize("queries", [2, 40])
 def test_what_lies_past_a_length_is_never_read(queries: int) -> None:
     assert_past_a_length_is_never_read(queries, torch.bfloat16, "emulated")
@@ -220,6 +234,7 @@ def test_dropout_keeps_the_reference_generators_weights() -> None:
         assert torch.equal(o != 0, keep_mask(options["seed"], 0.4, b[:, None, None, None], h[:, None, None], i, j))
 
 
+@either
 @pytest.mark.parametrize("schedule", [build.UNIFORM, build.STICKY, build.PRIORITY])
 def test_no_order_of_threads_changes_a_bit(schedule: int) -> None:
     q, k, v = dense((1, 2, 1, 70, 140, 64, 64), torch.bfloat16)
@@ -245,6 +260,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
         assert_right(*dense(shape, torch.bfloat16), feature(name, torch.bfloat16, shape), backend="emulated")
 
 
+@either
 def test_empty_inputs() -> None:
     for shape in [(0, 2, 1, 5, 7, 8, 8), (2, 2, 1, 0, 7, 8, 8), (2, 2, 1, 5, 0, 8, 8), (2, 2, 1, 50, 0, 8, 8)]:
         q, k, v = dense(shape, torch.bfloat16)
@@ -344,6 +360,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     raise AssertionError("eight schedules gave the right answer")
 
 
+@either
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["causal", "sinks", "bias", "dropout"])
 def test_threads_do_not_race(name: str) -> None:

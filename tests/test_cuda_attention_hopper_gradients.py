@@ -55,9 +55,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, options: Options, d_o: Tensor | Non
     return attention_emulated.backward_refusal(d_o, None, q, k, v, o, lse, *arguments(options), False)
 
 
-def packed(lengths_q: list[int], lengths_k: list[int], heads: tuple[int, int], dims: tuple[int, int], dtype: Any) -> Any:
-    """Two rows more than the sequences have."""
-    dim, dim_v = dims
+def packed(lengths_q: list[int], lengths_k: list[int], dtype: torch.dtype) -> Any:
+    """Four query heads, two key heads; two rows more than the sequences have."""
+    heads, dim, dim_v = (4, 2), 24, 16
     cu = {f"cu_seqlens_{n}": torch.tensor([0, *x]).cumsum(0).int() for n, x in (("q", lengths_q), ("k", lengths_k))}
     sizes = (sum(lengths_q), heads[0], dim), (sum(lengths_k), heads[1], dim), (sum(lengths_k), heads[1], dim_v)
     return *(torch.randn(n + 2, *rest).to(dtype) for n, *rest in sizes), cu
@@ -71,7 +71,7 @@ def test_the_plain_class_is_taken_and_all_else_left_with_a_reason() -> None:
     for name in ("bias", "mask", "softcap", "alibi", "dropout", "negative scale"):
         assert "single pairs" in str(refusal(q, k, v, feature(name, torch.bfloat16, shape)))
     assert "16 bytes" in str(refusal(q[..., :20], k[..., :20], v, {}))
-    assert "no rows" in str(refusal(q[:, :, :0], k, v, {}))
+    assert "no queries" in str(refusal(q[:, :, :0], k, v, {}))
     assert "broadcast" in str(refusal(q, k, v, {}, torch.ones(2, 4, 1, 16, dtype=q.dtype).expand(2, 4, 33, 16)))
     settings.major = 8
     assert "compute capability" in str(refusal(q, k, v, {}))
@@ -100,7 +100,7 @@ def test_every_kind_of_heads_under_every_limit(heads: tuple[int, int], name: str
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_packed_sequences_of_grouped_heads(dtype: torch.dtype) -> None:
-    *tensors, cu = packed([1, 0, 130, 33], [65, 7, 149, 0], (4, 2), (24, 16), dtype)
+    *tensors, cu = packed([1, 0, 130, 33], [65, 7, 149, 0], dtype)
     check(*tensors, {**cu, "causal": True})
     settings.multiprocessors = 1  # one block makes all tiles
     check(*tensors, {**cu, "window_left": 5, "bottom_right": False, "sinks": torch.randn(4)})

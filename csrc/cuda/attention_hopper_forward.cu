@@ -161,6 +161,7 @@ struct HopperForward {
       for (int half = 0; half < 2; ++half) a[half] = softmax.weigh(0, half, s, call.factor);
     };
     const auto finish_acc = [&] {
+      wg_cover(softmax.l[0][0] + softmax.l[0][1], landed);
       wg_wait<0>(numbers_of(acc));
       v_ring.release();
       v_ring.advance();
@@ -211,7 +212,7 @@ hopper_forward_kernel(FASTSEQ_IN_PLACE ForwardMaps maps, FASTSEQ_IN_PLACE Attent
     HopperForward<Shape> self(call, tiling, shared_memory());
     if (tid() == 0) self.init();
     sync_block();
-    const int group = int(warp() / 4);
+    const int group = int(shfl_idx(warp() / 4, 0));  // known to be the same in all lanes
     if (group == Shape::kGroups) {
       reg_dealloc<Shape::kBringingRegisters>();
       if (warp() % 4 == 0) self.bring_keys(maps.k, maps.v);

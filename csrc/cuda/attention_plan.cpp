@@ -68,7 +68,7 @@ const char* hopper_refusal_of(const AttentionCall& call, const Place& place, std
   if (place.capability != 90) return "the GPU is not of compute capability 9.0";
   if (!call.aligned) return "rows do not begin at 16 bytes";
   if (is_general(call)) return "bias, mask, cap, slopes, dropout or a scale that is not positive act on single pairs";
-  if (call.length_q == 0 || call.length_k == 0) return "there are no rows";
+  if (call.length_q == 0 || call.length_k == 0) return "there are no queries, or no keys";
   const bool packed = call.cu_q != nullptr;
   const auto stepped = [](int64_t size, int64_t stride) {
     return size == 1 || (stride > 0 && stride < kFarthestStep);

@@ -58,6 +58,13 @@ FASTSEQ_DEVICE void wg_wait(float (&c)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
+// Keeps the compiler from moving a wait that follows ahead of what x >= 0 is computed from, which products under way
+// were to cover: a store into shared memory that never happens.
+FASTSEQ_DEVICE void wg_cover(float x, void* shared) {
+  asm volatile("{\n .reg .pred p;\n setp.lt.f32 p, %0, 0f00000000;\n @p st.shared.f32 [%1], %0;\n}" ::"f"(x),
+               "r"(detail::shared_address(shared))
+               : "memory");
+}
 // Gives registers back to the multiprocessor, or takes more: all warps of a warpgroup call it; a multiple of 8.
 template <int N>
 FASTSEQ_DEVICE void reg_dealloc() {

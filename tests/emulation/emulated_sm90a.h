@@ -79,6 +79,7 @@ template <int N, int kCount>
 inline void wg_wait(float (&)[kCount], FASTSEQ_HERE) {
   emulation::wg_wait(N, where);
 }
+inline void wg_cover(float, void*) {}
 template <int N>
 inline void reg_dealloc() {}
 template <int N>

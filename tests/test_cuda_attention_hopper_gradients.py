@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import attention_emulated
@@ -22,6 +21,7 @@ from attention_operators import (
     forward,
 )
 from emulation import build
+from emulation.mutations import THREADS, Mutation, library, noticed
 from test_cuda_attention_emulated import HALVES, HEADS, LIMITS, limits
 from torch import Tensor
 
@@ -30,8 +30,6 @@ from fastseq import ops
 pytestmark = pytest.mark.skipif(
     build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
 )
-
-KERNELS = "attention_hopper_backward.cu"
 
 
 @pytest.fixture(autouse=True)
@@ -163,49 +161,44 @@ def test_no_order_of_threads_changes_a_bit(schedule: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients(options), expected, strict=True)), f"seed {seed}"
 
 
-FAULTS = {
-    "near tiles are read before they have come": ("    of_s.near.wait_full();\n", ""),
-    "far tiles are read before they have come": ("      of_p.far.wait_full();\n", ""),
-    "a buffer is released before its products are done": (
+KERNELS = "csrc/cuda/attention_hopper_backward.cu"
+FAULTS = [
+    Mutation("near tiles are read before they have come", KERNELS, "    of_s.near.wait_full();\n", ""),
+    Mutation("far tiles are read before they have come", KERNELS, "      of_p.far.wait_full();\n", ""),
+    Mutation(
+        "a buffer is released before its products are done",
+        KERNELS,
         "        wg_wait<1>(numbers_of(sum_p));\n        of_p.far.release();\n",
         "        of_p.far.release();\n        wg_wait<1>(numbers_of(sum_p));\n",
     ),
-    "a buffer is filled before it is empty": ("        factor.far.wait_empty();\n", ""),
-    "near tiles are overwritten before results have left": (
-        "    of_s.near.release();\n    of_s.near.advance();\n", "    of_s.near.advance();\n"
-    ),
-    "numbers are not waited for": ("mbar_expect_tx(factor.far.full(), Factor::kNumbers);", ";"),
-    "what lies past a length is left": ("end - first, factor.landed", "kUnlimited, factor.landed"),
-    "no tile is masked": ("tile.far.masked(first)", "false"),
-}  # fmt: skip
-
-
-def shows(library: build.Library) -> bool:
-    """Whether eight schedules notice."""
-    options = {"causal": True, "lengths_q": torch.tensor([140]), "lengths_k": torch.tensor([290])}
-    settings.multiprocessors, settings.schedule = 1, build.IN_ORDER
-    expected = gradients(options)
-    settings.changed = library
-    for schedule, seed in ((s, n) for n in range(4) for s in (build.STICKY, build.PRIORITY)):
-        settings.schedule, settings.seed = schedule, seed
-        try:
-            got = gradients(options)
-        except RuntimeError:
-            return True  # the machine itself saw it
-        if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
-            return True
-    return False
+    Mutation("dp is read before the product", KERNELS, "      wg_wait<0>(numbers_of(dp));\n", ""),
+    Mutation("a buffer is filled before it is empty", KERNELS, "        factor.far.wait_empty();\n", ""),
+    Mutation("near tiles are not released", KERNELS, "    of_s.near.release();\n", ""),
+    Mutation("near tiles are overwritten before results have left", KERNELS, "      factor.near.wait_empty();\n", ""),
+    Mutation("numbers are not waited for", KERNELS, "mbar_expect_tx(factor.far.full(), Factor::kNumbers);", ";"),
+    Mutation("what lies past a length is left", KERNELS, "end - first, factor.landed", "kUnlimited, factor.landed"),
+    Mutation("no tile is masked", KERNELS, "tile.far.masked(first)", "false"),
+    Mutation("results are not fenced", KERNELS, "    fence_proxy_async();  // the next", "    // the next", (THREADS,)),
+]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
-    right, wrong = FAULTS[fault]
-    text = (attention_emulated.CUDA / KERNELS).read_text()
-    assert right in text
-    (tmp_path / KERNELS).write_text(text.replace(right, wrong))
-    sources = [tmp_path / KERNELS if s.name == KERNELS else s for s in attention_emulated.SOURCES]
-    assert shows(build.Library(sources))
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_found(fault: Mutation) -> None:
+    options = {"causal": True, "lengths_q": torch.tensor([140]), "lengths_k": torch.tensor([290])}
+    settings.multiprocessors = 1
+    expected = gradients(options)
+
+    def run(kernels: build.Library, machine: dict[str, int]) -> str | None:
+        settings.changed, settings.schedule, settings.seed = kernels, machine["schedule"], machine["seed"]
+        try:
+            got = gradients(options)
+        except RuntimeError as seen:
+            return str(seen)
+        return None if all(map(torch.equal, got, expected)) else "other bits"
+
+    for by in fault.caught_by:
+        assert noticed(run, library(fault, attention_emulated.SOURCES, "thread" if by == THREADS else "")), f"by {by}"
 
 
 @pytest.mark.full

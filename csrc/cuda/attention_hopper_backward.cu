@@ -56,6 +56,14 @@ struct GradientTile {
   }
 };
 
+// A number that is not negative and is had only when all of p are, which are not negative either.
+template <int kN>
+FASTSEQ_DEVICE float united(const Fragment<1, kN>& p) {
+  uint32_t bits = 0;
+  for_each_element<1, kN>([&](int m, int n, int e) { bits |= float_bits(p.x[m][n][e]); });
+  return bits_float(bits);
+}
+
 template <class Shape>
 struct HopperGradient {
   using T = typename Shape::T;
@@ -190,6 +198,7 @@ struct HopperGradient {
       wg_wait<1>(numbers_of(s));
       probabilities<kOfKeys, false>(s, slope, call, own, corner, tile.far.masked(first),
                                     [&](int, int n, int e) { return number(of_s.far_numbers(), log, n, e); });
+      wg_cover(united(s), of_s.near_tile);
       wg_wait<0>(numbers_of(dp));
       if constexpr (!kOfKeys) of_p.far.release();
       score_gradients<kOfKeys, false>(s, dp, call, corner,
@@ -245,7 +254,7 @@ hopper_gradient_kernel(FASTSEQ_IN_PLACE GradientMaps maps, FASTSEQ_IN_PLACE Atte
       fence_mbar_init();
     }
     sync_block();
-    const int group = int(warp() / 4);
+    const int group = int(shfl_idx(warp() / 4, 0));  // known to be the same in all lanes
     if (group == Shape::kGroups) {
       reg_dealloc<Shape::kBringingRegisters>();
       if (warp() % 4 == 0) self.bring(self.of_s, maps.near_s, maps.far_s, call.log);

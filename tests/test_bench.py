@@ -358,15 +358,20 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
             "cpu": "a chip", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
             "versions": {"torch": "2.11", "onnxruntime": "1.2"},
         },
-        "summary": [line | {"peer": "best"}, line | {"peer": "torch", "geomean": 3.0}],
-        "cases": [{"noisy": False}],
+        "summary": [
+            line | {"peer": "best"}, line | {"peer": "torch", "geomean": 3.0},
+            line | {"of": "gru inference fp32", "peer": "best"},
+        ],
+        "cases": [{"noisy": False, "family": "recurrent inference fp32"}],
     }  # fmt: skip
     results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(document))
     readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
     assert main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in text
+    shown, folded = text.split("<details>")
+    assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in shown
+    assert "| gru inference fp32 | 2 | 1.50× | 1.25× `gru-x` | – |" in folded
     assert text.startswith("above\n")
     assert text.endswith("<!-- bench:end -->\nbelow\n")
     assert "old" not in text

@@ -109,7 +109,8 @@ def test_packed_sequences_that_are_copied_by_sixteens() -> None:
 
 @either
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 9, 200, 72, 40), (1, 3, 1, 65, 64, 64, 64),
-                                   (1, 2, 2, 129, 1, 33, 65), (2, 1, 1, 17, 130, 40, 8)], ids=str)  # fmt: skip
+                                   (1, 2, 2, 129, 1, 33, 65), (2, 1, 1, 17, 130, 40, 8),
+                                   (1, 2, 1, 1, 1, 64, 64), (2, 2, 1, 1, 130, 128, 128)], ids=str)  # fmt: skip
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     settings.decode = False
     check(*dense(shape, torch.bfloat16), {"causal": shape[3] != shape[4]})
@@ -307,6 +308,7 @@ def test_auto_leaves_these_kernels_out_until_they_have_run_on_hardware() -> None
     assert "not yet run on hardware" in row.because
 
 
+@either
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", FEATURES)

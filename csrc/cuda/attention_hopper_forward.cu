@@ -45,25 +45,26 @@ struct HopperForward {
   using TileQ = Tile<kBlockM, Shape::kDim>;
   using TileK = Tile<kBlockN, Shape::kDim>;
   using TileV = Tile<kBlockN, Shape::kDimV>;
+  using Queries = Ring<Shape::kStagesQ>;
   using Keys = Ring<Shape::kStages>;
 
   const AttentionForward& call;
   const Tiling& tiling;
-  unsigned char *q_tile, *k_tiles, *v_tiles;
-  Ring<1> q_ring;
+  unsigned char *q_tiles, *k_tiles, *v_tiles;
+  Queries q_ring;
   Keys k_ring, v_ring;
   Mbar* landed;
 
   FASTSEQ_DEVICE HopperForward(const AttentionForward& call, const Tiling& tiling, unsigned char* shared)
       : call(call),
         tiling(tiling),
-        q_tile(shared),
-        k_tiles(q_tile + TileQ::kBytes),
+        q_tiles(shared),
+        k_tiles(q_tiles + Shape::kStagesQ * TileQ::kBytes),
         v_tiles(k_tiles + Shape::kStages * TileK::kBytes),
         q_ring(shared + Shape::kTiles),
-        k_ring(shared + Shape::kTiles + Ring<1>::kBytes),
-        v_ring(shared + Shape::kTiles + Ring<1>::kBytes + Keys::kBytes),
-        landed(reinterpret_cast<Mbar*>(shared + Shape::kTiles + Ring<1>::kBytes + 2 * Keys::kBytes)) {}
+        k_ring(shared + Shape::kTiles + Queries::kBytes),
+        v_ring(shared + Shape::kTiles + Queries::kBytes + Keys::kBytes),
+        landed(reinterpret_cast<Mbar*>(shared + Shape::kTiles + Queries::kBytes + 2 * Keys::kBytes)) {}
 
   FASTSEQ_DEVICE void init() const {
     q_ring.init(4 * kGroups);
@@ -86,7 +87,8 @@ struct HopperForward {
     for_each_tile([&](const ForwardTile<Shape>& tile) {
       q_ring.wait_empty();
       if (lane() == 0)
-        start_tile<TileQ>(q_tile, map, q_ring.full(), tile.own.q_row + tile.i0, tile.slot.h, batch_of(tile.slot));
+        start_tile<TileQ>(q_tiles + q_ring.stage * TileQ::kBytes, map, q_ring.full(), tile.own.q_row + tile.i0,
+                          tile.slot.h, batch_of(tile.slot));
       q_ring.advance();
     });
   }
@@ -140,6 +142,7 @@ struct HopperForward {
     Fragment<1, Shape::kDimV / 8> acc;
     uint32_t p[kBlockN / 16][4];
     acc.clear();
+    unsigned char* q_tile = q_tiles + q_ring.stage * TileQ::kBytes;
 
     const auto start_s = [&] {
       wg_fence();

@@ -47,8 +47,8 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
 };
 
 // Forward on Hopper, plain alone: kGroups warpgroups make 64 rows of o each and one more brings the tiles, kStages
-// buffers of K and of V of kBlockN keys ahead. Without limits (kLimited) keys come in longer tiles. kTurns: the groups'
-// products take turns, so that the exponentials of one run under the products of the others.
+// buffers of K and of V of kBlockN keys ahead, and the next q where it has room. Without limits (kLimited) keys come in
+// longer tiles. kTurns: the groups' products take turns, so that the exponentials of one run under those of the others.
 template <class T, class HeadsOf, bool kLimited>
 struct HopperForwardShape : Shape<T, HeadsOf, false> {
   static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
@@ -57,8 +57,10 @@ struct HopperForwardShape : Shape<T, HeadsOf, false> {
   static constexpr int kStages = 2;
   static constexpr bool kTurns = kDim <= 192;
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kBringingRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kTiles = 2 * (kBlockM * kDim + kStages * kBlockN * (kDim + kDimV));
-  static constexpr int kShared = kTiles + 1024;
+  static constexpr int kTileQ = 2 * kBlockM * kDim, kTilesOfKeys = 2 * kStages * kBlockN * (kDim + kDimV), kBars = 1024;
+  static constexpr int kStagesQ = 2 * kTileQ + kTilesOfKeys + kBars <= 227 * 1024 ? 2 : 1;
+  static constexpr int kTiles = kStagesQ * kTileQ + kTilesOfKeys;
+  static constexpr int kShared = kTiles + kBars;
 };
 
 // The kinds of heads that it has: 96 runs as 128.

@@ -138,22 +138,23 @@ FAULTS = [
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_found(fault: Mutation) -> None:
-    q, k, v = dense((2, 1, 1, 200, 390, 64, 64), torch.bfloat16)
-    v[1, :, 300:] = math.nan
-    options = {"scale": 0.125, "lengths_k": torch.tensor([390, 300])}
+    (by,) = fault.caught_by
+    # ThreadSanitizer takes a later copy by TMA for a fence: for it there is one tile, and no copy after it.
+    shape = (1, 1, 1, 30, 100, 64, 64) if by == THREADS else (2, 1, 1, 200, 390, 64, 64)
+    q, k, v = dense(shape, torch.bfloat16)
+    v[-1, :, 70:] = math.nan
+    options = {"scale": 0.125, "lengths_k": torch.tensor([390, 70])[-shape[0] :]}
     settings.multiprocessors = 1
     expected = forward(q, k, v, options, "emulated")
     assert expected[0].isfinite().all()
-    for by in fault.caught_by:
-        kernels = library(fault, SOURCES, "thread" if by == THREADS else "")
 
-        def run(kernels: build.Library, machine: dict[str, int]) -> str | None:
-            settings.changed = kernels
-            settings.schedule, settings.seed = machine["schedule"], machine["seed"]
-            try:
-                got = forward(q, k, v, options, "emulated")
-            except RuntimeError as seen:
-                return str(seen)
-            return None if all(map(torch.equal, got, expected)) else "other bits"
+    def run(kernels: build.Library, machine: dict[str, int]) -> str | None:
+        settings.changed = kernels
+        settings.schedule, settings.seed = machine["schedule"], machine["seed"]
+        try:
+            got = forward(q, k, v, options, "emulated")
+        except RuntimeError as seen:
+            return str(seen)
+        return None if all(map(torch.equal, got, expected)) else "other bits"
 
-        assert noticed(run, kernels), f"by {by}"
+    assert noticed(run, library(fault, SOURCES, "thread" if by == THREADS else "")), f"by {by}"

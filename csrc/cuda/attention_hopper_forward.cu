@@ -210,7 +210,8 @@ struct HopperForward {
 
 template <class Shape>
 FASTSEQ_KERNEL(Shape::kThreads, 1)
-hopper_forward_kernel(FASTSEQ_IN_PLACE ForwardMaps maps, FASTSEQ_IN_PLACE AttentionForward call, FASTSEQ_IN_PLACE Tiling tiling) {
+hopper_forward_kernel(FASTSEQ_IN_PLACE ForwardMaps maps, FASTSEQ_IN_PLACE AttentionForward call,
+                      FASTSEQ_IN_PLACE Tiling tiling) {
   if constexpr (kHasWgmma) {
     HopperForward<Shape> self(call, tiling, shared_memory());
     if (tid() == 0) self.init();

@@ -1,8 +1,8 @@
 // Tiles that TMA brings and warpgroups multiply: what the kernels for sm_90a have in common.
 //
-// A tile [kRows, kColumns] is that of attention_tile.cuh: in panels of 64 columns, rows of 128 bytes, swizzled. A box of
-// a tensor map is one panel. What a box covers outside the tensor comes as zero; what it covers past the end of a
-// sequence is the next one's, or padding, which may hold anything: a tile whose rows are summed over (B of `add`) is
+// A tile [kRows, kColumns] is that of attention_tile.cuh: panels of 64 columns, rows of 128 bytes, swizzled. A box of a
+// tensor map is one panel. What a box covers outside the tensor comes as zero; what it covers past the end of a sequence
+// is the next one's, or padding, which may hold anything: a tile whose rows are summed over (B of `multiply_columns`) is
 // started by `start_clean`, since 0 times NaN is NaN. In all other tiles such rows only reach rows or columns of
 // products that are hidden or not stored.
 //
@@ -50,7 +50,7 @@ struct Ring {
   }
   FASTSEQ_DEVICE Mbar* full() const { return bars + stage; }
   FASTSEQ_DEVICE void wait_full() const { mbar_wait(full(), parity); }
-  // A warp. At first all are empty. No lane may fill the buffer while another still waits: that one could miss the phase.
+  // A warp. At first all are empty. No lane fills the buffer while another still waits: that one could miss the phase.
   FASTSEQ_DEVICE void wait_empty() const {
     mbar_wait(bars + kStages + stage, parity ^ 1);
     sync_warp();
@@ -77,7 +77,7 @@ FASTSEQ_DEVICE void start_tile(unsigned char* tile, const TensorMap& map, Mbar* 
 }
 
 // A warp: the same, and the tile's rows from `count` on are zero. Where there are such rows the warp waits for the boxes
-// itself, at `landed`, a barrier of its own in phase `parity`, which is of count 1.
+// itself, at `landed`, a barrier of its own, of count 1, in phase `parity`.
 template <class Tile>
 FASTSEQ_DEVICE void start_clean(unsigned char* tile, const TensorMap& map, Mbar* full, int row, int h, int b, int count,
                                 Mbar* landed, unsigned& parity) {

@@ -57,7 +57,8 @@ struct HopperForwardShape : Shape<T, HeadsOf, false> {
   static constexpr int kStages = 2;
   static constexpr bool kTurns = kDim <= 192;
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kBringingRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kTileQ = 2 * kBlockM * kDim, kTilesOfKeys = 2 * kStages * kBlockN * (kDim + kDimV), kBars = 1024;
+  static constexpr int kTileQ = 2 * kBlockM * kDim, kTilesOfKeys = 2 * kStages * kBlockN * (kDim + kDimV);
+  static constexpr int kBars = 1024;
   static constexpr int kStagesQ = 2 * kTileQ + kTilesOfKeys + kBars <= 227 * 1024 ? 2 : 1;
   static constexpr int kTiles = kStagesQ * kTileQ + kTilesOfKeys;
   static constexpr int kShared = kTiles + kBars;

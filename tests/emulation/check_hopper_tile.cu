@@ -125,7 +125,8 @@ template <class T, int kKeys, int kDim, int kDimV, int kGroups>
 const char* check_chain(int dim, int dim_v, int begin, int keys, int rows) {
   using C = Chain<T, kKeys, kDim, kDimV, kGroups>;
   constexpr int kB = Numbers<T>::kBatch, kH = Numbers<T>::kHeads, kQueries = 64 * kGroups;
-  Numbers<T> q(kQueries, dim, 0, kQueries, 1), k(rows, dim, begin, begin + keys, 2), v(rows, dim_v, begin, begin + keys, 3);
+  const int end = begin + keys;
+  Numbers<T> q(kQueries, dim, 0, kQueries, 1), k(rows, dim, begin, end, 2), v(rows, dim_v, begin, end, 3);
   TensorMap q_map, k_map, v_map;
   const char* error = attention::make_map<typename C::TileQ>(q_map, q.view(), kB, kH, kQueries, dim);
   if (!error) error = attention::make_map<typename C::TileK>(k_map, k.view(), kB, kH, rows, dim);
@@ -134,14 +135,14 @@ const char* check_chain(int dim, int dim_v, int begin, int keys, int rows) {
   const int b = 1, h = 2;
   std::vector<float> expected(size_t(kQueries) * kDimV, 0.f);
   for (int i = 0; i < kQueries; ++i)
-    for (int j = begin; j < begin + keys; ++j) {
+    for (int j = begin; j < end; ++j) {
       float s = 0;
       for (int d = 0; d < dim; ++d) s += q.at(b, h, i, d) * k.at(b, h, j, d);
       for (int d = 0; d < dim_v; ++d) expected[size_t(i) * kDimV + d] += s * v.at(b, h, j, d);
     }
   Buffer<float> o(size_t(kQueries) * kDimV, -1.f);
-  error = finish(chain<C, T, kKeys, kDim, kDimV, kGroups>, shape_of(1, C::kThreads, C::kShared), q_map, k_map, v_map, begin,
-                 keys, h, b, o.data());
+  error = finish(chain<C, T, kKeys, kDim, kDimV, kGroups>, shape_of(1, C::kThreads, C::kShared), q_map, k_map, v_map,
+                 begin, keys, h, b, o.data());
   return error ? error : compare(o, expected);
 }
 

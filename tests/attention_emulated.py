@@ -184,6 +184,24 @@ def backward(
 ) -> tuple[Tensor, ...]:
     if not settings.past_operators:
         return through_operators("attention_backward", (d_o, dlse, q, k, v, o, lse, *rest))
+    x, gradients = backward_arguments(d_o, dlse, q, k, v, o, lse, *rest)
+    x.call("attention_backward_entry")
+    return gradients
+
+
+def backward_refusal(*arguments: Any) -> str | None:
+    """Why the kernels for Hopper leave a call of ``backward`` to the portable ones."""
+    try:
+        backward_arguments(*arguments)[0].call("attention_backward_refusal_entry")
+    except RuntimeError as reason:
+        return str(reason)
+    return None
+
+
+def backward_arguments(
+    d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Arguments, tuple[Tensor, ...]]:
+    """What the entry is called with, and the gradients that it fills."""
     *options, bias_grad = rest
     bias, _, sinks = options[:3]
     x = Arguments(q, k, v, *options)
@@ -197,9 +215,8 @@ def backward(
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad else torch.empty(0, dtype=q.dtype)
     dsinks = torch.empty(0, dtype=q.dtype) if sinks is None else torch.empty(sinks.shape, dtype=sinks.dtype)
     x.pointers += [dbias if bias_grad else None, None if sinks is None else dsinks]
-    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors]
-    x.call("attention_backward_entry")
-    return dq, dk, dv, dbias, dsinks
+    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors, 10 * settings.major]
+    return x, (dq, dk, dv, dbias, dsinks)
 
 
 @cache

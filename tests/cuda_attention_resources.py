@@ -112,7 +112,10 @@ def variant_of(name: str) -> Variant:
     kernel = re.search(r"attention\d+([a-z_]+)_kernel", name)
     assert kernel is not None, name
     heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
-    return Variant(kernel[1], heads, "ELb1E" in name or kernel[1] == "bias")
+    flag = "ELb1E" in name
+    if kernel[1] == "hopper_gradient":  # its flag says of what
+        return Variant("hopper_keys" if flag else "hopper_queries", heads, True)
+    return Variant(kernel[1], heads, flag or kernel[1] == "bias")
 
 
 def read(text: str) -> dict[Variant, Made]:
@@ -146,7 +149,7 @@ def shared_bytes() -> dict[Variant, int]:
     entry = library("").native.attention_shared_entry
     entry((ctypes.c_void_p * 1)(ctypes.addressof(numbers)), None, None)
     found, at = {}, 0
-    kernels = ("forward", "decode", "keys", "queries", "bias", "hopper_forward")
+    kernels = ("forward", "decode", "keys", "queries", "bias", "hopper_forward", "hopper_keys", "hopper_queries")
     while numbers[at]:
         kernel, dim, dim_v, flag, size = numbers[at : at + 5]
         found[Variant(kernels[kernel - 1], (dim, dim_v), bool(flag))] = size

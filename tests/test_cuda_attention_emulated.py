@@ -155,6 +155,35 @@ def test_decoding_with_every_kind_of_heads(heads: tuple[int, int]) -> None:
         torch.testing.assert_close(o, whole, rtol=2 * torch.finfo(o.dtype).eps, atol=2e-3)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def bits_of_each_and_of_each_alone(options: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    lengths = torch.tensor([700, 90, 3])
+    q, k, v = dense((3, 4, 2, 2, 700, 24, 16), torch.bfloat16)
+    o, lse = forward(q, k, v, {"lengths_k": lengths, **options}, "emulated")
+    pairs = []
+    for b, length in enumerate(lengths.tolist()):
+        alone = (q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+        own_o, own_lse = forward(*alone, options, "emulated")
+        pairs += [(o[b : b + 1], own_o), (lse[b : b + 1], own_lse)]
+    return pairs
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_left": 610}], ids=str)
+def test_few_queries_get_the_same_bits_whatever_the_batch_around_them(
+    options: dict[str, Any], deterministic: None
+) -> None:
+    """Under torch.use_deterministic_algorithms; else the splits fill the machine."""
+    assert all(torch.equal(a, b) for a, b in bits_of_each_and_of_each_alone(options))
+    torch.use_deterministic_algorithms(False)
+    assert not all(torch.equal(a, b) for a, b in bits_of_each_and_of_each_alone(options))
+
+
 @either
 @pytest.mark.parametrize("queries", [2, 40])
 def test_what_lies_past_a_length_is_never_read(queries: int) -> None:

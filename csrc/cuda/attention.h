@@ -59,6 +59,7 @@ bool is_general(const AttentionCall& call);
 
 constexpr int32_t kUnlimited = 1 << 28;  // no distance between two positions is larger
 constexpr int32_t kLongest = 1 << 27;    // rows of q or of k
+constexpr int32_t kSplitUnit = 64;       // keys of a split are a multiple of this
 constexpr int32_t kRowBlock = 128;       // rows of each sequence in the backward's scratch are a multiple of this
 
 struct AttentionForward : AttentionCall {
@@ -66,7 +67,7 @@ struct AttentionForward : AttentionCall {
   View lse;                    // float
   float* o_split = nullptr;    // decoding: [B*Hq*Tq, splits, Dv]
   float* lse_split = nullptr;  // decoding: [B*Hq*Tq, splits], in units of log 2
-  int32_t splits = 0, split_keys = 0;
+  int32_t splits = 0, split_keys = 0;  // of every sequence's keys; and how many keys one has at least
 };
 
 struct AttentionBackward : AttentionCall {
@@ -100,15 +101,17 @@ struct Place {
 // Reads what the current device is; null, or why it could not be read.
 const char* read_device(Place& place);
 
-// Fills in splits and split_keys; splits stays 0 where the call is not decoding.
-void plan_decode(AttentionForward& call, const Place& place);
+// Fills in splits and split_keys; splits stays 0 where the call is not decoding. They fill the machine or, where they are
+// `fixed`, cut a sequence alike whatever the batch around it.
+void plan_decode(AttentionForward& call, const Place& place, bool fixed);
 // Rows a head in the backward's scratch; rows of sinks_parts; how many blocks share a tile of the bias's gradient.
 int64_t scratch_rows(const AttentionCall& call);
 int64_t sinks_parts(const AttentionCall& call);
 int32_t plan_bias(const AttentionBackward& call, const Place& place);
 
-// Why the kernel for Hopper does not take a call, which the portable one then does; null where it takes it.
+// Why the kernels for Hopper do not take a call, which the portable ones then do; null where they take it.
 const char* hopper_refusal(const AttentionForward& call, const Place& place);
+const char* hopper_refusal(const AttentionBackward& call, const Place& place);
 
 // All return null, or why the launch failed.
 const char* attention_forward(const AttentionForward& call, const Place& place);

@@ -101,6 +101,22 @@ struct DecodeShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kShared = kTiles > kResults ? kTiles : kResults;
 };
 
+// dk and dv (kOfKeys), or dq, on Hopper, plain alone: kGroups warpgroups own 64 rows each of the kNear, meeting kFar rows
+// of the other side at a time, and one more brings the tiles, kStages buffers ahead; kParts share the columns.
+template <class T, class HeadsOf, bool kOfKeys_>
+struct HopperGradientShape : Shape<T, HeadsOf, false> {
+  static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
+  static constexpr bool kOfKeys = kOfKeys_;
+  static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1), kNear = 64 * kGroups;
+  static constexpr int kFar = kDim <= 64 ? 128 : kDim <= 128 ? (kOfKeys ? 64 : 128) : kDim <= 192 && !kOfKeys ? 64 : 32;
+  static constexpr int kParts = kOfKeys && kDim > 192 ? 2 : 1;
+  static constexpr int kRegisters = 232, kBringingRegisters = 40;
+  static constexpr int kRow = 2 * (kDim + kDimV), kNumbers = kOfKeys ? 8 : 0, kBars = 256;
+  static constexpr int kStages = kNear * kRow + 3 * kFar * (kRow + kNumbers) + kBars <= 227 * 1024 ? 3 : 2;
+  static constexpr int kTiles = (kNear + kStages * kFar) * kRow;
+  static constexpr int kShared = kTiles + kStages * kFar * kNumbers + kBars;
+};
+
 // The bias's gradient: a block owns kBlockM x kBlockN numbers, and meets the tiles of scores that share them in turn.
 template <class T, class HeadsOf>
 struct BiasShape : Shape<T, HeadsOf, true> {

@@ -73,8 +73,8 @@ def floor(
         programs = -(-batch // tile.block_b)
         waves = -(-programs // machine.sms)
         a_sm = machine.operations(dtype) / machine.sms / 2  # 16 rows of mma.sync reach half of the peak
-        product = waves * 2 * tile.block_b * gates * tile.block_h**2 / a_sm
-        weights = waves * gates * tile.block_h**2 * size / machine.shared_bytes / machine.clock
+        product = waves * 2 * tile.block_b * gates * tile.units**2 / a_sm
+        weights = waves * gates * tile.units**2 * size / machine.shared_bytes / machine.clock
         synchronisation = waves * (BARRIERS[cell] * machine.barrier + machine.gates) / machine.clock
         return Floor("sequence", product, weights, traffic, synchronisation)
     persistent = tuning.persistent(dtype, batch, hidden, machine.sms)

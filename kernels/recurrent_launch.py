@@ -93,7 +93,7 @@ def common(tiles: Any, x: Tensor) -> dict[str, Any]:
     if x.is_cuda and torch.version.hip is None:
         found["maxnreg"] = tuning.MAX_REGISTERS
     if isinstance(tiles, tuning.Sequence):
-        return {**found, "BLOCK_H": tiles.block_h, "STAGES": tiles.stages}
+        return {**found, "BLOCK_H": tiles.block_h, "TAIL": tiles.tail, "STAGES": tiles.stages}
     if isinstance(tiles, tuning.Persistent):
         found["launch_cooperative_grid"] = True
     return {**found, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "num_stages": tiles.num_stages}

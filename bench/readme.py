@@ -20,8 +20,9 @@ def section(document: dict[str, Any], path: str) -> str:
     lines = {(line["of"], line["peer"]): line for line in document["summary"]}
     peers = list(dict.fromkeys(peer for _, peer in lines if peer != "best"))
     versions = environment["versions"]
+    details = ", ".join(filter(None, (environment.get("cpu_generation"), environment["instruction_set"])))
     out = [
-        f"Measured on {environment['cpu']} ({environment['instruction_set']}), {environment['threads']} threads, torch "
+        f"Measured on {environment['cpu']} ({details}), {environment['threads']} threads, torch "
         f"{versions['torch']}, ONNX Runtime {versions['onnxruntime']}, {environment['date'][:10]}, at commit "
         f"{(environment['commit'] or 'unknown')[:10]}; every case is in [{path}]({path}).",
         "",

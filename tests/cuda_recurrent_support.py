@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,8 @@ from fastseq import ops, ops_layers
 CUDA = build.ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 # As setup.py compiles what talks to torch.
-ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", f"-isystem{TORCH / 'include'}"]
+ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", f"-isystem{TORCH / 'include'}",
+       f"-isystem{sysconfig.get_path('include')}"]  # fmt: skip
 
 
 missing = pytest.mark.skipif(

@@ -7,6 +7,7 @@
 #include <array>
 #include <deque>
 
+#include "current.h"
 #include "recurrent_device.h"
 #include "recurrent_ops.h"
 
@@ -77,20 +78,6 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
     call("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
   }
 }
-
-// Makes a tensor's device the current one, and tells its stream.
-struct Current {
-  int device = 0;
-  void* stream = nullptr;
-#if !defined(FASTSEQ_EMULATION)
-  explicit Current(const Tensor& like) : device(like.get_device_index()), guard(device) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-#else
-  explicit Current(const Tensor&) {}
-#endif
-};
 
 // ---- What both directions share: checked tensors, kept alive while their pointers are in use.
 

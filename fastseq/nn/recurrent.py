@@ -59,7 +59,9 @@ class _Recurrent(_Compressible, nn.RNNBase):
 
     def _infer(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The whole stack in one native call, where nothing speaks against it; else None."""
-        if (self.training and self.dropout) or torch.compiler.is_compiling() or not backend.native_scan():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
+            return None
+        if self.training and self.dropout:
             return None
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
         if self._compressed is not None:
@@ -252,7 +254,7 @@ class LSTM(_Recurrent):
 class _Cell(_Compressible):
     def _infer(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
         """One step in one native call, where nothing speaks against it; else None."""
-        if torch.compiler.is_compiling() or not backend.native_scan():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
             return None
         own = self._parameters  # asking the module for each takes longer than the arithmetic
         if self._compressed is None and direct.cell_layer is not None:

@@ -294,6 +294,30 @@ def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_strides_do_not_matter(bidirectional: bool, windows: int) -> None:
+    kind = Kind("gru", 2, bidirectional, True)
+    x, h0, _, weights = draw_stack(kind, 5, 6, 9, 7, torch.float32)
+    dy = torch.randn(7, 5, 9 * (1 + bidirectional))
+
+    def batch_first(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def found(x: Tensor, dy: Tensor, h0: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        own = [t.detach().requires_grad_() for t in (x, h0, *weights)]
+        with machine("cluster", 2, 64, windows=windows, walkers=2):
+            y, _ = fused(kind, own[0], own[1], None, None, None, own[2:])
+            return y, *torch.autograd.grad(y, own, dy)
+
+    plain = found(x, dy, h0, weights)
+    strided = [w.t().contiguous().t() for w in weights]
+    for others in ((batch_first(x), batch_first(dy)), (x, torch.stack([dy, dy], 3)[..., 0])):
+        for a, b in zip(found(*others, batch_first(h0), strided), plain, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=2e-6)  # the input's product is torch's, whose order may differ
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
     def shapes(results: object) -> list[tuple]:

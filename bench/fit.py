@@ -61,8 +61,8 @@ def table(plan: Plan, role: Role) -> Iterator[str]:
     role("", 0, 0, 0)
     for name, device in DEVICES.items():
         yield ""
-        meaning = "forward / backward (c: blocks of a cluster; g: of a grid)"
-        yield f"What the plan takes on {name} at B = {BATCH}, {meaning}:"
+        yield f"What the plan takes on {name} at B = {BATCH}, forward / backward (c: blocks of a cluster; g: of a grid;"
+        yield "\\*: one walk at a time, as half of the device does not hold it):"
         yield ""
         yield f"| | {' | '.join(f'H = {n}' for n in COMMON_SIZES)} |"
         yield "| --- |" + " --- |" * len(COMMON_SIZES)
@@ -70,14 +70,20 @@ def table(plan: Plan, role: Role) -> Iterator[str]:
             for dtype, bits in DTYPES.items():
                 entries = []
                 for hidden in COMMON_SIZES:
-                    lines = [plan(cell, dtype, backward, hidden, BATCH, device) for backward in (False, True)]
-                    entries.append(" / ".join(map(_short, lines)))
+                    entries.append(
+                        " / ".join(_short(plan, cell, dtype, walk, hidden, device) for walk in (False, True))
+                    )
                 yield f"| {title}, {bits} | {' | '.join(entries)} |"
 
 
-def _short(line: str) -> str:
-    role, _, rest = line.removeprefix("role=").partition(" ")
-    return "step" if role == "step" else role[0] + rest.removeprefix("blocks=").partition(" ")[0]
+def _short(plan: Plan, cell: str, dtype: str, backward: bool, hidden: int, device: list[int]) -> str:
+    major, multiprocessors, shared = device
+    role, _, rest = plan(cell, dtype, backward, hidden, BATCH, device).removeprefix("role=").partition(" ")
+    if role == "step":
+        return role
+    half = plan(cell, dtype, backward, hidden, BATCH, [major, multiprocessors // 2, shared])
+    alone = "" if half.startswith(f"role={role} ") else "\\*"
+    return role[0] + rest.removeprefix("blocks=").partition(" ")[0] + alone
 
 
 def main(argv: list[str]) -> int:

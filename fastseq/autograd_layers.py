@@ -67,7 +67,8 @@ class Layers(torch.autograd.Function):
                 starts = (lengths - 1).clamp_min(0)[None, :, None] if ctx.kind.bidirectional else None
             dy, dh_n, dc_n, *dstates = (*grads, None) if len(grads) == 2 else grads
             if any(d is not None for d in dstates):
-                dstates = [torch.zeros_like(s) if d is None else d for d, s in zip(dstates, states[-2:], strict=False)]
+                own = zip(dstates, states[-len(dstates) :], strict=True)
+                dstates = [torch.zeros_like(s) if d is None else d for d, s in own]
             else:
                 dstates = []
             dx, dh0, dc0, dweights = BACKWARD(
@@ -75,8 +76,8 @@ class Layers(torch.autograd.Function):
                 *ctx.kind, wanted[0], any(wanted[3:]),
             )  # fmt: skip
             found = [dx, dh0, dc0, *(dweights or n * [None])]
-        own = [g if w else None for g, w in zip(found, wanted, strict=True)]
-        return (*own[:3], None, None, None, *own[3:])
+        made = [g if w else None for g, w in zip(found, wanted, strict=True)]
+        return (*made[:3], None, None, None, *made[3:])
 
 
 def reference_layers(

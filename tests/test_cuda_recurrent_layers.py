@@ -368,6 +368,28 @@ def test_a_cuda_graph_holds_a_stack_and_nothing_waits_for_the_host(bidirectional
     assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("role", ["grid", "cluster"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> None:
+    kind = Kind(cell, 1, False, True)
+    x, h0, c0, weights = draw_stack(kind, 5, 6, 9, 7, torch.bfloat16)
+    x = torch.zeros_like(x)  # so that its product, which is torch's, is exact
+    lengths, reset, _ = options("lengths+reset", 7, 5)
+    found = []
+    for windows in (1, 2, 7):
+        with machine(role, 2, 64, windows=windows):
+            out = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind, True, True)
+            y, h_n, c_n, _, states, tapes = out
+            dc = torch.ones_like(c_n) if cell == "lstm" else None
+            given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
+            back = autograd_layers.BACKWARD(*given, [y], states, tapes, *kind, False, True)
+        found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])
+    for other in found[1:]:
+        for ours, whole in zip(other, found[0], strict=True):
+            assert torch.equal(ours, whole)
+
+
 @emulation_only
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])

@@ -16,8 +16,9 @@ from emulation import build
 from recurrent_support import assert_within_budget, forward, options, seed
 from support import CELLS
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
-from fastseq import autograd_layers, ops
+from fastseq import autograd_layers, ops, ops_layers
 from fastseq.autograd_layers import Kind, Layers, reference_layers
 from fastseq.functional import layers
 from fastseq.functional.recurrent import Stack
@@ -290,6 +291,50 @@ def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
         wanted = [n == first or (first == 2 and n > 2) for n in range(2 + len(weights))]
         for ours, expected, w in zip(found(wanted), whole, wanted, strict=True):
             assert torch.equal(ours, expected) if w else ours is None
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_strides_do_not_matter(bidirectional: bool, windows: int) -> None:
+    kind = Kind("gru", 2, bidirectional, True)
+    x, h0, _, weights = draw_stack(kind, 5, 6, 9, 7, torch.float32)
+    dy = torch.randn(7, 5, 9 * (1 + bidirectional))
+
+    def batch_first(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def found(x: Tensor, dy: Tensor, h0: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        own = [t.detach().requires_grad_() for t in (x, h0, *weights)]
+        with machine("cluster", 2, 64, windows=windows, walkers=2):
+            y, _ = fused(kind, own[0], own[1], None, None, None, own[2:])
+            return y, *torch.autograd.grad(y, own, dy)
+
+    plain = found(x, dy, h0, weights)
+    strided = [w.t().contiguous().t() for w in weights]
+    for others in ((batch_first(x), batch_first(dy)), (x, torch.stack([dy, dy], 3)[..., 0])):
+        for a, b in zip(found(*others, batch_first(h0), strided), plain, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=2e-6)  # the input's product is torch's, whose order may differ
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
+    def shapes(results: object) -> list[tuple]:
+        return [(t.shape, t.dtype, t.stride()) for t in tree_flatten(results)[0]]
+
+    for bidirectional, save, states in itertools.product((False, True), repeat=3):
+        kind = Kind(cell, 2, bidirectional, save)
+        x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16)
+        given = (x, weights, h0, None if states else c0, None, None, *kind, save, states)
+        with machine("cluster", 1, 64):
+            y, h_n, c_n, ys, all_c, tapes = found = autograd_layers.FORWARD(*given)
+            assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
+            if save:
+                dc = c0 if states and cell == "lstm" else None
+                last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
+                given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind, states, True)
+                assert shapes(autograd_layers.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 
 @pytest.mark.skipif(devices.DEVICE != "cuda", reason="a CUDA graph needs a GPU")

@@ -109,8 +109,12 @@ struct ForwardLayers : Layers {
   }
   const Tensor& buffer(const ScanPiece& p) const { return gates[2 * lane(p) + p.window % 2]; }
 
+  // A whole x in batch order is projected as it lies; a window of one has no rows at one distance from each other.
+  bool batch_first(const ScanPiece& p) const { return p.layer == 0 && !x.is_contiguous(); }
   void project(const ScanPiece& p) const {
-    linear_out(window_of(p.layer ? ys[p.layer - 1] : x, p.window), weight(p.layer, p.direction, 0),
+    const Tensor input = batch_first(p) ? rows_as_matrix(transposed(x), x.size(2))
+                                        : window_of(p.layer ? ys[p.layer - 1] : x, p.window);
+    linear_out(input, weight(p.layer, p.direction, 0),
                width > 2 ? Optional(weight(p.layer, p.direction, 2)) : Optional(),
                rows_of(buffer(p), 0, steps(p.window) * B));
   }
@@ -118,7 +122,7 @@ struct ForwardLayers : Layers {
     const int64_t i = p.layer * D + p.direction;
     ScanForward a{};
     set(a, p.direction, p.window);
-    a.gates_x = buffer(p).data_ptr(), a.x_t = B, a.x_b = 1;
+    a.gates_x = buffer(p).data_ptr(), a.x_t = batch_first(p) ? 1 : B, a.x_b = batch_first(p) ? T : 1;
     a.w_hh = weight(p.layer, p.direction, 1).data_ptr();
     a.b_hh = width > 2 ? weight(p.layer, p.direction, 3).data_ptr() : nullptr;
     a.h0 = h0 ? static_cast<const char*>(h0) + i * B * H * size : nullptr;
@@ -174,7 +178,9 @@ struct Sum {
 struct BackwardLayers : Layers {
   using Layers::Layers;
   Tensor x, dx, dh0, dc0;
-  Optional dy, keep, starts;
+  Optional keep, starts;
+  const char* dy = nullptr;
+  int64_t dy_t = 0, dy_b = 0;  // of its rows, by direction
   const void *dh_n = nullptr, *dc_n = nullptr, *h0 = nullptr, *c0 = nullptr;
   Optional h0_tensor;
   Tensors dstates, ys, states, tapes;
@@ -195,10 +201,8 @@ struct BackwardLayers : Layers {
     set(a, p.direction, p.window);
     const bool top = p.layer == stack.layers - 1;
     const int from = division.lane(stack, p.layer, 0);
-    if (!top || dy) {
-      a.dy = row_at(top ? *dy : dinput[from], (top ? begin(p.window) * B * D : 0) + p.direction, H * size);
-      a.x_t = B * D, a.x_b = D;
-    }
+    if (!top) a.dy = row_at(dinput[from], p.direction, H * size), a.x_t = B * D, a.x_b = D;
+    if (top && dy) a.dy = dy + (begin(p.window) * dy_t + p.direction) * H * size, a.x_t = dy_t, a.x_b = dy_b;
     const auto of = [&](const void* all) {
       return all ? static_cast<const char*>(all) + i * B * H * size : nullptr;
     };
@@ -336,7 +340,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   const bool lstm = a.call.cell == ScanCell::lstm;
   check_cell(a.call.cell, std::nullopt, c0);
   a.divide(x, false);
-  a.x = a.call.dense("x", x, {T, B, x.size(2)});
+  const bool as_it_lies = a.division.windows == 1 && transposed(x).is_contiguous();
+  a.x = as_it_lies ? x : a.call.dense("x", x, {T, B, x.size(2)});
   a.h0 = a.call.pointer("h0", h0, {rows, B, H});
   a.c0 = a.call.pointer("c0", c0, {rows, B, H});
   // Two buffers are enough where nothing is kept: a window of a layer comes after that of the layer before it has been
@@ -374,7 +379,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
   a.stack.with_dx = with_dx, a.stack.with_weights = with_weights;
   a.divide(x, true);
   a.x = a.call.dense("x", x, {T, B, x.size(2)});
-  if (dy) a.dy = a.call.dense("dy", *dy, {T, B, D * H});
+  if (dy) {
+    STD_TORCH_CHECK(dy->dim() == 3 && dy->size(0) == T && dy->size(1) == B && dy->size(2) == D * H &&
+                        dy->scalar_type() == x.scalar_type(),
+                    "scan: dy must be of y's shape and dtype");
+    a.dy = static_cast<const char*>(a.call.rows(*dy, a.dy_t, a.dy_b));
+    a.dy_t *= D, a.dy_b *= D;
+  }
   a.dh_n = a.call.pointer("dh_n", dh_n, {rows, B, H}), a.dc_n = a.call.pointer("dc_n", dc_n, {rows, B, H});
   if (h0) a.h0_tensor = a.call.dense("h0", *h0, {rows, B, H}), a.h0 = a.h0_tensor->data_ptr();
   a.c0 = a.call.pointer("c0", c0, {rows, B, H});

@@ -418,5 +418,5 @@ def _reason(
         if x.dtype is torch.float64:
             return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
         if stack.projected:
-            return "the native CUDA kernels have no projection (proj_size)"
+            return "the native CUDA kernels have no projection (proj_size): it needs a second exchange at each step"
     return backends.operator_reason(name, x.device.type)

@@ -60,6 +60,19 @@ def test_which_calls_the_kernels_for_hopper_take() -> None:
     assert "9.0" in (why_not(q, k, v) or "")
 
 
+def test_what_is_taken_runs_in_another_kernel() -> None:
+    """Which adds in another order: the last bits tell."""
+    q, k, v = dense((1, 2, 1, 150, 390, 64, 64), torch.bfloat16)
+    results = []
+    for major in (8, 9, 10):
+        settings.major = major
+        results.append(forward(q, k, v, {"scale": 0.125}, "emulated"))
+    portable, hopper, newer = results
+    assert not torch.equal(hopper[0], portable[0])
+    torch.testing.assert_close(hopper[0], portable[0], rtol=2**-6, atol=2**-8)
+    assert all(map(torch.equal, newer, portable))
+
+
 def truth(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return reference(q.double(), k.double(), v.double(), scale=0.125, **options)
 

@@ -101,6 +101,8 @@ struct Place {
 // Reads what the current device is; null, or why it could not be read.
 const char* read_device(Place& place);
 
+// Whether a call of so few queries is decoding.
+bool is_decoding(const AttentionCall& call);
 // Fills in splits and split_keys; splits stays 0 where the call is not decoding. They fill the machine or, where they are
 // `fixed`, cut a sequence alike whatever the batch around it.
 void plan_decode(AttentionForward& call, const Place& place, bool fixed);

@@ -97,10 +97,15 @@ const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {
   return nullptr;
 }
 
+bool is_decoding(const AttentionCall& call) {
+  return call.cu_q == nullptr && call.length_q <= kDecodeQueries &&
+         int64_t(call.length_q) * call.group <= kDecodeRows && call.length_k > 0;
+}
+
 void plan_decode(AttentionForward& call, const Place& place, bool fixed) {
   call.splits = 0;
+  if (!is_decoding(call)) return;
   const int64_t rows = int64_t(call.length_q) * call.group;
-  if (call.cu_q != nullptr || call.length_q > kDecodeQueries || rows > kDecodeRows || call.length_k == 0) return;
   const int64_t heads = std::max<int64_t>(1, int64_t(call.batch) * call.heads_k * ((rows + 15) / 16));
   const int64_t wanted = fixed ? kFixedSplits : std::max<int64_t>(1, 2 * place.multiprocessors / heads);
   call.split_keys = int32_t(fixed ? kFixedKeys : kLeastKeys);

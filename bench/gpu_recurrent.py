@@ -14,6 +14,7 @@ import fastseq
 from bench.check import ResetBeforeGRU
 from bench.gpu_cases import Layers
 from bench.peers import Entrant, Outputs, Unavailable
+from fastseq import ops
 
 GATES = {"rnn": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 
@@ -105,11 +106,22 @@ def ours(case: Layers, given: LayersInputs, device: str) -> Entrant:
     return entrant(case, lambda x: layer(x, **options), given.x, given.dy, layer)
 
 
+BARRIER = "cluster_barrier"
+"""The role of the CUDA C++ scan that is there to be measured beside ``cluster``."""
+
+
 @contextlib.contextmanager
 def in_role(role: str | None) -> Iterator[None]:
-    """The Triton scan takes a role inside the ``with`` block, whatever its tables say; with None as they say."""
-    if role is None:
+    """The Triton scan, or the CUDA C++ one, takes a role inside the ``with`` block; with None as its tables say."""
+    if role is None or (role == BARRIER and ops.NATIVE_CUDA_MISSING is not None):
         yield
+        return
+    if role == BARRIER:
+        torch.ops.fastseq.native_scan_role(role, 0, 0, 0)
+        try:
+            yield
+        finally:
+            torch.ops.fastseq.native_scan_role("", 0, 0, 0)
         return
     from fastseq.kernels import recurrent_launch
 
@@ -131,6 +143,18 @@ def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
         recurrent_launch.tile(cell, given.x, case.hidden, False, case.training)
     except ValueError as reason:
         raise Unavailable(str(reason)) from None
+    return ours(case, given, device)
+
+
+def barrier(case: Layers, given: LayersInputs, device: str) -> Entrant:
+    """:func:`ours` with a barrier of the cluster a step, where both ways fit: tells which exchange is the faster."""
+    cell = "rnn_tanh" if case.cell == "rnn" else case.cell
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(given.x.dtype)
+    kind = kind or ("tf32" if torch.ops.fastseq.one_tf32_product() else "fp32")
+    for backward in (False, True)[: 1 + case.training]:
+        plan = torch.ops.fastseq.native_scan_plan(cell, kind, backward, case.hidden, case.batch, [])
+        if not plan.startswith(f"role={BARRIER} "):
+            raise Unavailable(plan.partition("reason=")[2])
     return ours(case, given, device)
 
 

@@ -78,7 +78,7 @@ class HostClock:
 class Runner:
     """Who takes part: ``backend`` of fastseq where it is one of ours, else a peer.
 
-    ``role``: that of the Triton scan, where it is not to be what the tables say.
+    ``role``: that of our scan, where it is not to be what the tables say.
     """
 
     name: str
@@ -96,7 +96,12 @@ RUNNERS = {
     for runner in (
         Runner("triton", "fastseq, Triton", "triton", _OURS),
         Runner("native", "fastseq, C++", "native", _OURS),
-        Runner("persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"),
+        Runner(
+            "persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"
+        ),
+        Runner(
+            "barrier", "C++, cluster barrier", "native", {"recurrent": gpu_recurrent.barrier}, role="cluster_barrier"
+        ),
         Runner("reference", "fastseq, reference", "reference", _OURS),
         Runner("torch", "torch.nn", None, {"recurrent": gpu_recurrent.torch_entrant}),
         Runner("flashrnn", "FlashRNN", None, {"recurrent": gpu_recurrent.flashrnn_entrant}, "flashrnn"),
@@ -108,7 +113,7 @@ RUNNERS = {
     )
 }
 DEFAULT = {
-    "cuda": ("triton", "native", "persistent", "torch", "flashrnn", "cudnn", "flash", "varlen", "flex"),
+    "cuda": ("triton", "native", "persistent", "barrier", "torch", "flashrnn", "cudnn", "flash", "varlen", "flex"),
     "cpu": ("native", "reference", "torch", "math"),
 }
 """Who takes part by device; on the CPU only to try the runner itself."""

@@ -318,6 +318,24 @@ def test_a_role_that_no_device_has_yet_is_measured_beside_the_others(monkeypatch
     assert launch.role is None
 
 
+def test_both_exchanges_of_a_cluster_are_measured_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles, plans = [""], {"cluster_barrier": "role=cluster_barrier blocks=4", "": "role=cluster blocks=4"}
+    monkeypatch.setattr(gpu_recurrent.ops, "NATIVE_CUDA_MISSING", None)
+    monkeypatch.setattr(torch.ops.fastseq, "native_scan_role", lambda role, *shape: roles.append(role), raising=False)
+    monkeypatch.setattr(torch.ops.fastseq, "native_scan_plan", lambda *problem: plans[roles[-1]], raising=False)
+    assert "barrier" in gpu_run.DEFAULT["cuda"]
+    runner, given = gpu_run.RUNNERS["barrier"], gpu_recurrent.inputs(LSTM, "cpu")
+    seen = []
+    monkeypatch.setattr(gpu_recurrent, "ours", lambda case, given, device: seen.append(roles[-1]))
+    with gpu_run.scope(runner, LSTM):
+        runner.prepare["recurrent"](LSTM, given, "cpu")
+        plans["cluster_barrier"] = "role=step reason=clusters of blocks need compute capability 9.0"
+        with pytest.raises(Unavailable, match="compute capability"):
+            runner.prepare["recurrent"](LSTM, given, "cpu")
+    assert seen == ["cluster_barrier"]
+    assert roles[-1] == ""
+
+
 def test_a_line_cut_short_is_no_line(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.write("start", "a")

@@ -96,7 +96,9 @@ RUNNERS = {
     for runner in (
         Runner("triton", "fastseq, Triton", "triton", _OURS),
         Runner("native", "fastseq, C++", "native", _OURS),
-        Runner("persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"),
+        Runner(
+            "persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"
+        ),
         Runner("reference", "fastseq, reference", "reference", _OURS),
         Runner("torch", "torch.nn", None, {"recurrent": gpu_recurrent.torch_entrant}),
         Runner("flashrnn", "FlashRNN", None, {"recurrent": gpu_recurrent.flashrnn_entrant}, "flashrnn"),

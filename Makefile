@@ -36,7 +36,7 @@ test-full: build
 	$(PYTEST) -m full $(ARGS)
 	$(if $(findstring tests/,$(ARGS)),,$(MAKE) --no-print-directory test-interpreted ARGS="-m full $(ARGS)")
 
-# Every tile of the Triton kernels for every machine: half an hour or more. Three of attention's still spill registers.
+# Every tile of the Triton kernels for every machine: half an hour or more.
 test-tiles: build
 	$(PYTEST) -m tiles $(ARGS)
 

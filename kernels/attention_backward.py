@@ -101,6 +101,8 @@ def add_queries(
         log = load_vector(log_head, start, BLOCK_M)
         p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
         d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
+        if KEYS and k1.dtype == tl.float32:  # no tensor cores: else ptxas holds the operands of two products at once
+            tl.debug_barrier()
         reaching = p
         if call.seed is not None:
             keep = tl.trans(kept(call, b, h, row[:, None], j0, BLOCK_M, BLOCK_N))
@@ -195,22 +197,22 @@ def attention_backward_keys(
 
 
 @triton.jit
-def scores_gradient(
-    q1, q2, d_tile, log, delta, k1, k2, v_tile, call, b, h, i, i0, j0, tq, tk, shift,
-    D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    MASKED: tl.constexpr,
+def weights(
+    product, log, call, b, h, i, i0, j0, tq, tk, shift,
+    BLOCK_N: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """ds of a tile, [BLOCK_M, BLOCK_N], and the capped scores before bias, which the cap's slope follows from."""
-    s = dot(q1, tl.trans(k1), PRECISION, WIDEN)
-    if D2 > 0:
-        s = dot_add(q2, tl.trans(k2), s, PRECISION, WIDEN)
-    s = logits(s, call, q1.dtype == tl.float32)
+    """p of a tile, [BLOCK_M, BLOCK_N], from q·k; and the capped scores before bias, for the cap's slope."""
+    s = logits(product, call, PRECISE)
     j = j0 + tl.arange(0, BLOCK_N)[None, :]
-    p = tl.exp2(biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED, True) - log[:, None])
-    dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
+    return tl.exp2(biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED, True) - log[:, None]), s
+
+
+@triton.jit
+def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """ds of a tile from do·v, [BLOCK_M, BLOCK_N]."""
     if call.seed is not None:
         dp = tl.where(kept(call, b, h, i, j0, BLOCK_M, BLOCK_N), dp * call.kept_scale, 0.0)
-    return p * (dp - delta[:, None]), s
+    return p * (dp - delta[:, None])
 
 
 @triton.jit
@@ -224,10 +226,13 @@ def add_keys(
     for start in tl.range(begin, end, BLOCK_N):
         k1, k2 = load_halves(k_head, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, MASKED)
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
-        ds, s = scores_gradient(
-            q1, q2, d_tile, log, delta, k1, k2, v_tile, call, b, h, i, i0, start, tq, tk, shift,
-            D2, BLOCK_M, BLOCK_N, PRECISION, WIDEN, MASKED,
-        )  # fmt: skip
+        product = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
+        if D2 > 0:
+            product = dot_add(q2, tl.trans(k2), product, PRECISION, WIDEN)
+        precise: tl.constexpr = q1.dtype == tl.float32
+        p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, precise, MASKED)
+        dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
+        ds = scores_gradient(p, dp, delta, call, b, h, i, start, BLOCK_M, BLOCK_N)
         if call.cap_in is not None:
             ds = ds * cap_slope(s, call)
         ds = narrow(ds, q1.dtype, WIDEN)
@@ -235,21 +240,6 @@ def add_keys(
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
     return dq1, dq2
-
-
-@triton.jit
-def load_queries(
-    q, d_o, scratch, call, b, h, heads, q_row, i0, tq,
-    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries: q in two parts, do, and the numbers of :class:`Rows`."""
-    q_head = head_of(q, b, h, q_row, ALIGN)
-    q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)
-    d_tile = load_tile(head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
-    base = rows_of(call, scratch, b, h, q_row, heads)
-    log = load_vector(scratch.log + base, i0, BLOCK_M)
-    return q1, q2, d_tile, log, load_vector(scratch.delta + base, i0, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dq", "call", "heads", "together"])
@@ -266,9 +256,13 @@ def attention_backward_queries(
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
-        q1, q2, d_tile, log, change = load_queries(
-            q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
-        )  # fmt: skip
+        q_head = head_of(q, b, h, q_row, ALIGN)
+        q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)
+        d_head = head_of(d_o, b, h, q_row, ALIGN)
+        d_tile = load_tile(d_head, number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
+        base = rows_of(call, scratch, b, h, q_row, heads)
+        log = load_vector(scratch.log + base, i0, BLOCK_M)
+        delta = load_vector(scratch.delta + base, i0, BLOCK_M)
         k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
         v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
         row_k = number(k.row)
@@ -280,17 +274,17 @@ def attention_backward_queries(
         if call.pairs is None:
             if call.left is not None:
                 dq1, dq2 = add_keys(
-                    dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, begin, whole_begin,
+                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, begin, whole_begin,
                     call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, whole_begin, whole_end,
+                dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, whole_begin, whole_end,
                 call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
         dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, d_tile, log, change, k_head, v_head, row_k, row_v, whole_end, end,
+            dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip

@@ -9,9 +9,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_backward import load_queries, scores_gradient
+from .attention_backward import scores_gradient, weights
 from .attention_ranges import key_range, sequence
-from .attention_tiles import head_of, load_halves, load_tile, narrow, number
+from .attention_tiles import dot_add, head_of, load_rows, load_vector, narrow, number, rows_of
+
+
+@triton.jit
+def rows_product(
+    x_head, x_row, i0, count_x, y_head, y_row, j0, count_y, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """x yᵀ of a tile of rows of each, [BLOCK_M, BLOCK_N], CHUNK of D features at a time: neither is needed again."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    x_head += tl.cast(i0, tl.int64) * x_row * ALIGN
+    y_head += tl.cast(j0, tl.int64) * y_row * ALIGN
+    for first in tl.range(0, D, CHUNK):
+        x = load_rows(x_head, i * x_row, i0 + i < count_x, D, first, CHUNK, ALIGN)
+        y = load_rows(y_head, j * y_row, j0 + j < count_y, D, first, CHUNK, ALIGN)
+        product = dot_add(x, tl.trans(y), product, PRECISION, WIDEN)
+    return product
 
 
 @triton.jit(
@@ -59,19 +77,22 @@ def attention_backward_bias(
         j0 = tile_j * BLOCK_N
         begin, _before, _after, end = key_range(call, i0, tl.minimum(i0 + BLOCK_M, tq) - 1, tk, shift, BLOCK_N)
         if (j0 >= begin) & (j0 < end):
-            q1, q2, d_tile, log, change = load_queries(
-                q, d_o, scratch, call, b, h, heads, q_row, i0, tq, D, DV, D1, D2, BLOCK_DV, BLOCK_M, ALIGN
-            )  # fmt: skip
-            k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
-            k1, k2 = load_halves(k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)
-            v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
-            v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
+            head = h // number(call.group)
             i = i0 + tl.arange(0, BLOCK_M)[:, None]
-            ds, _scores = scores_gradient(
-                q1, q2, d_tile, log, change, k1, k2, v_tile, call, b, h, i, i0, j0, tq, tk, shift,
-                D2, BLOCK_M, BLOCK_N, PRECISION, WIDEN, True,
+            base = rows_of(call, scratch, b, h, q_row, heads)
+            product = rows_product(
+                head_of(q, b, h, q_row, ALIGN), number(q.row), i0, tq, head_of(k, b, head, k_row, ALIGN), number(k.row),
+                j0, tk, D, min(D1, 64), BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,
             )  # fmt: skip
-            acc += ds
+            log = load_vector(scratch.log + base, i0, BLOCK_M)
+            precise: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
+            p, _scores = weights(product, log, call, b, h, i, i0, j0, tq, tk, shift, BLOCK_N, precise, True)
+            dp = rows_product(
+                head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, head_of(v, b, head, k_row, ALIGN),
+                number(v.row), j0, tk, DV, min(BLOCK_DV, 64), BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,
+            )  # fmt: skip
+            delta = load_vector(scratch.delta + base, i0, BLOCK_M)
+            acc += scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M, BLOCK_N)
     width = 1
     height = 1
     if not SUM_J:

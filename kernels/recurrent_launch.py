@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from . import tuning_recurrent as tuning
+from .precision import one_tf32_product
 from .recurrent import forward_projection, forward_sequence, forward_step
 from .recurrent_backward import backward_sequence, backward_state, backward_step
 from .recurrent_persistent import forward_persistent
@@ -78,8 +79,7 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     """How tl.dot multiplies: float32 by three TF32 products, which keep its digits, or one if torch may use TF32."""
     if dtype is not torch.float32 or hip:
         return "ieee"
-    # Set by torch.set_float32_matmul_precision too, which cannot be asked once either has been set by its newer name.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if one_tf32_product() else "tf32x3"
 
 
 def common(tiles: Any, x: Tensor) -> dict[str, Any]:

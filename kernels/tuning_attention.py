@@ -1,8 +1,7 @@
 """Tiles of the attention kernels: which sizes, warps and stages for which machine, role and head dimension.
 
-Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine and spills nothing,
-but for three: dK and dV of 256 features in float32 (300 bytes), dK of 512 with everything on on sm_90 (8), the gradient
-of a bias of 512 on sm_80 (128). None has been timed on hardware.
+Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine and spills nothing.
+None has been timed on hardware.
 """
 
 from __future__ import annotations
@@ -73,14 +72,14 @@ _HALF_PAIRS: dict[str, Table] = {
             Tile(16, 16, 8, 1, 255),
         ),
         "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
-        "backward_bias": (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "backward_bias": (Tile(64, 32, 8, 1), *(Tile(64, 64, 8, 2, 255),) * 3),
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {
         "forward": (Tile(64, 64, 8, 2, 255), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
         "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-        "backward_bias": (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
@@ -92,7 +91,7 @@ _HALF_PAIRS: dict[str, Table] = {
             Tile(32, 32, 8, 1, 255),
             Tile(16, 16, 8, 1, 255),
         ),
-        "backward_bias": (Tile(64, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 255)),
+        "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
@@ -100,17 +99,18 @@ _HALF_PAIRS: dict[str, Table] = {
 # float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
 _SINGLE: Table = {
     "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     "backward_queries": (Tile(32, 32, 8, 1, 255), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-    "backward_bias": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "backward_bias": (Tile(32, 32, 8, 1),) * 3,
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
+_SINGLE_PAIRS: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))}
 
 _GFX942: Table = {
     "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
     "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     "backward_queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "backward_bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "backward_bias": (Tile(32, 32, 4, 1),) * 4,
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 
@@ -142,6 +142,6 @@ def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool)
     if machine == "gfx942":
         return _GFX942[role][width]
     if dtype == torch.float32:
-        return _SINGLE[role][width]
+        return (_SINGLE_PAIRS if pairs else _SINGLE)[role][width]
     tables = _HALF_PAIRS if pairs or role == "backward_bias" else _HALF
     return tables[machine][role][width]

@@ -427,7 +427,7 @@ def test_a_plan_is_printed_with_what_fits(capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_suites_that_run_on_a_gpu_are_found() -> None:
     found = gpu.suites()
-    for name in ("recurrent", "attention", "promises"):
+    for name in ("recurrent", "recurrent_together", "attention", "promises"):
         assert f"tests/test_triton_{name}_interpreted.py" in found
     assert "tests/test_readme.py" not in found
 

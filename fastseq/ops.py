@@ -136,8 +136,9 @@ NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
 """For tests and measurements: fixes the role (cluster, cluster_barrier, grid, step; '': the plan's choice) and shape of
 CUDA scans."""
 
-ONE_TF32_PRODUCT = "() -> bool"
-"""What torch's setting says of float32 products on CUDA, for the C++ kernels to ask at each call."""
+SETTING = "() -> bool"
+"""A setting of torch's that the CUDA C++ kernels ask for at each call, as torch's stable ABI has no function for it:
+``one_tf32_product`` for float32 products, ``is_deterministic``."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -242,7 +243,8 @@ torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)
 torch.library.define("fastseq::native_scan_role", NATIVE_SCAN_ROLE)
 torch.library.define("fastseq::native_scan_schedule", NATIVE_SCAN_SCHEDULE)
 torch.library.define("fastseq::native_scan_windows", NATIVE_SCAN_WINDOWS)
-torch.library.define("fastseq::one_tf32_product", ONE_TF32_PRODUCT)
+torch.library.define("fastseq::one_tf32_product", SETTING)
+torch.library.define("fastseq::is_deterministic", SETTING)
 ops_triton.register()
 
 
@@ -251,6 +253,11 @@ def _one_tf32_product() -> bool:
     from fastseq.kernels.precision import one_tf32_product
 
     return one_tf32_product()
+
+
+@torch.library.impl("fastseq::is_deterministic", "CompositeExplicitAutograd")
+def _is_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _load_native() -> str | None:

@@ -10,7 +10,7 @@
 
 #include "attention.h"
 #include "current.h"
-#include "deterministic.h"
+#include "settings.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
   call.o = view_of(o, in.packed), call.lse = row_view_of(lse, in.packed);
   if (lse.numel() == 0) return {o, lse};
   prepare(call);
-  plan_decode(call, on.place, is_decoding(call) && torch_is_deterministic());
+  plan_decode(call, on.place, is_decoding(call) && is_deterministic());
   if (call.splits > 0) {
     const int64_t rows = lse.numel();
     call.o_split = in.scratch({rows, call.splits, call.dim_v}), call.lse_split = in.scratch({rows, call.splits});

@@ -10,6 +10,7 @@
 #include "current.h"
 #include "recurrent_device.h"
 #include "recurrent_ops.h"
+#include "settings.h"
 
 namespace fastseq::cuda {
 
@@ -54,12 +55,6 @@ inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", ""
 // a[at[0, b, 0], b] of a [T,B,N], as [1,B,N].
 inline Tensor take_steps(const Tensor& a, const Tensor& at) {
   return call("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
-}
-// Whether torch's setting lets float32 be multiplied as TF32; the rule is that of the Triton kernels.
-inline bool one_tf32_product() {
-  std::array<StableIValue, 1> stack{};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastseq::one_tf32_product", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<bool>(stack[0]);
 }
 inline ScanDtype dtype_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return ScanDtype::bf16;

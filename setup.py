@@ -121,7 +121,7 @@ class Torch:
     @property
     def link_flags(self) -> list[str]:
         # No RPATH: `import torch` comes first and has all of these libraries loaded.
-        return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+        return [f"-L{self.root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10", "-ldl"]
 
 
 def files_read(rule: Path) -> list[str]:

@@ -18,7 +18,7 @@ DEVICES = {"H100, H200": [9, 132, 232448], "A100": [8, 108, 166912]}
 
 CLUSTERS = (1, 2, 4, 8, 16)
 CELLS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU, reset before the product"}
-DTYPES = {"bf16": "16 bits", "fp32": "float32"}
+DTYPES = {"bf16": "16 bits", "tf32": "float32 as TF32", "fp32": "float32"}
 BATCH, STEP, LARGEST = 8, 8, 4096
 COMMON_SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048)
 

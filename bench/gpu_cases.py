@@ -288,6 +288,7 @@ def tiny(family: str) -> tuple[Case, ...]:
             Layers("training", "float32", "lstm", 4, 3, 8, packed=True),
             Layers("inference", "float32", "gru_reset_before", 4, 2, 8),
             Layers("training", "bfloat16", "lstm", 4, 5, 40),
+            Layers("training", "bfloat16", "gru", 64, 3, 16, 3),  # windows of time, layers side by side
         )
     return (
         Heads("forward", "float32", "dense", 2, 4, 2, 33, 33, 16, True),

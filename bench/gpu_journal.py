@@ -1,7 +1,7 @@
 """Running what may crash or hang: a child writes what it finished, line by line; a supervisor starts it again.
 
 A line is a JSON object with ``event``: ``start`` (about to do ``name``), ``done`` (``name``, and what it found) or
-``lost`` (written by the supervisor: the child ended or hung at ``name``, and ``at``, which part of it).
+``lost`` (written by the supervisor: the child ended or ``hung`` at ``name``, and ``at``, which part of it).
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ def supervise(
             return why
         if not why and process.returncode in fine:
             return ""
+        hung = bool(why)
         why = why or f"the process ended with status {process.returncode}: {last_line(log)}"
         for name in journal.open_():
-            journal.write("lost", name, at=journal.at(), reason=why)
+            journal.write("lost", name, at=journal.at(), reason=why, hung=hung)
             changed()
         empty_handed = empty_handed + 1 if len(journal.lines()) == before else 0
         if empty_handed == 2:

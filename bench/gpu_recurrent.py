@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,35 @@ def ours(case: Layers, given: LayersInputs, device: str) -> Entrant:
     lengths = None if given.lengths is None else given.lengths.to(device)
     options = {} if lengths is None else {"lengths": lengths}
     return entrant(case, lambda x: layer(x, **options), given.x, given.dy, layer)
+
+
+@contextlib.contextmanager
+def in_role(role: str | None) -> Iterator[None]:
+    """The Triton scan takes a role inside the ``with`` block, whatever its tables say; with None as they say."""
+    if role is None:
+        yield
+        return
+    from fastseq.kernels import recurrent_launch
+
+    before, recurrent_launch.role = recurrent_launch.role, role
+    try:
+        yield
+    finally:
+        recurrent_launch.role = before
+
+
+def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
+    """:func:`ours` in the role in force, where the device can have it: tells whether the tables should ask for it."""
+    if case.steps == 1:
+        raise Unavailable("a single step is one launch in any role")
+    from fastseq.kernels import recurrent_launch
+
+    try:
+        cell = "rnn_tanh" if case.cell == "rnn" else case.cell
+        recurrent_launch.tile(cell, given.x, case.hidden, False, case.training)
+    except ValueError as reason:
+        raise Unavailable(str(reason)) from None
+    return ours(case, given, device)
 
 
 def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype | None = None) -> Entrant:

@@ -76,13 +76,17 @@ class HostClock:
 
 @dataclass(frozen=True)
 class Runner:
-    """Who takes part: ``backend`` of fastseq where it is one of ours, else a peer."""
+    """Who takes part: ``backend`` of fastseq where it is one of ours, else a peer.
+
+    ``role``: that of the Triton scan, where it is not to be what the tables say.
+    """
 
     name: str
     label: str
     backend: str | None
     prepare: dict[str, Callable[[Any, Any, str], Entrant]]
     needs: str = ""
+    role: str | None = None
 
 
 _OURS: dict[str, Callable[[Any, Any, str], Entrant]]
@@ -92,6 +96,7 @@ RUNNERS = {
     for runner in (
         Runner("triton", "fastseq, Triton", "triton", _OURS),
         Runner("native", "fastseq, C++", "native", _OURS),
+        Runner("persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"),
         Runner("reference", "fastseq, reference", "reference", _OURS),
         Runner("torch", "torch.nn", None, {"recurrent": gpu_recurrent.torch_entrant}),
         Runner("flashrnn", "FlashRNN", None, {"recurrent": gpu_recurrent.flashrnn_entrant}, "flashrnn"),
@@ -103,7 +108,7 @@ RUNNERS = {
     )
 }
 DEFAULT = {
-    "cuda": ("triton", "native", "torch", "flashrnn", "cudnn", "flash", "varlen", "flex"),
+    "cuda": ("triton", "native", "persistent", "torch", "flashrnn", "cudnn", "flash", "varlen", "flex"),
     "cpu": ("native", "reference", "torch", "math"),
 }
 """Who takes part by device; on the CPU only to try the runner itself."""
@@ -286,7 +291,7 @@ class Bench:
 def scope(runner: Runner, case: Case) -> Iterator[None]:
     """The settings a contestant's calls are made under."""
     backend = fastseq.use_backend(runner.backend) if runner.backend else contextlib.nullcontext()
-    with backend, torch.set_grad_enabled(case.training):
+    with backend, gpu_recurrent.in_role(runner.role), torch.set_grad_enabled(case.training):
         yield
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ from bench.run import Entry
 
 TRIES = 3
 """How often a case is begun again, each time without the contestant that was running when it was lost."""
+
+
+def given_up(lost: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Who takes no further part, and why: whoever hung once, which costs a minute a time, or was lost TRIES times."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lost:
+        if line["at"]:
+            found.setdefault(line["at"], []).append(line)
+    return {
+        name: f"left out since it was lost in {lines[-1]['name']}: {lines[-1]['reason']}"
+        for name, lines in found.items()
+        if len(lines) >= TRIES or any(line["hung"] for line in lines)
+    }
 
 
 def document(found: Measured) -> dict[str, Any]:
@@ -58,6 +72,7 @@ def work(options: argparse.Namespace) -> None:
     """Measure until the time is up or the cases are."""
     journal = Journal(options.journal)
     finished, lost = journal.done(), journal.lost()
+    left_out = given_up(lost)
     clock = None if options.check else EventClock() if options.device == "cuda" else HostClock()
     for case in chosen(options.family, options.case, options.tiny):
         if time.time() >= options.until:
@@ -65,12 +80,13 @@ def work(options: argparse.Namespace) -> None:
         gone = [line for line in lost if line["name"] == case.name]
         if case.name in finished or len(gone) >= TRIES or any(not line["at"] for line in gone):
             continue
-        without = {line["at"]: line["reason"] for line in gone}
+        without = {line["at"]: Entry("refused", line["reason"]) for line in gone}
+        without = {name: Entry("unavailable", why) for name, why in left_out.items()} | without
         journal.write("start", case.name)
         names = [name for name in options.contestant if name not in without]
         bench = Bench(options.device, names, clock, options.min_time, watch=journal.now_at)
         found = bench.measure(case)
-        found.entries |= {name: Entry("refused", reason) for name, reason in without.items()}
+        found.entries |= {name: entry for name, entry in without.items() if name in options.contestant}
         journal.write("done", case.name, case=document(found))
 
 

@@ -29,6 +29,7 @@ class Machine:
     barrier: float = 30.0  # clocks of one barrier among the warps of a program (assumed)
     gates: float = 150.0  # clocks from the product to h: sigmoid, tanh, and their dependencies (assumed)
     launch: float = 1.6e-6  # s between kernels that follow each other in a CUDA graph (assumed)
+    host: float = 3.4e-6 + 2.0e-6  # s of the host for a launch: ours and Triton's (measured), the driver's (assumed)
 
     def operations(self, dtype: str) -> float:
         """Operations a second: 16 bits as measured; float32 as three TF32 products, at half of that each."""
@@ -50,6 +51,7 @@ class Floor:
     weights: float
     traffic: float
     synchronisation: float
+    host: float = 0.0  # of the host, which launches while the GPU works
 
     @property
     def step(self) -> float:
@@ -73,8 +75,8 @@ def floor(
         programs = -(-batch // tile.block_b)
         waves = -(-programs // machine.sms)
         a_sm = machine.operations(dtype) / machine.sms / 2  # 16 rows of mma.sync reach half of the peak
-        product = waves * 2 * tile.block_b * gates * tile.block_h**2 / a_sm
-        weights = waves * gates * tile.block_h**2 * size / machine.shared_bytes / machine.clock
+        product = waves * 2 * tile.block_b * gates * tile.units**2 / a_sm
+        weights = waves * gates * tile.units**2 * size / machine.shared_bytes / machine.clock
         synchronisation = waves * (BARRIERS[cell] * machine.barrier + machine.gates) / machine.clock
         return Floor("sequence", product, weights, traffic, synchronisation)
     persistent = tuning.persistent(dtype, batch, hidden, machine.sms)
@@ -90,7 +92,9 @@ def floor(
     weights = over_batch * gates * hidden**2 * size / (machine.l2 * used / machine.sms)
     between = machine.launch if role != "persistent" else 0.0  # there only what another has written must arrive
     synchronisation = meetings * (between + machine.latency_l2 + machine.gates / machine.clock)
-    return Floor("step" if role != "persistent" else role, product, weights, traffic, synchronisation)
+    if role == "persistent":
+        return Floor(role, product, weights, traffic, synchronisation)
+    return Floor("step", product, weights, traffic, synchronisation, meetings * machine.host)
 
 
 def main(argv: list[str]) -> int:
@@ -105,8 +109,10 @@ def main(argv: list[str]) -> int:
     if options.attention:
         print("\n".join(model_attention.lines(model_attention.cases(options.attention == "all"))))
         return 0
-    print(f"floor of one forward step on an {H200.name}, {options.dtype}, microseconds (product of x not included)")
-    print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':11}{'product':>9}{'weights':>9}{'traffic':>9}{'sync':>7}{'step':>8}")
+    print(f"floor of one forward step on an {H200.name}, {options.dtype}, microseconds (product of x not included);")
+    print("host: what the host takes to launch it, where no CUDA graph does that, at the same time")
+    widths = {"product": 9, "weights": 9, "traffic": 9, "sync": 7, "step": 8, "host": 7}
+    print(f"{'cell':18}{'B':>5}{'H':>6}  {'role':11}" + "".join(f"{name:>{n}}" for name, n in widths.items()))
     for cell in tuning.GATES:
         if cell == "rnn_relu":  # as rnn_tanh
             continue
@@ -119,6 +125,6 @@ def main(argv: list[str]) -> int:
                 print(
                     f"{cell:18}{batch:5}{hidden:6}  {f.role:11}"
                     + "".join(f"{1e6 * part:9.3f}" for part in parts)
-                    + f"{1e6 * f.synchronisation:7.2f}{1e6 * f.step:8.2f}"
+                    + f"{1e6 * f.synchronisation:7.2f}{1e6 * f.step:8.2f}{1e6 * f.host:7.1f}"
                 )
     return 0

@@ -15,25 +15,34 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def section(document: dict[str, Any], path: str) -> str:
-    """The text between the markers: where it was measured, and a line for each group."""
+    """The text between the markers: where it was measured, a line for each family, and folded one for each group."""
     environment = document["environment"]
     lines = {(line["of"], line["peer"]): line for line in document["summary"]}
     peers = list(dict.fromkeys(peer for _, peer in lines if peer != "best"))
     versions = environment["versions"]
+    details = ", ".join(filter(None, (environment.get("cpu_generation"), environment["instruction_set"])))
     out = [
-        f"Measured on {environment['cpu']} ({environment['instruction_set']}), {environment['threads']} threads, torch "
+        f"Measured on {environment['cpu']} ({details}), {environment['threads']} threads, torch "
         f"{versions['torch']}, ONNX Runtime {versions['onnxruntime']}, {environment['date'][:10]}, at commit "
         f"{(environment['commit'] or 'unknown')[:10]}; every case is in [{path}]({path}).",
         "",
-        "| | cases | best peer: geometric mean | worst | " + " | ".join(f"vs {peer}" for peer in peers) + " |",
-        "| --- | --- | --- | --- | " + " | ".join("---" for _ in peers) + " |",
     ]
+    head = ["| | cases | best peer: geometric mean | worst | " + " | ".join(f"vs {peer}" for peer in peers) + " |"]
+    head += ["| --- | --- | --- | --- | " + " | ".join("---" for _ in peers) + " |"]
+    families = {case["family"] for case in document["cases"]}
+    rows: dict[bool, list[str]] = {True: [], False: []}  # of a family; of a group
     for (of, peer), line in lines.items():
         if peer == "best":
             means = (lines.get((of, name)) for name in peers)
             cells = [times(other["geomean"] if other else None) for other in means]
             worst = f"{times(line['worst'])} `{line['worst_case']}`"
-            out.append(f"| {of} | {line['count']} | {times(line['geomean'])} | {worst} | " + " | ".join(cells) + " |")
+            rows[of in families].append(
+                f"| {of} | {line['count']} | {times(line['geomean'])} | {worst} | " + " | ".join(cells) + " |"
+            )
+    out += head + rows[True]
+    if rows[False]:
+        out += ["", "<details><summary>Cell by cell, and kind by kind</summary>", "", *head, *rows[False]]
+        out += ["", "</details>"]
     noisy = sum(case["noisy"] for case in document["cases"])
     out += ["", f"Rounds spread widely in {noisy} of {len(document['cases'])} cases: the machine was not idle."] * (
         noisy > 0

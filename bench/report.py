@@ -202,18 +202,12 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 def environment(options: Options) -> dict[str, Any]:
     """Machine, software and commit: what a number means nothing without."""
-    model, flags = platform.processor() or platform.machine(), set()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
+    facts = described_cpu(cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
-        "cpu": model,
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "cpu_generation": generation(facts),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in f"{facts.get('flags')} {facts.get('Features')}".split()],
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
         "instruction_set": instruction_set(),
@@ -224,6 +218,19 @@ def environment(options: Options) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def described_cpu(cpuinfo: str) -> dict[str, str]:
+    """What Linux's ``/proc/cpuinfo`` says of a core."""
+    pairs = (line.partition(":") for line in cpuinfo.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def generation(facts: dict[str, str]) -> str | None:
+    """Which design a core is, where its name does not tell: ``family 25, model 17``."""
+    if "cpu family" not in facts or "model" not in facts:
+        return None
+    return f"family {facts['cpu family']}, model {facts['model']}"
 
 
 def instruction_set() -> str | None:

@@ -3,14 +3,18 @@
 // ask only what has an influence here. Where anything speaks against the short way they return None, and the caller
 // takes the operator, which has all the answers and all the messages.
 //
-// The one assumption beyond torch's stable interface: a Tensor's attribute `_cdata` is the address of its TensorImpl,
-// and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. fastseq/functional/direct.py turns
-// this on only for releases of torch with which it was tested, after a trial.
+// Two assumptions beyond torch's stable interface: a Tensor's attribute `_cdata` is the address of its TensorImpl, and an
+// at::Tensor, which an AtenTensorHandle points to, is one pointer to that; and THPVariable_Wrap, which torch exports
+// under a name that holds its signature, makes a Python object of one. fastseq/functional/direct.py turns this on only
+// for releases of torch with which it was tested, after a trial.
 #include "direct.h"
 
 #include <cstring>
 #include <exception>
 #include <vector>
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 #include "inference.h"
 
@@ -20,10 +24,13 @@ namespace {
 constexpr Py_ssize_t kMostWeights = 64;        // a larger stack gains nothing from this
 constexpr int64_t kAlone = int64_t(1) << 18;   // more multiplications than this: let other threads run meanwhile
 
-// Set once by bind(): the exact types that are ordinary tensors, questions that must all be answered with something
-// false, and torch.empty_like. Interned names of attributes.
-PyObject *tensor_type, *parameter_type, *questions, *empty_like, *cdata_name, *new_empty_name, *is_neg_name,
-    *version_name;
+// Set once by bind(): the exact types that are ordinary tensors, and questions that must all be answered with something
+// false. Interned names of attributes and parameters.
+PyObject *tensor_type, *parameter_type, *questions, *cdata_name, *is_neg_name, *version_name, *cell_names[4];
+int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
+
+using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
+Wrap wrap;
 
 // An owned reference.
 class Object {
@@ -77,28 +84,11 @@ bool nothing_speaks_against_it() {
   return true;
 }
 
-// A new tensor of x's kind. `like` has the shape already if it is contiguous: that is the quickest way to make one.
-PyObject* make(PyObject* x, PyObject* like, AtenTensorHandle like_handle, const int64_t* sizes, int64_t rank) {
-  if (like_handle && rank_of(like_handle) == rank && is_contiguous(like_handle)) {
-    const int64_t* have = sizes_of(like_handle);
-    bool same = true;
-    for (int64_t i = 0; i < rank; ++i) same = same && have[i] == sizes[i];
-    if (same) return PyObject_CallFunctionObjArgs(empty_like, like, nullptr);
-  }
-  Object shape(PyTuple_New(Py_ssize_t(rank)));
-  for (int64_t i = 0; shape.get() && i < rank; ++i) {
-    PyObject* size = PyLong_FromLongLong(sizes[i]);
-    if (!size) return nullptr;
-    PyTuple_SetItem(shape.get(), Py_ssize_t(i), size);
-  }
-  return shape.get() ? PyObject_CallMethodObjArgs(x, new_empty_name, shape.get(), nullptr) : nullptr;
-}
-
-void* data_of(PyObject* tensor) {
-  Borrowed borrowed;
-  void* data = nullptr;
-  if (borrowed.take(tensor)) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(borrowed.handle(), &data));
-  return data;
+// A new contiguous tensor, and where its elements are.
+PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& data) {
+  torch::stable::Tensor tensor = empty(sizes, rank, dtype);
+  data = tensor.data_ptr();
+  return wrap(*reinterpret_cast<void* const*>(tensor.get()));
 }
 
 template <class Work>
@@ -123,37 +113,59 @@ PyObject* decline() {
 
 const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
 
-// The tensors of a list, which stays alive as a tuple: the list may change while others run.
-struct BorrowedList {
-  Object kept;
-  Borrowed tensors[kMostWeights];
-  AtenTensorHandle handles[kMostWeights];
-  Py_ssize_t count = 0;
-
-  explicit BorrowedList(PyObject* list) : kept(PyList_Check(list) ? PyList_AsTuple(list) : nullptr) {}
-  bool take() {
-    if (!kept.get() || PyTuple_Size(kept.get()) > kMostWeights) return false;
-    for (; count < PyTuple_Size(kept.get()); ++count) {
-      PyObject* tensor = PyTuple_GetItem(kept.get(), count);
-      if (tensor == Py_None || !tensors[count].take(tensor)) return false;
-      handles[count] = tensors[count].handle();
+// Tensors that are kept alive: what they came from may change while other threads run.
+class BorrowedList {
+ public:
+  BorrowedList() = default;
+  BorrowedList(const BorrowedList&) = delete;
+  BorrowedList& operator=(const BorrowedList&) = delete;
+  ~BorrowedList() {
+    for (int64_t i = 0; i < count; ++i) Py_DECREF(kept_[i]);
+  }
+  bool add(PyObject* tensor) {
+    if (count == kMostWeights || tensor == Py_None) return false;
+    Py_INCREF(tensor);
+    kept_[count] = tensor;
+    Borrowed& borrowed = tensors_[count++];
+    const bool taken = borrowed.take(tensor);
+    handles[count - 1] = borrowed.handle();
+    return taken;
+  }
+  bool add_all(PyObject* list) {
+    if (!PyList_Check(list)) return false;
+    for (Py_ssize_t i = 0; i < PyList_Size(list); ++i)
+      if (!add(PyList_GetItem(list, i))) return false;
+    return true;
+  }
+  // The values of a dict whose keys are these names, in this order.
+  bool add_named(PyObject* dict, PyObject* names) {
+    if (!PyDict_Check(dict) || !PyList_Check(names) || PyDict_Size(dict) != PyList_Size(names)) return false;
+    PyObject *name, *tensor;
+    for (Py_ssize_t i = 0, at = 0; PyDict_Next(dict, &at, &name, &tensor); ++i) {
+      PyObject* expected = PyList_GetItem(names, i);
+      if (name != expected && PyObject_RichCompareBool(name, expected, Py_EQ) != 1) return false;
+      if (!add(tensor)) return false;
     }
     return true;
   }
+  AtenTensorHandle handles[kMostWeights];
+  int64_t count = 0;
+
+ private:
+  PyObject* kept_[kMostWeights];
+  Borrowed tensors_[kMostWeights];
 };
 
-// The results of a stack of layers over x; `state` is h0, or None.
-PyObject* run(const StackCall& call, PyObject* x, PyObject* state) {
+// The results of a stack of layers.
+PyObject* run(const StackCall& call) {
   Stack layers(call);
+  if (layers.dtype() == Dtype::bf16 && layers.rows() > most_bf16_rows) return decline();
   const bool lstm = layers.lstm();
-  Object h_n(make(x, state, call.h0, layers.h_sizes, layers.rank()));
-  if (!h_n.get()) return decline();
-  Borrowed last;
-  last.take(h_n.get());
-  Object y(make(x, h_n.get(), last.handle(), layers.y_sizes, layers.rank()));
-  Object c_n(lstm ? make(x, h_n.get(), last.handle(), layers.c_sizes, layers.rank()) : nullptr);
-  if (!y.get() || (lstm && !c_n.get())) return decline();
-  void *to_y = data_of(y.get()), *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
+  void *to_y, *to_h, *to_c = nullptr;
+  Object y(make(layers.y_sizes, layers.rank(), layers.dtype(), to_y));
+  Object h_n(make(layers.h_sizes, layers.rank(), layers.dtype(), to_h));
+  Object c_n(lstm ? make(layers.c_sizes, layers.rank(), layers.dtype(), to_c) : nullptr);
+  if (!y.get() || !h_n.get() || (lstm && !c_n.get())) return decline();
   compute(layers.products(), [&] { layers.run(to_y, to_h, to_c); });
   return lstm ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
 }
@@ -178,22 +190,35 @@ bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject
   return now.get() && PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
 }
 
+// What a call of a stack is given: x, h0, c0, and the arguments from its cell on.
+PyObject* run_on(const BorrowedList& weights, const BorrowedList& scales, PyObject* const* states,
+                 PyObject* const* shape, PyObject* const* sizes) {
+  Borrowed x, h0, c0;
+  if (states[0] == Py_None || !x.take(states[0]) || !h0.take(states[1]) || !c0.take(states[2])) return decline();
+  const char* cell = text_of(shape[0]);
+  if (!cell) return decline();
+  return run({x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, scales.handles, scales.count, cell,
+              PyLong_AsLongLong(shape[1]), PyObject_IsTrue(shape[2]) == 1, PyObject_IsTrue(shape[3]) == 1,
+              sizes ? PyLong_AsLongLong(sizes[0]) : 0, sizes ? PyLong_AsLongLong(sizes[1]) : 0});
+}
+
 // stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first[, hidden, outputs])
 // -> (y, h_n[, c_n]) or None
 PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if ((count != 9 && count != 11) || !nothing_speaks_against_it()) return decline();
-  Borrowed x, h0, c0;
-  BorrowedList weights(args[3]), scales(args[4]);
-  if (args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]) || !weights.take() ||
-      !scales.take())
-    return decline();
-  const char* cell = text_of(args[5]);
-  if (!cell) return decline();
-  const StackCall call{x.handle(), h0.handle(), c0.handle(), weights.handles, int64_t(weights.count), scales.handles,
-                       int64_t(scales.count), cell, PyLong_AsLongLong(args[6]), PyObject_IsTrue(args[7]) == 1,
-                       PyObject_IsTrue(args[8]) == 1, count > 9 ? PyLong_AsLongLong(args[9]) : 0,
-                       count > 9 ? PyLong_AsLongLong(args[10]) : 0};
-  return run(call, args[0], args[1]);
+  BorrowedList weights, scales;
+  if (!weights.add_all(args[3]) || !scales.add_all(args[4])) return decline();
+  return run_on(weights, scales, args, args + 5, count > 9 ? args + 9 : nullptr);
+} catch (const std::exception&) {
+  return decline();
+}
+
+// layer(parameters: dict, names: list, x, h0, c0, cell, num_layers, bidirectional, batch_first): as `stack`, the weights
+// being the parameters; None too where these are not just the ones named, in their order.
+PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  BorrowedList weights, scales;
+  if (count != 9 || !nothing_speaks_against_it() || !weights.add_named(args[0], args[1])) return decline();
+  return run_on(weights, scales, args + 2, args + 5, nullptr);
 } catch (const std::exception&) {
   return decline();
 }
@@ -207,9 +232,9 @@ struct Plan {
 
   explicit Plan(PyObject* const* args)
       : owned(args, args + 10), sources(args[0]), addresses(args[1]), versions(args[2]), isa(args[3]),
-        options{args[6], args[7], args[8], args[9]}, weights(args[4]), scales(args[5]) {
+        options{args[6], args[7], args[8], args[9]} {
     for (PyObject* object : owned) Py_INCREF(object);
-    taken = weights.take() && scales.take();
+    taken = weights.add_all(args[4]) && scales.add_all(args[5]);
   }
   ~Plan() {
     for (PyObject* object : owned) Py_DECREF(object);
@@ -246,39 +271,48 @@ PyObject* planned(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (PyDict_Size(args[1]) != length) return decline();
   for (; PyDict_Next(args[1], &position, &name, &tensor); ++i)
     if (i >= length || !is_still(tensor, made->sources, made->addresses, made->versions, i)) return decline();
-  Borrowed x, h0, c0;
-  if (!nothing_speaks_against_it() || args[2] == Py_None || !x.take(args[2]) || !h0.take(args[3]) || !c0.take(args[4]))
-    return decline();
-  const StackCall call{x.handle(), h0.handle(), c0.handle(), made->weights.handles, int64_t(made->weights.count),
-                       made->scales.handles, int64_t(made->scales.count), text_of(args[5]), PyLong_AsLongLong(args[6]),
-                       args[7] == Py_True, args[8] == Py_True, PyLong_AsLongLong(args[9]), PyLong_AsLongLong(args[10])};
-  return run(call, args[2], args[3]);
+  if (!nothing_speaks_against_it()) return decline();
+  return run_on(made->weights, made->scales, args + 2, args + 5, args + 9);
 } catch (const std::exception&) {
   return decline();
 }
 
-// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell[, hidden]) -> (h_n[, c_n]) or None
-PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  constexpr int kTensors = 9;
-  if ((count != kTensors + 1 && count != kTensors + 2) || !nothing_speaks_against_it()) return decline();
-  Borrowed t[kTensors];
-  for (int i = 0; i < kTensors; ++i)
-    if (!t[i].take(args[i])) return decline();
-  const char* name = text_of(args[kTensors]);
+// One step of a cell; matrices packed for `hidden` units, or 0.
+PyObject* run_cell(PyObject* const (&given)[9], PyObject* cell, int64_t hidden) {
+  Borrowed t[9];
+  for (int i = 0; i < 9; ++i)
+    if (!t[i].take(given[i])) return decline();
+  const char* name = text_of(cell);
   if (!name || !t[0].impl || !t[3].impl || !t[4].impl) return decline();
   CellStep step({t[0].handle(), t[1].handle(), t[2].handle(), t[3].handle(), t[4].handle(), t[5].handle(),
-                 t[6].handle(), t[7].handle(), t[8].handle(), name,
-                 count > kTensors + 1 ? PyLong_AsLongLong(args[kTensors + 1]) : 0});
+                 t[6].handle(), t[7].handle(), t[8].handle(), name, hidden});
   const bool lstm = step.lstm();
-  Object h_n(make(args[0], args[1], t[1].handle(), step.sizes, step.rank()));
-  if (!h_n.get()) return decline();
-  Borrowed last;
-  last.take(h_n.get());
-  Object c_n(lstm ? make(args[0], h_n.get(), last.handle(), step.sizes, step.rank()) : nullptr);
-  if (lstm && !c_n.get()) return decline();
-  void *to_h = data_of(h_n.get()), *to_c = lstm ? data_of(c_n.get()) : nullptr;
+  void *to_h, *to_c = nullptr;
+  Object h_n(make(step.sizes, step.rank(), step.dtype(), to_h));
+  Object c_n(lstm ? make(step.sizes, step.rank(), step.dtype(), to_c) : nullptr);
+  if (!h_n.get() || (lstm && !c_n.get())) return decline();
   compute(step.products(), [&] { step.run(to_h, to_c); });
   return lstm ? PyTuple_Pack(2, h_n.get(), c_n.get()) : PyTuple_Pack(1, h_n.get());
+}
+
+// cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell[, hidden]) -> (h_n[, c_n]) or None
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if ((count != 10 && count != 11) || !nothing_speaks_against_it()) return decline();
+  return run_cell({args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8]}, args[9],
+                  count > 10 ? PyLong_AsLongLong(args[10]) : 0);
+} catch (const std::exception&) {
+  return decline();
+}
+
+// cell_layer(parameters: dict, x, h, c, cell): as `cell`, the weights being the parameters; None too where one of the
+// four is not among them.
+PyObject* cell_layer(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 5 || !PyDict_Check(args[0]) || !nothing_speaks_against_it()) return decline();
+  PyObject* weights[4];
+  for (int i = 0; i < 4; ++i)
+    if (!(weights[i] = PyDict_GetItem(args[0], cell_names[i]))) return decline();
+  return run_cell({args[1], args[2], args[3], weights[0], weights[1], weights[2], weights[3], Py_None, Py_None}, args[4],
+                  0);
 } catch (const std::exception&) {
   return decline();
 }
@@ -297,30 +331,43 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
-// bind(Tensor, Parameter, empty_like, questions)
+// bind(Tensor, Parameter, questions, most_bf16_rows) -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !PyTuple_Check(args[3])) {
-    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, empty_like, questions: tuple)");
+  if (count != 4 || !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, questions: tuple, most_bf16_rows)");
     return nullptr;
   }
+  most_bf16_rows = PyLong_AsLongLong(args[3]);
+  if (PyErr_Occurred()) return nullptr;
+#if defined(__linux__)
+  if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
+    wrap = reinterpret_cast<Wrap>(dlsym(library, "_Z16THPVariable_WrapRKN2at10TensorBaseE"));
+#endif
+  if (!wrap) Py_RETURN_FALSE;
+  const char* names[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+  for (int i = 0; i < 4; ++i)
+    if (!cell_names[i]) cell_names[i] = PyUnicode_InternFromString(names[i]);
   if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
-  if (!new_empty_name) new_empty_name = PyUnicode_InternFromString("new_empty");
-  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for as long as the process lives
-  tensor_type = args[0], parameter_type = args[1], empty_like = args[2], questions = args[3];
-  Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < 3; ++i) Py_INCREF(args[i]);  // for as long as the process lives
+  tensor_type = args[0], parameter_type = args[1], questions = args[2];
+  Py_RETURN_TRUE;
 }
 
-// described(tensor) -> (address of its data, sizes): what the assumption above leads to, for a trial.
+// described(tensor) -> (address of its data, sizes, a new tensor of its kind, the address of that one's data): what the
+// assumptions above lead to, for a trial.
 PyObject* described(PyObject*, PyObject* tensor) try {
   Borrowed borrowed;
   if (!tensor_type || tensor == Py_None || !borrowed.take(tensor)) return decline();
   const int64_t rank = rank_of(borrowed.handle()), *sizes = sizes_of(borrowed.handle());
   Object shape(PyTuple_New(Py_ssize_t(rank)));
   for (int64_t i = 0; i < rank; ++i) PyTuple_SetItem(shape.get(), Py_ssize_t(i), PyLong_FromLongLong(sizes[i]));
-  Object address(PyLong_FromVoidPtr(data_of(tensor)));
-  return PyTuple_Pack(2, address.get(), shape.get());
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(borrowed.handle(), &data));
+  Object address(PyLong_FromVoidPtr(data)), made(make(sizes, rank, dtype_of(borrowed.handle()), data));
+  Object its(PyLong_FromVoidPtr(data));
+  return PyTuple_Pack(4, address.get(), shape.get(), made.get(), its.get());
 } catch (const std::exception&) {
   return decline();
 }
@@ -333,6 +380,8 @@ PyCFunction method(Function function) {
 }  // namespace
 
 PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
+                                {"layer", method(layer), METH_FASTCALL, nullptr},
+                                {"cell_layer", method(cell_layer), METH_FASTCALL, nullptr},
                                 {"cell", method(cell), METH_FASTCALL, nullptr},
                                 {"plan", method(plan), METH_FASTCALL, nullptr},
                                 {"planned", method(planned), METH_FASTCALL, nullptr},

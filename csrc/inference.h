@@ -29,6 +29,7 @@ class Stack {
   int64_t rank() const { return batched_ ? 3 : 2; }  // of all results
   int64_t y_sizes[3], h_sizes[3], c_sizes[3];
   int64_t products() const;  // multiplications in all, about
+  int64_t rows() const { return p_.T * p_.B; }
 
  private:
   const StackCall& call_;

@@ -20,6 +20,14 @@ from fastseq.ops_attention import (
 )
 from fastseq.ops_define import BACKENDS as BACKENDS
 from fastseq.ops_define import define, fold_batch, loop_over
+from fastseq.ops_layers import (
+    LAYERS_BACKWARD,
+    LAYERS_FORWARD,
+    NATIVE_SCAN_SCHEDULE,
+    NATIVE_SCAN_WINDOWS,
+    fake_layers_backward,
+    fake_layers_forward,
+)
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 """Number of gates G of each cell; rows of ``w_ih`` and ``w_hh`` are G blocks of H, in torch's order."""
@@ -121,11 +129,15 @@ NATIVE_ISA = "(str name) -> str"
 
 NATIVE_SCAN_PLAN = "(str cell, str dtype, bool backward, int hidden, int batch, int[] device) -> str"
 """How the CUDA C++ kernels would run a scan: role, division of the work, bytes, and why no better role is taken.
-dtype: fp32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; [] asks
-the current one."""
+dtype: fp32, tf32, bf16 or fp16; device: major compute capability, multiprocessors, bytes of shared memory a block; []
+asks the current one."""
 
 NATIVE_SCAN_ROLE = "(str role, int blocks, int threads, int rows) -> str"
-"""For tests and measurements: fixes the role (cluster, grid, step; '': the plan's choice) and shape of CUDA scans."""
+"""For tests and measurements: fixes the role (cluster, cluster_barrier, grid, step; '': the plan's choice) and shape of
+CUDA scans."""
+
+ONE_TF32_PRODUCT = "() -> bool"
+"""What torch's setting says of float32 products on CUDA, for the C++ kernels to ask at each call."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -214,6 +226,8 @@ define(
     "scan_gradient", SCAN_GRADIENT, _fake_scan_gradient,
     lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("native",),
 )  # fmt: skip
+define("layers_forward", LAYERS_FORWARD, fake_layers_forward, None, ("native",))
+define("layers_backward", LAYERS_BACKWARD, fake_layers_backward, None, ("native",))
 define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
 define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
@@ -226,7 +240,17 @@ torch.library.define("fastseq::native_isa", NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", PACK_WEIGHTS)
 torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)
 torch.library.define("fastseq::native_scan_role", NATIVE_SCAN_ROLE)
+torch.library.define("fastseq::native_scan_schedule", NATIVE_SCAN_SCHEDULE)
+torch.library.define("fastseq::native_scan_windows", NATIVE_SCAN_WINDOWS)
+torch.library.define("fastseq::one_tf32_product", ONE_TF32_PRODUCT)
 ops_triton.register()
+
+
+@torch.library.impl("fastseq::one_tf32_product", "CompositeExplicitAutograd")
+def _one_tf32_product() -> bool:
+    from fastseq.kernels.precision import one_tf32_product
+
+    return one_tf32_product()
 
 
 def _load_native() -> str | None:

@@ -1,9 +1,11 @@
 """The scan forward: h_t = cell(gates_x_t, W_hh h_{t-1} + b_hh), every cell of gates.py, in two roles.
 
-*sequence*: one launch walks all steps; a program owns BLOCK_B rows of the batch and all H <= BLOCK_H units, and keeps
-W_hh on its chip, h and c in registers. *step*: one launch a step; a program owns BLOCK_B rows and BLOCK_N units of
-every gate, and streams W_hh through. Reset before the product (gru_reset_before) needs all of r * h_prev for the
-candidate, and a projection all of o * tanh(c): there a step takes two launches.
+*sequence*: one launch walks all steps; a program owns BLOCK_B rows of the batch and all H <= BLOCK_H + TAIL units, and
+keeps W_hh on its chip, h and c in registers. Tiles have powers of two: units whose number lies between two may come in
+two parts, W_hh in four blocks a gate, and a tuple has what there is for each part.
+*step*: one launch a step; a program owns BLOCK_B rows and BLOCK_N units of every gate, and streams W_hh through. Reset
+before the product (gru_reset_before) needs all of r * h_prev for the candidate, and a projection all of o * tanh(c):
+there a step takes two launches.
 
 gates_x = W_ih x + b_ih is one product for all steps, made before; a single step (FUSE_X) makes it on the way.
 What varies from call to call (T, B, the direction, which optional tensors are there) is a run-time number, so that
@@ -19,6 +21,8 @@ import triton.language as tl
 from .gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
 
 # fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment"
 
 # Bits of `given`: which optional tensors there are.
 BIAS, H0, C0, LENGTHS, RESET, STATES, LAST = (tl.constexpr(1 << bit) for bit in range(7))
@@ -28,9 +32,15 @@ VARYING = ["T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", 
 
 
 @triton.jit
-def weight(w, gate, units, inputs, H, K, UPCAST: tl.constexpr):
-    """One gate's block of a weight [G*H, K], transposed: [inputs, units]."""
+def weight(w, gate, units, inputs, H, K, UPCAST: tl.constexpr, SHARED: tl.constexpr = False):
+    """One gate's block of a weight [G*H, K], transposed: [inputs, units].
+
+    SHARED: kept in shared memory whatever its shape. 16 bytes at a time, a block of 32 inputs lies in the registers as
+    a product wants it, and would stay in them; 8 at a time, it does not.
+    """
     at = w + (gate * H + units)[None, :] * K + inputs[:, None]
+    if SHARED:
+        at = tl.max_contiguous(at, (4, 1))
     tile = tl.load(at, mask=(units < H)[None, :] & (inputs < K)[:, None], other=0.0)
     if UPCAST:  # the interpreter multiplies the bit patterns of 16-bit numbers
         tile = tile.to(tl.float32)
@@ -52,12 +62,52 @@ def dot(a, w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def keep(tape, H, live, mask, k_0, k_1, k_2, k_3):
-    """One step's four blocks of the tape; 0 past the lengths."""
+    """One step's blocks of the tape, those of four that are not None; 0 past the lengths."""
     dtype = tape.dtype.scalar.element_ty
-    tl.store(tape, tl.where(live, k_0, 0.0).to(dtype), mask=mask)
-    tl.store(tape + H, tl.where(live, k_1, 0.0).to(dtype), mask=mask)
-    tl.store(tape + 2 * H, tl.where(live, k_2, 0.0).to(dtype), mask=mask)
-    tl.store(tape + 3 * H, tl.where(live, k_3, 0.0).to(dtype), mask=mask)
+    if k_0 is not None:
+        tl.store(tape, tl.where(live, k_0, 0.0).to(dtype), mask=mask)
+    if k_1 is not None:
+        tl.store(tape + H, tl.where(live, k_1, 0.0).to(dtype), mask=mask)
+    if k_2 is not None:
+        tl.store(tape + 2 * H, tl.where(live, k_2, 0.0).to(dtype), mask=mask)
+    if k_3 is not None:
+        tl.store(tape + 3 * H, tl.where(live, k_3, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit
+def parts_of(BLOCK_H: tl.constexpr, TAIL: tl.constexpr):
+    """The units: BLOCK_H of them, and TAIL more where that is not 0."""
+    if TAIL:
+        units = (tl.arange(0, BLOCK_H), BLOCK_H + tl.arange(0, TAIL))
+    else:
+        units = (tl.arange(0, BLOCK_H),)
+    return units
+
+
+@triton.jit
+def given_gate(x, gate, units, H, mask):
+    """One gate's share of gates_x at some units, by its row pointers."""
+    return tl.load(x + gate * H + units[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def through(a, w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc += a · w, summed over the parts of both."""
+    for part in tl.static_range(len(a)):
+        acc = dot(a[part], w[part], acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def keep_state(states, c, t, B, units, H, wanted, BLOCK_B: tl.constexpr):
+    """One step's c, the upper half of the rows and then the lower: its store passes through shared memory, of which a
+    half in float32 takes no more than a whole tile of 16 bits, and W_hh leaves little; for two barriers more."""
+    upper, lower = tl.split(tl.permute(tl.reshape(c, [2, BLOCK_B // 2, c.shape[1]]), [1, 2, 0]))
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B // 2)
+    below = rows + BLOCK_B // 2
+    known = (units < H)[None, :] & wanted
+    tl.store(states + (t * B + rows)[:, None] * H + units[None, :], upper, mask=(rows < B)[:, None] & known)
+    tl.store(states + (t * B + below)[:, None] * H + units[None, :], lower, mask=(below < B)[:, None] & known)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -65,78 +115,101 @@ def forward_sequence(
     gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # [T,B,G*H] by rows x_t, x_b; [G*H,H]; [G*H]; [B,H] twice; [B]; [T,B]
     y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,4*H]
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
-    CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    PARTS: tl.constexpr = 2 if TAIL else 1
     dtype = y.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    units = tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    mask = (rows < B)[:, None] & (units < H)[None, :]
-    state = rows.to(tl.int64)[:, None] * H + units[None, :]  # [BLOCK_B, BLOCK_H]
+    wide = rows.to(tl.int64)
+    units = parts_of(BLOCK_H, TAIL)
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
-    h = tl.load(h0 + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
     has_bias = (given & BIAS) != 0
-    w_0 = weight(w_hh, 0, units, units, H, H, UPCAST)
-    b_0 = bias(b_hh, 0, units, H, has_bias)
-    if G > 1:
-        w_1 = weight(w_hh, 1, units, units, H, H, UPCAST)
-        b_1 = bias(b_hh, 1, units, H, has_bias)
-        w_2 = weight(w_hh, 2, units, units, H, H, UPCAST)
-        b_2 = bias(b_hh, 2, units, H, has_bias)
-    if CELL == "lstm":
-        w_3 = weight(w_hh, 3, units, units, H, H, UPCAST)
-        b_3 = bias(b_hh, 3, units, H, has_bias)
-        c = tl.load(c0 + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
+    mask, state, h, c, w, b = (), (), (), (), (), ()  # w by part of h_t, gate and part of h_{t-1}; b by part and gate
+    for p in tl.static_range(PARTS):
+        mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
+        state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
+        h += (tl.load(h0 + state[p], mask=mask[p] & ((given & H0) != 0), other=0.0).to(tl.float32),)
+        if CELL == "lstm":
+            c += (tl.load(c0 + state[p], mask=mask[p] & ((given & C0) != 0), other=0.0).to(tl.float32),)
+        w_p, b_p = (), ()
+        for gate in tl.static_range(G):
+            w_g = ()
+            for k in tl.static_range(PARTS):
+                w_g += (weight(w_hh, gate, units[p], units[k], H, H, UPCAST, PARTS > 1),)
+            w_p += (w_g,)
+            b_p += (bias(b_hh, gate, units[p], H, has_bias),)
+        w += (w_p,)
+        b += (b_p,)
 
     for step in tl.range(0, T, num_stages=STAGES):
         t = (first + step * direction).to(tl.int64)
-        at = gates_x + (t * x_t + rows.to(tl.int64) * x_b)[:, None] * (G * H) + units[None, :]
-        x_0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if G > 1:
-            x_1 = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
-            x_2 = tl.load(at + 2 * H, mask=mask, other=0.0).to(tl.float32)
-        if CELL == "lstm":
-            x_3 = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
+        x = gates_x + (t * x_t + wide * x_b)[:, None] * (G * H)
         clear = tl.load(
-            reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+            reset + t * reset_t + wide * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
         ).to(tl.int1)[:, None]
         live = (t < length)[:, None]
-
-        h_prev = tl.where(clear, 0.0, h)
-        a = h_prev.to(dtype)
-        row = t * B + rows
-        kept = tape + row[:, None] * (4 * H) + units[None, :]
-        if CELL == "lstm":
-            c_prev = tl.where(clear, 0.0, c)
-            i, f, g, o, c_new, h_new = lstm_forward(
-                dot(a, w_0, x_0 + b_0, PRECISION, UPCAST), dot(a, w_1, x_1 + b_1, PRECISION, UPCAST),
-                dot(a, w_2, x_2 + b_2, PRECISION, UPCAST), dot(a, w_3, x_3 + b_3, PRECISION, UPCAST), c_prev,
-            )
-            c = tl.where(live, c_new, c)
-            tl.store(states + row[:, None] * H + units[None, :], c, mask=mask & ((given & STATES) != 0))
-            if SAVE:
-                keep(kept, H, live, mask, i, f, g, o)
-        elif G == 3:
-            r = sigmoid(dot(a, w_0, x_0 + b_0, PRECISION, UPCAST))
-            z = sigmoid(dot(a, w_1, x_1 + b_1, PRECISION, UPCAST))
-            if CELL == "gru":
-                q = dot(a, w_2, tl.zeros_like(h) + b_2, PRECISION, UPCAST)
-                n = tanh(x_2 + r * q)
+        row = t * B + wide
+        kept = tape + row[:, None] * (4 * H)
+        h_prev, a, h_next, c_next = (), (), (), ()
+        for p in tl.static_range(PARTS):
+            h_prev += (tl.where(clear, 0.0, h[p]),)
+            a += (h_prev[p].to(dtype),)
+        if CELL == "gru_reset_before":  # the candidate needs r * h_prev of all units
+            z, r_h = (), ()
+            for p in tl.static_range(PARTS):
+                r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
+                update = through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST)
+                z += (sigmoid(update),)
+                q = r * h_prev[p]
+                r_h += (q.to(dtype),)
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], r, z[p], None, q)
+        for p in tl.static_range(PARTS):
+            if CELL == "lstm":
+                i, f, g, o, c_new, h_new = lstm_forward(
+                    through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST),
+                    through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST),
+                    through(a, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST),
+                    through(a, w[p][3], given_gate(x, 3, units[p], H, mask[p]) + b[p][3], PRECISION, UPCAST),
+                    tl.where(clear, 0.0, c[p]),
+                )
+                c_next += (tl.where(live, c_new, c[p]),)
+                if PARTS > 1:
+                    keep_state(states, c_next[p], t, B, units[p], H, (given & STATES) != 0, BLOCK_B)
+                else:
+                    at = states + row[:, None] * H + units[p][None, :]
+                    tl.store(at, c_next[p], mask=mask[p] & ((given & STATES) != 0))
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], i, f, g, o)
+            elif CELL == "gru":
+                r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
+                z = sigmoid(through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST))
+                q = through(a, w[p][2], tl.zeros_like(h[p]) + b[p][2], PRECISION, UPCAST)
+                n = tanh(given_gate(x, 2, units[p], H, mask[p]) + r * q)
+                h_new = gru_blend(z, n, h_prev[p])
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], r, z, n, q)
+            elif CELL == "gru_reset_before":
+                n = tanh(through(r_h, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST))
+                h_new = gru_blend(z[p], n, h_prev[p])
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], None, None, n, None)
             else:
-                q = r * h_prev
-                n = tanh(dot(q.to(dtype), w_2, x_2 + b_2, PRECISION, UPCAST))
-            h_new = gru_blend(z, n, h_prev)
-            if SAVE:
-                keep(kept, H, live, mask, r, z, n, q)
-        else:
-            h_new = rnn_forward(dot(a, w_0, x_0 + b_0, PRECISION, UPCAST), CELL == "rnn_relu")
-        h = tl.where(live, h_new, h)
-        tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
+                made = through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST)
+                h_new = rnn_forward(made, CELL == "rnn_relu")
+            h_next += (tl.where(live, h_new, h[p]),)
+            at = y + row[:, None] * H + units[p][None, :]
+            tl.store(at, tl.where(live, h_new, 0.0).to(dtype), mask=mask[p])
+        h = h_next
+        if CELL == "lstm":
+            c = c_next
 
-    tl.store(h_n + state, h.to(dtype), mask=mask)
-    if CELL == "lstm":
-        tl.store(c_n + state, c.to(dtype), mask=mask)
+    for p in tl.static_range(PARTS):
+        tl.store(h_n + state[p], h[p].to(dtype), mask=mask[p])
+        if CELL == "lstm":
+            tl.store(c_n + state[p], c[p].to(dtype), mask=mask[p])
 
 
 @triton.jit

@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 
 from .gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
-from .recurrent import C0, H0, LENGTHS, RESET, VARYING, dot
+from .recurrent import C0, H0, LENGTHS, RESET, VARYING, dot, parts_of, through
 
 # fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment"
 
 # Further bits of `given`: which gradients came or have been made.
 DY, DSTATES, CARRY, DC, LATER = (tl.constexpr(1 << bit) for bit in range(7, 12))
@@ -72,83 +74,129 @@ def rnn_gradient(h_at, out, total, live, mask, RELU: tl.constexpr):
     return d
 
 
+@triton.jit
+def back_through(dh, a, w, gate: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """dh += a · W of one gate: ``a`` by parts of the gate's units, ``dh`` by parts of the state's."""
+    found = ()
+    for p in tl.static_range(len(dh)):
+        found += (through(a, w[p][gate], dh[p], PRECISION, UPCAST),)
+    return found
+
+
 @triton.jit(do_not_specialize=VARYING)
 def backward_sequence(
     dy, dh_n, dc_n, dstates,  # [T,B,H] by rows x_t, x_b; fp32 [B,H] twice; fp32 [T,B,H]
     y, states, tape, w_hh, h0, c0, lengths, reset,
     dgates, dhidden, dh0, dc0,  # [T,B,G*H], [T,B,H], [B,H] twice
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
-    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    PARTS: tl.constexpr = 2 if TAIL else 1
     dtype = y.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    units = tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    mask = (rows < B)[:, None] & (units < H)[None, :]
     wide = rows.to(tl.int64)
-    state = wide[:, None] * H + units[None, :]  # [BLOCK_B, BLOCK_H]
+    units = parts_of(BLOCK_H, TAIL)
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
     begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
-    dh = load(dh_n + state, mask & ((given & CARRY) != 0))
-    w_0 = block(w_hh, units, units, H, H, UPCAST)
-    if G > 1:
-        w_1 = block(w_hh + H * H, units, units, H, H, UPCAST)
-        w_2 = block(w_hh + 2 * H * H, units, units, H, H, UPCAST)
-        h_start = load(h0 + state, mask & ((given & H0) != 0))
-    if CELL == "lstm":
-        w_3 = block(w_hh + 3 * H * H, units, units, H, H, UPCAST)
-        dc = load(dc_n + state, mask & ((given & DC) != 0))
-        c_start = load(c0 + state, mask & ((given & C0) != 0))
+    # Of each part of the units: its mask and place in [B,H], dh, dc, h0 or c0, and W_hh by gate and part of its units.
+    mask, state, dh, dc, start, w = (), (), (), (), (), ()
+    for p in tl.static_range(PARTS):
+        mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
+        state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
+        dh += (load(dh_n + state[p], mask[p] & ((given & CARRY) != 0)),)
+        if CELL == "lstm":
+            dc += (load(dc_n + state[p], mask[p] & ((given & DC) != 0)),)
+            start += (load(c0 + state[p], mask[p] & ((given & C0) != 0)),)
+        elif G == 3:
+            start += (load(h0 + state[p], mask[p] & ((given & H0) != 0)),)
+        w_p = ()
+        for gate in tl.static_range(G):
+            w_g = ()
+            for k in tl.static_range(PARTS):
+                w_g += (block(w_hh + gate * H * H, units[k], units[p], H, H, UPCAST),)
+            w_p += (w_g,)
+        w += (w_p,)
 
     for step in tl.range(0, T, num_stages=STAGES):
         t = (first + (T - 1 - step) * direction).to(tl.int64)
         row = t * B + wide
         live = (t < length)[:, None]
         clear = cleared(reset, t, rows, B, given, reset_t, reset_b)[:, None]
-        at = row[:, None] * H + units[None, :]
-        before = at - direction.to(tl.int64) * B * H
-        kept = tape + row[:, None] * (4 * H) + units[None, :]
-        out = dgates + row[:, None] * (G * H) + units[None, :]
-        dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[None, :]
-        total = dh + load(dy_at, mask & live & ((given & DY) != 0))
-        if CELL == "lstm":
-            dc += load(dstates + at, mask & ((given & DSTATES) != 0))
-            a_0, a_1, a_2, a_3, dc = lstm_gradient(
-                kept, states + at, states + before, c_start, step < T - 1, out, H, total, dc, live, clear, mask
-            )
-            product = dot(a_0, w_0, tl.zeros_like(dh), PRECISION, UPCAST)
-            product = dot(a_1, w_1, product, PRECISION, UPCAST)
-            product = dot(a_2, w_2, product, PRECISION, UPCAST)
-            product = dot(a_3, w_3, product, PRECISION, UPCAST)
-        elif G == 3:
-            r, z, n = load(kept, mask), load(kept + H, mask), load(kept + 2 * H, mask)
-            h_prev = tl.where(t == begin, h_start, load(y + before, mask & (t != begin) & (step < T - 1)))
-            h_prev = tl.where(clear, 0.0, h_prev)
-            dz, dn = gru_backward_blend(z, n, h_prev, total)
-            if CELL == "gru":
-                dq = tl.where(live, dn * r, 0.0).to(dtype)
-                tl.store(dhidden + at, dq, mask=mask)
-                dr = gru_backward_reset(r, load(kept + 3 * H, mask), dn)
-                product = dot(dq, w_2, total * z, PRECISION, UPCAST)
+        product, a_0, a_1, a_2, a_3, dc_prev = (), (), (), (), (), ()
+        if G == 3:
+            r, h_prev = (), ()
+        for p in tl.static_range(PARTS):
+            at = row[:, None] * H + units[p][None, :]
+            before = at - direction.to(tl.int64) * B * H
+            kept = tape + row[:, None] * (4 * H) + units[p][None, :]
+            out = dgates + row[:, None] * (G * H) + units[p][None, :]
+            dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[p][None, :]
+            total = dh[p] + load(dy_at, mask[p] & live & ((given & DY) != 0))
+            if CELL == "lstm":
+                d_i, d_f, d_g, d_o, d_c = lstm_gradient(
+                    kept, states + at, states + before, start[p], step < T - 1, out, H, total,
+                    dc[p] + load(dstates + at, mask[p] & ((given & DSTATES) != 0)), live, clear, mask[p],
+                )
+                a_0 += (d_i,)
+                a_1 += (d_f,)
+                a_2 += (d_g,)
+                a_3 += (d_o,)
+                dc_prev += (d_c,)
+                product += (tl.zeros_like(total),)
+            elif G == 3:
+                r_p, z, n = load(kept, mask[p]), load(kept + H, mask[p]), load(kept + 2 * H, mask[p])
+                h_p = load(y + before, mask[p] & (t != begin) & (step < T - 1))
+                h_p = tl.where(clear, 0.0, tl.where(t == begin, start[p], h_p))
+                dz, dn = gru_backward_blend(z, n, h_p, total)
+                d_n = tl.where(live, dn, 0.0).to(dtype)
+                d_z = tl.where(live, dz, 0.0).to(dtype)
+                if CELL == "gru":
+                    dq = tl.where(live, dn * r_p, 0.0).to(dtype)
+                    tl.store(dhidden + at, dq, mask=mask[p])
+                    d_r = tl.where(live, gru_backward_reset(r_p, load(kept + 3 * H, mask[p]), dn), 0.0).to(dtype)
+                    tl.store(out, d_r, mask=mask[p])
+                    a_0 += (d_r,)
+                    a_2 += (dq,)
+                else:
+                    r += (r_p,)
+                    h_prev += (h_p,)
+                    a_2 += (d_n,)
+                tl.store(out + H, d_z, mask=mask[p])
+                tl.store(out + 2 * H, d_n, mask=mask[p])
+                a_1 += (d_z,)
+                product += (total * z,)
             else:
-                dq = dot(tl.where(live, dn, 0.0).to(dtype), w_2, tl.zeros_like(dh), PRECISION, UPCAST)
-                dr = gru_backward_reset(r, h_prev, dq)
-                product = total * z + dq * r
-            a_0, a_1 = tl.where(live, dr, 0.0).to(dtype), tl.where(live, dz, 0.0).to(dtype)
-            tl.store(out, a_0, mask=mask)
-            tl.store(out + H, a_1, mask=mask)
-            tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)
-            product = dot(a_0, w_0, product, PRECISION, UPCAST)
-            product = dot(a_1, w_1, product, PRECISION, UPCAST)
-        else:
-            a_0 = rnn_gradient(y + at, out, total, live, mask, CELL == "rnn_relu")
-            product = dot(a_0, w_0, tl.zeros_like(dh), PRECISION, UPCAST)
-        dh = tl.where(live, tl.where(clear, 0.0, product), dh)
+                a_0 += (rnn_gradient(y + at, out, total, live, mask[p], CELL == "rnn_relu"),)
+                product += (tl.zeros_like(total),)
+        if CELL == "gru_reset_before":
+            beside = ()
+            for p in tl.static_range(PARTS):
+                dq = through(a_2, w[p][2], tl.zeros_like(dh[p]), PRECISION, UPCAST)
+                d_r = tl.where(live, gru_backward_reset(r[p], h_prev[p], dq), 0.0).to(dtype)
+                tl.store(dgates + row[:, None] * (G * H) + units[p][None, :], d_r, mask=mask[p])
+                a_0 += (d_r,)
+                beside += (product[p] + dq * r[p],)
+            product = beside
+        elif G == 3:
+            product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
+        product = back_through(product, a_0, w, 0, PRECISION, UPCAST)
+        if G > 1:
+            product = back_through(product, a_1, w, 1, PRECISION, UPCAST)
+        if CELL == "lstm":
+            product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
+            product = back_through(product, a_3, w, 3, PRECISION, UPCAST)
+            dc = dc_prev
+        dh_prev = ()
+        for p in tl.static_range(PARTS):
+            dh_prev += (tl.where(live, tl.where(clear, 0.0, product[p]), dh[p]),)
+        dh = dh_prev
 
-    tl.store(dh0 + state, dh.to(dtype), mask=mask & ((given & H0) != 0))
-    if CELL == "lstm":
-        tl.store(dc0 + state, dc.to(dtype), mask=mask & ((given & C0) != 0))
+    for p in tl.static_range(PARTS):
+        tl.store(dh0 + state[p], dh[p].to(dtype), mask=mask[p] & ((given & H0) != 0))
+        if CELL == "lstm":
+            tl.store(dc0 + state[p], dc[p].to(dtype), mask=mask[p] & ((given & C0) != 0))
 
 
 @triton.jit

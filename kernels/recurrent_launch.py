@@ -9,7 +9,7 @@ holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from . import tuning_recurrent as tuning
+from .precision import one_tf32_product
 from .recurrent import forward_projection, forward_sequence, forward_step
 from .recurrent_backward import backward_sequence, backward_state, backward_step
 from .recurrent_persistent import forward_persistent
@@ -78,8 +79,7 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     """How tl.dot multiplies: float32 by three TF32 products, which keep its digits, or one if torch may use TF32."""
     if dtype is not torch.float32 or hip:
         return "ieee"
-    # Set by torch.set_float32_matmul_precision too, which cannot be asked once either has been set by its newer name.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if one_tf32_product() else "tf32x3"
 
 
 def common(tiles: Any, x: Tensor) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def common(tiles: Any, x: Tensor) -> dict[str, Any]:
     if x.is_cuda and torch.version.hip is None:
         found["maxnreg"] = tuning.MAX_REGISTERS
     if isinstance(tiles, tuning.Sequence):
-        return {**found, "BLOCK_H": tiles.block_h, "STAGES": tiles.stages}
+        return {**found, "BLOCK_H": tiles.block_h, "TAIL": tiles.tail, "STAGES": tiles.stages}
     if isinstance(tiles, tuning.Persistent):
         found["launch_cooperative_grid"] = True
     return {**found, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "num_stages": tiles.num_stages}
@@ -151,12 +151,17 @@ def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tu
     return wrapped
 
 
-class Repeated:
-    """A kernel that is launched at every step of a walk, with other tensors but as compiled once.
+CHANGING = frozenset({"h_in", "carry_in", "h_out", "t", "later", "given"})
+"""The arguments that a step's launch may get other values for than the step before."""
 
-    Triton looks at each argument of each launch, to find what was compiled for such ones. What the first launch gets
-    may differ (a caller's h0 may lie at any address); all later ones get tensors of our own, of one kind: so from the
-    third on the compiled kernel is called without asking.
+
+class Repeated:
+    """A kernel that is launched at every step of a walk, as compiled once.
+
+    Triton looks at each argument of each launch, to find what was compiled for such ones, and its launcher asks the
+    driver about each tensor. What the first launch gets may differ (a caller's h0 may lie at any address); all later
+    ones get tensors of our own, of one kind, and other values only in CHANGING. So from the third on the compiled
+    kernel is called without asking, on the stream of the first, with addresses.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any):
@@ -164,19 +169,35 @@ class Repeated:
         self.grid = grid + (1,) * (3 - len(grid))
         self.constants = constants
         self.names = kernel.arg_names
+        self.changing = [place for place, name in enumerate(self.names) if name in CHANGING]
         self.launched = 0
-        self.compiled: Any = None
-        self.rest: list[Any] = []  # the constants, which a compiled kernel takes by position, and ignores
+        self.compiled: Callable[..., None] | None = None
+        self.values: list[Any] = []  # arguments by position, the constants too, which a compiled kernel ignores
 
     def __call__(self, *args: Any) -> None:
         if self.compiled is not None:
-            self.compiled(*args, *self.rest)
+            for place in self.changing:
+                self.values[place] = address(args[place])
+            self.compiled(*self.values)
             return
         made = self.launch(*args, **self.constants)
         self.launched += 1
         if self.launched == 2 and made is not None:  # None: interpreted
-            self.rest = [self.constants[name] for name in self.names[len(args) :]]
-            self.compiled = made[self.grid]
+            self.values = [*map(address, args), *(self.constants[name] for name in self.names[len(args) :])]
+            self.compiled = launcher(made, self.grid, args[0].device)
+
+
+def launcher(made: Any, grid: tuple[int, ...], device: torch.device) -> Callable[..., None]:
+    """What launches a compiled kernel on the current stream; past the hooks of a profiler only where there are none."""
+    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    if any(getattr(hook, "calls", hook) for hook in hooks):  # a chain, which may be empty, or one, or None
+        return made[grid]
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    return partial(made.run, *grid, stream, made.function, made.packed_metadata, None, None, None)
+
+
+def address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 @on_its_device

@@ -15,12 +15,20 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Sequence:
-    """One launch for all steps: rows of the batch and (padded) units a program owns; stages of its loop's pipeline."""
+    """One launch for all steps: rows of the batch and (padded) units a program owns; stages of its loop's pipeline.
+
+    Units between two powers of two may be taken in two parts: ``block_h`` of them, and ``tail`` more.
+    """
 
     block_b: int
     block_h: int
     num_warps: int
     stages: int
+    tail: int = 0
+
+    @property
+    def units(self) -> int:
+        return self.block_h + self.tail
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,20 @@ class Persistent(Step):
 MAX_REGISTERS = 255
 BLOCK_B = 16  # the smallest tile of a tensor core: more rows would be more programs' work in one
 
-# Largest padded H by bytes of the dtype; above it the step role.
+# Largest padded H by bytes of the dtype, in one part and in two; above it the step role.
 _LARGEST = {
-    ("lstm", 2): 128,
-    ("gru", 2): 128,
-    ("gru_reset_before", 2): 128,
-    ("rnn_tanh", 2): 256,
-    ("rnn_relu", 2): 256,
-    ("lstm", 4): 64,
-    ("gru", 4): 64,
-    ("gru_reset_before", 4): 64,
-    ("rnn_tanh", 4): 128,
-    ("rnn_relu", 4): 128,
+    ("lstm", 2): (128, 128 + 32),
+    ("gru", 2): (128, 128 + 64),
+    ("gru_reset_before", 2): (128, 128 + 64),
+    ("rnn_tanh", 2): (256, 256 + 64),
+    ("rnn_relu", 2): (256, 256 + 64),
+    ("lstm", 4): (64, 64),
+    ("gru", 4): (64, 64),
+    ("gru_reset_before", 4): (64, 64),
+    ("rnn_tanh", 4): (128, 128),
+    ("rnn_relu", 4): (128, 128),
 }
+_TAILS = (32, 64)  # a product of 16 columns spills thousands of bytes
 # Padded H to warps, by bytes of the dtype: as many as the registers of a row of every gate ask for.
 _WARPS = {2: {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}, 4: {16: 2, 32: 4, 64: 8, 128: 8}}
 # What the backward walk reads a step, in tiles of x's dtype and of fp32, which the pipeline loads a step ahead.
@@ -67,25 +76,40 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
+def parts(cell: str, dtype: str, hidden: int, backward: bool) -> list[tuple[int, int]]:
+    """The tiles that hold so many units and do not spill, as (block_h, tail), the one to be tried first first."""
+    one, two = _LARGEST[cell, BYTES[dtype]]
+    if backward and cell == "lstm" and BYTES[dtype] == 4:
+        one = two = 32
+    whole = padded(hidden)
+    found = [(whole, 0)] if whole <= one else []
+    half = whole // 2
+    tail = next((n for n in _TAILS if half + n >= hidden), half)
+    if two > one and one >= half >= 64 and tail < half and half + tail <= two:
+        found.append((half, tail))
+    return found
+
+
 def largest_sequence(cell: str, dtype: str, backward: bool) -> int:
     """Most units of the sequence role whose kernel does not spill."""
-    if backward and cell == "lstm" and BYTES[dtype] == 4:
-        return 32
-    return _LARGEST[cell, BYTES[dtype]]
+    return max(h for h in range(16, 513, 16) if parts(cell, dtype, h, backward))
 
 
-def sequence_bytes(cell: str, dtype: str, block_h: int, stages: int, backward: bool) -> int:
+def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int:
     """Shared memory that the sequence role asks for, at most.
 
     W_hh (twice in fp32: its TF32 part and the rest), the tiles that the pipeline loads ahead, and room in which warps
     exchange tiles.
     """
     size, gates = BYTES[dtype], GATES[cell]
-    weights = gates * block_h * block_h * (2 if size == 2 else 8)
+    weights = gates * tile.units**2 * (2 if size == 2 else 8)
     narrow, wide = _READ[cell] if backward else (gates, 0)
-    ahead = (stages - 1) * (narrow * size + wide * 4)
-    exchanged = 8 if size == 4 else 2 * (gates + 1) if backward else 4
-    return weights + BLOCK_B * block_h * (ahead + exchanged)
+    ahead = (tile.stages - 1) * (narrow * size + wide * 4) * tile.units
+    exchanged = (8 if size == 4 else 2 * (gates + 1) if backward else 4) * tile.units
+    if tile.tail and not backward:  # h, and what is turned beside it: gates that no pipeline loads, or r * h
+        turned = tile.stages == 1 or cell == "gru_reset_before"
+        exchanged = 2 * tile.units + (2 * tile.block_h if turned else 0)
+    return weights + tile.block_b * (ahead + exchanged)
 
 
 def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) -> Sequence | str:
@@ -96,14 +120,18 @@ def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) ->
         shared: bytes of shared memory that a program may have.
         backward: of the walk back, which reads more a step.
     """
-    block_h, size, largest = padded(hidden), BYTES[dtype], largest_sequence(cell, dtype, backward)
-    if block_h > largest:
+    least = 0
+    for block_h, tail in parts(cell, dtype, hidden, backward):
+        for stages in (2, 1):
+            tile = Sequence(BLOCK_B, block_h, _WARPS[BYTES[dtype]][block_h], stages, tail)
+            needed = sequence_bytes(cell, dtype, tile, backward)
+            if needed <= shared:
+                return tile
+            least = min(least or needed, needed)
+    if least == 0:
+        largest = largest_sequence(cell, dtype, backward)
         return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds"
-    for stages in (2, 1):
-        needed = sequence_bytes(cell, dtype, block_h, stages, backward)
-        if needed <= shared:
-            return Sequence(BLOCK_B, block_h, _WARPS[size][block_h], stages)
-    return f"H = {hidden} ({cell}, {dtype}) needs {needed} bytes of shared memory a program; this device has {shared}"
+    return f"H = {hidden} ({cell}, {dtype}) needs {least} bytes of shared memory a program; this device has {shared}"
 
 
 # By whether the batch is above 16: a tile of 64 rows reads W_hh a quarter as often.
@@ -147,11 +175,9 @@ def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persiste
 
 
 def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterator[Sequence]:
-    """Every tile of the sequence role that a device with so much shared memory may be given."""
-    block_h = 16
-    while not isinstance(tile := sequence(cell, dtype, block_h, shared, backward), str):
-        yield tile
-        block_h *= 2
+    """Every tile of the sequence role that a device with so much shared memory may be given, the narrow ones first."""
+    tiles = (sequence(cell, dtype, hidden, shared, backward) for hidden in range(16, 513, 16))
+    yield from dict.fromkeys(tile for tile in tiles if isinstance(tile, Sequence))
 
 
 def persistent_tiles(dtype: str) -> Iterator[Persistent]:

@@ -39,6 +39,7 @@ class Settings:
     sanitizer: str = ""
     decode: bool = True  # whether few queries take the decoding kernel
     multiprocessors: int = 4  # few, so that work is shared as on a large machine
+    major: int = 8  # compute capability: 9 takes the kernels for Hopper
     changed: build.Library | None = None  # kernels with a fault in them
 
     @property
@@ -76,7 +77,7 @@ def operators() -> ctypes.CDLL:
 def through_operators(op: str, arguments: tuple) -> tuple[Tensor, ...]:
     setter = operators().fastseq_emulation_set
     setter.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
-    setter(settings.seed, settings.schedule, 0, 0, settings.multiprocessors, 0)
+    setter(settings.seed, settings.schedule, 0, settings.major, settings.multiprocessors, 0)
     return getattr(torch.ops.fastseq, op).emulated_tensors(*arguments)
 
 
@@ -150,18 +151,32 @@ class Arguments:
             raise RuntimeError(error)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    if not settings.past_operators:
-        return through_operators("attention_forward", (q, k, v, *options))
+def forward_arguments(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Arguments, Tensor, Tensor]:
     x = Arguments(q, k, v, *options)
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]) if x.packed else q.shape[:3], dtype=torch.float32)
     x.add(view(o, x.packed))
     x.add(row_view(lse, x.packed))
-    x.integers += [settings.decode, settings.multiprocessors]
+    x.integers += [settings.decode, settings.multiprocessors, 10 * settings.major]
+    return x, o, lse
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if not settings.past_operators:
+        return through_operators("attention_forward", (q, k, v, *options))
+    x, o, lse = forward_arguments(q, k, v, *options)
     if lse.numel():
         x.call("attention_forward_entry")
     return o, lse
+
+
+def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+    """Why the forward kernel for Hopper leaves a call to the portable one; None where it takes it."""
+    try:
+        forward_arguments(q, k, v, *options)[0].call("hopper_refusal_entry")
+    except RuntimeError as reason:
+        return str(reason)
+    return None
 
 
 def backward(
@@ -169,6 +184,24 @@ def backward(
 ) -> tuple[Tensor, ...]:
     if not settings.past_operators:
         return through_operators("attention_backward", (d_o, dlse, q, k, v, o, lse, *rest))
+    x, gradients = backward_arguments(d_o, dlse, q, k, v, o, lse, *rest)
+    x.call("attention_backward_entry")
+    return gradients
+
+
+def backward_refusal(*arguments: Any) -> str | None:
+    """Why the kernels for Hopper leave a call of ``backward`` to the portable ones."""
+    try:
+        backward_arguments(*arguments)[0].call("attention_backward_refusal_entry")
+    except RuntimeError as reason:
+        return str(reason)
+    return None
+
+
+def backward_arguments(
+    d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Arguments, tuple[Tensor, ...]]:
+    """What the entry is called with, and the gradients that it fills."""
     *options, bias_grad = rest
     bias, _, sinks = options[:3]
     x = Arguments(q, k, v, *options)
@@ -182,9 +215,8 @@ def backward(
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad else torch.empty(0, dtype=q.dtype)
     dsinks = torch.empty(0, dtype=q.dtype) if sinks is None else torch.empty(sinks.shape, dtype=sinks.dtype)
     x.pointers += [dbias if bias_grad else None, None if sinks is None else dsinks]
-    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors]
-    x.call("attention_backward_entry")
-    return dq, dk, dv, dbias, dsinks
+    x.integers += [*(dbias.shape if bias_grad else [0] * 4), settings.multiprocessors, 10 * settings.major]
+    return x, (dq, dk, dv, dbias, dsinks)
 
 
 @cache

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -25,10 +26,22 @@ SOURCES = sorted(CUDA.glob("attention*.cu"))
 BEGIN, END = "<!-- resources: written by tests/cuda_attention_resources.py -->\n", "<!-- end of resources -->\n"
 
 
+# Kernels for sm_90a alone; on other targets they are compiled to a trap.
+HOPPER = "hopper_"
+
+
 class Variant(NamedTuple):
     kernel: str
     heads: tuple[int, ...]
-    general: bool
+    flag: bool  # of the general class; of a kernel for Hopper: for calls with limits (causal, window)
+
+    @property
+    def kind(self) -> str:
+        if not self.heads:
+            return "any"
+        if self.kernel.startswith(HOPPER):
+            return "plain" if self.flag else "plain, without limits"
+        return "general" if self.flag else "plain"
 
 
 class Made(NamedTuple):
@@ -42,12 +55,36 @@ def nvcc() -> str | None:
     return shutil.which(os.environ.get("NVCC", "nvcc"))
 
 
-def listing(source: Path, target: str) -> str:
-    """What ptxas says of a source, kept in build/ptxas until a kernel's text changes."""
+def disassembler() -> str | None:
+    """cuobjdump, of the toolkit or of Triton."""
+    found = importlib.util.find_spec("triton")
+    folders = [] if found is None or found.origin is None else [Path(found.origin).parent / "backends/nvidia/bin"]
+    return shutil.which("cuobjdump") or next((shutil.which("cuobjdump", path=str(f)) for f in folders), None)
+
+
+def machine_code(source: Path, target: str) -> dict[Variant, list[str]]:
+    """The instructions of every variant, of bfloat16."""
+    listing(source, target)
+    command = [str(disassembler()), "-sass", str(kept_as(source, target).with_suffix(".cubin"))]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in text.split("\tFunction : ")[1:]:
+        name, _, body = part.partition("\n")
+        if "Bf16" in name:
+            found[variant_of(name)] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.MULTILINE)
+    return found
+
+
+def kept_as(source: Path, target: str) -> Path:
     digest = hashlib.sha256(f"{source.name} {target}".encode())
     for path in sorted([*CUDA.glob("attention*.cu*"), *CUDA.glob("attention*.h"), *CUDA.glob("primitives*")]):
         digest.update(path.name.encode() + path.read_bytes())
-    kept = BUILD / f"{source.stem}-{target}-{digest.hexdigest()[:20]}.txt"
+    return BUILD / f"{source.stem}-{target}-{digest.hexdigest()[:20]}.txt"
+
+
+def listing(source: Path, target: str) -> str:
+    """What ptxas says of a source, kept in build/ptxas, beside its code, until a kernel's text changes."""
+    kept = kept_as(source, target)
     if not kept.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
@@ -66,8 +103,19 @@ def listing(source: Path, target: str) -> str:
             if done.returncode:
                 raise RuntimeError(f"{source.name} for {target}: {done.stdout}{done.stderr}")
             Path(folder, "text").write_text(done.stdout + done.stderr)
+            os.replace(Path(folder, "out.cubin"), kept.with_suffix(".cubin"))
             os.replace(Path(folder, "text"), kept)
     return kept.read_text()
+
+
+def variant_of(name: str) -> Variant:
+    kernel = re.search(r"attention\d+([a-z_]+)_kernel", name)
+    assert kernel is not None, name
+    heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
+    flag = "ELb1E" in name
+    if kernel[1] == "hopper_gradient":  # its flag says of what
+        return Variant("hopper_keys" if flag else "hopper_queries", heads, True)
+    return Variant(kernel[1], heads, flag or kernel[1] == "bias")
 
 
 def read(text: str) -> dict[Variant, Made]:
@@ -75,10 +123,7 @@ def read(text: str) -> dict[Variant, Made]:
     found: dict[Variant, Made] = {}
     pattern = r"entry function '(\S+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     for name, stores, loads, registers in re.findall(pattern, text, re.DOTALL):
-        kernel = re.search(r"attention\d+([a-z_]+)_kernel", name)
-        assert kernel is not None, name
-        heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
-        variant = Variant(kernel[1], heads, "ELb1E" in name or kernel[1] == "bias")
+        variant = variant_of(name)
         made = Made(int(registers), int(stores) + int(loads))
         found[variant] = Made(*map(max, made, found.get(variant, made)))
     return found
@@ -104,10 +149,10 @@ def shared_bytes() -> dict[Variant, int]:
     entry = library("").native.attention_shared_entry
     entry((ctypes.c_void_p * 1)(ctypes.addressof(numbers)), None, None)
     found, at = {}, 0
-    kernels = ("forward", "decode", "keys", "queries", "bias")
+    kernels = ("forward", "decode", "keys", "queries", "bias", "hopper_forward", "hopper_keys", "hopper_queries")
     while numbers[at]:
-        kernel, dim, dim_v, general, size = numbers[at : at + 5]
-        found[Variant(kernels[kernel - 1], (dim, dim_v), bool(general))] = size
+        kernel, dim, dim_v, flag, size = numbers[at : at + 5]
+        found[Variant(kernels[kernel - 1], (dim, dim_v), bool(flag))] = size
         at += 5
     return found
 
@@ -119,11 +164,14 @@ def table() -> str:
     lines = [f"| kernel | heads | class | shared, KiB | {' | '.join(f'registers, {t}' for t in TARGETS)} |\n"]
     lines.append("| --- | --- | --- | --- " + "| --- " * len(TARGETS) + "|\n")
     for variant in sorted(made[TARGETS[0]]):
-        kind = ("general" if variant.general else "plain") if variant.heads else "any"
         heads = "/".join(map(str, variant.heads)) or "any"
         size = f"{shared[variant] / 1024:.1f}" if variant in shared else "–"
-        registers = " | ".join(str(made[target][variant].registers) for target in TARGETS)
-        lines.append(f"| {variant.kernel} | {heads} | {kind} | {size} | {registers} |\n")
+        compiled = [t == "sm_90a" or not variant.kernel.startswith(HOPPER) for t in TARGETS]
+        registers = " | ".join(
+            str(made[target][variant].registers) if real else "–"
+            for target, real in zip(TARGETS, compiled, strict=True)
+        )
+        lines.append(f"| {variant.kernel} | {heads} | {variant.kind} | {size} | {registers} |\n")
     return "".join(lines)
 
 

@@ -348,6 +348,18 @@ def test_peak_memory_counts_what_a_training_step_holds():
     assert found > 4 * 1024 * 8 * 64 * 4  # o and three gradients at least
 
 
+def test_a_processor_is_told_by_its_generation_too():
+    from bench import report
+
+    said = (
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t: fma avx2\n\nprocessor\t: 1\n"
+    )
+    facts = report.described_cpu(said)
+    assert facts["model name"] == "AMD EPYC"
+    assert report.generation(facts) == "family 25, model 17"
+    assert report.generation(report.described_cpu("CPU part\t: 0xd0c\n")) is None
+
+
 def test_readme_section_is_written_from_a_result_file(tmp_path):
     from bench.readme import main
 
@@ -355,22 +367,29 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
     document = {
         "complete": True,
         "environment": {
-            "cpu": "a chip", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
+            "cpu": "a chip", "cpu_generation": "family 6, model 1", "instruction_set": "avx2",
+            "threads": 2, "date": "2026-01-02T03:04:05", "commit": "abc",
             "versions": {"torch": "2.11", "onnxruntime": "1.2"},
         },
-        "summary": [line | {"peer": "best"}, line | {"peer": "torch", "geomean": 3.0}],
-        "cases": [{"noisy": False}],
+        "summary": [
+            line | {"peer": "best"}, line | {"peer": "torch", "geomean": 3.0},
+            line | {"of": "gru inference fp32", "peer": "best"},
+        ],
+        "cases": [{"noisy": False, "family": "recurrent inference fp32"}],
     }  # fmt: skip
     results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
     results.write_text(json.dumps(document))
     readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
     assert main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in text
+    shown, folded = text.split("<details>")
+    assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in shown
+    assert "| gru inference fp32 | 2 | 1.50× | 1.25× `gru-x` | – |" in folded
     assert text.startswith("above\n")
     assert text.endswith("<!-- bench:end -->\nbelow\n")
     assert "old" not in text
     assert "[cpu.json](cpu.json)" in text
+    assert "a chip (family 6, model 1, avx2), 2 threads" in text
     results.write_text(json.dumps(document | {"complete": False}))
     assert main([str(results), "--readme", str(readme)]) == 2
     assert readme.read_text() == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gpu, gpu_attention, gpu_cases, gpu_recurrent, gpu_report, gpu_run, support
+from bench import gpu, gpu_attention, gpu_cases, gpu_recurrent, gpu_report, gpu_run, gpu_worker, support
 from bench.gpu_cases import Heads, Layers
 from bench.gpu_journal import Journal, supervise
 from bench.peers import Entrant, Unavailable
@@ -251,6 +252,7 @@ def test_a_crash_loses_what_was_running_and_the_rest_goes_on(tmp_path: Path) -> 
     (lost,) = journal.lost()
     assert (lost["name"], lost["at"]) == ("crash", "someone")
     assert lost["reason"] == "the process ended with status 3: a last word"
+    assert not lost["hung"]
 
 
 def test_a_hang_is_ended(tmp_path: Path) -> None:
@@ -258,6 +260,7 @@ def test_a_hang_is_ended(tmp_path: Path) -> None:
     assert why == ""
     assert list(journal.done()) == ["a", "b"]
     assert "nothing was heard of it for 3 s" in journal.lost()[0]["reason"]
+    assert journal.lost()[0]["hung"]
 
 
 def test_at_the_end_of_the_time_a_child_is_ended(tmp_path: Path) -> None:
@@ -273,6 +276,46 @@ def test_a_command_that_never_starts_is_given_up(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     why = supervise(command, journal, tmp_path / "log", time.monotonic() + 60, 30)
     assert why == "the process ended with status 1: no such thing"
+
+
+def test_who_hung_once_is_left_out_of_all_later_cases(tmp_path: Path) -> None:
+    """And who crashed, of the case it crashed in, until it has three times."""
+    first, second, third, *_ = (case.name for case in gpu_cases.tiny("recurrent"))
+    journal = Journal(tmp_path / "journal.jsonl")
+    for name, at, hung in ((first, "reference", True), (second, "torch", False)):
+        journal.write("start", name)
+        journal.write("lost", name, at=at, reason="gone", hung=hung)
+    options = argparse.Namespace(
+        journal=journal.path, check=True, device="cpu", family="recurrent", case=[first, second, third], tiny=True,
+        until=float("inf"), contestant=["reference", "torch"], min_time=0.001,
+    )  # fmt: skip
+    gpu_worker.work(options)
+    found = {name: line["case"]["contestants"] for name, line in journal.done().items()}
+    assert list(found) == [first, second, third]
+    told = {name: [entries[who]["status"] for who in ("reference", "torch")] for name, entries in found.items()}
+    assert told == {
+        first: ["refused", "checked"], second: ["unavailable", "refused"], third: ["unavailable", "checked"]
+    }  # fmt: skip
+    assert found[third]["reference"]["reason"] == f"left out since it was lost in {first}: gone"
+    crashes = [{"name": "c", "at": "torch", "reason": "gone", "hung": False}] * gpu_worker.TRIES
+    assert gpu_worker.given_up(crashes[1:]) == {}
+    assert list(gpu_worker.given_up(crashes)) == ["torch"]
+
+
+def test_a_role_that_no_device_has_yet_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The persistent role of the Triton scan, where it can be had; what the tables ask for is as it was after it."""
+    launch = pytest.importorskip("fastseq.kernels.recurrent_launch")
+    assert "persistent" in gpu_run.DEFAULT["cuda"]
+    runner, given = gpu_run.RUNNERS["persistent"], gpu_recurrent.inputs(LSTM, "cpu")
+    seen = []
+    monkeypatch.setattr(gpu_recurrent, "ours", lambda case, given, device: seen.append(launch.role))
+    with gpu_run.scope(runner, LSTM):
+        runner.prepare["recurrent"](LSTM, given, "cpu")
+        assert seen == ["persistent"]
+        for change, why in (({"steps": 1}, "one launch in any role"), ({"hidden": 8192}, "processors")):
+            with pytest.raises(Unavailable, match=why):
+                runner.prepare["recurrent"](dataclasses.replace(LSTM, **change), given, "cpu")
+    assert launch.role is None
 
 
 def test_a_line_cut_short_is_no_line(tmp_path: Path) -> None:

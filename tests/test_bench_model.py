@@ -27,9 +27,11 @@ def test_a_step_streams_w_hh_from_l2_at_its_speed() -> None:
 def test_the_table_has_a_line_for_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert model.main(["--batch", "1", "--hidden", "64", "1024"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 4 * 2
-    assert "sequence" in lines[2]
-    assert "step" in lines[3]
+    assert len(lines) == 3 + 4 * 2
+    assert "sequence" in lines[3]
+    assert lines[3].endswith("0.0")
+    assert "step" in lines[4]
+    assert float(lines[4].split()[-1]) == pytest.approx(1e6 * model.H200.host, abs=0.05)
 
 
 def test_waiting_for_each_other_takes_less_than_another_launch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +45,20 @@ def test_waiting_for_each_other_takes_less_than_another_launch(capsys: pytest.Ca
     assert model.floor("lstm", "bf16", 4096, 8192, role="persistent") is None
     assert model.main(["--batch", "1", "--hidden", "512", "--role", "persistent"]) == 0
     assert capsys.readouterr().out.count("persistent") == 4
+
+
+def test_the_host_holds_nothing_up_that_another_role_cannot_take() -> None:
+    """As the design notes say: on an H200 the persistent role can have every layer whose steps take less than their
+    launches, but those of large batches, whose steps take at least half as long."""
+    for cell, dtype, batch, hidden in itertools.product(
+        ("rnn_tanh", "lstm", "gru", "gru_reset_before"), ("bf16", "fp32"), (1, 16, 17, 64, 128, 512, 2048),
+        (64, 128, 192, 256, 512, 768, 1024, 2048, 4096),
+    ):  # fmt: skip
+        floor = model.floor(cell, dtype, batch, hidden)
+        assert floor is not None
+        if floor.host > floor.step and model.floor(cell, dtype, batch, hidden, role="persistent") is None:
+            assert batch * hidden > 132 * 16 * 16, (cell, dtype, batch, hidden)
+            assert floor.step > floor.host / 2, (cell, dtype, batch, hidden, floor.step, floor.host)
 
 
 def test_attention_is_bound_by_products_when_long_and_by_bytes_when_decoding() -> None:

@@ -53,6 +53,15 @@ def emulated() -> Iterator[None]:
     vars(settings).update(before)
 
 
+@pytest.fixture(params=[8, 9], ids=["portable", "hopper"])
+def machine(request: pytest.FixtureRequest) -> None:
+    """The emulated GPU's major compute capability: 9 takes the kernels for Hopper, for calls of the plain class."""
+    settings.major = request.param
+
+
+either = pytest.mark.usefixtures("machine")
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], **how: Any) -> None:
     assert_right(q, k, v, {"scale": q.shape[-1] ** -0.5, **options}, backend="emulated", **{"repeat": False, **how})
 
@@ -74,6 +83,7 @@ def test_every_feature(name: str) -> None:
     check(*dense(shape, dtype), feature(name, dtype, shape), with_dlse=name in ("plain", "sinks", "bias"))
 
 
+@either
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_kind_of_heads_under_every_limit(heads: tuple[int, int], name: str) -> None:
@@ -91,18 +101,22 @@ def test_packed_sequences(dtype: torch.dtype) -> None:
     check(q, k, v, {**cu, "window_left": 5, "bottom_right": False, "sinks": torch.randn(4)})
 
 
+@either
 def test_packed_sequences_that_are_copied_by_sixteens() -> None:
     q, k, v, cu = packed([3, 67], [70, 66], torch.bfloat16, spare=1)
     check(q.contiguous(), k, v[..., :16].contiguous(), {**cu, "causal": True})
 
 
+@either
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 9, 200, 72, 40), (1, 3, 1, 65, 64, 64, 64),
-                                   (1, 2, 2, 129, 1, 33, 65), (2, 1, 1, 17, 130, 40, 8)], ids=str)  # fmt: skip
+                                   (1, 2, 2, 129, 1, 33, 65), (2, 1, 1, 17, 130, 40, 8),
+                                   (1, 2, 1, 1, 1, 64, 64), (2, 2, 1, 1, 130, 128, 128)], ids=str)  # fmt: skip
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     settings.decode = False
     check(*dense(shape, torch.bfloat16), {"causal": shape[3] != shape[4]})
 
 
+@either
 def test_any_strides() -> None:
     q, k, v = dense((2, 2, 1, 20, 40, 64, 64), torch.bfloat16)
     for layout in (
@@ -141,6 +155,36 @@ def test_decoding_with_every_kind_of_heads(heads: tuple[int, int]) -> None:
         torch.testing.assert_close(o, whole, rtol=2 * torch.finfo(o.dtype).eps, atol=2e-3)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def bits_of_each_and_of_each_alone(options: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    lengths = torch.tensor([700, 90, 3])
+    q, k, v = dense((3, 4, 2, 2, 700, 24, 16), torch.bfloat16)
+    o, lse = forward(q, k, v, {"lengths_k": lengths, **options}, "emulated")
+    pairs = []
+    for b, length in enumerate(lengths.tolist()):
+        alone = (q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+        own_o, own_lse = forward(*alone, options, "emulated")
+        pairs += [(o[b : b + 1], own_o), (lse[b : b + 1], own_lse)]
+    return pairs
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_left": 610}], ids=str)
+def test_few_queries_get_the_same_bits_whatever_the_batch_around_them(
+    options: dict[str, Any], deterministic: None
+) -> None:
+    """Under torch.use_deterministic_algorithms; else the splits fill the machine."""
+    assert all(torch.equal(a, b) for a, b in bits_of_each_and_of_each_alone(options))
+    torch.use_deterministic_algorithms(False)
+    assert not all(torch.equal(a, b) for a, b in bits_of_each_and_of_each_alone(options))
+
+
+@either
 @pytest.mark.parametrize("queries", [2, 40])
 def test_what_lies_past_a_length_is_never_read(queries: int) -> None:
     assert_past_a_length_is_never_read(queries, torch.bfloat16, "emulated")
@@ -191,6 +235,7 @@ def test_dropout_keeps_the_reference_generators_weights() -> None:
         assert torch.equal(o != 0, keep_mask(options["seed"], 0.4, b[:, None, None, None], h[:, None, None], i, j))
 
 
+@either
 @pytest.mark.parametrize("schedule", [build.UNIFORM, build.STICKY, build.PRIORITY])
 def test_no_order_of_threads_changes_a_bit(schedule: int) -> None:
     q, k, v = dense((1, 2, 1, 70, 140, 64, 64), torch.bfloat16)
@@ -216,6 +261,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
         assert_right(*dense(shape, torch.bfloat16), feature(name, torch.bfloat16, shape), backend="emulated")
 
 
+@either
 def test_empty_inputs() -> None:
     for shape in [(0, 2, 1, 5, 7, 8, 8), (2, 2, 1, 0, 7, 8, 8), (2, 2, 1, 5, 0, 8, 8), (2, 2, 1, 50, 0, 8, 8)]:
         q, k, v = dense(shape, torch.bfloat16)
@@ -262,6 +308,7 @@ def test_auto_leaves_these_kernels_out_until_they_have_run_on_hardware() -> None
     assert "not yet run on hardware" in row.because
 
 
+@either
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
@@ -315,6 +362,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     raise AssertionError("eight schedules gave the right answer")
 
 
+@either
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["causal", "sinks", "bias", "dropout"])
 def test_threads_do_not_race(name: str) -> None:

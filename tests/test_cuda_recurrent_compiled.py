@@ -16,8 +16,9 @@ from fastseq import ops
 LIBRARY = Path(fastseq.__file__).with_name("_native_cuda.abi3.so")
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 MOST_REGISTERS = 128  # as many as 512 threads of a block can have
-# Walks: two exchanges, the four cells whose code differs, three dtypes; the same of the role `step`.
-KERNELS = {"resident_forward": 24, "resident_backward": 24, "forward_step": 12, "backward_step": 12}
+# Walks: three exchanges, the four cells whose code differs, three dtypes and TF32; the role `step`, whose products are
+# torch's; sums.
+KERNELS = {"resident_forward": 48, "resident_backward": 48, "forward_step": 12, "backward_step": 12, "add": 3}
 
 
 def cuobjdump() -> str | None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a C++ compiler, the CPU extension and setarch",
 )
 CELLS = {"lstm": 2, "gru_reset_before": 4}
-ROLES = {"grid": 1, "cluster": 2}
+ROLES = {"grid": 1, "cluster": 2, "cluster_barrier": 3}
 T, B, H = 4, 5, 19
 
 
@@ -90,12 +90,28 @@ def test_thread_sanitizer_finds_no_race(cell: str, role: str) -> None:
 SYNC = "    sync_block();\n"
 # name: role, file, what stands there, what is put in its place
 FAULTS = {
-    "no block barrier before the push": (
-        "cluster", "exchange", SYNC + "    ++epoch;\n    if (blocks", "    ++epoch;\n    if (blocks",
+    "no block barrier before the push": ("cluster", "exchange", SYNC + "    const int e", "    const int e"),
+    "no block barrier before the push, with the cluster's barrier": (
+        "cluster_barrier", "exchange", SYNC + "    ++this->epoch;", "    ++this->epoch;",
     ),
     "no cluster barrier before the first push": ("cluster", "exchange", "    if (blocks > 1) cluster_sync();\n", ""),
     "one buffer": ("cluster", "exchange", "return buffers + (e & 1) * layout.buffer;", "return buffers;"),
-    "arrival that releases nothing": ("cluster", "exchange", "cluster_arrive_release()", "cluster_arrive_relaxed()"),
+    "one buffer, with the cluster's barrier": (
+        "cluster_barrier", "exchange", "return buffers + (e & 1) * layout.buffer;", "return buffers;",
+    ),
+    "arrival that releases nothing": (
+        "cluster_barrier", "exchange", "cluster_arrive_release()", "cluster_arrive_relaxed()",
+    ),
+    "barriers that the cluster does not know": ("cluster", "exchange", "      fence_mbar_init();\n", ""),
+    "no bytes expected": (
+        "cluster", "exchange", "mbar_arrive_tx(bar, theirs * 16 * (to - from) * mine.columns)", "mbar_arrive(bar)",
+    ),
+    "a column's bytes not expected": ("cluster", "exchange", "* mine.columns)", "* (mine.columns - 1))"),
+    "wait for the phase before": ("cluster", "exchange", "(this->epoch - 1) / 2 & 1", "(this->epoch + 1) / 2 & 1"),
+    "wait at the other buffer's barrier": (
+        "cluster", "exchange", "_wait_cluster(bars + (this->epoch & 1)", "_wait_cluster(bars + (~this->epoch & 1)",
+    ),
+    "wait that acquires from its own block alone": ("cluster", "exchange", "mbar_wait_cluster(", "mbar_wait("),
     "no block barrier before the grid's arrival": (
         "grid", "exchange", SYNC + "    ++epoch;\n    if (tid()", "    ++epoch;\n    if (tid()",
     ),

@@ -41,15 +41,14 @@ def by_operator(args):
 
 
 def test_it_is_on_with_this_torch():
-    assert direct.stack is not None
-    assert direct.cell is not None
+    assert all(getattr(direct, name) is not None for name in direct._NAMES)
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.14.0a0+gitabc", "3.0.0"])
 def test_it_is_off_with_a_torch_that_it_does_not_know(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.delattr(torch._C, "_is_any_autocast_enabled")
-    assert direct._bind() == (None,) * 5
+    assert not any(direct._bind())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +70,68 @@ def test_the_operators_bits(cell, dtype):
                         assert a.dtype == b.dtype
                         assert a.is_contiguous()
                         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", MODES)
+def test_a_layer_is_its_parameters(cell):
+    x, h, c, weights, scales, *shape = arguments(cell, layers=2, bidirectional=True)
+    names = [f"w{i}" for i in range(len(weights))]
+    parameters = dict(zip(names, weights, strict=True))
+    equal = ["".join(name) for name in names]  # equal, not the same
+    with torch.no_grad():
+        want = direct.stack(x, h, c, weights, scales, *shape)
+        for given in (names, equal):
+            found = direct.layer(parameters, given, x, h, c, *shape)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        others = [
+            (parameters, names[:-1]),
+            (parameters, [*names, "more"]),
+            (parameters, [*names[1:], names[0]]),
+            (parameters, tuple(names)),
+            ({**parameters, "w0": None}, names),
+            ({**parameters, "w0": weights[0].double()}, names),
+            ({**parameters, "mask": weights[0]}, names),
+            (list(parameters.items()), names),
+            ({}, []),
+        ]
+        for given in others:
+            assert direct.layer(*given, x, h, c, *shape) is None
+        assert direct.layer(parameters, names, x, h, c) is None
+    assert direct.layer(parameters, names, x, h, c, *shape) is None, "gradients are on"
+
+
+@pytest.mark.parametrize("cell", MODES)
+def test_a_cell_is_its_parameters(cell):
+    x, h, c, weights, *_ = arguments(cell, shape=(1, 3, 5))
+    x, h, c = x[0], h[0], None if c is None else c[0]
+    parameters = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=True))
+    with torch.no_grad():
+        for given in (parameters, {**parameters, "bias_ih": None, "bias_hh": None}):
+            want = direct.cell(x, h, c, *given.values(), None, None, cell)
+            found = direct.cell_layer(given, x, h, c, cell)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        for name in parameters:
+            given = {key: value for key, value in parameters.items() if key != name}
+            assert direct.cell_layer(given, x, h, c, cell) is None
+        assert direct.cell_layer({**parameters, "weight_ih": None}, x, h, c, cell) is None
+        assert direct.cell_layer(weights, x, h, c, cell) is None
+        assert direct.cell_layer(parameters, x, h, c) is None
+    assert direct.cell_layer(parameters, x, h, c, cell) is None, "gradients are on"
+
+
+def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
+    args = arguments(dtype=torch.bfloat16)  # 12 rows
+    monkeypatch.setattr("fastseq.backend.BF16_ROWS", 11)
+    with torch.no_grad():
+        try:
+            stack = direct._bind()[0]
+            assert stack(*args) is None
+            assert stack(*arguments()) is not None
+            assert stack(args[0][:3], *args[1:]) is not None
+        finally:
+            monkeypatch.undo()
+            direct._bind()
+        assert direct.stack(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.backend.BF16_ROWS
 
 
 def test_results_share_no_memory():
@@ -211,17 +272,22 @@ def test_swapped_and_replaced_weights_are_seen():
 
 def test_nothing_is_left_behind():
     args = arguments()
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    parameters = dict(zip(names, args[3], strict=True))
     with torch.no_grad():
 
         def rounds():
             for _ in range(300):
                 direct.stack(*args)
                 direct.stack(args[0].double(), *args[1:])
+                direct.layer(parameters, names, *args[:3], *args[5:])
+                direct.layer(parameters, names[1:], *args[:3], *args[5:])
+                direct.cell_layer(parameters, args[0][0], args[1][0], args[2][0], "lstm")
                 direct.cell(args[0][0], args[1][0], args[2][0], *args[3], None, None, "lstm")
 
         rounds()
         gc.collect()
-        tensors = [args[0], args[1], args[2], *args[3], args[3], torch.empty_like, "lstm"]
+        tensors = [args[0], args[1], args[2], *args[3], args[3], names, parameters, *names, "lstm"]
         counts, objects = [sys.getrefcount(t) for t in tensors], len(gc.get_objects())
         rounds()
         gc.collect()

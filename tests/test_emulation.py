@@ -6,19 +6,14 @@ import functools
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "emulation"))
-
-from mutations import SCHEDULES, THREADS, Mutation, library, noticed, seeds
-
-from build import HERE, IN_ORDER, PRIORITY, ROOT, STICKY, UNIFORM, Library, compiler
+from emulation.build import HERE, IN_ORDER, PRIORITY, ROOT, STICKY, UNIFORM, Library, compiler
+from emulation.mutations import SCHEDULES, THREADS, Mutation, library, noticed, seeds
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++20 compiler")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import DTYPES, flat, needs_native
+from torch.nn.utils.parametrize import register_parametrization
 
 import fastseq
 from fastseq import functional
@@ -33,8 +34,8 @@ CELLS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("GRUCell", {})
 def only_native_calls(request, monkeypatch):
     """The general way is closed: what still answers came from one native call, of the kind that was asked for."""
     if request.param == "operator":
-        monkeypatch.setattr(direct, "stack", None)
-        monkeypatch.setattr(direct, "cell", None)
+        for name in ("stack", "layer", "cell", "cell_layer"):
+            monkeypatch.setattr(direct, name, None)
     else:
         monkeypatch.setattr(inference, "_plain", lambda x: False)
 
@@ -120,6 +121,27 @@ def test_dropout_in_training_takes_the_general_way():
     with torch.no_grad():
         x = torch.randn(4, 3, 5)
         assert torch.equal(layer(x)[0], layer(x + 1)[0])
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("weights", [None, "bfloat16"])
+@pytest.mark.parametrize("parameter", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_parametrised_parameter_of_a_layer_or_cell_is_used(name, parameter, weights):
+    for kind, suffix, shape in ((name, "_l0", (4, 3, 5)), (name + "Cell", "", (3, 5))):
+        ours, theirs, x = getattr(fastseq.nn, kind)(5, 6), getattr(torch.nn, kind)(5, 6), torch.randn(shape)
+        theirs.load_state_dict(ours.state_dict())
+        if weights is not None:
+            fastseq.patch(ours, weights=weights)
+        for each in (ours, theirs):
+            register_parametrization(each, parameter + suffix, Doubled())
+        with torch.no_grad():
+            for a, b in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if weights is None else 2e-2)
 
 
 def test_weights_changed_in_place_are_seen_at_once():

@@ -92,13 +92,28 @@ def test_several_tiles_of_units_batch_and_product(cell: str) -> None:
 def test_the_largest_of_the_sequence_role(cell: str, dtype: torch.dtype) -> None:
     use_role("sequence")
     name = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
-    largest = tuning.largest_sequence(cell, name, True)
-    for hidden in (largest - 31, largest):
+    shared, _ = recurrent_launch.properties(torch.empty(0).device)
+    for hidden in sorted({tile.units for tile in tuning.sequence_tiles(cell, name, shared, True)})[-2:]:
         seed(cell, dtype, hidden)
-        compare(inputs_of(cell, (2, 3, 4, hidden), dtype), None, None, cell, False, backend="triton")
-    recurrent_launch.role = "sequence"
+        compare(inputs_of(cell, (2, 3, 4, hidden - 3), dtype), None, None, cell, False, backend="triton")
+    largest = tuning.largest_sequence(cell, name, True)
     with pytest.raises(ValueError, match=rf"H = {largest + 1} is above {largest}"):
         recurrent_launch.tile(cell, torch.empty(2, 1, 1, dtype=dtype), largest + 1, False, True)
+
+
+@pytest.mark.parametrize("option", ["plain", "lengths+reset+reverse"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_units_in_two_parts(cell: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unit, of either part, gets from every unit of both; the second part is full, or begins."""
+    use_role("sequence")
+    tile = tuning.Sequence(tuning.BLOCK_B, 16, 1, 1, 16)
+    monkeypatch.setattr(tuning, "sequence", lambda *_: tile)
+    for hidden, dtype, given in ((32, torch.float16, (True,) * 4), (17, torch.float32, (True, True, True, False))):
+        seed(cell, option, hidden)
+        lengths, reset, reverse = options(option, 3, 18)
+        compare(
+            inputs_of(cell, (3, 18, 4, hidden), dtype), lengths, reset, cell, reverse, given, backend="triton"
+        )  # fmt: skip
 
 
 def test_the_ways_there_and_back_may_have_different_roles() -> None:

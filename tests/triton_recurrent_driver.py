@@ -65,7 +65,7 @@ class Made:
             leave: Any, *args: Any) -> None:  # fmt: skip
         names = list(self.signature)
         assert len(args) == len(names), f"{self.kernel}: {len(args)} arguments, {len(names)} expected"
-        self.log.launches.append(Launch(self, (x, y, z), stream, dict(zip(names, args, strict=True))))
+        self.log.launches.append(Launch(self, (x, y, z), stream, dict(zip(names, args, strict=True)), (enter, leave)))
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Launch:
     made: Made
     grid: tuple[int, int, int]
     stream: int
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # tensors, or their addresses
+    hooks: tuple[Any, Any]
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Variant:
     def __str__(self) -> str:
         t = self.tiles
         wide = "" if self.aligned else "-odd"
-        shape = f"H{t.block_h}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
+        shape = f"H{t.units}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
         flags = [n for n in ("save", "fused", "projected", "final") if getattr(self, n)]
         parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])]
         return "-".join(parts) + wide + (f"-{self.precision}" if self.precision else "")
@@ -62,7 +62,7 @@ class Variant:
         }
         options: dict[str, Any] = {"num_warps": t.num_warps}
         if isinstance(t, tuning.Sequence):
-            constants |= {"BLOCK_H": t.block_h, "STAGES": t.stages}
+            constants |= {"BLOCK_H": t.block_h, "TAIL": t.tail, "STAGES": t.stages}
         else:
             constants |= {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
             options["num_stages"] = t.num_stages

@@ -54,8 +54,12 @@ struct AttentionCall {
   bool aligned = true;             // every row begins at 16 bytes and holds whole sixteens
 };
 
+// Whether anything acts on single pairs, the scale is not positive, or rows are not laid out for 16-byte copies.
+bool is_general(const AttentionCall& call);
+
 constexpr int32_t kUnlimited = 1 << 28;  // no distance between two positions is larger
 constexpr int32_t kLongest = 1 << 27;    // rows of q or of k
+constexpr int32_t kSplitUnit = 64;       // keys of a split are a multiple of this
 constexpr int32_t kRowBlock = 128;       // rows of each sequence in the backward's scratch are a multiple of this
 
 struct AttentionForward : AttentionCall {
@@ -63,7 +67,7 @@ struct AttentionForward : AttentionCall {
   View lse;                    // float
   float* o_split = nullptr;    // decoding: [B*Hq*Tq, splits, Dv]
   float* lse_split = nullptr;  // decoding: [B*Hq*Tq, splits], in units of log 2
-  int32_t splits = 0, split_keys = 0;
+  int32_t splits = 0, split_keys = 0;  // of every sequence's keys; and how many keys one has at least
 };
 
 struct AttentionBackward : AttentionCall {
@@ -92,19 +96,28 @@ const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v);
 struct Place {
   void* stream = nullptr;
   int32_t multiprocessors = 132;
+  int32_t capability = 80;  // ten times the major version and the minor one
 };
 // Reads what the current device is; null, or why it could not be read.
 const char* read_device(Place& place);
 
-// Fills in splits and split_keys; splits stays 0 where the call is not decoding.
-void plan_decode(AttentionForward& call, const Place& place);
+// Whether a call of so few queries is decoding.
+bool is_decoding(const AttentionCall& call);
+// Fills in splits and split_keys; splits stays 0 where the call is not decoding. They fill the machine or, where they are
+// `fixed`, cut a sequence alike whatever the batch around it.
+void plan_decode(AttentionForward& call, const Place& place, bool fixed);
 // Rows a head in the backward's scratch; rows of sinks_parts; how many blocks share a tile of the bias's gradient.
 int64_t scratch_rows(const AttentionCall& call);
 int64_t sinks_parts(const AttentionCall& call);
 int32_t plan_bias(const AttentionBackward& call, const Place& place);
 
-// Both return null, or why the launch failed.
+// Why the kernels for Hopper do not take a call, which the portable ones then do; null where they take it.
+const char* hopper_refusal(const AttentionForward& call, const Place& place);
+const char* hopper_refusal(const AttentionBackward& call, const Place& place);
+
+// All return null, or why the launch failed.
 const char* attention_forward(const AttentionForward& call, const Place& place);
+const char* attention_hopper_forward(const AttentionForward& call, const Place& place);
 const char* attention_decode(const AttentionForward& call, const Place& place);
 const char* attention_backward(const AttentionBackward& call, const Place& place);
 

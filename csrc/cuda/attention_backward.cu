@@ -100,10 +100,13 @@ const char* attention_backward_rows(const AttentionBackward& call, const Place& 
 const char* attention_backward(const AttentionBackward& call, const Place& place) {
   const bool nobody = (call.batch == 0 && call.cu_q == nullptr) || call.heads_q == 0;
   const bool queries = !nobody && call.length_q > 0, keys = !nobody && call.length_k > 0;
+  const bool hopper = queries && keys && hopper_refusal(call, place) == nullptr;
   const char* error = nullptr;
   if (queries) error = attention_backward_rows(call, place);
-  if (error == nullptr && keys) error = attention_backward_keys(call, place);
-  if (error == nullptr && queries) error = attention_backward_queries(call, place);
+  if (error == nullptr && keys)
+    error = hopper ? attention_hopper_backward(call, place, true) : attention_backward_keys(call, place);
+  if (error == nullptr && queries)
+    error = hopper ? attention_hopper_backward(call, place, false) : attention_backward_queries(call, place);
   if (error == nullptr && queries && keys && call.dbias != nullptr) error = attention_backward_bias(call, place);
   return error;
 }

@@ -6,8 +6,8 @@
 //
 //   o = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m),   m = max_s lse_s
 //
-// in the order of the splits. A split begins at a multiple of split_keys whatever the lengths are, and one that sees
-// nothing changes no bit of the sum.
+// in the order of the splits; one that sees nothing changes no bit of the sum. Where a sequence is cut depends on what
+// its own queries see, on `splits` and on split_keys alone.
 #include "attention_epilogue.cuh"
 #include "attention_softmax.cuh"
 #include "attention_table.cuh"
@@ -25,9 +25,10 @@ struct DecodeRow {
 // Keys [begin, end) of this block that any of its queries sees.
 FASTSEQ_DEVICE Range keys_of_split(const AttentionForward& call, const Sequence& own, int split, int block) {
   Range keys = keys_of(call, own, 0, own.tq - 1, block);
-  const int first = split * call.split_keys;
-  keys.begin = at_least(keys.begin, first);
-  keys.end = at_most(keys.end, first + call.split_keys);
+  const int even = round_up((keys.end - keys.begin + call.splits - 1) / call.splits, kSplitUnit);
+  const int share = at_least(call.split_keys, even);
+  keys.begin += split * share;
+  keys.end = at_most(keys.end, keys.begin + share);
   return keys;
 }
 
@@ -229,7 +230,10 @@ const char* launch_decode(const AttentionForward& call, Stream stream) {
 const char* read_device(Place& place) {
   DeviceLimits limits{};
   const char* error = device_limits(limits);
-  if (error == nullptr) place.multiprocessors = limits.multiprocessors;
+  if (error == nullptr) {
+    place.multiprocessors = limits.multiprocessors;
+    place.capability = 10 * limits.major + limits.minor;
+  }
   return error;
 }
 

@@ -33,4 +33,17 @@ FASTSEQ_DEVICE void store_rows(const Fragment<kM, kN>& x, unsigned char* tile, i
   sync_warp();
 }
 
+// The lse of a warp's rows first.. of the matrix, below `count`, from units of log 2.
+template <int kM>
+FASTSEQ_DEVICE void store_lse(const float (&l)[kM][2], float* lse, int first, int count) {
+  if ((lane() & 3) != 0) return;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = first + 16 * m + int(lane() >> 2) + 8 * half;
+      if (i < count) lse[i] = l[m][half] * kLn2;
+    }
+}
+
 }  // namespace fastseq::cuda::attention

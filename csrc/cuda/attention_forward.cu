@@ -73,16 +73,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) forward_kernel(FASTSEQ_IN_PLACE 
   softmax.finish(acc, call.kept_scale, i0 + row, own.tq);
   store_rows<T, TileQ, kGeneral>(acc, q_tile, row, at<T>(call.o, slot.b, slot.h, own.q_row), call.o.row, i0 + row,
                                  own.rows, call.dim_v, call.aligned);
-  float* lse = at<float>(call.lse, slot.b, slot.h, own.q_row);
-  if ((lane() & 3) == 0) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = i0 + row + 16 * m + int(lane() >> 2) + 8 * half;
-        if (i < own.rows) lse[i] = softmax.l[m][half] * kLn2;
-      }
-  }
+  store_lse(softmax.l, at<float>(call.lse, slot.b, slot.h, own.q_row), i0 + row, own.rows);
 }
 
 template <class Shape>
@@ -101,6 +92,7 @@ const char* attention_forward(const AttentionForward& call, const Place& place) 
   using namespace attention;
   if (call.batch == 0 && call.cu_q == nullptr) return nullptr;
   if (call.heads_q == 0 || call.length_q == 0) return nullptr;
+  if (hopper_refusal(call, place) == nullptr) return attention_hopper_forward(call, place);
   const Stream stream = static_cast<Stream>(place.stream);
   return with_heads(call, [&](auto t, auto heads) {
     using T = decltype(t);

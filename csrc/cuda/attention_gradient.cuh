@@ -83,5 +83,7 @@ const char* attention_backward_rows(const AttentionBackward& call, const Place& 
 const char* attention_backward_keys(const AttentionBackward& call, const Place& place);
 const char* attention_backward_queries(const AttentionBackward& call, const Place& place);
 const char* attention_backward_bias(const AttentionBackward& call, const Place& place);
+// Those of keys or of queries, for calls that hopper_refusal leaves to it.
+const char* attention_hopper_backward(const AttentionBackward& call, const Place& place, bool of_keys);
 
 }  // namespace fastseq::cuda

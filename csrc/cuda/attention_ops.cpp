@@ -3,13 +3,14 @@
 // The tests' emulated machine has the same operators on the CPU.
 #include "attention_ops.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "attention.h"
+#include "current.h"
+#include "deterministic.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -19,21 +20,17 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// Makes a tensor's device the current one, and tells its stream.
-struct Current {
-  Place place;
-#if !defined(FASTSEQ_EMULATION)
-  explicit Current(const Tensor& like) : guard(like.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &place.stream));
+// Makes a tensor's device the current one, and says how kernels are launched there.
+struct Launching {
+  explicit Launching(const Tensor& like) : current(like) {
+    place.stream = current.stream;
     check(read_device(place));
   }
-  torch::stable::accelerator::DeviceGuard guard;
-#else
-  explicit Current(const Tensor&) { check(read_device(place)); }
-#endif
   static void check(const char* error) {
     STD_TORCH_CHECK(error == nullptr, "attention: a CUDA kernel could not start: ", error);
   }
+  Current current;
+  Place place;
 };
 
 Number number_of(const Tensor& x, const char* name) {
@@ -197,7 +194,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
     const Optional& sinks, const Optional& alibi, const Optional& lengths_q, const Optional& lengths_k,
     const Optional& cu_q, const Optional& cu_k, const Optional& seed, double scale, bool causal, bool bottom_right,
     int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
-  const Current current(q);
+  const Launching on(q);
   AttentionForward call;
   Marshalled in(q, k, v,
                 {bias, mask, sinks, alibi, lengths_q, lengths_k, cu_q, cu_k, seed, scale, causal, bottom_right,
@@ -207,13 +204,13 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
   call.o = view_of(o, in.packed), call.lse = row_view_of(lse, in.packed);
   if (lse.numel() == 0) return {o, lse};
   prepare(call);
-  plan_decode(call, current.place);
+  plan_decode(call, on.place, is_decoding(call) && torch_is_deterministic());
   if (call.splits > 0) {
     const int64_t rows = lse.numel();
     call.o_split = in.scratch({rows, call.splits, call.dim_v}), call.lse_split = in.scratch({rows, call.splits});
-    Current::check(attention_decode(call, current.place));
+    Launching::check(attention_decode(call, on.place));
   } else {
-    Current::check(attention_forward(call, current.place));
+    Launching::check(attention_forward(call, on.place));
   }
   return {o, lse};
 }
@@ -224,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     const Optional& lengths_q, const Optional& lengths_k, const Optional& cu_q, const Optional& cu_k,
     const Optional& seed, double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right,
     double softcap, double dropout_p, bool bias_grad) {
-  const Current current(q);
+  const Launching on(q);
   AttentionBackward call;
   Marshalled in(q, k, v,
                 {bias, mask, sinks, alibi, lengths_q, lengths_k, cu_q, cu_k, seed, scale, causal, bottom_right,
@@ -253,12 +250,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   if (with_bias && lse.numel() > 0 && call.length_k > 0) {
     call.dbias = dbias.data_ptr();
     for (int i = 0; i < 4; ++i) call.bias_size[i] = int32_t(dbias.size(i));
-    call.bias_splits = plan_bias(call, current.place);
+    call.bias_splits = plan_bias(call, on.place);
     call.dbias_parts = in.scratch({call.bias_splits, dbias.numel()});
   } else if (with_bias) {
     torch::stable::zero_(dbias);
   }
-  Current::check(attention_backward(call, current.place));
+  Launching::check(attention_backward(call, on.place));
   return {dq, dk, dv, dbias, dsinks};
 }
 

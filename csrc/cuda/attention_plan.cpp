@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 namespace fastseq::cuda {
 namespace {
@@ -10,7 +11,9 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kDecodeQueries = 16;  // up to so many, and kDecodeRows in a group of heads, attention is decoding
 constexpr int64_t kDecodeRows = 64;
-constexpr int64_t kSplitUnit = 64;    // keys that all splits but the last are a multiple of
+constexpr int64_t kLeastKeys = 2 * kSplitUnit;
+constexpr int64_t kFixedSplits = 32, kFixedKeys = 4 * kSplitUnit;  // a short sequence has splits of so many keys
+constexpr int64_t kFarthestStep = int64_t(1) << 39;  // of a tensor map, in elements
 
 bool aligned(const View& view, bool packed) {
   const auto whole = [](int64_t stride) { return stride % 8 == 0; };
@@ -48,22 +51,65 @@ void prepare(AttentionBackward& call) {
     call.aligned = call.aligned && aligned(*view, packed);
 }
 
+bool is_general(const AttentionCall& call) {
+  return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
+         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
+}
+
+namespace {
+
+// Of either direction; `views` of [B,Hq,Tq,..] or, `of_keys`, of [B,Hk,Tk,..] are what TMA reads.
+struct Mapped {
+  const View& view;
+  bool of_keys;
+};
+
+const char* hopper_refusal_of(const AttentionCall& call, const Place& place, std::initializer_list<Mapped> views) {
+  if (place.capability != 90) return "the GPU is not of compute capability 9.0";
+  if (!call.aligned) return "rows do not begin at 16 bytes";
+  if (is_general(call)) return "bias, mask, cap, slopes, dropout or a scale that is not positive act on single pairs";
+  if (call.length_q == 0 || call.length_k == 0) return "there are no queries, or no keys";
+  const bool packed = call.cu_q != nullptr;
+  const auto stepped = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride < kFarthestStep);
+  };
+  for (const Mapped& x : views) {
+    const int64_t heads = x.of_keys ? call.heads_k : call.heads_q, rows = x.of_keys ? call.length_k : call.length_q;
+    if (!stepped(packed ? 1 : call.batch, x.view.batch) || !stepped(heads, x.view.head) || !stepped(rows, x.view.row))
+      return "TMA cannot step through a broadcast tensor";
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* hopper_refusal(const AttentionForward& call, const Place& place) {
+  return hopper_refusal_of(call, place, {{call.q, false}, {call.k, true}, {call.v, true}});
+}
+
+const char* hopper_refusal(const AttentionBackward& call, const Place& place) {
+  return hopper_refusal_of(call, place, {{call.q, false}, {call.k, true}, {call.v, true}, {call.d_o, false}});
+}
+
 const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {
   if (dtype == Number::f32) return "the CUDA C++ kernels of attention take bfloat16 and float16 alone";
   if (std::max(dim, dim_v) > 256) return "the CUDA C++ kernels of attention take up to 256 features a head";
   return nullptr;
 }
 
-void plan_decode(AttentionForward& call, const Place& place) {
+bool is_decoding(const AttentionCall& call) {
+  return call.cu_q == nullptr && call.length_q <= kDecodeQueries &&
+         int64_t(call.length_q) * call.group <= kDecodeRows && call.length_k > 0;
+}
+
+void plan_decode(AttentionForward& call, const Place& place, bool fixed) {
   call.splits = 0;
+  if (!is_decoding(call)) return;
   const int64_t rows = int64_t(call.length_q) * call.group;
-  if (call.cu_q != nullptr || call.length_q > kDecodeQueries || rows > kDecodeRows || call.length_k == 0) return;
   const int64_t heads = std::max<int64_t>(1, int64_t(call.batch) * call.heads_k * ((rows + 15) / 16));
-  const int64_t wanted = std::max<int64_t>(1, 2 * place.multiprocessors / heads);
-  const int64_t even = (call.length_k + wanted - 1) / wanted;
-  const int64_t keys = std::max(2 * kSplitUnit, even);
-  call.split_keys = int32_t((keys + kSplitUnit - 1) / kSplitUnit * kSplitUnit);
-  call.splits = int32_t((int64_t(call.length_k) + call.split_keys - 1) / call.split_keys);
+  const int64_t wanted = fixed ? kFixedSplits : std::max<int64_t>(1, 2 * place.multiprocessors / heads);
+  call.split_keys = int32_t(fixed ? kFixedKeys : kLeastKeys);
+  call.splits = int32_t(std::min<int64_t>(wanted, (call.length_k + call.split_keys - 1) / call.split_keys));
 }
 
 namespace {

@@ -47,6 +47,7 @@ struct Tiling {
   int32_t heads = 0;     // of one sequence
   int32_t units = 0;     // heads that own slots: of all sequences, packed of one
   int32_t together = 1;  // heads whose tiles run side by side, so that what they read stays in the L2 cache
+  bool ascending = false;  // in such a group the first tiles come first, else the last
   int64_t blocks() const { return int64_t(tiles) * units; }
 };
 
@@ -56,6 +57,7 @@ inline Tiling tiling_of(const AttentionCall& call, bool of_keys, int block) {
   const int64_t length = of_keys ? call.length_k : call.length_q;
   t.cu = of_keys ? call.cu_k : call.cu_q;
   t.tiles = int32_t(t.cu != nullptr ? length / block + call.batch + 1 : (length + block - 1) / block);
+  t.ascending = of_keys;  // a causal limit makes the last rows of queries the longest, and the first of keys
   t.heads = of_keys ? call.heads_k : call.heads_q;
   t.units = t.cu != nullptr ? t.heads : call.batch * t.heads;
   // What a tile meets: keys of a head that `group` heads share, or queries of the group.
@@ -71,13 +73,12 @@ struct Slot {
   int slot;  // of all slots of a head; unlike `tile` it tells sequences of a packed batch apart
 };
 
-// In a group of heads the last tiles come first: a causal limit makes them the longest.
 template <int kBlock>
 FASTSEQ_DEVICE Slot find_slot(const AttentionCall& call, const Tiling& t, int block) {
   const int first = block / (t.together * t.tiles) * t.together;
   const int size = at_most(t.together, t.units - first);
   const int index = block - first * t.tiles;
-  const int slot = t.tiles - 1 - index / size, unit = first + index % size;
+  const int slot = t.ascending ? index / size : t.tiles - 1 - index / size, unit = first + index % size;
   if (t.cu == nullptr) return {unit / t.heads, unit % t.heads, slot, slot};
   int low = 0, high = call.batch;
   while (low < high) {
@@ -88,6 +89,20 @@ FASTSEQ_DEVICE Slot find_slot(const AttentionCall& call, const Tiling& t, int bl
       high = middle - 1;
   }
   return {low, unit, slot - (t.cu[low] / kBlock + low), slot};
+}
+
+// The tiles of a block that stays on its multiprocessor: it takes one of each round, and every other round is walked
+// backwards, so that whoever had a longer tile gets a shorter one. each(slot, sequence).
+template <int kBlock, class Each>
+FASTSEQ_DEVICE void for_each_slot(const AttentionCall& call, const Tiling& t, const Each& each) {
+  const int all = t.tiles * t.units, together = int(nblocks()), own = int(bid());
+  bool backwards = false;
+  for (int first = 0; first < all; first += together, backwards = !backwards) {
+    const int block = first + (backwards ? together - 1 - own : own);
+    if (block >= all) continue;
+    const Slot slot = find_slot<kBlock>(call, t, block);
+    each(slot, Sequence(call, slot.b));
+  }
 }
 
 // Tiles [begin, end), counted in positions, of which those in [whole_begin, whole_end) are seen by everybody.

@@ -31,32 +31,40 @@ struct Softmax {
       for (int half = 0; half < 2; ++half) m[i][half] = sink, l[i][half] = first;
   }
 
-  // Turns s, which times `factor` > 0 is in units of log 2, into p, and rescales acc.
+  // Turns a row of s, which times `factor` > 0 is in units of log 2, into p; returns a.
+  template <int kN>
+  FASTSEQ_DEVICE float weigh(int i, int half, Fragment<kM, kN>& s, float factor) {
+    const int e0 = 2 * half, e1 = e0 + 1;
+    float largest = max_(s.x[i][0][e0], s.x[i][0][e1]);
+#pragma unroll
+    for (int n = 1; n < kN; ++n) largest = max_(largest, max_(s.x[i][n][e0], s.x[i][n][e1]));
+    const float m_new = max_(m[i][half], max_of_row(largest) * factor);
+    const float base = m_new == -kInfinity ? 0.0f : m_new;
+    const float a = ex2(m[i][half] - base);
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      s.x[i][n][e0] = ex2(s.x[i][n][e0] * factor - base);
+      s.x[i][n][e1] = ex2(s.x[i][n][e1] * factor - base);
+      sum += s.x[i][n][e0] + s.x[i][n][e1];
+    }
+    l[i][half] = l[i][half] * a + sum;
+    m[i][half] = m_new;
+    return a;
+  }
+  // A row of acc times a.
+  template <int kNV>
+  FASTSEQ_DEVICE static void rescale(int i, int half, Fragment<kM, kNV>& acc, float a) {
+#pragma unroll
+    for (int n = 0; n < kNV; ++n) acc.x[i][n][2 * half] *= a, acc.x[i][n][2 * half + 1] *= a;
+  }
+  // Both, of every row.
   template <int kN, int kNV>
   FASTSEQ_DEVICE void step(Fragment<kM, kN>& s, Fragment<kM, kNV>& acc, float factor) {
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int e0 = 2 * half, e1 = e0 + 1;
-        float largest = max_(s.x[i][0][e0], s.x[i][0][e1]);
-#pragma unroll
-        for (int n = 1; n < kN; ++n) largest = max_(largest, max_(s.x[i][n][e0], s.x[i][n][e1]));
-        const float m_new = max_(m[i][half], max_of_row(largest) * factor);
-        const float base = m_new == -kInfinity ? 0.0f : m_new;
-        const float a = ex2(m[i][half] - base);
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          s.x[i][n][e0] = ex2(s.x[i][n][e0] * factor - base);
-          s.x[i][n][e1] = ex2(s.x[i][n][e1] * factor - base);
-          sum += s.x[i][n][e0] + s.x[i][n][e1];
-        }
-        l[i][half] = l[i][half] * a + sum;
-        m[i][half] = m_new;
-#pragma unroll
-        for (int n = 0; n < kNV; ++n) acc.x[i][n][e0] *= a, acc.x[i][n][e1] *= a;
-      }
+      for (int half = 0; half < 2; ++half) rescale(i, half, acc, weigh(i, half, s, factor));
   }
 
   // Divides acc by the whole sums (and multiplies by kept_scale); l becomes lse in units of log 2, -inf in an empty row,

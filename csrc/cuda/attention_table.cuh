@@ -4,6 +4,8 @@
 // plain (limits of causality, window and lengths, sinks, grouped heads, packed batches), and general (whatever acts on
 // single pairs: bias, mask, cap, slopes, dropout; a scale that is not positive; rows that are not aligned).
 #pragma once
+#include <type_traits>
+
 #include "attention_schedule.cuh"
 
 namespace fastseq::cuda::attention {
@@ -27,12 +29,6 @@ const char* with_heads(const AttentionCall& call, const Visit& visit) {
   return with_type(Heads<256, 256>());
 }
 
-// Whether anything acts on single pairs, or rows are not laid out for 16-byte copies.
-inline bool is_general(const AttentionCall& call) {
-  return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
-         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
-}
-
 template <class T_, class HeadsOf, bool kGeneral_>
 struct Shape {
   using T = T_;
@@ -49,6 +45,34 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kBlocks = HeadsOf::kDim <= 192 ? 2 : 1;
   static constexpr int kShared = 2 * (kBlockM * HeadsOf::kDim + kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
 };
+
+// Forward on Hopper, plain alone: kGroups warpgroups make 64 rows of o each and one more brings the tiles, kStages
+// buffers of K and of V of kBlockN keys ahead, and the next q where it has room. Without limits (kLimited) keys come in
+// longer tiles. kTurns: the groups' products take turns, so that the exponentials of one run under those of the others.
+template <class T, class HeadsOf, bool kLimited>
+struct HopperForwardShape : Shape<T, HeadsOf, false> {
+  static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
+  static constexpr int kGroups = kDim <= 64 ? 3 : 2, kThreads = 128 * (kGroups + 1), kBlockM = 64 * kGroups;
+  static constexpr int kBlockN = kDim > 192 ? 80 : kDim == 128 && !kLimited ? 176 : 128;
+  static constexpr int kStages = 2;
+  static constexpr bool kTurns = kDim <= 192;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kBringingRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kTileQ = 2 * kBlockM * kDim, kTilesOfKeys = 2 * kStages * kBlockN * (kDim + kDimV);
+  static constexpr int kBars = 1024;
+  static constexpr int kStagesQ = 2 * kTileQ + kTilesOfKeys + kBars <= 227 * 1024 ? 2 : 1;
+  static constexpr int kTiles = kStagesQ * kTileQ + kTilesOfKeys;
+  static constexpr int kShared = kTiles + kBars;
+};
+
+// The kinds of heads that it has: 96 runs as 128.
+template <class Visit>
+const char* with_hopper_heads(const AttentionCall& call, const Visit& visit) {
+  return with_heads(call, [&](auto t, auto heads) {
+    using H = decltype(heads);
+    using Kept = std::conditional_t<H::kDim == 96, Heads<128, 128>, H>;
+    return visit(t, Kept());
+  });
+}
 
 // dk and dv: a block owns kBlockN keys, a warp 16 of them, meeting kBlockM queries at a time; kParts share the columns.
 template <class T, class HeadsOf, bool kGeneral>
@@ -75,6 +99,22 @@ struct DecodeShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kTiles = 2 * (16 * HeadsOf::kDim + kWarps * kStages * kBlockN * (HeadsOf::kDim + HeadsOf::kDimV));
   static constexpr int kResults = 4 * kWarps * 16 * (HeadsOf::kDimV + 1);
   static constexpr int kShared = kTiles > kResults ? kTiles : kResults;
+};
+
+// dk and dv (kOfKeys), or dq, on Hopper, plain alone: kGroups warpgroups own 64 rows each of the kNear, meeting kFar rows
+// of the other side at a time, and one more brings the tiles, kStages buffers ahead; kParts share the columns.
+template <class T, class HeadsOf, bool kOfKeys_>
+struct HopperGradientShape : Shape<T, HeadsOf, false> {
+  static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
+  static constexpr bool kOfKeys = kOfKeys_;
+  static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1), kNear = 64 * kGroups;
+  static constexpr int kFar = kDim <= 64 ? 128 : kDim <= 128 ? (kOfKeys ? 64 : 128) : kDim <= 192 && !kOfKeys ? 64 : 32;
+  static constexpr int kParts = kOfKeys && kDim > 192 ? 2 : 1;
+  static constexpr int kRegisters = 232, kBringingRegisters = 40;
+  static constexpr int kRow = 2 * (kDim + kDimV), kNumbers = kOfKeys ? 8 : 0, kBars = 256;
+  static constexpr int kStages = kNear * kRow + 3 * kFar * (kRow + kNumbers) + kBars <= 227 * 1024 ? 3 : 2;
+  static constexpr int kTiles = (kNear + kStages * kFar) * kRow;
+  static constexpr int kShared = kTiles + kStages * kFar * kNumbers + kBars;
 };
 
 // The bias's gradient: a block owns kBlockM x kBlockN numbers, and meets the tiles of scores that share them in turn.

@@ -21,6 +21,13 @@
 
 namespace fastseq::cuda {
 
+// Whether this code is for sm_90a: `if constexpr (kHasWgmma) ... else trap();` leaves a kernel's body out elsewhere.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
+
 template <class T>
 constexpr bool is_bf16 = false;
 template <>
@@ -51,6 +58,13 @@ FASTSEQ_DEVICE void wg_wait(float (&c)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
+// Keeps the compiler from moving a wait that follows ahead of what x >= 0 is computed from, which products under way
+// were to cover: a store into shared memory that never happens.
+FASTSEQ_DEVICE void wg_cover(float x, void* shared) {
+  asm volatile("{\n .reg .pred p;\n setp.lt.f32 p, %0, 0f00000000;\n @p st.shared.f32 [%1], %0;\n}" ::"f"(x),
+               "r"(detail::shared_address(shared))
+               : "memory");
+}
 // Gives registers back to the multiprocessor, or takes more: all warps of a warpgroup call it; a multiple of 8.
 template <int N>
 FASTSEQ_DEVICE void reg_dealloc() {
@@ -71,134 +85,75 @@ FASTSEQ_DEVICE void reg_alloc() {
 #define FASTSEQ_R8 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTSEQ_R16 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+  FASTSEQ_R8 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FASTSEQ_R32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  FASTSEQ_R16 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTSEQ_R40 \
+  FASTSEQ_R32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FASTSEQ_R64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  FASTSEQ_R32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTSEQ_R88 \
+  FASTSEQ_R64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define FASTSEQ_R96 \
+  FASTSEQ_R88 \
+  ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define FASTSEQ_R128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  FASTSEQ_R64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// c += a b or, unless `accumulate`, c = a b. TYPE is bf16 or f16; REGS and OUT name the accumulators.
+// c += a b or, unless `accumulate`, c = a b. TYPE is bf16 or f16; REGS and OUT name the accumulators, I0... the operands
+// after them.
 #define FASTSEQ_WGMMA_SS(N, TYPE, REGS, OUT, A, B, P, TA, TB) \
   asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" P ", 0;\n wgmma.mma_async.sync.aligned.m64n" N "k16.f32." \
                TYPE "." TYPE " {" REGS "}, %" A ", %" B ", p, 1, 1, %" TA ", %" TB ";\n}" \
-               : OUT : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
+               : FASTSEQ_ALL OUT : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
 #define FASTSEQ_WGMMA_RS(N, TYPE, REGS, OUT, A0, A1, A2, A3, B, P, T) \
   asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" P ", 0;\n wgmma.mma_async.sync.aligned.m64n" N "k16.f32." \
                TYPE "." TYPE " {" REGS "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, %" T ";\n}" \
-               : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
-                 "n"(kTransB))
+               : FASTSEQ_ALL OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+                 "r"(static_cast<int>(accumulate)), "n"(kTransB))
+#define FASTSEQ_WGMMA(COUNT, N, REGS, OUT, I0, I1, I2, I3, I4, I5, I6) \
+  template <class T, int kTransB = 0, int kTransA = 0> \
+  FASTSEQ_DEVICE void wgmma(float (&c)[COUNT], uint64_t a, uint64_t b, bool accumulate = true) { \
+    if constexpr (is_bf16<T>) \
+      FASTSEQ_SM90A(FASTSEQ_WGMMA_SS(N, "bf16", REGS, OUT, I0, I1, I2, I3, I4)); \
+    else \
+      FASTSEQ_SM90A(FASTSEQ_WGMMA_SS(N, "f16", REGS, OUT, I0, I1, I2, I3, I4)); \
+  } \
+  template <class T, int kTransB = 0> \
+  FASTSEQ_DEVICE void wgmma(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) { \
+    if constexpr (is_bf16<T>) \
+      FASTSEQ_SM90A(FASTSEQ_WGMMA_RS(N, "bf16", REGS, OUT, I0, I1, I2, I3, I4, I5, I6)); \
+    else \
+      FASTSEQ_SM90A(FASTSEQ_WGMMA_RS(N, "f16", REGS, OUT, I0, I1, I2, I3, I4, I5, I6)); \
+  }
 
-template <class T, int kTransB = 0, int kTransA = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[8], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("16", "bf16", FASTSEQ_R8,
-                                   FASTSEQ_ALL(FASTSEQ_C8(0)), "8", "9", "10", "11", "12"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("16", "f16", FASTSEQ_R8,
-                                   FASTSEQ_ALL(FASTSEQ_C8(0)), "8", "9", "10", "11", "12"));
-}
-template <class T, int kTransB = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("16", "bf16", FASTSEQ_R8,
-                                   FASTSEQ_ALL(FASTSEQ_C8(0)), "8", "9", "10", "11", "12", "13", "14"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("16", "f16", FASTSEQ_R8,
-                                   FASTSEQ_ALL(FASTSEQ_C8(0)), "8", "9", "10", "11", "12", "13", "14"));
-}
-
-template <class T, int kTransB = 0, int kTransA = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[16], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("32", "bf16", FASTSEQ_R16,
-                                   FASTSEQ_ALL(FASTSEQ_C16(0)), "16", "17", "18", "19", "20"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("32", "f16", FASTSEQ_R16,
-                                   FASTSEQ_ALL(FASTSEQ_C16(0)), "16", "17", "18", "19", "20"));
-}
-template <class T, int kTransB = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("32", "bf16", FASTSEQ_R16,
-                                   FASTSEQ_ALL(FASTSEQ_C16(0)), "16", "17", "18", "19", "20", "21", "22"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("32", "f16", FASTSEQ_R16,
-                                   FASTSEQ_ALL(FASTSEQ_C16(0)), "16", "17", "18", "19", "20", "21", "22"));
-}
-
-template <class T, int kTransB = 0, int kTransA = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[32], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("64", "bf16", FASTSEQ_R32,
-                                   FASTSEQ_ALL(FASTSEQ_C32(0)), "32", "33", "34", "35", "36"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("64", "f16", FASTSEQ_R32,
-                                   FASTSEQ_ALL(FASTSEQ_C32(0)), "32", "33", "34", "35", "36"));
-}
-template <class T, int kTransB = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("64", "bf16", FASTSEQ_R32,
-                                   FASTSEQ_ALL(FASTSEQ_C32(0)), "32", "33", "34", "35", "36", "37", "38"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("64", "f16", FASTSEQ_R32,
-                                   FASTSEQ_ALL(FASTSEQ_C32(0)), "32", "33", "34", "35", "36", "37", "38"));
-}
-
-template <class T, int kTransB = 0, int kTransA = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("128", "bf16", FASTSEQ_R64,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0)), "64", "65", "66", "67", "68"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("128", "f16", FASTSEQ_R64,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0)), "64", "65", "66", "67", "68"));
-}
-template <class T, int kTransB = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("128", "bf16", FASTSEQ_R64,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0)), "64", "65", "66", "67", "68", "69", "70"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("128", "f16", FASTSEQ_R64,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0)), "64", "65", "66", "67", "68", "69", "70"));
-}
-
-template <class T, int kTransB = 0, int kTransA = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[128], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("256", "bf16", FASTSEQ_R128,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0), FASTSEQ_C64(64)),
-                                   "128", "129", "130", "131", "132"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_SS("256", "f16", FASTSEQ_R128,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0), FASTSEQ_C64(64)),
-                                   "128", "129", "130", "131", "132"));
-}
-template <class T, int kTransB = 0>
-FASTSEQ_DEVICE void wgmma(float (&c)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (is_bf16<T>)
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("256", "bf16", FASTSEQ_R128,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0), FASTSEQ_C64(64)),
-                                   "128", "129", "130", "131", "132", "133", "134"));
-  else
-    FASTSEQ_SM90A(FASTSEQ_WGMMA_RS("256", "f16", FASTSEQ_R128,
-                                   FASTSEQ_ALL(FASTSEQ_C64(0), FASTSEQ_C64(64)),
-                                   "128", "129", "130", "131", "132", "133", "134"));
-}
+FASTSEQ_WGMMA(8, "16", FASTSEQ_R8, (FASTSEQ_C8(0)),
+              "8", "9", "10", "11", "12", "13", "14")
+FASTSEQ_WGMMA(16, "32", FASTSEQ_R16, (FASTSEQ_C16(0)),
+              "16", "17", "18", "19", "20", "21", "22")
+FASTSEQ_WGMMA(32, "64", FASTSEQ_R32, (FASTSEQ_C32(0)),
+              "32", "33", "34", "35", "36", "37", "38")
+FASTSEQ_WGMMA(40, "80", FASTSEQ_R40, (FASTSEQ_C32(0), FASTSEQ_C8(32)),
+              "40", "41", "42", "43", "44", "45", "46")
+FASTSEQ_WGMMA(64, "128", FASTSEQ_R64, (FASTSEQ_C64(0)),
+              "64", "65", "66", "67", "68", "69", "70")
+FASTSEQ_WGMMA(88, "176", FASTSEQ_R88, (FASTSEQ_C64(0), FASTSEQ_C16(64), FASTSEQ_C8(80)),
+              "88", "89", "90", "91", "92", "93", "94")
+FASTSEQ_WGMMA(96, "192", FASTSEQ_R96, (FASTSEQ_C64(0), FASTSEQ_C32(64)),
+              "96", "97", "98", "99", "100", "101", "102")
+FASTSEQ_WGMMA(128, "256", FASTSEQ_R128, (FASTSEQ_C64(0), FASTSEQ_C64(64)),
+              "128", "129", "130", "131", "132", "133", "134")
 
 // clang-format on
 }  // namespace fastseq::cuda

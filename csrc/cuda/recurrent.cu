@@ -1,6 +1,8 @@
 // Launches of the recurrent scan, and the kernels of the role `step`.
 #include "recurrent_resident.cuh"
 
+#include <algorithm>
+
 namespace fastseq::cuda {
 namespace {
 
@@ -101,7 +103,7 @@ backward_step(ScanBackward a, ScanStep s) {
   const int t = time_back(a, s.step);
   const bool clear = cleared(a, t, at.b);
   Saved<C> saved;
-  read_saved<C, T>(a, t, s.step == a.T - 1, at, clear, saved);
+  read_saved<C, T>(a, t, at, clear, saved);
   if constexpr (kTwice<C>) {
     float dz;
     const float dn = backward_candidate<T>(a, t, at, saved, dh, dz);
@@ -122,6 +124,13 @@ backward_step(ScanBackward a, ScanStep s) {
     if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = dc;
   }
   s.state[own.i] = dh;
+}
+
+template <class T>
+FASTSEQ_KERNEL(kStepThreads, 1)
+add(const float* a, const float* b, void* out, int64_t n) {
+  for (int64_t i = int64_t(bid()) * kStepThreads + tid(); i < n; i += int64_t(nblocks()) * kStepThreads)
+    write<T>(out, i, a[i] + (b ? b[i] : 0.0f));
 }
 
 template <template <ScanCell, class> class Pick, class T>
@@ -158,10 +167,14 @@ Launch step_launch(const ScanWalk& a) {
 }
 
 ForwardKernel forward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
-  return role == ScanRole::cluster ? cluster_forward(cell, dtype) : grid_forward(cell, dtype);
+  return role == ScanRole::cluster           ? cluster_forward(cell, dtype)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_forward(cell, dtype)
+                                             : grid_forward(cell, dtype);
 }
 BackwardKernel backward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
-  return role == ScanRole::cluster ? cluster_backward(cell, dtype) : grid_backward(cell, dtype);
+  return role == ScanRole::cluster           ? cluster_backward(cell, dtype)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_backward(cell, dtype)
+                                             : grid_backward(cell, dtype);
 }
 
 }  // namespace
@@ -172,6 +185,18 @@ const char* step_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype
 const char* step_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step,
                           void* stream) {
   return launch(pick<StepBackward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
+}
+
+const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream) {
+  Launch shape;
+  shape.threads = kStepThreads;
+  shape.grid.x = static_cast<unsigned>(std::min<int64_t>((n + kStepThreads - 1) / kStepThreads, 1024));
+  const auto kernel = dtype == ScanDtype::bf16 ? &add<Bf16> : dtype == ScanDtype::f16 ? &add<Fp16> : &add<float>;
+  return n == 0 ? nullptr : launch(kernel, shape, static_cast<Stream>(stream), a, b, out, n);
+}
+
+const char* scan_clear(void* target, size_t bytes, void* stream) {
+  return set_zero(target, bytes, static_cast<Stream>(stream));
 }
 
 const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
@@ -187,7 +212,7 @@ const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dty
 
 int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& shape) {
   const auto ask = [&](auto kernel) {
-    return role == ScanRole::cluster && shape.cluster > 1 ? resident_clusters(kernel, shape)
+    return in_cluster(role) && shape.cluster > 1 ? resident_clusters(kernel, shape)
                                                           : blocks_per_multiprocessor(kernel, shape);
   };
   return problem.backward ? ask(backward_of(problem.cell, problem.dtype, role))

@@ -1,8 +1,9 @@
-// The recurrent scan on a GPU: one layer, one direction, all time steps. Plain arguments, no torch.
+// The recurrent scan on a GPU: one layer, one direction, all time steps or a window of them. Plain arguments, no torch.
 //
 // Letters: T steps, B batch, H hidden units, G gates of the cell in torch's order. Pointers are to device memory, dense
 // unless strides are given, of the scan's dtype unless said otherwise. Roles, of which make_plan() chooses one:
-//   cluster   one launch; W_hh is spread over the blocks of a cluster, which push h to each other's shared memory;
+//   cluster   one launch; W_hh is spread over the blocks of a cluster, which push h to each other's shared memory and
+//             tell its bytes to the receiver's mbarrier; cluster_barrier: the same, with a barrier of the whole cluster;
 //   grid      one cooperative launch; W_hh is spread over many blocks, which exchange h through global memory;
 //   step      a launch a step for the gates; the caller makes the products with W_hh.
 #pragma once
@@ -15,17 +16,21 @@
 namespace fastseq::cuda {
 
 enum class ScanCell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
-enum class ScanDtype : int { f32, bf16, f16 };
-enum class ScanRole : int { step, grid, cluster };
+// tf32: float32 whose products with W_hh are single ones of TF32, not three that keep its digits.
+enum class ScanDtype : int { f32, bf16, f16, tf32 };
+enum class ScanRole : int { step, grid, cluster, cluster_barrier };
+constexpr bool in_cluster(ScanRole role) { return role == ScanRole::cluster || role == ScanRole::cluster_barrier; }
 
 constexpr int gates_of(ScanCell cell) {
   return cell == ScanCell::lstm ? 4 : cell == ScanCell::gru || cell == ScanCell::gru_reset_before ? 3 : 1;
 }
-constexpr int bytes_of(ScanDtype dtype) { return dtype == ScanDtype::f32 ? 4 : 2; }
+constexpr int bytes_of(ScanDtype dtype) { return dtype == ScanDtype::f32 || dtype == ScanDtype::tf32 ? 4 : 2; }
 
-// What both directions share. lengths: int64 [B] or null; reset: [T,B] by strides, or null.
+// What both directions share. A launch walks the T steps from time `first` on of `total`; pointers are to all of them.
+// lengths: int64 [B] or null; reset: [total,B] by strides, or null.
 struct ScanWalk {
   int T, B, H;
+  int first, total;
   bool reverse;
   bool relu;  // of an RNN
   const int64_t* lengths;
@@ -34,22 +39,28 @@ struct ScanWalk {
 };
 
 struct ScanForward : ScanWalk {
-  const void* gates_x;  // W_ih x + b_ih [T,B,G*H]: row [t,b] is row t * x_t + b * x_b
+  const void* gates_x;  // W_ih x + b_ih [T,B,G*H], of the window: row [t - first,b] is row (t - first) * x_t + b * x_b
   int64_t x_t, x_b;
   const void *w_hh, *b_hh, *h0, *c0;  // [G*H,H]; [G*H], [B,H], [B,H] or null
-  void *y, *h_n, *c_n;                // [T,B,H], [B,H], an LSTM's [B,H]
-  float* states;                      // [T,B,H] or null: c of every step
-  void* tape;                         // [T,B,4*H] or null: LSTM i,f,g,o; GRU r,z,n,q
+  void *y, *h_n, *c_n;                // [total,B,H]: row [t,b] is row t * y_t + b * y_b; [B,H], an LSTM's [B,H]
+  int64_t y_t, y_b;
+  float* states;                      // [total,B,H] or null: c of every step
+  void* tape;                         // [total,B,4*H] or null: LSTM i,f,g,o; GRU r,z,n,q
+  const float *h_in, *c_in;           // [B,H]: what the window before left, in place of h0 and c0; or null
+  float *h_out, *c_out;               // [B,H]: what the next window takes, in place of h_n and c_n; or null
 };
 
 struct ScanBackward : ScanWalk {
-  const void* dy;  // [T,B,H] by rows as gates_x, or null
+  const void* dy;  // [T,B,H], of the window, by rows as gates_x; or null
   int64_t x_t, x_b;
   const void *dh_n, *dc_n;  // [B,H] or null
-  const float* dstates;     // [T,B,H] or null
+  const float* dstates;     // [total,B,H] or null
   const void *y, *tape, *w_hh, *h0, *c0;  // as the forward pass had them
+  int64_t y_t, y_b;
   const float* states;
-  void *dgates, *dhidden, *dh0, *dc0;  // [T,B,G*H]; a GRU's [T,B,H]; [B,H] or null
+  void *dgates, *dhidden, *dh0, *dc0;  // [total,B,G*H]; a GRU's [total,B,H]; [B,H] or null
+  const float *dh_in, *dc_in;          // as h_in and h_out, for the walk back: in place of dh_n, dc_n and of dh0, dc0
+  float *dh_out, *dc_out;
 };
 
 // ---- The choice of a role.
@@ -58,7 +69,9 @@ constexpr int kScanThreads = 512;  // of a block of the resident roles, at most
 constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs looks after, at most
 // Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid needs
 // registers for what is on its way from global memory.
-constexpr int scan_held(ScanRole role, int bytes) { return (role == ScanRole::grid ? 4 : 12) / (bytes == 4 ? 3 : 1) / 4 * 4; }
+constexpr int scan_held(ScanRole role, ScanDtype dtype) {
+  return (role == ScanRole::grid ? 4 : 12) / (dtype == ScanDtype::f32 ? 3 : 1) / 4 * 4;
+}
 constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
 // W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.
 constexpr int kScanTileRows = 16, kScanTileColumns = 8, kScanTileBytes = 32;
@@ -88,7 +101,7 @@ struct ScanLayout {
   int column = 0;          // a row of the batch in the vector
   int buffer = 0;          // one of the vector's two buffers
   int partial_rows = 0;    // floats from one column of the partial sums to the next
-  int fragments = 0, partial = 0, bias = 0, shared = 0;
+  int fragments = 0, partial = 0, bias = 0, bars = 0, shared = 0;
   int tiles = 0, stored = 0;  // of W_hh in the block, and those of them in shared memory
 };
 
@@ -97,6 +110,7 @@ struct ScanProblem {
   ScanDtype dtype;
   bool backward;
   int H, B;
+  int beside = 1;  // scans that are to run at once, each on its share of the device
 };
 
 struct ScanPlan {
@@ -108,9 +122,10 @@ struct ScanPlan {
   std::string reason;    // why no role before it: cluster, then grid, then step
 };
 
-// What a caller may fix instead of leaving it to the plan; -1 or 0: nothing.
+// What a caller may fix instead of leaving it to the plan; -1 or 0: nothing. windows and walkers: of a stack of layers.
 struct ScanWish {
   int role = -1, blocks = 0, threads = 0, columns = 0;
+  int windows = 0, walkers = 0;
 };
 
 // How many groups of blocks of that launch the device holds at once; without it the limits alone decide.
@@ -126,6 +141,12 @@ const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype
                          void* workspace, void* stream);
 const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
                           void* workspace, void* stream);
+
+// out[i] = a[i] + b[i] of n floats, in a dtype; b may be null, out may be a.
+const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream);
+
+// Makes device memory zero, in stream order.
+const char* scan_clear(void* target, size_t bytes, void* stream);
 
 // One launch of the role `step`, which does what lies between two products. gru_reset_before takes two launches a step
 // (phase 0 and 1). Scratch is dense; nothing in it need be initialised.

@@ -3,6 +3,7 @@
 #include "../gates.h"
 #include "primitives.cuh"
 #include "recurrent.h"
+#include "recurrent_number.cuh"
 
 namespace fastseq::cuda {
 
@@ -27,11 +28,11 @@ FASTSEQ_DEVICE void write(void* p, int64_t at, float v) {
   static_cast<T*>(p)[at] = from_float<T>(v);
 }
 
-FASTSEQ_DEVICE int length_of(const ScanWalk& a, int b) { return a.lengths ? static_cast<int>(a.lengths[b]) : a.T; }
+FASTSEQ_DEVICE int length_of(const ScanWalk& a, int b) { return a.lengths ? static_cast<int>(a.lengths[b]) : a.total; }
 // Whether the state of row b is cleared before step t.
 FASTSEQ_DEVICE bool cleared(const ScanWalk& a, int t, int b) { return a.reset && a.reset[t * a.reset_t + b * a.reset_b]; }
-// The time of the walk's step s, and of the walk back's.
-FASTSEQ_DEVICE int time_of(const ScanWalk& a, int s) { return a.reverse ? a.T - 1 - s : s; }
+// The time of the window's step s, and of the walk back's.
+FASTSEQ_DEVICE int time_of(const ScanWalk& a, int s) { return a.first + (a.reverse ? a.T - 1 - s : s); }
 FASTSEQ_DEVICE int time_back(const ScanWalk& a, int s) { return time_of(a, a.T - 1 - s); }
 
 struct Place {
@@ -45,7 +46,7 @@ FASTSEQ_DEVICE int64_t row_of(const ScanWalk& a, int t, const Place& at) { retur
 
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void read_gates(const ScanForward& a, int t, const Place& at, float (&x)[kGates<C>]) {
-  const int64_t from = (t * a.x_t + at.b * a.x_b) * (kGates<C> * int64_t(a.H)) + at.u;
+  const int64_t from = ((t - a.first) * a.x_t + at.b * a.x_b) * (kGates<C> * int64_t(a.H)) + at.u;
 #pragma unroll
   for (int g = 0; g < kGates<C>; ++g) x[g] = read<T>(a.gates_x, from + int64_t(g) * a.H);
 }
@@ -58,7 +59,7 @@ FASTSEQ_DEVICE void write_tape(const ScanForward& a, int t, const Place& at, int
 template <class T>
 FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, bool live, float h_new, float& h) {
   h = live ? h_new : h;
-  write<T>(a.y, row_of(a, t, at) * a.H + at.u, live ? h_new : 0.0f);
+  write<T>(a.y, (t * a.y_t + at.b * a.y_b) * a.H + at.u, live ? h_new : 0.0f);
 }
 
 // One step from the pre-activations' two sides, x and p = W_hh h_prev + b_hh, to h and an LSTM's c.
@@ -125,21 +126,23 @@ struct Saved {
 };
 
 template <ScanCell C, class T>
-FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, bool first, const Place& at, bool clear, Saved<C>& s) {
+FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bool clear, Saved<C>& s) {
+  const bool first = t == (a.reverse ? a.total - 1 : 0);  // of the walk forward
   const int64_t row = row_of(a, t, at), here = row * a.H + at.u;
-  const int64_t before = here + (a.reverse ? 1 : -1) * int64_t(a.B) * a.H;
+  const int before = a.reverse ? t + 1 : t - 1;
+  const auto y_at = [&](int time) { return (time * a.y_t + at.b * a.y_b) * a.H + at.u; };
 #pragma unroll
   for (int k = 0; k < Saved<C>::kTape; ++k) s.tape[k] = read<T>(a.tape, row * 4 * a.H + int64_t(k) * a.H + at.u);
-  s.dy = a.dy && t < at.length ? read<T>(a.dy, (t * a.x_t + at.b * a.x_b) * int64_t(a.H) + at.u) : 0.0f;
+  s.dy = a.dy && t < at.length ? read<T>(a.dy, ((t - a.first) * a.x_t + at.b * a.x_b) * int64_t(a.H) + at.u) : 0.0f;
   if constexpr (C == ScanCell::lstm) {
     s.c = a.states[here];
-    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[before];
+    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[row_of(a, before, at) * a.H + at.u];
     s.dc = a.dstates ? a.dstates[here] : 0.0f;
   } else if constexpr (kGates<C> == 3) {
     const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
-    s.h = clear ? 0.0f : start ? read_or_zero<T>(a.h0, element(a, at)) : read<T>(a.y, before);
+    s.h = clear ? 0.0f : start ? read_or_zero<T>(a.h0, element(a, at)) : read<T>(a.y, y_at(before));
   } else {
-    s.h = read<T>(a.y, here);
+    s.h = read<T>(a.y, y_at(t));
   }
 }
 

@@ -1,9 +1,9 @@
 // Plans for the device that is current.
 #include "recurrent_device.h"
 
+#include <array>
 #include <map>
 #include <mutex>
-#include <tuple>
 
 #include "primitives.cuh"
 
@@ -16,10 +16,10 @@ ScanWish& wish() {
 
 ScanPlan device_plan(int device, const ScanProblem& problem) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, int, int, int, int, int, int, int, int, int>, ScanPlan> plans;
+  static std::map<std::array<int, 11>, ScanPlan> plans;
   const ScanWish& w = wish();
-  const auto key = std::make_tuple(device, int(problem.cell), int(problem.dtype), int(problem.backward), problem.H,
-                                   problem.B, w.role, w.blocks, w.threads, w.columns);
+  const std::array<int, 11> key{device,    int(problem.cell), int(problem.dtype), problem.backward, problem.H, problem.B,
+                                problem.beside, w.role,           w.blocks,           w.threads,        w.columns};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(key);
   if (found != plans.end() && !kEmulated) return found->second;  // the emulated device's limits change

@@ -10,6 +10,7 @@
 #pragma once
 #include "primitives.cuh"
 #include "recurrent.h"
+#include "recurrent_number.cuh"
 
 namespace fastseq::cuda {
 
@@ -18,16 +19,15 @@ struct Slice {
   int part, first, units, columns;
 };
 
-// Through the shared memory of a cluster's blocks.
+// Through the shared memory of a cluster's blocks. What the two ways of telling that bytes have come share.
 template <class T>
-struct ClusterExchange {
-  static constexpr ScanRole kRole = ScanRole::cluster;
+struct ClusterBuffers {
   static constexpr int kChunk = 2;  // tiles of the vector read before the first is multiplied
   unsigned char* buffers;
   ScanLayout layout;
   int blocks, rank, group, epoch = 0;
 
-  FASTSEQ_DEVICE ClusterExchange(unsigned char* shared, void*, const ScanLayout& l, const ScanShape& s)
+  FASTSEQ_DEVICE ClusterBuffers(unsigned char* shared, void*, const ScanLayout& l, const ScanShape& s)
       : buffers(shared), layout(l), blocks(s.blocks), rank(cta_rank()), group(bid() / s.blocks) {}
 
   // Zeroes what nobody writes: the padding, which W's zeros multiply. No peer writes here before all have done so.
@@ -39,34 +39,82 @@ struct ClusterExchange {
   }
   FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
   FASTSEQ_DEVICE void put(int column, int k, float v) {
-    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = from_float<T>(v);
+    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
-  // Pushes this block's share, parts [from, to), to every peer, 16 bytes at a time.
-  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
-    sync_block();
-    ++epoch;
-    if (blocks == 1) return;
-    const int pieces = (mine.units * static_cast<int>(sizeof(T)) + 15) / 16;
+  // Calls send(place, peer, bytes) for this block's share, parts [from, to), 16 bytes at a time, for every peer.
+  template <class Send>
+  FASTSEQ_DEVICE void push(const Slice& mine, int from, int to, Send send) {
+    const int pieces = pieces_of(mine.units);
     const int rows = (to - from) * mine.columns, total = rows * pieces * (blocks - 1);
     for (int i = tid(); i < total; i += nthreads()) {
       const int piece = i % pieces, row = i / pieces % rows, peer = (rank + 1 + i / pieces / rows) % blocks;
       const int part = from + row % (to - from), column = row / (to - from);
       unsigned char* at = buffer(epoch) + column * layout.column +
                           (part * mine.part + mine.first) * static_cast<int>(sizeof(T)) + piece * 16;
-      st_cluster_v4(at, peer, *reinterpret_cast<const uint4*>(at));
+      send(at, peer, *reinterpret_cast<const uint4*>(at));
     }
-    sync_warp();
-    cluster_arrive_release();
   }
-  FASTSEQ_DEVICE void wait() {
-    sync_warp();  // the barrier wants whole warps
-    if (blocks > 1) cluster_wait_acquire();
-  }
+  FASTSEQ_DEVICE static int pieces_of(int units) { return (units * static_cast<int>(sizeof(T)) + 15) / 16; }
   FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {
     const uint2 v = *reinterpret_cast<const uint2*>(buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column +
                                                     k_tile * kScanTileBytes + lane() % 4 * 8);
     b[0] = v.x;
     b[1] = v.y;
+  }
+};
+
+// Each store tells its bytes to the receiver's mbarrier, one for each buffer, and a block waits for its own bytes alone.
+// The phase of exchange e cannot take bytes of e + 2: a peer gives those after it has this block's part of e + 1, which
+// this block gives after its wait for e.
+template <class T>
+struct ClusterExchange : ClusterBuffers<T> {
+  using Base = ClusterBuffers<T>;
+  static constexpr ScanRole kRole = ScanRole::cluster;
+  Mbar* bars;
+
+  FASTSEQ_DEVICE ClusterExchange(unsigned char* shared, void* none, const ScanLayout& l, const ScanShape& s)
+      : Base(shared, none, l, s), bars(reinterpret_cast<Mbar*>(shared + l.bars)) {}
+
+  FASTSEQ_DEVICE void start() {
+    if (tid() == 0) {
+      mbar_init(bars, 1);
+      mbar_init(bars + 1, 1);
+      fence_mbar_init();
+    }
+    Base::start();
+  }
+  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
+    sync_block();
+    const int e = ++this->epoch;
+    if (this->blocks == 1) return;
+    Mbar* bar = bars + (e & 1);
+    const int theirs = Base::pieces_of(mine.part) - Base::pieces_of(mine.units);  // blocks divide a part without gaps
+    if (tid() == 0) mbar_arrive_tx(bar, theirs * 16 * (to - from) * mine.columns);
+    this->push(mine, from, to, [&](void* at, int peer, uint4 v) { st_async(at, peer, v, bar); });
+  }
+  FASTSEQ_DEVICE void wait() {
+    if (this->blocks > 1) mbar_wait_cluster(bars + (this->epoch & 1), (this->epoch - 1) / 2 & 1);
+  }
+};
+
+// Plain stores, and a barrier of the whole cluster that waits until they have come.
+template <class T>
+struct ClusterBarrierExchange : ClusterBuffers<T> {
+  using Base = ClusterBuffers<T>;
+  static constexpr ScanRole kRole = ScanRole::cluster_barrier;
+  using Base::Base;
+
+  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
+    sync_block();
+    ++this->epoch;
+    if (this->blocks == 1) return;
+    this->push(mine, from, to, [](void* at, int peer, uint4 v) { st_cluster_v4(at, peer, v); });
+    sync_warp();
+    cluster_arrive_release();
+  }
+  FASTSEQ_DEVICE void wait() {
+    sync_warp();  // the barrier wants whole warps
+    if (this->blocks > 1) cluster_wait_acquire();
   }
 };
 
@@ -89,7 +137,7 @@ struct GridExchange {
   FASTSEQ_DEVICE void start() {}  // the workspace is zero
   FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
   FASTSEQ_DEVICE void put(int column, int k, float v) {
-    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = from_float<T>(v);
+    reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
   FASTSEQ_DEVICE void publish(const Slice&, int, int) {
     sync_block();

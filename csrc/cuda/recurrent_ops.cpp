@@ -1,152 +1,10 @@
 // torch.ops.fastseq.scan_*.native on a GPU: tensors into the structs of recurrent.h, products by torch.
 // The schemas, with every shape, are in fastseq/ops.py. The tests' emulated machine has the same operators on the CPU.
-#include "recurrent_ops.h"
+#include "recurrent_call.h"
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-#include <deque>
-
-#include "recurrent_device.h"
+#include <algorithm>
 
 namespace fastseq::cuda {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = OptionalTensor;
-
-ScanCell cell_of(const std::string& name) {
-  if (name == "lstm") return ScanCell::lstm;
-  if (name == "gru") return ScanCell::gru;
-  if (name == "gru_reset_before") return ScanCell::gru_reset_before;
-  if (name == "rnn_tanh") return ScanCell::rnn_tanh;
-  STD_TORCH_CHECK(name == "rnn_relu",
-                  "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
-  return ScanCell::rnn_relu;
-}
-ScanDtype dtype_of(ScalarType type) {
-  if (type == ScalarType::BFloat16) return ScanDtype::bf16;
-  if (type == ScalarType::Half) return ScanDtype::f16;
-  STD_TORCH_CHECK(type == ScalarType::Float,
-                  "scan: the native CUDA kernels take float32, bfloat16 and float16 tensors");
-  return ScanDtype::f32;
-}
-
-// ---- torch's operators that the stable ABI has no function for.
-
-template <size_t N>
-Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-template <class T>
-StableIValue value(const T& v) {
-  return torch::stable::detail::from(v);
-}
-Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
-  return call("aten::linear", "", std::array{value(x), value(w), value(b)});
-}
-// a b as float [M,N], into `out`.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (a.scalar_type() == ScalarType::Float) {
-    call("aten::mm", "out", std::array{value(a), value(b), value(out)});
-  } else if (kEmulated) {  // torch has this product on GPUs alone
-    call("aten::mm", "out", std::array{value(torch::stable::to(a, ScalarType::Float)),
-                                       value(torch::stable::to(b, ScalarType::Float)), value(out)});
-  } else {
-    call("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
-  }
-}
-
-// Makes a tensor's device the current one, and tells its stream.
-struct Current {
-  int device = 0;
-  void* stream = nullptr;
-#if !defined(FASTSEQ_EMULATION)
-  explicit Current(const Tensor& like) : device(like.get_device_index()), guard(device) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-#else
-  explicit Current(const Tensor&) {}
-#endif
-};
-
-// ---- What both directions share: checked tensors, kept alive while their pointers are in use.
-
-class Call {
- public:
-  Call(const Tensor& like, const std::string& cell_name)
-      : cell(cell_of(cell_name)), dtype(dtype_of(like.scalar_type())), like_(like), current_(like) {}
-
-  ScanCell cell;
-  ScanDtype dtype;
-  void* stream() const { return current_.stream; }
-
-  // The tensor, dense; it must be there, of that shape and dtype (x's unless said otherwise) and on x's device.
-  const Tensor& dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                      std::optional<ScalarType> type = std::nullopt) {
-    bool fits = t.dim() == int64_t(shape.size()) && t.scalar_type() == type.value_or(like_.scalar_type()) &&
-                t.get_device_index() == like_.get_device_index() && t.is_cpu() == like_.is_cpu();
-    std::string wanted;
-    int64_t axis = 0;
-    for (int64_t size : shape) {
-      fits = fits && t.size(axis++) == size;
-      wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
-    }
-    STD_TORCH_CHECK(fits, "scan: ", name, " must be of shape [", wanted,
-                    "], on x's device and of x's dtype (states and their gradient float32, lengths int64, reset bool)");
-    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-    return kept_.back();
-  }
-  const void* pointer(const char* name, const Optional& t, std::initializer_list<int64_t> shape,
-                      std::optional<ScalarType> type = std::nullopt) {
-    return t ? dense(name, *t, shape, type).data_ptr() : nullptr;
-  }
-  // A [T,B,N] tensor whose rows are dense, in time or in batch order; its strides in rows.
-  const void* rows(const Tensor& t, int64_t& time, int64_t& batch) {
-    const int64_t T = t.size(0), B = t.size(1), N = t.size(2);
-    if (!t.is_contiguous() && t.stride(2) == 1 && t.stride(0) == N && t.stride(1) == T * N) {
-      time = 1, batch = T;
-      kept_.push_back(t);
-    } else {
-      time = B, batch = 1;
-      kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-    }
-    return kept_.back().data_ptr();
-  }
-  void walk(ScanWalk& a, int64_t T, int64_t B, int64_t H, bool reverse, const Optional& lengths,
-            const Optional& reset) {
-    STD_TORCH_CHECK(T < (int64_t(1) << 31) && B < (int64_t(1) << 31), "scan: T and B must be below 2^31");
-    a.T = int(T), a.B = int(B), a.H = int(H), a.reverse = reverse, a.relu = cell == ScanCell::rnn_relu;
-    a.lengths = static_cast<const int64_t*>(pointer("lengths", lengths, {B}, ScalarType::Long));
-    a.reset = static_cast<const bool*>(pointer("reset", reset, {T, B}, ScalarType::Bool));
-    a.reset_t = B, a.reset_b = 1;
-  }
-  ScanPlan plan(bool backward, const ScanWalk& a) const {
-    return device_plan(current_.device, ScanProblem{cell, dtype, backward, a.H, a.B});
-  }
-
-  Tensor empty(std::initializer_list<int64_t> shape, std::optional<ScalarType> type = std::nullopt) const {
-    return torch::stable::new_empty(like_, shape, type.value_or(like_.scalar_type()));
-  }
-  Tensor zeroes(size_t bytes) const {
-    return torch::stable::new_zeros(like_, {int64_t(bytes)}, ScalarType::Byte);
-  }
-  static void check(const char* error) { STD_TORCH_CHECK(!error, "scan: a CUDA kernel could not start: ", error); }
-
- private:
-  const Tensor like_;
-  Current current_;
-  std::deque<Tensor> kept_;  // references to its elements stay good
-};
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-Tensor rows_of(Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 0, from, count); }
-
-// ---- The role `step`: launches and products in turn.
 
 void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh) {
   const int G = gates_of(call.cell);
@@ -206,8 +64,6 @@ void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
   STD_TORCH_CHECK(cell == ScanCell::lstm || !c0, "scan: only an LSTM has c0");
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
@@ -239,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
                                 b_ih ? Optional(call.dense("b_ih", *b_ih, {G * H})) : Optional());
   a.gates_x = gates_x.data_ptr();
   a.x_t = batch_first ? 1 : B, a.x_b = batch_first ? T : 1;
-  a.y = y.data_ptr(), a.h_n = h_n.data_ptr();
+  a.y = y.data_ptr(), a.y_t = B, a.y_b = 1, a.h_n = h_n.data_ptr();
   if (lstm) a.c_n = c_n.data_ptr();
   if (with_states) a.states = floats(c_all);
   if (with_tape) a.tape = tape.data_ptr();
@@ -287,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   a.dh_n = call.pointer("dh_n", dh_n, {B, H});
   a.dc_n = call.pointer("dc_n", dc_n, {B, H});
   a.dstates = static_cast<const float*>(call.pointer("dstates", dstates, {T, B, H}, ScalarType::Float));
-  a.y = call.dense("y", y, {T, B, H}).data_ptr();
+  a.y = call.dense("y", y, {T, B, H}).data_ptr(), a.y_t = B, a.y_b = 1;
   if (G > 1) a.tape = call.pointer("tape", tape, {T, B, 4 * H});
   if (lstm) a.states = static_cast<const float*>(call.pointer("states", states, {T, B, H}, ScalarType::Float));
   a.dgates = dgates.data_ptr();
@@ -305,9 +161,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   return {dgates, dhidden, dh0, dc0};
 }
 
+static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier"};  // as ScanRole has them
+
 std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t H, int64_t B,
                          const std::vector<int64_t>& device) {
-  const ScanDtype type = dtype == "bf16" ? ScanDtype::bf16 : dtype == "fp16" ? ScanDtype::f16 : ScanDtype::f32;
+  const ScanDtype type = dtype == "bf16"   ? ScanDtype::bf16
+                         : dtype == "fp16" ? ScanDtype::f16
+                         : dtype == "tf32" ? ScanDtype::tf32
+                                           : ScanDtype::f32;
   const ScanProblem problem{cell_of(cell), type, backward, int(H), int(B)};
   ScanPlan plan;
   if (device.empty()) {
@@ -317,8 +178,7 @@ std::string native_scan_plan(const std::string& cell, const std::string& dtype, 
     plan = make_plan({int(device[0]), 0, int(device[1]), size_t(device[2]), size_t(device[2]) + 1024, true}, problem,
                      wish());
   }
-  static const char* names[] = {"step", "grid", "cluster"};
-  std::string line = std::string("role=") + names[int(plan.role)];
+  std::string line = std::string("role=") + kRoles[int(plan.role)];
   const auto add = [&](const char* name, int64_t n) { line += std::string(" ") + name + "=" + std::to_string(n); };
   if (plan.role != ScanRole::step) {
     add("blocks", plan.shape.blocks), add("groups", plan.shape.groups), add("units", plan.shape.units);
@@ -329,8 +189,10 @@ std::string native_scan_plan(const std::string& cell, const std::string& dtype, 
 }
 
 std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows) {
-  const int found = role == "step" ? 0 : role == "grid" ? 1 : role == "cluster" ? 2 : -1;
-  STD_TORCH_CHECK(found >= 0 || role.empty(), "native_scan_role: step, grid, cluster or '', not ", role);
+  const auto known = std::find(std::begin(kRoles), std::end(kRoles), role);
+  STD_TORCH_CHECK(known != std::end(kRoles) || role.empty(),
+                  "native_scan_role: step, grid, cluster, cluster_barrier or '', not ", role);
+  const int found = role.empty() ? -1 : int(known - std::begin(kRoles));
   wish() = ScanWish{found, int(blocks), int(threads), int(rows)};
   return role;
 }

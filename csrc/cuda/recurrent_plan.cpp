@@ -35,7 +35,7 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
     p.splits = std::clamp(warps / p.row_tiles, 1, p.k_tiles);
     p.per_split = parts(p.k_tiles, p.splits);
     p.splits = parts(p.k_tiles, p.per_split);
-    p.held = i ? 0 : std::min(scan_held(role, size), p.per_split);
+    p.held = i ? 0 : std::min(scan_held(role, q.dtype), p.per_split);
     p.first_fragment = stored;
     const int tasks = p.row_tiles * p.splits;
     stored += tasks * p.per_split - std::min(tasks, warps) * p.held;
@@ -44,26 +44,27 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
     splits = std::max(splits, p.splits);
   }
   l.stored = stored;
-  l.fragments = role == ScanRole::cluster ? 2 * l.buffer : 0;
+  l.fragments = in_cluster(role) ? 2 * l.buffer : 0;
   l.partial = l.fragments + stored * kFragmentBytes;
   l.bias = l.partial + splits * shape.columns * l.partial_rows * 4;
-  l.shared = up(l.bias + (q.backward ? 0 : gates * shape.units * 4), 16);
+  l.bars = up(l.bias + (q.backward ? 0 : gates * shape.units * 4), 16);
+  l.shared = l.bars + (role == ScanRole::cluster ? 16 : 0);  // a barrier for each buffer
   return l;
 }
 
-// A plan for so many blocks and columns, or none (role step) and why.
+// A plan for at most so many blocks and for so many columns, or none (role step) and why.
 ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role, int blocks, int columns,
                  int threads) {
   ScanPlan plan;
   const int step = 16 / bytes_of(q.dtype);
-  plan.shape.blocks = blocks;
   plan.shape.columns = columns;
   plan.shape.units = up(parts(q.H, blocks), step);
+  plan.shape.blocks = parts(q.H, plan.shape.units);  // none without units: who waits for its bytes would wait for ever
   const int wanted = threads;
   for (threads = wanted ? wanted : 128;; threads *= 2) {
     plan.layout = make_layout(q, role, plan.shape, threads);
     const bool enough = plan.shape.units * columns <= kScanElements * threads &&
-                        plan.layout.tiles <= scan_held(role, bytes_of(q.dtype)) * threads / 32;
+                        plan.layout.tiles <= scan_held(role, q.dtype) * threads / 32;
     if (wanted || enough || threads == kScanThreads) break;
   }
   plan.launch.threads = threads;
@@ -82,7 +83,7 @@ void place(ScanPlan& plan, const ScanProblem& q, int at_once) {
   const int tiles = parts(q.B, plan.shape.columns);
   plan.shape.groups = std::max(1, std::min(tiles, at_once));
   plan.launch.grid.x = plan.shape.groups * plan.shape.blocks;
-  if (plan.role == ScanRole::cluster) {
+  if (in_cluster(plan.role)) {
     plan.launch.cluster = plan.shape.blocks;
   } else {
     plan.launch.cooperative = true;
@@ -90,7 +91,7 @@ void place(ScanPlan& plan, const ScanProblem& q, int at_once) {
   }
 }
 
-ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const ScanWish& wish,
+ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, ScanRole role, const ScanWish& wish,
                       ScanResidency residency) {
   ScanPlan best;
   if (limits.major < 9) {
@@ -99,11 +100,12 @@ ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const Sc
   }
   int best_groups = 0;
   bool best_suits = false;
-  for (int blocks : kClusters) {
-    if (wish.blocks && blocks != wish.blocks) continue;
+  for (int most : kClusters) {
+    if (wish.blocks && most != wish.blocks) continue;
     const int first = wish.columns ? wish.columns : kColumns[0];
-    ScanPlan plan = attempt(limits, q, ScanRole::cluster, blocks, first, wish.threads);
-    if (plan.shape.units * (blocks - 1) >= q.H && !wish.blocks) break;  // a block would have nothing to do
+    ScanPlan plan = attempt(limits, q, role, most, first, wish.threads);
+    const int blocks = plan.shape.blocks;
+    if (blocks == best.shape.blocks) break;  // no more can share H
     if (plan.role == ScanRole::step) {
       if (best.role == ScanRole::step) best.reason = "a cluster of " + text(blocks) + " " + plan.reason;
       continue;
@@ -111,9 +113,9 @@ ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const Sc
     const auto groups_of = [&](ScanPlan& p) {
       p.launch.cluster = blocks;
       p.launch.grid.x = blocks;
-      if (!residency) return limits.multiprocessors / blocks;
-      const int found = residency(q, ScanRole::cluster, p.launch);
-      return blocks == 1 ? found * limits.multiprocessors : found;
+      if (!residency) return limits.multiprocessors / blocks / q.beside;
+      const int found = residency(q, role, p.launch);
+      return (blocks == 1 ? found * limits.multiprocessors : found) / q.beside;
     };
     int groups = groups_of(plan);
     if (groups == 0) {
@@ -125,7 +127,7 @@ ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, const Sc
     for (int columns : kColumns) {  // more rows a group, where there are not groups enough for all
       if (wish.columns || groups * plan.shape.columns >= q.B) break;
       if (columns == first) continue;
-      ScanPlan wider = attempt(limits, q, ScanRole::cluster, blocks, columns, wish.threads);
+      ScanPlan wider = attempt(limits, q, role, most, columns, wish.threads);
       const int fewer = wider.role == ScanRole::step ? 0 : groups_of(wider);
       if (fewer * wider.shape.columns <= groups * plan.shape.columns) break;
       plan = wider, groups = fewer;
@@ -145,7 +147,7 @@ ScanPlan plan_grid(const DeviceLimits& limits, const ScanProblem& q, const ScanW
     best.reason = "a grid whose blocks wait for each other needs compute capability 8.0 and cooperative launches";
     return best;
   }
-  const int step = 16 / bytes_of(q.dtype), most = limits.multiprocessors;
+  const int step = 16 / bytes_of(q.dtype), most = limits.multiprocessors / q.beside;
   const int units = wish.blocks ? up(parts(q.H, wish.blocks), step) : up(parts(q.H, most), step);
   const int blocks = parts(q.H, units);
   for (int columns : kColumns) {
@@ -168,10 +170,10 @@ ScanPlan plan_grid(const DeviceLimits& limits, const ScanProblem& q, const ScanW
 ScanPlan make_plan(const DeviceLimits& limits, const ScanProblem& problem, const ScanWish& wish,
                    ScanResidency residency) {
   std::string reason;
-  for (ScanRole role : {ScanRole::cluster, ScanRole::grid}) {
-    if (wish.role >= 0 && wish.role != static_cast<int>(role)) continue;
-    ScanPlan plan = role == ScanRole::cluster ? plan_cluster(limits, problem, wish, residency)
-                                              : plan_grid(limits, problem, wish, residency);
+  for (ScanRole role : {ScanRole::cluster, ScanRole::cluster_barrier, ScanRole::grid}) {
+    if (wish.role >= 0 ? wish.role != static_cast<int>(role) : role == ScanRole::cluster_barrier) continue;
+    ScanPlan plan = in_cluster(role) ? plan_cluster(limits, problem, role, wish, residency)
+                                     : plan_grid(limits, problem, wish, residency);
     if (plan.role == role) {
       plan.reason = reason;
       return plan;

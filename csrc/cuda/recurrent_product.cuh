@@ -7,6 +7,7 @@
 #pragma once
 #include "primitives.cuh"
 #include "recurrent.h"
+#include "recurrent_number.cuh"
 
 namespace fastseq::cuda {
 
@@ -19,6 +20,9 @@ FASTSEQ_DEVICE void mma(Bf16, float (&c)[4], const Fragment& a, const uint32_t (
 }
 FASTSEQ_DEVICE void mma(Fp16, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
   mma_m16n8k16<Fp16>(c, a.r, b);
+}
+FASTSEQ_DEVICE void mma(Tf32, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
+  mma_m16n8k8_tf32(c, a.r, b);
 }
 // float32: each factor is the sum of two TF32 numbers; all but the product of the small ones counts.
 FASTSEQ_DEVICE void mma(float, float (&c)[4], const Fragment& a, const uint32_t (&b)[2]) {
@@ -53,7 +57,7 @@ FASTSEQ_DEVICE Fragment load_fragment(int row_tile, int k_tile, Weight weight) {
       const int k = k_tile * 16 + lane() % 4 * 4 + (i >> 1) * 2;
       f.r[i] = pair_bits(weight(m, k), weight(m, k + 1));
     } else {
-      f.r[i] = float_bits(weight(m, k_tile * 8 + lane() % 4 * 2 + (i >> 1)));
+      f.r[i] = float_bits(to_float(operand(weight(m, k_tile * 8 + lane() % 4 * 2 + (i >> 1)))));
     }
   }
   return f;

@@ -60,7 +60,7 @@ struct Block {
   int columns;  // of the vector
   Fragment* stored;
   float *partial, *bias;
-  static constexpr int kHeld = scan_held(Exchange<T>::kRole, sizeof(T));
+  static constexpr int kHeld = scan_held(Exchange<T>::kRole, kDtype<T>);
   Fragment held[kHeld ? kHeld : 1];
 
   FASTSEQ_DEVICE explicit Block(const Resident& r)
@@ -115,8 +115,9 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       if (e >= own.count) continue;
-      h[e] = read_or_zero<T>(a.h0, element(a, own.at[e]));
-      c[e] = C == ScanCell::lstm ? read_or_zero<T>(a.c0, element(a, own.at[e])) : 0.0f;
+      const int64_t i = element(a, own.at[e]);
+      h[e] = a.h_in ? a.h_in[i] : read_or_zero<T>(a.h0, i);
+      c[e] = C != ScanCell::lstm ? 0.0f : a.c_in ? a.c_in[i] : read_or_zero<T>(a.c0, i);
       exchange.put(own.column(e), own.at[e].u, clear >> e & 1 ? 0.0f : h[e]);
       read_gates<C, T>(a, t, own.at[e], x[e]);
     }
@@ -168,8 +169,14 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       if (e >= own.count) continue;
-      write<T>(a.h_n, element(a, own.at[e]), h[e]);
-      if constexpr (C == ScanCell::lstm) write<T>(a.c_n, element(a, own.at[e]), c[e]);
+      const int64_t i = element(a, own.at[e]);
+      if (a.h_out) {
+        a.h_out[i] = h[e];
+        if constexpr (C == ScanCell::lstm) a.c_out[i] = c[e];
+      } else {
+        write<T>(a.h_n, i, h[e]);
+        if constexpr (C == ScanCell::lstm) write<T>(a.c_n, i, c[e]);
+      }
     }
   }
 }
@@ -203,9 +210,10 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       if (e >= own.count) continue;
-      dh[e] = read_or_zero<T>(a.dh_n, element(a, own.at[e]));
-      dc[e] = C == ScanCell::lstm ? read_or_zero<T>(a.dc_n, element(a, own.at[e])) : 0.0f;
-      read_saved<C, T>(a, t, a.T == 1, own.at[e], clear >> e & 1, saved[e]);
+      const int64_t i = element(a, own.at[e]);
+      dh[e] = a.dh_in ? a.dh_in[i] : read_or_zero<T>(a.dh_n, i);
+      dc[e] = C != ScanCell::lstm ? 0.0f : a.dc_in ? a.dc_in[i] : read_or_zero<T>(a.dc_n, i);
+      read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
     }
     for (int step = 0; step < a.T; ++step) {
       const bool more = step + 1 < a.T;
@@ -238,14 +246,14 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
           exchange.put(own.column(e), part + own.at[e].u, dz[e]);
         }
       }
-      if (!more && !a.dh0) break;
+      if (!more && !a.dh0 && !a.dh_out) break;
       exchange.publish(slice, 0, D);
       if (more) {
         t = time_back(a, step + 1);
         clear = own.cleared_at(a, t);
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
-          if (e < own.count) read_saved<C, T>(a, t, step + 2 == a.T, own.at[e], clear >> e & 1, saved[e]);
+          if (e < own.count) read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
       }
       exchange.wait();
       block.template multiply_by<0>();
@@ -256,9 +264,15 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       if (e >= own.count) continue;
-      if (a.dh0) write<T>(a.dh0, element(a, own.at[e]), dh[e]);
+      const int64_t i = element(a, own.at[e]);
+      if (a.dh_out) {
+        a.dh_out[i] = dh[e];
+        if constexpr (C == ScanCell::lstm) a.dc_out[i] = dc[e];
+        continue;
+      }
+      if (a.dh0) write<T>(a.dh0, i, dh[e]);
       if constexpr (C == ScanCell::lstm)
-        if (a.dc0) write<T>(a.dc0, element(a, own.at[e]), dc[e]);
+        if (a.dc0) write<T>(a.dc0, i, dc[e]);
     }
   }
 }
@@ -269,16 +283,18 @@ constexpr bool kClusters = false;
 #else
 constexpr bool kClusters = true;
 #endif
+template <class Exchange>
+constexpr bool kRuns = kClusters || !in_cluster(Exchange::kRole);
 
 template <ScanCell C, class T, template <class> class Exchange>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_forward(ScanForward a, Resident r) {
-  if constexpr (kClusters || Exchange<T>::kRole == ScanRole::grid) walk_forward<C, T, Exchange>(a, r);
+  if constexpr (kRuns<Exchange<T>>) walk_forward<C, T, Exchange>(a, r);
 }
 template <ScanCell C, class T, template <class> class Exchange>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_backward(ScanBackward a, Resident r) {
-  if constexpr (kClusters || Exchange<T>::kRole == ScanRole::grid) walk_backward<C, T, Exchange>(a, r);
+  if constexpr (kRuns<Exchange<T>>) walk_backward<C, T, Exchange>(a, r);
 }
 
 // The kernel of a cell and a dtype; each file instantiates one exchange and one direction.
@@ -299,6 +315,7 @@ ForwardKernel forward_kernel(ScanCell cell, ScanDtype dtype) {
   switch (dtype) {
     case ScanDtype::bf16: return forward_kernel<Bf16, Exchange>(cell);
     case ScanDtype::f16: return forward_kernel<Fp16, Exchange>(cell);
+    case ScanDtype::tf32: return forward_kernel<Tf32, Exchange>(cell);
     default: return forward_kernel<float, Exchange>(cell);
   }
 }
@@ -316,14 +333,17 @@ BackwardKernel backward_kernel(ScanCell cell, ScanDtype dtype) {
   switch (dtype) {
     case ScanDtype::bf16: return backward_kernel<Bf16, Exchange>(cell);
     case ScanDtype::f16: return backward_kernel<Fp16, Exchange>(cell);
+    case ScanDtype::tf32: return backward_kernel<Tf32, Exchange>(cell);
     default: return backward_kernel<float, Exchange>(cell);
   }
 }
 
 // Defined in the files that instantiate them.
 ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype);
+ForwardKernel cluster_barrier_forward(ScanCell cell, ScanDtype dtype);
 ForwardKernel grid_forward(ScanCell cell, ScanDtype dtype);
 BackwardKernel cluster_backward(ScanCell cell, ScanDtype dtype);
+BackwardKernel cluster_barrier_backward(ScanCell cell, ScanDtype dtype);
 BackwardKernel grid_backward(ScanCell cell, ScanDtype dtype);
 
 }  // namespace fastseq::cuda

@@ -1,7 +1,6 @@
 """The short way into the native kernels, past torch's operator dispatch: what a small model costs is mostly that.
 
-``stack``, ``cell``, ``plan``, ``planned`` and ``unchanged`` are functions of the compiled extension (csrc/direct.cpp),
-or None where they must not be used.
+Its functions are the compiled extension's (csrc/direct.cpp), or None where they must not be used.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
-from fastseq import ops
+from fastseq import backend, ops
 
 TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
-``_cdata``. With others the operators are called: slower by some microseconds, the same otherwise."""
+``_cdata`` and make tensors itself. With others the operators are called: slower by some microseconds, the same
+otherwise."""
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
@@ -39,14 +39,19 @@ def plain() -> bool:
 def _bind() -> tuple[Callable[..., Any] | None, ...]:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if ops.NATIVE_MISSING is not None or not TESTED[0] <= release < TESTED[1]:
-        return (None,) * 5
+        return (None,) * len(_NAMES)
     import fastseq._native as native  # type: ignore[import-not-found]
 
-    native.bind(torch.Tensor, torch.nn.Parameter, torch.empty_like, _questions())
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
-    if native.described(trial) != (trial.data_ptr(), tuple(trial.shape)):
-        return (None,) * 5
-    return native.stack, native.cell, native.plan, native.planned, native.unchanged
+    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), backend.BF16_ROWS):
+        return (None,) * len(_NAMES)
+    address, shape, made, its = native.described(trial)
+    if (address, shape) != (trial.data_ptr(), tuple(trial.shape)):
+        return (None,) * len(_NAMES)
+    if type(made) is not torch.Tensor or (made.data_ptr(), made.shape, made.dtype) != (its, shape, trial.dtype):
+        return (None,) * len(_NAMES)
+    return tuple(getattr(native, name) for name in _NAMES)
 
 
-stack, cell, plan, planned, unchanged = _bind()
+_NAMES = ("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged")
+stack, layer, cell, cell_layer, plan, planned, unchanged = _bind()

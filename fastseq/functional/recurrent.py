@@ -12,7 +12,7 @@ from torch import Tensor
 from fastseq import backend as backends
 from fastseq import checks, ops, reference
 from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference
-from fastseq.functional import eager
+from fastseq.functional import eager, layers
 
 
 class Stack(NamedTuple):
@@ -293,6 +293,8 @@ def run(
         c0 = x.new_zeros(rows, batch, hidden) if lstm and c0 is None else c0
         y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths)
         states = None
+    elif layers.suits(name, x, hidden):
+        y, h_n, c_n, states = layers.run(stack, x, h0, c0, weights, lengths, reset, want_states)
     else:
         y, h_n, c_n, states = _layers(name, stack, x, h0, c0, weights, lengths, reset, want_states)
     if want_states and states is not None:
@@ -416,5 +418,5 @@ def _reason(
         if x.dtype is torch.float64:
             return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
         if stack.projected:
-            return "the native CUDA kernels have no projection (proj_size)"
+            return "the native CUDA kernels have no projection (proj_size): it needs a second exchange at each step"
     return backends.operator_reason(name, x.device.type)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import checks, functional
-from fastseq.functional import inference
+from fastseq import backend, checks, functional
+from fastseq.functional import direct, inference
 from fastseq.nn.compressed import CompressedWeights
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 
 _NO_SCALES: list[Tensor] = []
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Compressible(nn.Module):
@@ -58,11 +59,17 @@ class _Recurrent(_Compressible, nn.RNNBase):
 
     def _infer(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The whole stack in one native call, where nothing speaks against it; else None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
+            return None
         if self.training and self.dropout:
             return None
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
-        if self._compressed is not None and not torch.compiler.is_compiling():
+        if self._compressed is not None:
             return self._compressed.infer(self, input, h0, c0, *shape)
+        if direct.layer is not None:
+            done = direct.layer(self._parameters, self._flat_weights_names, input, h0, c0, *shape)
+            if done is not None:
+                return done
         return inference.stack(input, h0, c0, self._weights(), _NO_SCALES, *shape)
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
@@ -247,9 +254,17 @@ class LSTM(_Recurrent):
 class _Cell(_Compressible):
     def _infer(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
         """One step in one native call, where nothing speaks against it; else None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
+            return None
         own = self._parameters  # asking the module for each takes longer than the arithmetic
-        weights: list[Any] = [own.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        if self._compressed is not None and not torch.compiler.is_compiling():
+        if self._compressed is None and direct.cell_layer is not None:
+            done = direct.cell_layer(own, input, h, c, name)
+            if done is not None:
+                return done
+        if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
+            return None
+        weights: list[Any] = [own[key] for key in _CELL_WEIGHTS]
+        if self._compressed is not None:
             copies = self._compressed.of(weights, name)
             if copies is None:
                 return None

@@ -61,19 +61,54 @@ class Scratch {
   std::vector<std::unique_ptr<float[]>> parts_;
 };
 
+void read_forward(Reader& in, AttentionForward& call, Place& place, bool& decode) {
+  read_call(in, call);
+  in.view(call.o), in.view(call.lse);
+  in.integer(decode), in.integer(place.multiprocessors), in.integer(place.capability);
+  prepare(call);
+}
+
+// Fills in all but the scratch; returns how many numbers the bias has.
+int64_t read_backward(Reader& in, AttentionBackward& call, Place& place) {
+  read_call(in, call);
+  in.view(call.o), in.view(call.d_o), in.view(call.lse), in.view(call.dlse);
+  in.view(call.dq), in.view(call.dk), in.view(call.dv);
+  call.dbias = in.pointer<void>(), call.dsinks = in.pointer<void>();
+  int64_t size = 1;
+  for (int32_t& extent : call.bias_size) in.integer(extent), size *= extent;
+  in.integer(place.multiprocessors), in.integer(place.capability);
+  prepare(call);
+  return size;
+}
+
 }  // namespace
+
+// Why the kernel for Hopper leaves a call to the portable one.
+FASTSEQ_ENTRY(hopper_refusal_entry) {
+  Reader in{p, n, x};
+  AttentionForward call;
+  Place place;
+  bool decode = false;
+  read_forward(in, call, place, decode);
+  return hopper_refusal(call, place);
+}
+
+// The same of the kernels of the way back.
+FASTSEQ_ENTRY(attention_backward_refusal_entry) {
+  Reader in{p, n, x};
+  AttentionBackward call;
+  Place place;
+  read_backward(in, call, place);
+  return hopper_refusal(call, place);
+}
 
 FASTSEQ_ENTRY(attention_forward_entry) {
   Reader in{p, n, x};
   AttentionForward call;
-  read_call(in, call);
-  in.view(call.o), in.view(call.lse);
-  int64_t decode = 0, multiprocessors = 0;
-  in.integer(decode), in.integer(multiprocessors);
-  prepare(call);
   Place place;
-  place.multiprocessors = int32_t(multiprocessors);
-  if (decode) plan_decode(call, place);
+  bool decode = false;
+  read_forward(in, call, place, decode);
+  if (decode) plan_decode(call, place, false);
   if (call.splits == 0) return attention_forward(call, place);
   Scratch scratch;
   const int64_t rows = int64_t(call.batch) * call.heads_q * call.length_q * call.splits;
@@ -84,22 +119,13 @@ FASTSEQ_ENTRY(attention_forward_entry) {
 FASTSEQ_ENTRY(attention_backward_entry) {
   Reader in{p, n, x};
   AttentionBackward call;
-  read_call(in, call);
-  in.view(call.o), in.view(call.d_o), in.view(call.lse), in.view(call.dlse);
-  in.view(call.dq), in.view(call.dk), in.view(call.dv);
-  call.dbias = in.pointer<void>(), call.dsinks = in.pointer<void>();
-  int64_t size = 1;
-  for (int32_t& extent : call.bias_size) in.integer(extent), size *= extent;
-  int64_t multiprocessors = 0;
-  in.integer(multiprocessors);
-  prepare(call);
+  Place place;
+  const int64_t size = read_backward(in, call, place);
   Scratch scratch;
   const int64_t heads = int64_t(call.cu_q != nullptr ? 1 : call.batch) * call.heads_q;
   call.rows = scratch_rows(call);
   call.log = scratch.make(heads * call.rows), call.delta = scratch.make(heads * call.rows);
   if (call.dsinks != nullptr) call.sinks_parts = scratch.make(sinks_parts(call) * call.heads_q, true);
-  Place place;
-  place.multiprocessors = int32_t(multiprocessors);
   if (call.dbias != nullptr) {
     call.bias_splits = plan_bias(call, place);
     call.dbias_parts = scratch.make(call.bias_splits * size);
@@ -116,15 +142,31 @@ void write_shared(int64_t*& to) {
     *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
   if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = BiasShape<Bf16, H>::kShared;
 }
+template <class H, bool kLimited>
+void write_hopper(int64_t*& to) {
+  *to++ = 6, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kLimited;
+  *to++ = HopperForwardShape<Bf16, H, kLimited>::kShared;
+}
+template <class H>
+void write_hopper_gradients(int64_t*& to) {
+  const int64_t sizes[2] = {HopperGradientShape<Bf16, H, true>::kShared, HopperGradientShape<Bf16, H, false>::kShared};
+  for (int64_t kernel = 0; kernel < 2; ++kernel)
+    *to++ = 7 + kernel, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = sizes[kernel];
+}
 template <class... H>
 void write_all(int64_t* to) {
   (write_shared<H, false>(to), ...);
   (write_shared<H, true>(to), ...);
+  write_hopper<Heads<64, 64>, true>(to), write_hopper<Heads<128, 128>, true>(to);
+  write_hopper<Heads<128, 128>, false>(to), write_hopper<Heads<192, 128>, true>(to);
+  write_hopper<Heads<256, 256>, true>(to);
+  write_hopper_gradients<Heads<64, 64>>(to), write_hopper_gradients<Heads<128, 128>>(to);
+  write_hopper_gradients<Heads<192, 128>>(to), write_hopper_gradients<Heads<256, 256>>(to);
   *to = 0;
 }
 }  // namespace attention
 
-// (kernel, Dk, Dv, general, bytes of shared memory) of every variant, ended by a 0.
+// (kernel, Dk, Dv, general or limited, bytes of shared memory) of every variant, ended by a 0.
 FASTSEQ_ENTRY(attention_shared_entry) {
   using namespace attention;
   write_all<Heads<64, 64>, Heads<96, 96>, Heads<128, 128>, Heads<192, 128>, Heads<256, 256>>(static_cast<int64_t*>(p[0]));

@@ -215,7 +215,9 @@ FASTSEQ_CHECK(wgmma_n16, kWgmma) { return check_products<16>(products<Bf16, 16, 
 FASTSEQ_CHECK(wgmma_n32_fp16, kWgmma) { return check_products<32>(products<Fp16, 32, Form::shared>); }
 FASTSEQ_CHECK(wgmma_n64_registers, kWgmma) { return check_products<64>(products<Bf16, 64, Form::registers>); }
 FASTSEQ_CHECK(wgmma_n64_transposed, kWgmma) { return check_products<64>(products<Fp16, 64, Form::transposed>); }
+FASTSEQ_CHECK(wgmma_n80, kWgmma) { return check_products<80>(products<Fp16, 80, Form::shared>); }
 FASTSEQ_CHECK(wgmma_n128_transposed, kWgmma) { return check_products<128>(products<Bf16, 128, Form::transposed>); }
+FASTSEQ_CHECK(wgmma_n176_registers, kWgmma) { return check_products<176>(products<Bf16, 176, Form::registers>); }
 FASTSEQ_CHECK(wgmma_n256, kWgmma) { return check_products<256>(products<Bf16, 256, Form::shared>); }
 
 }  // namespace fastseq::cuda

@@ -65,6 +65,7 @@ inline void tma_store_wait_all() {
 }
 
 // ---- wgmma.
+inline constexpr bool kHasWgmma = true;
 inline uint64_t wg_desc(const void* tile, unsigned lead, unsigned stride, unsigned swizzle, FASTSEQ_HERE) {
   return emulation::wg_desc(tile, lead, stride, swizzle, where);
 }
@@ -78,6 +79,7 @@ template <int N, int kCount>
 inline void wg_wait(float (&)[kCount], FASTSEQ_HERE) {
   emulation::wg_wait(N, where);
 }
+inline void wg_cover(float, void*) {}
 template <int N>
 inline void reg_dealloc() {}
 template <int N>

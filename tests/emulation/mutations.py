@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import BUILD, PRIORITY, ROOT, STICKY, Library
+from emulation.build import BUILD, PRIORITY, ROOT, STICKY, Library
 
 # What no schedule shows on a machine whose memory is in order, and what ThreadSanitizer has no notion of.
 SCHEDULES = "schedules"

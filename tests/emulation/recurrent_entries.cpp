@@ -27,7 +27,7 @@ struct Setting {
   // n: T, B, H, reverse, cell, role, blocks, threads, rows
   Setting(ScanWalk& a, const int64_t* n, bool backward, const void* lengths, const void* reset)
       : cell(static_cast<ScanCell>(n[4])) {
-    a.T = int(n[0]), a.B = int(n[1]), a.H = int(n[2]), a.reverse = n[3];
+    a.T = a.total = int(n[0]), a.B = int(n[1]), a.H = int(n[2]), a.reverse = n[3];
     a.lengths = static_cast<const int64_t*>(lengths);
     a.reset = static_cast<const bool*>(reset), a.reset_t = a.B, a.reset_b = 1;
     DeviceLimits limits{};
@@ -52,9 +52,10 @@ FASTSEQ_ENTRY(walk_forward) {
   const Setting s(a, n, false, p[5], p[6]);
   if (s.plan.role == ScanRole::step) return "the plan has no such role";
   a.gates_x = p[0], a.x_t = a.B, a.x_b = 1, a.w_hh = p[1], a.b_hh = p[2], a.h0 = p[3], a.c0 = p[4];
-  a.y = p[7], a.h_n = p[8], a.c_n = p[9], a.states = static_cast<float*>(p[10]), a.tape = p[11];
-  return launch(s.plan.role == ScanRole::cluster ? some_forward<ClusterExchange>(s.cell)
-                                                 : some_forward<GridExchange>(s.cell),
+  a.y = p[7], a.y_t = a.B, a.y_b = 1, a.h_n = p[8], a.c_n = p[9], a.states = static_cast<float*>(p[10]), a.tape = p[11];
+  return launch(s.plan.role == ScanRole::cluster           ? some_forward<ClusterExchange>(s.cell)
+                : s.plan.role == ScanRole::cluster_barrier ? some_forward<ClusterBarrierExchange>(s.cell)
+                                                           : some_forward<GridExchange>(s.cell),
                 s.plan.launch, nullptr, a, s.resident());
 }
 
@@ -63,10 +64,12 @@ FASTSEQ_ENTRY(walk_backward) {
   ScanBackward a{};
   const Setting s(a, n, true, p[9], p[10]);
   if (s.plan.role == ScanRole::step) return "the plan has no such role";
-  a.dy = p[0], a.x_t = a.B, a.x_b = 1, a.dh_n = p[1], a.dc_n = p[2], a.y = p[3], a.tape = p[4], a.w_hh = p[5];
+  a.dy = p[0], a.x_t = a.B, a.x_b = 1, a.dh_n = p[1], a.dc_n = p[2], a.y = p[3], a.y_t = a.B, a.y_b = 1;
+  a.tape = p[4], a.w_hh = p[5];
   a.h0 = p[6], a.c0 = p[7], a.states = static_cast<const float*>(p[8]);
   a.dgates = p[11], a.dh0 = p[12], a.dc0 = p[13];
-  return launch(s.plan.role == ScanRole::cluster ? some_backward<ClusterExchange>(s.cell)
-                                                 : some_backward<GridExchange>(s.cell),
+  return launch(s.plan.role == ScanRole::cluster           ? some_backward<ClusterExchange>(s.cell)
+                : s.plan.role == ScanRole::cluster_barrier ? some_backward<ClusterBarrierExchange>(s.cell)
+                                                           : some_backward<GridExchange>(s.cell),
                 s.plan.launch, nullptr, a, s.resident());
 }

@@ -114,8 +114,8 @@ def described(
     head, stride, count, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """``head``, where its rows begin; or, under TMA, a descriptor of ``count`` of them, of D features, by which tiles of
-    [ROWS, COLUMNS] are copied: zeros past either end, which is the sequence's own."""
+    """``head``, where its rows begin; or, under TMA, a descriptor of ``count`` of them, of D features, for tiles of
+    [ROWS, COLUMNS]: zeros past either end, which is the sequence's own."""
     if TMA:
         return tl.make_tensor_descriptor(
             head, [tl.cast(count, tl.int32), D], [tl.cast(stride, tl.int64) * ALIGN, 1], [ROWS, COLUMNS]

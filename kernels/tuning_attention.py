@@ -86,7 +86,7 @@ _HALF_PAIRS: dict[str, Table] = {
     },
     "sm_100": {
         "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_queries": (
             Tile(64, 32, 4, 1, 255),
             Tile(32, 32, 8, 1),

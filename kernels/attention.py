@@ -15,6 +15,7 @@ import triton.language as tl
 from .attention_ranges import find_program, key_range, sequence
 from .attention_scores import LN2, LOG2E, biased, kept, logits, visible
 from .attention_tiles import (
+    described,
     dot,
     dot_add,
     head_of,
@@ -29,7 +30,7 @@ from .attention_tiles import (
 
 @triton.jit
 def attend(
-    acc, m, l, q1, q2, k, v, k_head, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
+    acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, MASKED: tl.constexpr,
@@ -39,7 +40,7 @@ def attend(
         k1 = load_keys(k, k_head, call.pages, b, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)  # [BLOCK_N, D1]
         qk = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
         if D2 > 0:
-            k2 = load_keys(k, k_head, call.pages, b, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
+            k2 = load_keys(k, k_more, call.pages, b, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
             qk = dot_add(q2, tl.trans(k2), qk, PRECISION, WIDEN)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         if FOLD:  # the scale is positive and nothing is added: it commutes with the maximum, and fuses into the exp2
@@ -71,7 +72,7 @@ def attend(
 
 @triton.jit
 def attend_all(
-    acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, whole_end, end,
+    acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, whole_end, end,
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,30 +82,28 @@ def attend_all(
     if call.pairs is None:
         if call.left is not None:
             acc, m, l = attend(
-                acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
             )  # fmt: skip
         acc, m, l = attend(
-            acc, m, l, q1, q2, k, v, k_head, v_head, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+            acc, m, l, q1, q2, k, v, k_head, k_more, v_head, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
         )  # fmt: skip
     return attend(
-        acc, m, l, q1, q2, k, v, k_head, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
+        acc, m, l, q1, q2, k, v, k_head, k_more, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads", "together", "few"])
-def attention_forward(
-    q, k, v, o, lse, call, heads, together, few,
+@triton.jit
+def make_rows(
+    program, q, k, v, o, lse, call, heads, together, few,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are
-    taken as D1 + D2 columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are
-    left to the decoding kernel."""
-    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
+    """The tile of queries of one head that is number ``program``."""
+    b, h, tile = find_program(program, call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if (i0 < rows) & ((tq > few) | (tq == 0)):
@@ -112,8 +111,11 @@ def attention_forward(
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
-        k_head = head_of_keys(k, call.pages, b, h // number(call.group), k_row, ALIGN)
-        v_head = head_of_keys(v, call.pages, b, h // number(call.group), k_row, ALIGN)
+        key = head_of_keys(k, call.pages, b, h // number(call.group), k_row, ALIGN)
+        value = head_of_keys(v, call.pages, b, h // number(call.group), k_row, ALIGN)
+        k_head = described(key, number(k.row), tk, D, BLOCK_N, D1, ALIGN, TMA)
+        k_more = described(key, number(k.row), tk, D, BLOCK_N, D2, ALIGN, TMA and D2 > 0)
+        v_head = described(value, number(v.row), tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
         q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)  # [BLOCK_M, D1], [, D2]
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -123,7 +125,7 @@ def attention_forward(
             l += tl.where(sink == float("-inf"), 0.0, 1.0)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, m, l = attend_all(
-            acc, m, l, q1, q2, k, v, k_head, v_head, begin, whole_begin, whole_end, end,
+            acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
         )  # fmt: skip
@@ -135,5 +137,28 @@ def attention_forward(
             share = share * call.kept_scale
         acc = tl.where(empty[:, None], 0.0, acc * share[:, None])
         store_tile(acc, head_of(o, b, h, q_row, ALIGN), number(o.row), i0, rows, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, WIDEN)
-        value = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
-        tl.store(head_of(lse, b, h, q_row, 1) + row, value, mask=row < rows)
+        log = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+        tl.store(head_of(lse, b, h, q_row, 1) + row, log, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads", "together", "few", "tiles"])
+def attention_forward(
+    q, k, v, o, lse, call, heads, together, few, tiles,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of queries: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are taken as D1 + D2
+    columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are left to the
+    decoding kernel. A program makes one tile, or (PERSISTENT) one in so many of ``tiles``."""
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            make_rows(
+                tile, q, k, v, o, lse, call, heads, together, few,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA,
+            )  # fmt: skip
+    else:
+        make_rows(
+            tl.program_id(0), q, k, v, o, lse, call, heads, together, few,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA,
+        )  # fmt: skip

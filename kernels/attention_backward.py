@@ -18,6 +18,7 @@ from .attention_ranges import find_program, key_range, query_range, sequence
 from .attention_scores import LOG2E, biased, cap_slope, kept, logits
 from .attention_tiles import (
     ROW_BLOCK,
+    described,
     dot,
     dot_add,
     head_of,
@@ -38,7 +39,7 @@ def attention_delta(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
-    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, ROW_BLOCK)
+    b, h, tile = find_program(tl.program_id(0), call, call.cu_q, number(call.length_q), heads, together, ROW_BLOCK)
     q_row, rows, tq, _, _, _, _ = sequence(call, b)
     i0 = tile * ROW_BLOCK
     if i0 < rows:
@@ -71,9 +72,8 @@ def attention_delta(
 
 @triton.jit
 def add_queries(
-    dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row, q_head, d_head, log_head, delta_head, q_row, d_row,
-    begin, end,
-    call, b, h, j, j0, tq, tk, shift,
+    dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row,
+    q_head, q_more, d_head, log_head, delta_head, q_row, d_row, begin, end, call, b, h, j, j0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
@@ -94,7 +94,7 @@ def add_queries(
         s = dot(k1, tl.trans(q1), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
         q2 = q1
         if D2 > 0:
-            q2 = load_tile(q_head, q_row, start, tq, D, D1, BLOCK_M, D2, ALIGN, True)
+            q2 = load_tile(q_more, q_row, start, tq, D, D1, BLOCK_M, D2, ALIGN, True)
             s = dot_add(k2, tl.trans(q2), s, PRECISION, WIDEN)
         s = logits(s, call, q1.dtype == tl.float32)
         i = row[None, :]
@@ -131,11 +131,12 @@ def attention_backward_keys(
     q, k, v, d_o, scratch, dk, dv, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (either may be None) of one tile of keys of one key head, summed over the query heads that share it."""
     KEYS: tl.constexpr = dk is not None
     VALUES: tl.constexpr = dv is not None
-    b, head, tile = find_program(call, call.cu_k, number(call.length_k), heads, together, BLOCK_N)
+    b, head, tile = find_program(tl.program_id(0), call, call.cu_k, number(call.length_k), heads, together, BLOCK_N)
     q_row, _, tq, k_row, keys, tk, shift = sequence(call, b)
     j0 = tile * BLOCK_N
     if j0 < keys:
@@ -156,15 +157,17 @@ def attention_backward_keys(
         v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
         dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         for h in range(head * number(call.group), head * number(call.group) + number(call.group)):
-            q_head = head_of(q, b, h, q_row, ALIGN)
-            d_head = head_of(d_o, b, h, q_row, ALIGN)
+            query = head_of(q, b, h, q_row, ALIGN)
+            q_head = described(query, row_q, tq, D, BLOCK_M, D1, ALIGN, TMA)
+            q_more = described(query, row_q, tq, D, BLOCK_M, D2, ALIGN, TMA and D2 > 0)
+            d_head = described(head_of(d_o, b, h, q_row, ALIGN), row_d, tq, DV, BLOCK_M, BLOCK_DV, ALIGN, TMA)
             base = rows_of(call, scratch, b, h, q_row, heads * number(call.group))
             log_head = scratch.log + base
             delta_head = scratch.delta + base
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc = add_queries(
                     dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                    q_head, d_head, log_head, delta_head, row_q, row_d,
+                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                     begin, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                 )  # fmt: skip
@@ -172,13 +175,13 @@ def attention_backward_keys(
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
                         dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                        q_head, d_head, log_head, delta_head, row_q, row_d,
+                        q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
                         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
                     dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                    q_head, d_head, log_head, delta_head, row_q, row_d,
+                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                     whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, False,
                 )  # fmt: skip
@@ -217,14 +220,18 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, k_row, v_row, begin, end, call, b, h, i, i0, tq, tk, shift,
+    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
+    call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
     for start in tl.range(begin, end, BLOCK_N):
-        k1, k2 = load_halves(k_head, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, MASKED)
+        k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)
+        k2 = k1
+        if D2 > 0:
+            k2 = load_tile(k_more, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
         if D2 > 0:
@@ -247,9 +254,10 @@ def attention_backward_queries(
     q, k, v, d_o, scratch, dq, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head."""
-    b, h, tile = find_program(call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
+    b, h, tile = find_program(tl.program_id(0), call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if i0 < rows:
@@ -263,10 +271,13 @@ def attention_backward_queries(
         base = rows_of(call, scratch, b, h, q_row, heads)
         log = load_vector(scratch.log + base, i0, BLOCK_M)
         delta = load_vector(scratch.delta + base, i0, BLOCK_M)
-        k_head = head_of(k, b, h // number(call.group), k_row, ALIGN)
-        v_head = head_of(v, b, h // number(call.group), k_row, ALIGN)
         row_k = number(k.row)
         row_v = number(v.row)
+        key = head_of(k, b, h // number(call.group), k_row, ALIGN)
+        value = head_of(v, b, h // number(call.group), k_row, ALIGN)
+        k_head = described(key, row_k, tk, D, BLOCK_N, D1, ALIGN, TMA)
+        k_more = described(key, row_k, tk, D, BLOCK_N, D2, ALIGN, TMA and D2 > 0)
+        v_head = described(value, row_v, tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dq2 = dq1
         if D2 > 0:
@@ -274,17 +285,17 @@ def attention_backward_queries(
         if call.pairs is None:
             if call.left is not None:
                 dq1, dq2 = add_keys(
-                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, begin, whole_begin,
+                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, begin, whole_begin,
                     call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, whole_begin, whole_end,
+                dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_begin, whole_end,
                 call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
         dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, d_tile, log, delta, k_head, v_head, row_k, row_v, whole_end, end,
+            dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip

@@ -58,9 +58,9 @@ def attention_decode(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        k_head = head_of_keys(k, call.pages, b, head, k_row, ALIGN)
         acc, m, l = attend_all(
-            acc, m, l, q1, q2, k, v,
-            head_of_keys(k, call.pages, b, head, k_row, ALIGN), head_of_keys(v, call.pages, b, head, k_row, ALIGN),
+            acc, m, l, q1, q2, k, v, k_head, k_head, head_of_keys(v, call.pages, b, head, k_row, ALIGN),
             begin, whole_begin, whole_end, end, call, b, h[:, None], i[:, None], 0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
         )  # fmt: skip

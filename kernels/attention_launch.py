@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from contextvars import copy_context
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
@@ -34,7 +37,21 @@ class Plan(NamedTuple):
 
     def run(self) -> None:
         if self.grid > 0:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            launch = partial(self.kernel[(self.grid,)], **self.arguments, **self.options)
+            if self.arguments.get("TMA"):
+                copy_context().run(with_descriptors, launch)  # whatever allocator the user has set stays set
+            else:
+                launch()
+
+
+def with_descriptors(launch: Callable[[], None]) -> None:
+    """A launch whose programs make descriptors, which lie in memory of torch's: a CUDA graph can capture that."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    launch()
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
@@ -43,16 +60,18 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         yield from plan_decode(x, o, lse)
         if not x.packed:
             return
-    tile = x.tile("forward")
-    grid, heads, together = x.grid(False, tile.block_m)
     align = x.align(x.q, x.k, x.v, o)
+    describable = x.describable(align, x.k, x.v)
+    tile = x.tile("forward", describable)
+    tiles, heads, together = x.grid(False, tile.block_m)
     yield Plan(
         attention.attention_forward,
-        grid,
+        min(tiles, tile.persistent * multiprocessors(x.q.device)) if tile.persistent else tiles,
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
-            **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align, "FOLD": x.folds,
+            "tiles": tiles, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip
@@ -123,7 +142,7 @@ def plan_backward(
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
                 "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
                 "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], HALF_WIDEST), "ALIGN": align,
+                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 64), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip
@@ -138,7 +157,8 @@ def plan_backward(
         ("backward_queries", attention_backward.attention_backward_queries, False, {"dq": out.dq}),
     ]
     for role, kernel, of_keys, results in launches:
-        tile = x.tile(role)
+        describable = x.describable(align, x.q, d_o) if of_keys else x.describable(align, x.k, x.v)
+        tile = x.tile(role, describable)
         grid, heads, together = x.grid(of_keys, tile.block_n if of_keys else tile.block_m)
         yield Plan(
             kernel,
@@ -146,7 +166,7 @@ def plan_backward(
             {
                 **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
                 "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "ALIGN": align,
+                "ALIGN": align, "TMA": tile.tma and describable,
             },
             options_of(tile),
         )  # fmt: skip

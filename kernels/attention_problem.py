@@ -182,11 +182,11 @@ class Problem:
         call = self.call
         return self.scale > 0.0 and call.cap_in is None and self.bias is None and call.alibi is None
 
-    def tile(self, role: str) -> tuning_attention.Tile:
+    def tile(self, role: str, describable: bool = False) -> tuning_attention.Tile:
         call: Any = self.call
         by_pair = (call.bias.ptr, call.mask.ptr, call.alibi, call.cap_in, call.seed)
         pairs = any(x is not None for x in by_pair)
-        return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v), pairs)
+        return tuning_attention.tile(self.machine, role, self.dtype, max(self.dim, self.dim_v), pairs, describable)
 
     def align(self, *tensors: Tensor) -> int:
         """How many elements every row of these begins at a multiple of: what 16 bytes hold, or 1."""
@@ -197,6 +197,13 @@ class Problem:
             ):
                 return 1
         return unit
+
+    def describable(self, align: int, *tensors: Tensor) -> bool:
+        """Whether TMA can read the rows of these: each begins at a multiple of 16 bytes, none overlaps the next, and
+        none is looked up in a table of pages."""
+        row = 0 if self.packed else 2
+        apart = all(x.shape[row] <= 1 or x.stride(row) >= x.shape[-1] for x in tensors)
+        return align > 1 and apart and not self.paged
 
     def view(self, x: Tensor, align: int) -> View:
         """[B,H,T,D] or packed [T,H,D], strides in units of ``align``."""

@@ -26,13 +26,12 @@ def find_tile(cu, slot, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def find_program(call, cu, length, heads, together, BLOCK: tl.constexpr):
-    """(sequence, head, tile) of this program.
+def find_program(program, call, cu, length, heads, together, BLOCK: tl.constexpr):
+    """(sequence, head, tile) of a program.
 
     Programs run in groups of ``together`` heads, whose keys and values fit in the L2 cache; in a group the last tiles
     come first, which under a causal limit are the longest.
     """
-    program = tl.program_id(0)
     if cu is None:
         tiles = tl.cdiv(length, BLOCK)
         units = number(call.batch) * heads

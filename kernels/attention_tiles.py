@@ -89,20 +89,39 @@ def load_tile(
     base, stride, start, count, D: tl.constexpr, FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS]: features FIRST.. of the rows from ``start`` on, 0 past ``count`` rows or D features."""
-    pointers = tile_pointers(base, stride, start, FIRST, ROWS, COLUMNS, ALIGN)
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    if CHECKED:
-        if FIRST + COLUMNS > D:
-            return tl.load(pointers, mask=(start + row < count)[:, None] & (column + FIRST < D)[None, :], other=0.0)
-        else:
-            return tl.load(pointers, mask=(start + row < count)[:, None], other=0.0)
+    """[ROWS, COLUMNS]: features FIRST.. of the rows from ``start`` on, 0 past ``count`` rows or D features. ``base`` is
+    the first row of a head, or its descriptor by :func:`described`."""
+    if isinstance(base, tl.tensor_descriptor):
+        return base.load([tl.cast(start, tl.int32), FIRST])
     else:
-        if FIRST + COLUMNS > D:
-            return tl.load(pointers, mask=(column + FIRST < D)[None, :], other=0.0)
+        pointers = tile_pointers(base, stride, start, FIRST, ROWS, COLUMNS, ALIGN)
+        row = tl.arange(0, ROWS)
+        column = tl.arange(0, COLUMNS)
+        if CHECKED:
+            if FIRST + COLUMNS > D:
+                return tl.load(pointers, mask=(start + row < count)[:, None] & (column + FIRST < D)[None, :], other=0.0)
+            else:
+                return tl.load(pointers, mask=(start + row < count)[:, None], other=0.0)
         else:
-            return tl.load(pointers)
+            if FIRST + COLUMNS > D:
+                return tl.load(pointers, mask=(column + FIRST < D)[None, :], other=0.0)
+            else:
+                return tl.load(pointers)
+
+
+@triton.jit
+def described(
+    head, stride, count, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """``head``, where its rows begin; or, under TMA, a descriptor of ``count`` of them, of D features, for tiles of
+    [ROWS, COLUMNS]: zeros past either end, which is the sequence's own."""
+    if TMA:
+        return tl.make_tensor_descriptor(
+            head, [tl.cast(count, tl.int32), D], [tl.cast(stride, tl.int64) * ALIGN, 1], [ROWS, COLUMNS]
+        )
+    else:
+        return head
 
 
 @triton.jit

@@ -17,6 +17,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     registers: int = 0  # a thread may take; 0 leaves it to ptxas, which may spill a little to fit two programs on an SM
+    tma: bool = False  # tiles come by TMA descriptors, where the tensors allow it
+    persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
 
 
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -84,7 +86,7 @@ _HALF_PAIRS: dict[str, Table] = {
     },
     "sm_100": {
         "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_queries": (
             Tile(64, 32, 4, 1, 255),
             Tile(32, 32, 8, 1),
@@ -114,6 +116,25 @@ _GFX942: Table = {
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 
+# By TMA descriptors, which take fewer registers than pointers: where that makes a tile larger, or lets one be under way
+# while another is computed. Of keys and values, and of queries and do for "backward_keys". None: pointers do as well.
+_DESCRIBED: dict[str, dict[str, tuple[Tile | None, ...]]] = {
+    "sm_90": {
+        "forward": (None, Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 2, tma=True), None),
+        "backward_keys": (Tile(64, 128, 8, 2, tma=True), None, None, None),
+    },
+    "sm_100": {
+        "forward": (
+            Tile(128, 128, 8, 2, tma=True),
+            Tile(128, 128, 8, 2, tma=True),
+            Tile(128, 64, 8, 2, tma=True),
+            None,
+        ),
+        "backward_keys": (None, Tile(32, 64, 8, 2, tma=True), None, None),
+        "backward_queries": (None, Tile(128, 64, 8, 2, tma=True), None, None),
+    },
+}
+
 _INTERPRETED = {
     "forward": Tile(32, 64, 4, 1),
     "backward_keys": Tile(64, 32, 4, 1),
@@ -133,9 +154,9 @@ def architecture(x: torch.Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool) -> Tile:
+def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool, describable: bool = False) -> Tile:
     """The tile of a role on a machine, for heads of ``columns`` features at most; ``pairs``: something is computed or
-    loaded for each pair of query and key besides their score."""
+    loaded for each pair of query and key besides their score; ``describable``: TMA can read the tensors."""
     if machine == "interpreter":
         return _INTERPRETED[role]
     width = next(n for n, w in enumerate(WIDTHS) if columns <= w)
@@ -143,5 +164,8 @@ def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool)
         return _GFX942[role][width]
     if dtype == torch.float32:
         return (_SINGLE_PAIRS if pairs else _SINGLE)[role][width]
-    tables = _HALF_PAIRS if pairs or role == "backward_bias" else _HALF
-    return tables[machine][role][width]
+    pairs = pairs or role == "backward_bias"
+    described = _DESCRIBED.get(machine, {}).get(role, (None,) * len(WIDTHS))[width]
+    if describable and described is not None and not pairs:
+        return described
+    return (_HALF_PAIRS if pairs else _HALF)[machine][role][width]

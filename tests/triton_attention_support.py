@@ -76,9 +76,10 @@ def loops(text: str) -> list[str]:
 def plans(
     machine: str, dtype: torch.dtype, options: Options, dim: int, dim_v: int, *, queries: int = 256, keys: int = 256,
     batch: int = 2, heads: int = 4, heads_k: int = 2, backward: bool = True, pages: Tensor | None = None,
+    describable: bool = True,
 ) -> list[Plan]:  # fmt: skip
     """Every launch of a forward and backward pass; nothing is computed. With ``pages``, a block_table, k and v are
-    pools of pages of ``keys`` rows."""
+    pools of pages of ``keys`` rows. ``describable``: whether TMA may read the tensors."""
     packed = options.get("cu_seqlens_q") is not None
 
     def make(heads: int, length: int, dim: int) -> Tensor:
@@ -88,6 +89,8 @@ def plans(
     if pages is not None:
         k, v = (torch.empty(9, keys, heads_k, d, dtype=dtype).transpose(1, 2) for d in (dim, dim_v))
     x = Problem(q, k, v, *arguments(options), block_table=pages, machine=machine)
+    if not describable:
+        x.describable = lambda *_: False  # type: ignore[method-assign]
     o = make(heads, queries, dim_v)
     lse = torch.empty(attention_launch.row_sizes(x))
     found = list(attention_launch.plan_forward(x, o, lse))

@@ -81,7 +81,7 @@ _HALF_PAIRS: dict[str, Table] = {
     "sm_90": {
         "forward": (Tile(64, 64, 8, 2, 255), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
         "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
-        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
     },

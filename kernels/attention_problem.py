@@ -219,7 +219,8 @@ class Problem:
         """D as two powers of two, the second 0 where one is as good; and DV as one."""
         whole = max(16, power_of_two(self.dim))
         first, second = whole, 0
-        if whole > HALF_WIDEST or (whole > 64 and self.dim <= whole // 2 + whole // 4):
+        splittable = whole > 64 and (whole < HALF_WIDEST or self.dtype != torch.float32)  # wide float32 would spill
+        if whole > HALF_WIDEST or (splittable and self.dim <= whole // 2 + whole // 4):
             first = whole // 2
             second = max(16, power_of_two(self.dim - first))
         return {"D": self.dim, "DV": self.dim_v, "D1": first, "D2": second,

@@ -181,7 +181,7 @@ def test_tiles_compile_for_amd(name: str, width: int) -> None:
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time_and_ahead() -> None:
-    forward = plans("sm_90", HALF, case("causal"), 128, 128, backward=False)[0]
+    forward = plans("sm_90", HALF, case("causal"), 128, 128, backward=False, describable=False)[0]
     assert forward.arguments["ALIGN"] == 8
     text = compile_plan("sm_90", forward).text
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", text), "no copy of 16 bytes ahead"

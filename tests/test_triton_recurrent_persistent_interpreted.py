@@ -127,4 +127,4 @@ def test_reasons_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
     recurrent_launch.role = None
     tile, reason = recurrent_launch.tile("lstm", x, 512, False, False)
     assert type(tile) is tuning.Step  # not before it has run on hardware
-    assert reason == "H = 512 is above 128, the most units of a lstm in bf16 that one SM holds"
+    assert reason == "H = 512 is above 160, the most units of a lstm in bf16 that one SM holds"

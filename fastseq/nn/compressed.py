@@ -96,9 +96,7 @@ class CompressedWeights:
 
     def infer(self, layer: Any, x: Any, h0: Any, c0: Any, *shape: Any) -> tuple[Tensor, ...] | None:
         """What ``inference.stack`` returns for a layer, from the copies of its weights; shape: its cell, num_layers,
-        bidirectional and batch_first."""
-        if not backend.native_scan():
-            return None
+        bidirectional and batch_first. For a layer that has asked whether the native kernels are in force."""
         plan = self._plan
         if plan is not None:
             assert direct.planned is not None

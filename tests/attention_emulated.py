@@ -1,4 +1,5 @@
 """The CUDA C++ kernels of attention on the emulated machine, as operators: ``torch.ops.fastseq.attention_*.emulated``.
+With ``--device cuda`` it is the real kernels, on the device as it is, that a test of these gets.
 
 Everything from the operators down is what runs on a GPU: the checks of tensors, the plans, the launches, the kernels.
 Where a test asks for what an operator would not choose, or for a sanitizer, the kernels are called past the operators.
@@ -7,13 +8,16 @@ Where a test asks for what an operator would not choose, or for a sanitizer, the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import devices
 import torch
 from cuda_recurrent_support import ABI, CUDA, TORCH
 from emulation import build
@@ -228,3 +232,14 @@ def register() -> None:
     ):
         define(name, schema, fake, None, ("emulated",))
         torch.library.impl(f"fastseq::{name}.emulated", "CPU", run)
+
+
+@contextlib.contextmanager
+def emulating(major: int) -> Iterator[None]:
+    """The operators are there, of a machine of this compute capability; ``settings`` are put back afterwards."""
+    if devices.DEVICE == "cpu":
+        register()
+    before = dict(vars(settings))
+    settings.major = major
+    yield
+    vars(settings).update(before)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_emulated
+import devices
 import pytest
 import torch
 from attention_emulated import settings
@@ -23,15 +24,14 @@ from attention_operators import (
     forward,
     packed,
 )
+from cuda_recurrent_support import emulation_only, missing
 from emulation import build
 from torch import Tensor
 
 from fastseq import backend as backends
-from fastseq import ops, ops_attention
+from fastseq import ops_attention
 
-pytestmark = pytest.mark.skipif(
-    build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
-)
+pytestmark = [pytest.mark.device("native"), missing]
 
 HALVES = [torch.bfloat16, torch.float16]
 HEADS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
@@ -47,13 +47,11 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def emulated() -> Iterator[None]:
-    attention_emulated.register()
-    before = dict(vars(settings))
-    yield
-    vars(settings).update(before)
+    with attention_emulated.emulating(8):
+        yield
 
 
-@pytest.fixture(params=[8, 9], ids=["portable", "hopper"])
+@pytest.fixture(params=[8, 9] if devices.DEVICE == "cpu" else [0], ids={0: "device", 8: "portable", 9: "hopper"}.get)
 def machine(request: pytest.FixtureRequest) -> None:
     """The emulated GPU's major compute capability: 9 takes the kernels for Hopper, for calls of the plain class."""
     settings.major = request.param
@@ -138,6 +136,7 @@ def test_decoding_with_every_feature(name: str) -> None:
     check(*dense(shape, dtype), feature(name, dtype, shape))
 
 
+@emulation_only
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_decoding_with_every_kind_of_heads(heads: tuple[int, int]) -> None:
     for shape, options in (
@@ -302,6 +301,7 @@ def test_what_is_not_supported_is_said_alike_by_kernels_and_backend() -> None:
                 forward(q, k, v, {}, "emulated")
 
 
+@emulation_only
 def test_auto_leaves_these_kernels_out_until_they_have_run_on_hardware() -> None:
     row = backends.auto_row("cuda", "attention")
     assert "native" not in row.order
@@ -336,6 +336,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@emulation_only
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
@@ -362,6 +363,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     raise AssertionError("eight schedules gave the right answer")
 
 
+@emulation_only
 @either
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["causal", "sinks", "bias", "dropout"])

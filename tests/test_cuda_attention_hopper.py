@@ -8,35 +8,33 @@ from collections.abc import Iterator
 from typing import Any
 
 import attention_emulated
+import devices
 import pytest
 import torch
 from attention_emulated import SOURCES, hopper_refusal, settings
 from attention_operators import arguments, dense, forward
+from cuda_recurrent_support import emulation_only, missing
 from emulation import build
 from emulation.mutations import THREADS, Mutation, library, noticed
 from torch import Tensor
 
-from fastseq import ops
 from fastseq.reference.attention import attention as reference
 
-pytestmark = pytest.mark.skipif(
-    build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
-)
+pytestmark = [pytest.mark.device("native"), missing]
 
 
 @pytest.fixture(autouse=True)
 def emulated() -> Iterator[None]:
-    attention_emulated.register()
-    before = dict(vars(settings))
-    settings.major = 9
-    yield
-    vars(settings).update(before)
+    with attention_emulated.emulating(9):
+        yield
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    return hopper_refusal(q, k, v, *arguments(options))
+    """None on a GPU, which nobody can ask."""
+    return hopper_refusal(q, k, v, *arguments(options)) if devices.DEVICE == "cpu" else None
 
 
+@emulation_only
 def test_which_calls_the_kernels_for_hopper_take() -> None:
     q, k, v = dense((2, 4, 2, 40, 70, 64, 40), torch.bfloat16)
     cu = {"cu_seqlens_q": torch.tensor([0, 40]).int(), "cu_seqlens_k": torch.tensor([0, 70]).int()}
@@ -60,6 +58,7 @@ def test_which_calls_the_kernels_for_hopper_take() -> None:
     assert "9.0" in (why_not(q, k, v) or "")
 
 
+@emulation_only
 def test_what_is_taken_runs_in_another_kernel() -> None:
     """Which adds in another order: the last bits tell."""
     q, k, v = dense((1, 2, 1, 150, 390, 64, 64), torch.bfloat16)
@@ -148,6 +147,7 @@ FAULTS = [
 ]
 
 
+@emulation_only
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_found(fault: Mutation) -> None:

@@ -20,25 +20,19 @@ from attention_operators import (
     feature,
     forward,
 )
+from cuda_recurrent_support import emulation_only, missing
 from emulation import build
 from emulation.mutations import Mutation, library, noticed
 from test_cuda_attention_emulated import HALVES, HEADS, LIMITS, limits
 from torch import Tensor
 
-from fastseq import ops
-
-pytestmark = pytest.mark.skipif(
-    build.compiler() is None or ops.NATIVE_MISSING is not None, reason="needs a C++ compiler and the CPU extension"
-)
+pytestmark = [pytest.mark.device("native"), missing]
 
 
 @pytest.fixture(autouse=True)
 def hopper() -> Iterator[None]:
-    attention_emulated.register()
-    before = dict(vars(settings))
-    settings.major = 9
-    yield
-    vars(settings).update(before)
+    with attention_emulated.emulating(9):
+        yield
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options, **how: Any) -> None:
@@ -61,6 +55,7 @@ def packed(lengths_q: list[int], lengths_k: list[int], dtype: torch.dtype) -> An
     return *(torch.randn(n + 2, *rest).to(dtype) for n, *rest in sizes), cu
 
 
+@emulation_only
 def test_the_plain_class_is_taken_and_all_else_left_with_a_reason() -> None:
     shape = (2, 4, 2, 33, 65, 24, 16)
     q, k, v = dense(shape, torch.bfloat16)
@@ -75,6 +70,7 @@ def test_the_plain_class_is_taken_and_all_else_left_with_a_reason() -> None:
     assert "compute capability" in str(refusal(q, k, v, {}))
 
 
+@emulation_only
 def test_these_kernels_are_what_runs() -> None:
     """They add in another order than the portable ones."""
     q, k, v = dense((1, 1, 1, 64, 64, 128, 128), torch.float16)
@@ -181,6 +177,7 @@ FAULTS = [
 ]
 
 
+@emulation_only
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_found(fault: Mutation) -> None:
@@ -199,6 +196,7 @@ def test_a_planted_fault_is_found(fault: Mutation) -> None:
     assert noticed(run, library(fault, attention_emulated.SOURCES))
 
 
+@emulation_only
 @pytest.mark.full
 @pytest.mark.parametrize("heads", [(64, 64), (256, 256)], ids=str)
 def test_threads_do_not_race(heads: tuple[int, int]) -> None:

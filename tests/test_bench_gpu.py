@@ -385,7 +385,7 @@ def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
     line = next(line for line in recurrent["summary"] if line["backend"] == "reference" and line["peer"] == "best")
     assert line["of"] == "recurrent"
     known = [case for case in gpu_cases.tiny("recurrent") if case.cell != "gru_reset_before"]  # torch has none of it
-    assert line["count"] == len(known)
+    assert line["count"] == len(known), recurrent["cases"]
     assert "recurrent, reference: " in done.stdout
 
 

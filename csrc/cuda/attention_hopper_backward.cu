@@ -286,7 +286,7 @@ const char* launch_hopper_gradient(const AttentionBackward& call, const Place& p
   map(typename Kernel::FarP(), maps.far_p, kOfKeys ? call.d_o : call.v, !kOfKeys, call.dim_v);
   if (error != nullptr) return error;
   const Tiling tiling = tiling_of(call, kOfKeys, Shape::kNear);
-  const int64_t together = at_least(1, place.multiprocessors / Shape::kParts);
+  const int64_t together = place.multiprocessors > Shape::kParts ? place.multiprocessors / Shape::kParts : 1;
   Launch shape;
   shape.grid.x = unsigned(tiling.blocks() < together ? tiling.blocks() : together);
   shape.grid.y = Shape::kParts;

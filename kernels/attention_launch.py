@@ -81,7 +81,7 @@ def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
     """Launches that fill o and lse of the sequences of few queries: splits of the keys, and what merges them."""
     tile = x.tile("decode")
     rows = x.batch * x.heads * x.few
-    splits, least = x.splits(tile.block_n)
+    splits, least = x.splits(tile.block_n, tile.programs)
     o_split = torch.empty((rows, splits, x.dim_v), dtype=torch.float32, device=o.device)
     lse_split = torch.empty((rows, splits), dtype=torch.float32, device=o.device)
     align = x.align(x.q, x.k, x.v)

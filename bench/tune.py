@@ -64,13 +64,13 @@ Row = tuple[int, ...]
 """Queries, keys, warps, stages; then registers, where they are limited."""
 
 _FORWARD: dict[int, list[Row]] = {
-    64: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3),
-         (128, 128, 4, 2), (128, 128, 8, 4), (256, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 3), (128, 32, 4, 4)],
-    128: [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-          (128, 64, 8, 2), (128, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 4), (256, 64, 8, 2), (128, 32, 4, 3),
-          (64, 128, 4, 1), (128, 128, 8, 1)],
-    256: [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3),
-          (128, 64, 8, 1), (128, 16, 8, 3), (64, 64, 8, 2)],
+    64: [(128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3),
+         (128, 128, 8, 2, 128), (128, 64, 8, 3, 128), (128, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 4)],
+    128: [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2, 128), (64, 128, 4, 2), (128, 64, 8, 4),
+          (64, 64, 4, 3), (64, 64, 4, 2, 168), (128, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3),
+          (128, 32, 8, 4)],
+    256: [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
+          (128, 64, 8, 1), (64, 64, 8, 2)],
 }  # fmt: skip
 _KEYS: dict[int, list[Row]] = {
     64: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (128, 128, 8, 2),
@@ -103,19 +103,22 @@ def candidates(role: str, width: int, tiny: bool) -> Iterator[dict[str, int]]:
     if tiny:
         yield {"block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 1}
         return
-    names = ("block_m", "block_n", "num_warps", "num_stages")
+    names = ("block_m", "block_n", "num_warps", "num_stages", "registers")
     if role == "decode":
         for row in _DECODE:
-            yield dict(zip((*names, "programs"), row, strict=True))
+            yield dict(zip((*names[:4], "programs"), row, strict=True))
         return
     rows = {"forward": _FORWARD, "backward_keys": _KEYS, "backward_queries": _QUERIES}[role][width]
-    half = (len(rows) + 1) // 2
-    for some, tma in product((rows[:half], rows[half:]), (True, False)):
-        for row in some:
-            yield dict(zip(names, row, strict=True)) | {"tma": tma}
+    ways: list[dict[str, int]] = [{"tma": True}, {}]
     if role == "forward":
-        for row in rows[:3]:
-            yield dict(zip(names, row, strict=True)) | {"tma": True, "persistent": 8 // row[2]}
+        ways = [{"tma": True, "ahead": True}, {"tma": True}, {}, {"ahead": True}]
+    first = (len(rows) + 1) // 2
+    for some, way in product((rows[:first], rows[first:]), ways):
+        for row in some:
+            yield dict(zip(names, row, strict=False)) | way
+    if role == "forward":
+        for row, ahead in product(rows[:3], (True, False)):
+            yield dict(zip(names, row, strict=False)) | {"tma": True, "ahead": ahead, "persistent": 8 // row[2]}
 
 
 @dataclasses.dataclass
@@ -132,25 +135,41 @@ class Candidate:
                   "registers": " registers ", "programs": " programs ", "persistent": " persistent "}  # fmt: skip
         tile = self.found.get("tile", self.tile)
         text = "".join(f"{label}{tile[name]}" for name, label in fields.items() if tile.get(name))
-        return text + " TMA" * bool(tile.get("tma")) + " (in force)" * (not self.tile)
+        text += " TMA" * bool(tile.get("tma")) + " ahead" * bool(tile.get("ahead"))
+        return text + " (in force)" * (not self.tile)
 
 
 # --- in the processes -------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Prepared:
+    """A call, the launches of a role as its tile now is, what they fill, and that by the tile in force."""
+
+    x: Any
+    plans: Callable[[], list[Any]]
+    results: list[torch.Tensor]
+    truth: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def run(self) -> None:
+        for plan in self.plans():
+            plan.run()
+
+
 class Bench:
-    """What a process knows: inputs of the case it was last asked about, and the answer of the tile in force."""
+    """What a process keeps from one request to the next: the inputs of every case it was asked about."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.clock = EventClock() if device == "cuda" else HostClock()
-        self.name = ""
-        self.x: Any = None
-        self.plans: Callable[[], list[Any]] = list
-        self.results: list[torch.Tensor] = []
+        self.kept: dict[tuple[str, str], Prepared] = {}
 
-    def problem(self, case: Heads, role: str) -> tuple[Any, Callable[[], list[Any]], list[torch.Tensor]]:
-        """The call, the launches of a role as its tile now is, and what these fill."""
+    def prepared(self, case: Heads, role: str) -> Prepared:
+        if (role, case.name) not in self.kept:
+            self.kept[role, case.name] = self.problem(case, role)
+        return self.kept[role, case.name]
+
+    def problem(self, case: Heads, role: str) -> Prepared:
         from fastseq.kernels import attention_launch as launch
         from fastseq.kernels.attention_problem import Problem
 
@@ -160,7 +179,7 @@ class Bench:
         o = torch.empty_like(given.q)
         lse = torch.empty(launch.row_sizes(x), dtype=torch.float32, device=self.device)
         if not case.training:
-            return x, lambda: list(launch.plan_forward(x, o, lse)), [o]
+            return Prepared(x, lambda: list(launch.plan_forward(x, o, lse)), [o])
         for plan in launch.plan_forward(x, o, lse):
             plan.run()
         out = launch.allocate(x, False)
@@ -171,7 +190,7 @@ class Bench:
             made = list(launch.plan_backward(x, o, given.d_o, lse, None, out))
             return [plan for plan in made if plan.kernel.__name__ == f"attention_{role}"]
 
-        return x, plans, [out.dk, out.dv] if role == "backward_keys" else [out.dq]
+        return Prepared(x, plans, [out.dk, out.dv] if role == "backward_keys" else [out.dq])
 
     def tile(self, x: Any, role: str, fields: dict[str, int]) -> Any:
         from fastseq.kernels.tuning_attention import Tile
@@ -185,14 +204,12 @@ class Bench:
         if self.device != "cuda":
             return {}
         small = dataclasses.replace(case, batch=1, queries=min(case.queries, 256), keys=min(case.keys, 256))
-        if self.name != f"{role} {small.name}":  # any length of a case has its code
-            self.x, self.plans, _ = self.problem(small, role)
-            self.name = f"{role} {small.name}"
-        tile = self.tile(self.x, role, fields)
+        own = self.prepared(small, role)  # any length of a case has its code
+        tile = self.tile(own.x, role, fields)
         found: dict[str, Any] = {"tile": tile._asdict()}
         begun = time.perf_counter()
         with tuning_attention.forced(role, tile):
-            for plan in self.plans():
+            for plan in own.plans():
                 if plan.kernel.__name__ == "attention_merge":
                     continue
                 made = plan.kernel.warmup(grid=(plan.grid,), **plan.arguments, **plan.options)
@@ -207,22 +224,20 @@ class Bench:
         """Seconds of the role's launches, once their answer is that of the tile in force."""
         from fastseq.kernels import tuning_attention
 
-        if self.name != f"{role} {case.name}":
-            self.x, self.plans, self.results = None, list, []  # gives memory back
-            self.x, self.plans, self.results = self.problem(case, role)
-            self.run()
-            self.truth = [t.clone() for t in self.results]
-            self.name = f"{role} {case.name}"
-        tile = self.tile(self.x, role, fields)
+        own = self.prepared(case, role)
+        if not own.truth:
+            own.run()
+            own.truth = [t.clone() for t in own.results]
+        tile = self.tile(own.x, role, fields)
         with tuning_attention.forced(role, tile):
-            for result in self.results:
+            for result in own.results:
                 result.fill_(torch.nan)
-            self.run()
-            for result, truth in zip(self.results, self.truth, strict=True):
+            own.run()
+            for result, truth in zip(own.results, own.truth, strict=True):
                 error = ((result.float() - truth.float()).abs().max() / truth.abs().max()).item()
                 if not error <= TOLERANCE[case.dtype]:
                     return {"reason": f"off by {error:.1e} in {case.name}", "tile": tile._asdict()}
-            call = self.captured()
+            call = self.captured(own.run)
             cold = case.kind == "decode" and self.device == "cuda"
             once = self.clock(call, 2, cold)
             calls = max(1, min(200, int(min_time / 3 / max(once, 1e-7))))
@@ -233,18 +248,14 @@ class Bench:
             entry["gb_s"] = case.bytes / seconds[1] / 1e9
         return {"tile": tile._asdict(), "cases": {case.name: entry}}
 
-    def run(self) -> None:
-        for plan in self.plans():
-            plan.run()
-
-    def captured(self) -> Callable[[], object]:
+    def captured(self, run: Callable[[], None]) -> Callable[[], object]:
         """The launches without their host's time."""
         if self.device != "cuda":
-            return self.run
+            return run
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            self.run()
+            run()
         return graph.replay
 
 
@@ -260,7 +271,6 @@ def serve(device: str, pipe: Connection) -> None:
                 broken = False
             except Exception as error:
                 answer, broken = {"reason": told(error)}, "CUDA" in f"{type(error).__name__} {error}"
-                bench.name = "" if what == "measure" else bench.name
             pipe.send(answer)
             if broken:
                 return

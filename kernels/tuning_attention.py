@@ -22,6 +22,7 @@ class Tile(NamedTuple):
     registers: int = 0  # a thread may take; 0 leaves it to ptxas, which may spill a little to fit two programs on an SM
     tma: bool = False  # tiles come by TMA descriptors, where the tensors allow it
     persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
+    ahead: bool = False  # forward: the scores of a tile are made while the one before is still multiplied by v
     programs: int = 0  # decoding: how many the splits of the keys are to make in all; 0: attention_problem.PROGRAMS
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,9 +65,9 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastseq.kernels.tuning_attention import Tile
 
     bench, result, value = tune.Bench("cpu"), torch.empty(3), 1.0
-    monkeypatch.setattr(bench, "problem", lambda case, role: (None, list, [result]))
+    launch = SimpleNamespace(run=lambda: result.fill_(value))
+    monkeypatch.setattr(bench, "problem", lambda case, role: tune.Prepared(None, lambda: [launch], [result]))
     monkeypatch.setattr(bench, "tile", lambda x, role, fields: Tile(16, 16, 1, 1))
-    monkeypatch.setattr(bench, "run", lambda: result.fill_(value))
     case = tune.cases("forward", 64, True)[0]
     assert "cases" in bench.measure(case, "forward", {}, 1e-9)
     for wrong in (1.01, float("nan")):
@@ -83,6 +84,7 @@ def test_a_lost_process_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     helper.process.join()
     assert helper.ask("compile", case, "decode", {}) == {}
     assert "reason" in helper.ask("measure", case, "decode", {"no_field": 1}, 0.01)
-    monkeypatch.setitem(tune.PATIENCE, "compile", 0.0)
+    helper.end()
+    monkeypatch.setitem(tune.PATIENCE, "compile", 0.0)  # less than a process takes to begin
     assert "no answer" in helper.ask("compile", case, "decode", {})["reason"]
     assert helper.process is None

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
-from .attention_problem import HALF_WIDEST, INTERPRETED, PROGRAMS, Problem, power_of_two, with_unit_rows
+from .attention_problem import HALF_WIDEST, INTERPRETED, NARROWEST, PROGRAMS, Problem, power_of_two, with_unit_rows
 from .attention_problem import unsupported as unsupported
 from .attention_tiles import ROW_BLOCK as _ROW_BLOCK
 from .attention_tiles import Rows, hidden
@@ -63,6 +63,9 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
     align = x.align(x.q, x.k, x.v, o)
     describable = x.describable(align, x.k, x.v)
     tile = x.tile("forward", describable)
+    least = x.least_columns(align)
+    if least > NARROWEST:  # addresses of plain loads take the registers of half a tile
+        tile = tile._replace(block_n=min(tile.block_n, 64))
     tiles, heads, together = x.grid(False, tile.block_m)
     yield Plan(
         attention.attention_forward,
@@ -70,7 +73,7 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
-            "tiles": tiles, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
+            "tiles": tiles, **x.shared(least), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
             "FOLD": x.folds, "TMA": tile.tma and describable, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),

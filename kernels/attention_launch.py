@@ -145,7 +145,7 @@ def plan_backward(
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
                 "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
                 "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 64), "ALIGN": align,
+                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 128 // o.element_size()), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip

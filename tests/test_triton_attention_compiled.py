@@ -143,7 +143,7 @@ def test_every_tile_fits_its_machine(target: str, name: str, width: int) -> None
 
 @pytest.mark.tiles
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["causal", "window", "everything"])
+@pytest.mark.parametrize("name", ["causal", "window", "packed", "everything"])
 def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> None:
     for target in ("sm_80", "sm_90"):
         check(target, name, WIDTHS[width], torch.float16)

@@ -29,19 +29,38 @@ from .attention_tiles import (
 
 
 @triton.jit
+def products(
+    q1, q2, k, k_head, k_more, call, b, start, tk,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """q[i]·k[j] of the keys from ``start`` on, [BLOCK_M, BLOCK_N]."""
+    k1 = load_keys(k, k_head, call.pages, b, start, tk, D, 0, BLOCK_N, D1, ALIGN, CHECKED)  # [BLOCK_N, D1]
+    qk = dot(q1, tl.trans(k1), PRECISION, WIDEN)
+    if D2 > 0:
+        k2 = load_keys(k, k_more, call.pages, b, start, tk, D, D1, BLOCK_N, D2, ALIGN, CHECKED)
+        qk = dot_add(q2, tl.trans(k2), qk, PRECISION, WIDEN)
+    return qk
+
+
+@triton.jit
 def attend(
-    acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
+    acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, MASKED: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1]."""
+    """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1].
+
+    AHEAD: q·k of a tile is made in the iteration before, and handed on as ``ahead``. Then the tensor cores are still at
+    p v of one tile while p of the next is computed: Triton only waits for a product where it is next used, and for all
+    of them behind one whose result the same iteration needs."""
     for start in tl.range(begin, end, BLOCK_N):
-        k1 = load_keys(k, k_head, call.pages, b, start, tk, D, 0, BLOCK_N, D1, ALIGN, MASKED)  # [BLOCK_N, D1]
-        qk = dot(q1, tl.trans(k1), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
-        if D2 > 0:
-            k2 = load_keys(k, k_more, call.pages, b, start, tk, D, D1, BLOCK_N, D2, ALIGN, MASKED)
-            qk = dot_add(q2, tl.trans(k2), qk, PRECISION, WIDEN)
+        if AHEAD:
+            qk = ahead
+        else:
+            qk = products(q1, q2, k, k_head, k_more, call, b, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN,
+                          MASKED)  # fmt: skip
         j = start + tl.arange(0, BLOCK_N)[None, :]
         if FOLD:  # the scale is positive and nothing is added: it commutes with the maximum, and fuses into the exp2
             factor = call.scale * LOG2E
@@ -61,13 +80,16 @@ def attend(
         l = l * factor_old + tl.sum(p, 1)
         if call.seed is not None:
             p = tl.where(kept(call, b, h, i, start, BLOCK_M, BLOCK_N), p, 0.0)
+        if AHEAD:  # the last of all is of a tile past the end, of zeros, and nobody's
+            ahead = products(q1, q2, k, k_head, k_more, call, b, start + BLOCK_N, tk, D, D1, D2, BLOCK_N, ALIGN,
+                             PRECISION, WIDEN, True)  # fmt: skip
         acc = acc * factor_old[:, None]
         values = load_keys(
             v, v_head, call.pages, b, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED
         )  # [BLOCK_N, DV]
         acc = dot_add(narrow(p, values.dtype, WIDEN), values, acc, PRECISION, WIDEN)
         m = m_new
-    return acc, m, l
+    return acc, m, l, ahead
 
 
 @triton.jit
@@ -76,23 +98,30 @@ def attend_all(
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code."""
+    ahead = m
+    if AHEAD:
+        ahead = products(q1, q2, k, k_head, k_more, call, b, begin, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN,
+                         True)  # fmt: skip
     if call.pairs is None:
         if call.left is not None:
-            acc, m, l = attend(
-                acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
+            acc, m, l, ahead = attend(
+                acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin,
+                call, b, h, i, i0, tq, tk, shift,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
             )  # fmt: skip
-        acc, m, l = attend(
-            acc, m, l, q1, q2, k, v, k_head, k_more, v_head, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
+        acc, m, l, ahead = attend(
+            acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_begin, whole_end,
+            call, b, h, i, i0, tq, tk, shift,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False,
         )  # fmt: skip
-    return attend(
-        acc, m, l, q1, q2, k, v, k_head, k_more, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
-        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, True,
+    acc, m, l, _ = attend(
+        acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
+        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
     )  # fmt: skip
+    return acc, m, l
 
 
 @triton.jit
@@ -100,7 +129,7 @@ def make_rows(
     program, q, k, v, o, lse, call, heads, together, few,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The tile of queries of one head that is number ``program``."""
     b, h, tile = find_program(program, call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
@@ -127,7 +156,7 @@ def make_rows(
         acc, m, l = attend_all(
             acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD,
         )  # fmt: skip
         row = i0 + tl.arange(0, BLOCK_M)
         empty = (l == 0.0) | (row >= tq)
@@ -146,7 +175,7 @@ def attention_forward(
     q, k, v, o, lse, call, heads, together, few, tiles,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are taken as D1 + D2
     columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are left to the
@@ -155,10 +184,10 @@ def attention_forward(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             make_rows(
                 tile, q, k, v, o, lse, call, heads, together, few,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
             )  # fmt: skip
     else:
         make_rows(
             tl.program_id(0), q, k, v, o, lse, call, heads, together, few,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
         )  # fmt: skip

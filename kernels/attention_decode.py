@@ -18,7 +18,7 @@ import triton.language as tl
 from .attention import attend_all
 from .attention_ranges import key_range, sequence
 from .attention_scores import LN2, LOG2E
-from .attention_tiles import head_of, head_of_keys, load_rows, narrow, number
+from .attention_tiles import described, head_of, head_of_keys, load_rows, narrow, number
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "o", "lse", "call", "heads_k", "queries", "splits", "least"])
@@ -26,7 +26,7 @@ def attention_decode(
     q, k, v, o, lse, call, heads_k, queries, splits, least,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One split of one key head: o float32 [B,Hq,queries,splits,DV] and lse [B,Hq,queries,splits] in units of log 2,
     without the sinks; 0 and -inf where the split shows a row nothing. A split has ``least`` keys or more."""
@@ -58,11 +58,15 @@ def attention_decode(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        k_head = head_of_keys(k, call.pages, b, head, k_row, ALIGN)
+        key = head_of_keys(k, call.pages, b, head, k_row, ALIGN)
+        value = head_of_keys(v, call.pages, b, head, k_row, ALIGN)
+        k_head = described(key, number(k.row), tk, D, BLOCK_N, D1, ALIGN, TMA)
+        k_more = described(key, number(k.row), tk, D, BLOCK_N, D2, ALIGN, TMA and D2 > 0)
+        v_head = described(value, number(v.row), tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
         acc, m, l = attend_all(
-            acc, m, l, q1, q2, k, v, k_head, k_head, head_of_keys(v, call.pages, b, head, k_row, ALIGN),
+            acc, m, l, q1, q2, k, v, k_head, k_more, v_head,
             begin, whole_begin, whole_end, end, call, b, h[:, None], i[:, None], 0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
         )  # fmt: skip
         empty = (l == 0.0) | (i >= tq)
         l = tl.where(empty, 1.0, l)

@@ -74,7 +74,7 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
             "tiles": tiles, **x.shared(least), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": x.folds, "TMA": tile.tma and describable, "PERSISTENT": tile.persistent > 0,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip
@@ -82,12 +82,13 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
 
 def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
     """Launches that fill o and lse of the sequences of few queries: splits of the keys, and what merges them."""
-    tile = x.tile("decode")
+    align = x.align(x.q, x.k, x.v)
+    describable = x.describable(align, x.k, x.v)
+    tile = x.tile("decode", describable)
     rows = x.batch * x.heads * x.few
-    splits, least = x.splits(tile.block_n)
+    splits, least = x.splits(tile.block_n, tile.programs)
     o_split = torch.empty((rows, splits, x.dim_v), dtype=torch.float32, device=o.device)
     lse_split = torch.empty((rows, splits), dtype=torch.float32, device=o.device)
-    align = x.align(x.q, x.k, x.v)
     yield Plan(
         attention_decode.attention_decode,
         x.batch * x.heads_k * splits,
@@ -95,7 +96,7 @@ def plan_decode(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": o_split, "lse": lse_split,
             "call": x.call, "heads_k": x.heads_k, "queries": x.few, "splits": splits, "least": least, **x.shared(),
             "BLOCK_M": max(tile.block_m, power_of_two(x.heads // x.heads_k * x.few)), "BLOCK_N": tile.block_n,
-            "ALIGN": align, "FOLD": x.folds,
+            "ALIGN": align, "FOLD": x.folds, "TMA": tile.tma and describable,
         },
         options_of(tile),
     )  # fmt: skip

@@ -170,10 +170,10 @@ class Problem:
         looks = torch.are_deterministic_algorithms_enabled() or self.length_q <= DECODE_MEAN * self.batch
         return max(1, DECODE_TILE // group) if looks else 0
 
-    def splits(self, block: int) -> tuple[int, int]:
+    def splits(self, block: int, programs: int = 0) -> tuple[int, int]:
         """Splits of each sequence's keys, and the keys that one has at least: enough to fill the machine, or always
         the same."""
-        wanted, least = PROGRAMS // max(1, self.batch * self.heads_k), 2 * block
+        wanted, least = (programs or PROGRAMS) // max(1, self.batch * self.heads_k), 2 * block
         if torch.are_deterministic_algorithms_enabled():
             wanted, least = FIXED_SPLITS, FIXED_LEAST
         return max(1, min(wanted, -(-self.length_k // least))), least

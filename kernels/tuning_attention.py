@@ -6,6 +6,8 @@ in the cases that the tests compile. None has been timed on hardware.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ class Tile(NamedTuple):
     registers: int = 0  # a thread may take; 0 leaves it to ptxas, which may spill a little to fit two programs on an SM
     tma: bool = False  # tiles come by TMA descriptors, where the tensors allow it
     persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
+    ahead: bool = False  # forward: the scores of a tile are made while the one before is still multiplied by v
+    programs: int = 0  # decoding: how many the splits of the keys are to make in all; 0: attention_problem.PROGRAMS
 
 
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -149,6 +153,21 @@ _INTERPRETED = {
 }
 
 
+_forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def forced(role: str, tile: Tile) -> Iterator[None]:
+    """A role has this tile inside the ``with`` block, whatever the tables say."""
+    before = dict(_forced)
+    _forced[role] = tile
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 def architecture(x: torch.Tensor) -> str:
     """The machine a tensor is on: a key of :data:`SHARED`, or ``interpreter``."""
     if x.device.type != "cuda":
@@ -162,6 +181,8 @@ def architecture(x: torch.Tensor) -> str:
 def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool, describable: bool = False) -> Tile:
     """The tile of a role on a machine, for heads of ``columns`` features at most; ``pairs``: something is computed or
     loaded for each pair of query and key besides their score; ``describable``: TMA can read the tensors."""
+    if role in _forced:
+        return _forced[role]
     if machine == "interpreter":
         return _INTERPRETED[role]
     width = next(n for n, w in enumerate(WIDTHS) if columns <= w)

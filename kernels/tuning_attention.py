@@ -86,7 +86,7 @@ _HALF_PAIRS: dict[str, Table] = {
         "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
         "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
         "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
@@ -98,7 +98,7 @@ _HALF_PAIRS: dict[str, Table] = {
             Tile(16, 16, 8, 1, 255),
         ),
         "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
 

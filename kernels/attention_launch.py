@@ -163,8 +163,9 @@ def plan_backward(
     for role, kernel, of_keys, results in launches:
         describable = x.describable(align, x.q, d_o) if of_keys else x.describable(align, x.k, x.v)
         tile = x.tile(role, describable)
-        if x.dtype == torch.float32 and results.get("dk", out.dq) is None and x.machine in ("sm_80", "sm_90", "sm_100"):
-            tile = tile._replace(registers=255)  # dv by itself: ptxas would spill some to fit programs in, of dk not
+        alone = x.dtype == torch.float32 and results.get("dk", out.dq) is None  # dv
+        if alone and not (x.packed and x.dim_v <= 128) and x.machine in ("sm_80", "sm_90", "sm_100"):
+            tile = tile._replace(registers=255)  # ptxas would spill some to fit programs in, of dk not
         grid, heads, together = x.grid(of_keys, tile.block_n if of_keys else tile.block_m)
         yield Plan(
             kernel,

@@ -105,17 +105,13 @@ _HALF_PAIRS: dict[str, Table] = {
 # float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
 _SINGLE: Table = {
     "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     "backward_queries": (Tile(32, 32, 8, 1, 255), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
     "backward_bias": (Tile(32, 32, 8, 1),) * 3,
-    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 _SINGLE_PAIRS: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))}
-_SINGLE_SM_80: Table = {  # packed sequences take the most registers there
-    **_SINGLE,
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1)),
-    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1)),
-}
+_SINGLE_SM_80: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1))}
 
 _GFX942: Table = {
     "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),

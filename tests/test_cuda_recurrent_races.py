@@ -95,16 +95,16 @@ FAULTS = {
         "cluster_barrier", "exchange", SYNC + "    ++this->epoch;", "    ++this->epoch;",
     ),
     "no cluster barrier before the first push": ("cluster", "exchange", "    if (blocks > 1) cluster_sync();\n", ""),
-    "one buffer": ("cluster", "exchange", "return buffers + (e & 1) * layout.buffer;", "return buffers;"),
+    "one buffer": ("cluster", "exchange", "return (e & 1) * layout.buffer;", "return 0;"),
     "one buffer, with the cluster's barrier": (
-        "cluster_barrier", "exchange", "return buffers + (e & 1) * layout.buffer;", "return buffers;",
+        "cluster_barrier", "exchange", "return (e & 1) * layout.buffer;", "return 0;",
     ),
     "arrival that releases nothing": (
         "cluster_barrier", "exchange", "cluster_arrive_release()", "cluster_arrive_relaxed()",
     ),
     "barriers that the cluster does not know": ("cluster", "exchange", "      fence_mbar_init();\n", ""),
     "no bytes expected": (
-        "cluster", "exchange", "mbar_arrive_tx(bar, theirs * 16 * (to - from) * mine.columns)", "mbar_arrive(bar)",
+        "cluster", "exchange", "mbar_arrive_tx(bar, theirs * 16 * kParts * mine.columns)", "mbar_arrive(bar)",
     ),
     "a column's bytes not expected": ("cluster", "exchange", "* mine.columns)", "* (mine.columns - 1))"),
     "wait for the phase before": ("cluster", "exchange", "(this->epoch - 1) / 2 & 1", "(this->epoch + 1) / 2 & 1"),
@@ -120,7 +120,7 @@ FAULTS = {
     "counter that waits for one block less": (
         "grid", "exchange", "static_cast<unsigned>(epoch) * blocks", "static_cast<unsigned>(epoch) * blocks - 1",
     ),
-    "no block barrier after the product": ("grid", "resident", "load);\n" + SYNC, "load);\n"),
+    "no block barrier after the product": ("grid", "resident", "columns, exchange);\n" + SYNC, "columns, exchange);\n"),
     "swapped halves of a fragment": (
         "grid", "product", "const int m = row + (i & 1) * 8;", "const int m = row + (i >> 1) * 8;",
     ),

@@ -44,24 +44,26 @@ forward_step(ScanForward a, ScanStep s) {
     return s.product[(int64_t(at.b) * gates + gate - from) * a.H + at.u] +
            read_or_zero<T>(a.b_hh, a.b_hh ? int64_t(gate) * a.H + at.u : 0);
   };
-  float x[G], h = s.state[own.i];
+  T x[G];
+  float h = s.state[own.i];
   read_gates<C, T>(a, t, at, x);
   if constexpr (kTwice<C>) {
     if (s.phase == 0) {
       float z;
-      const float q = forward_reset<T>(a, t, at, clear, x[0] + hidden_side(2, 0, 0), x[1] + hidden_side(2, 0, 1), h, z);
+      const float q = forward_reset<T>(a, t, at, clear, to_float(x[0]) + hidden_side(2, 0, 0),
+                                       to_float(x[1]) + hidden_side(2, 0, 1), h, z);
       s.kept[own.i] = z;
       write<T>(s.operand, own.i, q);
       return;
     }
-    forward_candidate<T>(a, t, at, clear, x[2] + hidden_side(1, 2, 2), s.kept[own.i], h);
+    forward_candidate<T>(a, t, at, clear, to_float(x[2]) + hidden_side(1, 2, 2), s.kept[own.i], h);
   } else {
     float p[G], c = C == ScanCell::lstm ? s.cell_state[own.i] : 0.0f;
 #pragma unroll
     for (int g = 0; g < G; ++g) p[g] = hidden_side(G, 0, g);
     Left<C> left;
-    forward_element<C>(a, t, at, clear, x, p, h, c, left);
-    write_left<C, T>(a, t, at, left);
+    forward_element<C, T>(a, t, at, clear, x, p, h, c, left);
+    write_left<C, T>(a, t, at, h, c, left);
     if constexpr (C == ScanCell::lstm) {
       s.cell_state[own.i] = c;
       if (s.step == a.T - 1) write<T>(a.c_n, own.i, c);
@@ -104,7 +106,7 @@ backward_step(ScanBackward a, ScanStep s) {
   }
   const int t = time_back(a, s.step);
   const bool clear = cleared(a, t, at.b);
-  Saved<C> saved;
+  Saved<C, T> saved;
   read_saved<C, T>(a, t, at, clear, saved);
   if constexpr (kTwice<C>) {
     float dz;
@@ -120,7 +122,7 @@ backward_step(ScanBackward a, ScanStep s) {
     give(D, 1, dz);
   } else {
     Gradients<C> gradients;
-    dh = backward_element<C>(a, t, at, clear, saved, dh, dc, gradients);
+    dh = backward_element<C, T>(a, t, at, clear, saved, dh, dc, gradients);
     write_gradients<C, T>(a, t, at, gradients);
 #pragma unroll
     for (int g = 0; g < D; ++g) give(D, g, gradients.d[g]);

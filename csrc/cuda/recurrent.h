@@ -67,10 +67,10 @@ struct ScanBackward : ScanWalk {
 
 constexpr int kScanThreads = 512;  // of a block of the resident roles, at most
 constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs looks after, at most
-// Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid needs
-// registers for what is on its way from global memory.
+// Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid's blocks
+// have few, and addresses in global memory to keep.
 constexpr int scan_held(ScanRole role, ScanDtype dtype) {
-  return (role == ScanRole::grid ? 4 : 12) / (dtype == ScanDtype::f32 ? 3 : 1) / 4 * 4;
+  return role == ScanRole::grid || dtype == ScanDtype::f32 ? 4 : 12;
 }
 constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
 // W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.
@@ -101,6 +101,7 @@ struct ScanLayout {
   int column = 0;          // a row of the batch in the vector
   int buffer = 0;          // one of the vector's two buffers
   int partial_rows = 0;    // floats from one column of the partial sums to the next
+  int copy = 0;            // the grid's copy of the vector, with which shared memory begins; 0 where it has no room
   int fragments = 0, partial = 0, bias = 0, bars = 0, shared = 0;
   int tiles = 0, stored = 0;  // of W_hh in the block, and those of them in shared memory
   // How a block's share of the vector is pushed to the cluster's other blocks: 2^row_lanes lanes take a row of it, and

@@ -51,11 +51,12 @@ template <ScanCell C, class T>
 FASTSEQ_DEVICE const T* gates_at(const ScanForward& a, int t, const Place& at) {
   return static_cast<const T*>(a.gates_x) + element((t - a.first) * a.x_t + at.b * a.x_b, kGates<C> * a.H, at.u);
 }
+// As they lie in memory, as is all that is read ahead of its step: who converts a number waits for it.
 template <ScanCell C, class T>
-FASTSEQ_DEVICE void read_gates(const ScanForward& a, int t, const Place& at, float (&x)[kGates<C>]) {
+FASTSEQ_DEVICE void read_gates(const ScanForward& a, int t, const Place& at, T (&x)[kGates<C>]) {
   const T* from = gates_at<C, T>(a, t, at);
 #pragma unroll
-  for (int g = 0; g < kGates<C>; ++g) x[g] = to_float(from[g * a.H]);
+  for (int g = 0; g < kGates<C>; ++g) x[g] = from[g * a.H];
 }
 // Brings the same closer, for a step that is still some way off.
 template <ScanCell C, class T>
@@ -65,11 +66,11 @@ FASTSEQ_DEVICE void prefetch_gates(const ScanForward& a, int t, const Place& at)
   for (int g = 0; g < kGates<C>; ++g) prefetch_l2(from + g * a.H);
 }
 
-// What a step leaves behind: y and, where they are kept, the tape (an LSTM's i, f, g, o; a GRU's r, z, n, q) and c.
+// What a step leaves behind besides h and c: for the tape, an LSTM's i, f, g, o, a GRU's r, z, n, q.
 template <ScanCell C>
 struct Left {
   static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : 0;
-  float y, c, tape[kTape ? kTape : 1];
+  float tape[kTape ? kTape : 1];
 };
 // All of it 0 past the length, but c, which stays.
 template <class T>
@@ -81,11 +82,11 @@ FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, b
   write<T>(a.y, element(t * a.y_t + at.b * a.y_b, a.H, at.u), live ? y : 0.0f);
 }
 template <ScanCell C, class T>
-FASTSEQ_DEVICE void write_left(const ScanForward& a, int t, const Place& at, const Left<C>& left) {
+FASTSEQ_DEVICE void write_left(const ScanForward& a, int t, const Place& at, float h, float c, const Left<C>& left) {
   const bool live = t < at.length;
-  write_output<T>(a, t, at, live, left.y);
+  write_output<T>(a, t, at, live, h);
   if constexpr (C == ScanCell::lstm)
-    if (a.states) a.states[element(row_of(a, t, at), a.H, at.u)] = left.c;
+    if (a.states) a.states[element(row_of(a, t, at), a.H, at.u)] = c;
   if constexpr (Left<C>::kTape > 0)
     if (a.tape) {
       T* to = static_cast<T*>(a.tape) + element(row_of(a, t, at), 4 * a.H, at.u);
@@ -95,28 +96,32 @@ FASTSEQ_DEVICE void write_left(const ScanForward& a, int t, const Place& at, con
 }
 
 // One step from the pre-activations' two sides, x and p = W_hh h_prev + b_hh, to h and an LSTM's c.
-template <ScanCell C>
+template <ScanCell C, class T>
 FASTSEQ_DEVICE void forward_element(const ScanForward& a, int t, const Place& at, bool clear,
-                                    const float (&x)[kGates<C>], const float (&p)[kGates<C>], float& h, float& c,
+                                    const T (&read)[kGates<C>], const float (&p)[kGates<C>], float& h, float& c,
                                     Left<C>& left) {
+  float x[kGates<C>];
+#pragma unroll
+  for (int g = 0; g < kGates<C>; ++g) x[g] = to_float(read[g]);
   const bool live = t < at.length;
   const float h_prev = clear ? 0.0f : h;
+  float y;
   if constexpr (C == ScanCell::lstm) {
     float c_new;
     const auto s = baseline::lstm_forward(x[0] + p[0], x[1] + p[1], x[2] + p[2], x[3] + p[3], clear ? 0.0f : c, c_new);
-    c = left.c = live ? c_new : c;
+    c = live ? c_new : c;
     left.tape[0] = s.i, left.tape[1] = s.f, left.tape[2] = s.g, left.tape[3] = s.o;
-    left.y = baseline::lstm_hidden(s.o, c_new);
+    y = baseline::lstm_hidden(s.o, c_new);
   } else if constexpr (C == ScanCell::gru) {
     const auto s = baseline::gru_forward(x[0] + p[0], x[1] + p[1], x[2], p[2]);
     const float n = baseline::tanh(s.x_n);
     left.tape[0] = s.r, left.tape[1] = s.z, left.tape[2] = n, left.tape[3] = p[2];
-    left.y = baseline::gru_blend(s.z, n, h_prev);
+    y = baseline::gru_blend(s.z, n, h_prev);
   } else {
     const float s = x[0] + p[0];
-    left.y = a.relu ? baseline::rnn_forward<true>(s) : baseline::rnn_forward<false>(s);
+    y = a.relu ? baseline::rnn_forward<true>(s) : baseline::rnn_forward<false>(s);
   }
-  h = live ? left.y : h;
+  h = live ? y : h;
 }
 
 // gru_reset_before in two halves: q = r * h_prev, which W_hn multiplies, and z; then the candidate.
@@ -144,34 +149,41 @@ FASTSEQ_DEVICE void forward_candidate(const ScanForward& a, int t, const Place& 
 // ---- Backward
 
 // What a step's gradient is made of, read ahead of it.
-template <ScanCell C>
+template <ScanCell C, class T>
 struct Saved {
   static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : kTwice<C> ? 3 : 0;
-  float tape[kTape ? kTape : 1];
-  float h;   // an RNN's h_t, a GRU's h_prev
-  float dy;
+  T tape[kTape ? kTape : 1];
+  T h;   // an RNN's h_t, a GRU's h_prev
+  T dy;
   float c, c_prev;  // an LSTM's
 };
 
 template <ScanCell C, class T>
-FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bool clear, Saved<C>& s) {
+FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bool clear, Saved<C, T>& s) {
   const bool first = t == (a.reverse ? a.total - 1 : 0);  // of the walk forward
   const int row = row_of(a, t, at), before = a.reverse ? t + 1 : t - 1;
   const auto y_at = [&](int time) { return element(time * a.y_t + at.b * a.y_b, a.H, at.u); };
-  if constexpr (Saved<C>::kTape > 0) {
+  if constexpr (Saved<C, T>::kTape > 0) {
     const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
 #pragma unroll
-    for (int k = 0; k < Saved<C>::kTape; ++k) s.tape[k] = to_float(tape[k * a.H]);
+    for (int k = 0; k < Saved<C, T>::kTape; ++k) s.tape[k] = tape[k * a.H];
   }
-  s.dy = a.dy && t < at.length ? read<T>(a.dy, element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u)) : 0.0f;
+  s.dy = T{};
+  if (a.dy && t < at.length)
+    s.dy = static_cast<const T*>(a.dy)[element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u)];
+  const auto start_of = [&](const void* p) { return p ? static_cast<const T*>(p)[element(a, at)] : T{}; };
   if constexpr (C == ScanCell::lstm) {
     s.c = a.states[element(row, a.H, at.u)];
-    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[element(row_of(a, before, at), a.H, at.u)];
+    s.c_prev = 0.0f;
+    if (!clear && first) s.c_prev = to_float(start_of(a.c0));
+    if (!clear && !first) s.c_prev = a.states[element(row_of(a, before, at), a.H, at.u)];
   } else if constexpr (kGates<C> == 3) {
     const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
-    s.h = clear ? 0.0f : start ? read_or_zero<T>(a.h0, element(a, at)) : read<T>(a.y, y_at(before));
+    s.h = T{};
+    if (!clear && start) s.h = start_of(a.h0);
+    if (!clear && !start) s.h = static_cast<const T*>(a.y)[y_at(before)];
   } else {
-    s.h = read<T>(a.y, y_at(t));
+    s.h = static_cast<const T*>(a.y)[y_at(t)];
   }
 }
 
@@ -179,10 +191,10 @@ FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bo
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void prefetch_saved(const ScanBackward& a, int t, const Place& at) {
   const int row = row_of(a, t, at);
-  if constexpr (Saved<C>::kTape > 0) {
+  if constexpr (Saved<C, T>::kTape > 0) {
     const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
 #pragma unroll
-    for (int k = 0; k < Saved<C>::kTape; ++k) prefetch_l2(tape + k * a.H);
+    for (int k = 0; k < Saved<C, T>::kTape; ++k) prefetch_l2(tape + k * a.H);
   }
   if (a.dy) prefetch_l2(static_cast<const T*>(a.dy) + element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u));
   if constexpr (C == ScanCell::lstm)
@@ -214,30 +226,32 @@ FASTSEQ_DEVICE void write_gradients(const ScanBackward& a, int t, const Place& a
 
 // One step back: dgates, 0 past the length, from dh, the gradient that reaches h_t from later steps. Returns what reaches
 // h_prev beside the product with W_hh; an LSTM's dc becomes c_prev's.
-template <ScanCell C>
-FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place& at, bool clear, const Saved<C>& s,
+template <ScanCell C, class T>
+FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place& at, bool clear, const Saved<C, T>& s,
                                       float dh, float& dc, Gradients<C>& g) {
   const bool live = t < at.length;
   const auto where = [&](float d) { return live ? d : 0.0f; };
-  const float total = dh + s.dy;
+  const auto kept = [&](int k) { return to_float(s.tape[k]); };
+  const float total = dh + to_float(s.dy);
   float beside = 0.0f;
   if constexpr (C == ScanCell::lstm) {
     if (a.dstates) dc += a.dstates[element(row_of(a, t, at), a.H, at.u)];
     float dc_prev = dc;
-    const auto d = baseline::lstm_backward(baseline::LstmGates<float>{s.tape[0], s.tape[1], s.tape[2], s.tape[3]},
+    const auto d = baseline::lstm_backward(baseline::LstmGates<float>{kept(0), kept(1), kept(2), kept(3)},
                                            s.c_prev, s.c, total, dc_prev);
     g.d[0] = where(d.i), g.d[1] = where(d.f), g.d[2] = where(d.g), g.d[3] = where(d.o);
     dc = live ? (clear ? 0.0f : dc_prev) : dc;
   } else if constexpr (C == ScanCell::gru) {
     float dz, dn;
-    baseline::gru_backward_blend(s.tape[1], s.tape[2], s.h, total, dz, dn);
-    g.d[0] = where(baseline::gru_backward_reset(s.tape[0], s.tape[3], dn));
+    baseline::gru_backward_blend(kept(1), kept(2), to_float(s.h), total, dz, dn);
+    g.d[0] = where(baseline::gru_backward_reset(kept(0), kept(3), dn));
     g.d[1] = where(dz);
-    g.d[2] = where(dn * s.tape[0]);
+    g.d[2] = where(dn * kept(0));
     g.n = where(dn);
-    beside = total * s.tape[1];
+    beside = total * kept(1);
   } else {
-    g.d[0] = where(a.relu ? baseline::rnn_backward<true>(s.h, total) : baseline::rnn_backward<false>(s.h, total));
+    const float h = to_float(s.h);
+    g.d[0] = where(a.relu ? baseline::rnn_backward<true>(h, total) : baseline::rnn_backward<false>(h, total));
   }
   return live ? (clear ? 0.0f : beside) : dh;
 }
@@ -245,20 +259,20 @@ FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place&
 // gru_reset_before in two halves: dn, which W_hn carries to q = r * h_prev, and dz; then dr from that dq.
 template <class T>
 FASTSEQ_DEVICE float backward_candidate(const ScanBackward& a, int t, const Place& at,
-                                        const Saved<ScanCell::gru_reset_before>& s, float dh, float& dz) {
+                                        const Saved<ScanCell::gru_reset_before, T>& s, float dh, float& dz) {
   const bool live = t < at.length;
   float dn;
-  baseline::gru_backward_blend(s.tape[1], s.tape[2], s.h, dh + s.dy, dz, dn);
+  baseline::gru_backward_blend(to_float(s.tape[1]), to_float(s.tape[2]), to_float(s.h), dh + to_float(s.dy), dz, dn);
   dz = write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 1, live, dz);
   return write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 2, live, dn);
 }
 template <class T>
 FASTSEQ_DEVICE float backward_reset(const ScanBackward& a, int t, const Place& at, bool clear,
-                                    const Saved<ScanCell::gru_reset_before>& s, float dh, float dq, float& dr) {
+                                    const Saved<ScanCell::gru_reset_before, T>& s, float dh, float dq, float& dr) {
   const bool live = t < at.length;
   dr = write_gradient<ScanCell::gru_reset_before, T>(a, t, at, 0, live,
-                                                     baseline::gru_backward_reset(s.tape[0], s.h, dq));
-  return live ? (clear ? 0.0f : (dh + s.dy) * s.tape[1] + dq * s.tape[0]) : dh;
+                                                     baseline::gru_backward_reset(to_float(s.tape[0]), to_float(s.h), dq));
+  return live ? (clear ? 0.0f : (dh + to_float(s.dy)) * to_float(s.tape[1]) + dq * to_float(s.tape[0])) : dh;
 }
 
 }  // namespace fastseq::cuda

@@ -4,7 +4,7 @@
 // given its part of e - 1, and that is after it read e - 2 for the last time: two buffers are enough.
 //   put(column, k, v)   this block's share, any thread; then
 //   publish<n>(...)     of n parts, all threads; then, with other work between,
-//   wait()              all threads: from here read() of what vector() points to gives what all blocks put.
+//   wait()              all threads: from here read() of what offset() points to gives what all blocks put.
 // Whoever has waited for an exchange knows that no peer will write to its memory before it publishes again: after the
 // last wait it may end.
 #pragma once
@@ -22,13 +22,17 @@ struct Slice {
 // Through the shared memory of a cluster's blocks. What the two ways of telling that bytes have come share.
 template <class T>
 struct ClusterBuffers {
-  static constexpr int kChunk = 2;  // tiles of the vector read before the first is multiplied
   unsigned char* buffers;
   ScanLayout layout;
   int blocks, rank, group, epoch = 0;
+  int first_peer, first_row;  // of this warp, and of this lane: blocks for a warp without peers
 
   FASTSEQ_DEVICE ClusterBuffers(unsigned char* shared, void*, const ScanLayout& l, const ScanShape& s)
-      : buffers(shared), layout(l), blocks(s.blocks), rank(cta_rank()), group(bid() / s.blocks) {}
+      : buffers(shared), layout(l), blocks(s.blocks), rank(cta_rank()), group(bid() / s.blocks) {
+    const int share = warp() / l.peers_apart;
+    first_peer = share < l.shares ? warp() % l.peers_apart : blocks;
+    first_row = (lane() >> l.row_lanes) + (share << (5 - l.row_lanes));
+  }
 
   // Zeroes what nobody writes: the padding, which W's zeros multiply. No peer writes here before all have done so.
   FASTSEQ_DEVICE void start() {
@@ -37,7 +41,8 @@ struct ClusterBuffers {
     sync_block();
     if (blocks > 1) cluster_sync();
   }
-  FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
+  FASTSEQ_DEVICE int place(int e) const { return (e & 1) * layout.buffer; }
+  FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + place(e); }
   FASTSEQ_DEVICE void put(int column, int k, float v) {
     reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
@@ -45,13 +50,11 @@ struct ClusterBuffers {
   template <int kParts, class Send>
   FASTSEQ_DEVICE void push(const Slice& mine, int from, Send send) {
     const int pieces = pieces_of(mine.units), rows = kParts * mine.columns, size = static_cast<int>(sizeof(T));
-    const int row_lanes = layout.row_lanes, own_row = lane() >> row_lanes, own_piece = lane() & ((1 << row_lanes) - 1);
-    int share = 0, first = warp();  // warps past the last share have none
-    while (first >= layout.peers_apart) first -= layout.peers_apart, ++share;
-    for (int p = share < layout.shares ? first : blocks; p < blocks - 1; p += layout.peers_apart) {
+    const int row_lanes = layout.row_lanes, own_piece = lane() & ((1 << row_lanes) - 1);
+    for (int p = first_peer; p < blocks - 1; p += layout.peers_apart) {
       int peer = rank + 1 + p;
       if (peer >= blocks) peer -= blocks;
-      for (int row = own_row + (share << (5 - row_lanes)); row < rows; row += layout.shares << (5 - row_lanes)) {
+      for (int row = first_row; row < rows; row += layout.shares << (5 - row_lanes)) {
         unsigned char* at = buffer(epoch) + row / kParts * layout.column + ((from + row % kParts) * mine.part + mine.first) * size;
         for (int piece = own_piece; piece < pieces; piece += 1 << row_lanes)
           send(at + piece * 16, peer, *reinterpret_cast<const uint4*>(at + piece * 16));
@@ -59,10 +62,10 @@ struct ClusterBuffers {
     }
   }
   FASTSEQ_DEVICE static int pieces_of(int units) { return (units * static_cast<int>(sizeof(T)) + 15) / 16; }
-  FASTSEQ_DEVICE const unsigned char* vector(int column_tile) const {
-    return buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
+  FASTSEQ_DEVICE int offset(int column_tile) const {
+    return place(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
   }
-  FASTSEQ_DEVICE static uint2 read(const unsigned char* at) { return *reinterpret_cast<const uint2*>(at); }
+  FASTSEQ_DEVICE uint2 read(int at) const { return *reinterpret_cast<const uint2*>(buffers + at); }
 };
 
 // Each store tells its bytes to the receiver's mbarrier, one for each buffer, and a block waits for its own bytes alone.
@@ -122,43 +125,63 @@ struct ClusterBarrierExchange : ClusterBuffers<T> {
   }
 };
 
-// Through global memory, with a counter for each group of blocks: a group's tiles do not wait for another's.
+// Through global memory, with a counter for each group of blocks: a group's tiles do not wait for another's. What has come
+// is copied into shared memory at once, where there is room for it: that waits for the L2 cache once, not once a tile.
 template <class T>
 struct GridExchange {
   static constexpr ScanRole kRole = ScanRole::grid;
-  static constexpr int kChunk = sizeof(T) == 4 ? 2 : 4;
-  unsigned char* buffers;
+  unsigned char *buffers, *copy;
   unsigned* counter;
   ScanLayout layout;
-  int blocks, rank, group, epoch = 0;
+  int blocks, rank, group, epoch = 0, from = 0, bytes = 0;  // of a column of the vector, what the last exchange brings
 
-  FASTSEQ_DEVICE GridExchange(unsigned char*, void* workspace, const ScanLayout& l, const ScanShape& s)
-      : layout(l), blocks(s.blocks), rank(bid() % s.blocks), group(bid() / s.blocks) {
+  FASTSEQ_DEVICE GridExchange(unsigned char* shared, void* workspace, const ScanLayout& l, const ScanShape& s)
+      : copy(shared), layout(l), blocks(s.blocks), rank(bid() % s.blocks), group(bid() / s.blocks) {
     unsigned char* base = static_cast<unsigned char*>(workspace);
     counter = reinterpret_cast<unsigned*>(base + group * kScanCounterBytes);
     buffers = base + s.groups * kScanCounterBytes + int64_t(group) * 2 * l.buffer;
   }
-  FASTSEQ_DEVICE void start() {}  // the workspace is zero
+  // The workspace is zero; so is the copy's padding, which W's zeros multiply.
+  FASTSEQ_DEVICE void start() {
+    for (int i = tid(); i < layout.copy / 16; i += nthreads()) reinterpret_cast<uint4*>(copy)[i] = uint4{0, 0, 0, 0};
+    sync_block();
+  }
   FASTSEQ_DEVICE unsigned char* buffer(int e) const { return buffers + (e & 1) * layout.buffer; }
   FASTSEQ_DEVICE void put(int column, int k, float v) {
     reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
   template <int kParts>
-  FASTSEQ_DEVICE void publish(const Slice&, int) {
+  FASTSEQ_DEVICE void publish(const Slice& mine, int first) {
     sync_block();
     ++epoch;
     if (tid() == 0) red_release_gpu(counter, 1);
+    columns = mine.columns;
+    from = first * mine.part * static_cast<int>(sizeof(T)), bytes = kParts * mine.part * static_cast<int>(sizeof(T));
   }
   FASTSEQ_DEVICE void wait() {
     if (tid() == 0)
       while (ld_acquire_gpu(counter) < static_cast<unsigned>(epoch) * blocks) {
       }
     sync_block();
+    if (layout.copy == 0) return;
+    const unsigned char* given = buffer(epoch);
+    for (int column = warp(); column < columns; column += nthreads() / 32)
+      for (int i = from + int(lane()) * 16; i < from + bytes; i += 32 * 16)
+        cp_async16(copy + column * layout.column + i, given + column * layout.column + i);
+    cp_commit();
+    cp_wait<0>();
+    sync_block();
   }
-  FASTSEQ_DEVICE const unsigned char* vector(int column_tile) const {
-    return buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
+  FASTSEQ_DEVICE int offset(int column_tile) const {
+    return (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
   }
-  FASTSEQ_DEVICE static uint2 read(const unsigned char* at) { return ldcg(reinterpret_cast<const uint2*>(at)); }
+  FASTSEQ_DEVICE uint2 read(int at) const {
+    if (layout.copy) return *reinterpret_cast<const uint2*>(copy + at);
+    return ldcg(reinterpret_cast<const uint2*>(buffer(epoch) + at));
+  }
+
+ private:
+  int columns = 0;
 };
 
 }  // namespace fastseq::cuda

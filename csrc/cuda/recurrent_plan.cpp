@@ -16,7 +16,7 @@ constexpr int kColumns[] = {8, 16, 32, 64};
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
 constexpr int kFewTiles = 64;  // read from shared memory in a fraction of what an exchange takes
 
-ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads) {
+ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads, bool copied) {
   const int size = bytes_of(q.dtype), gates = gates_of(q.cell), warps = threads / 32;
   const bool twice = q.cell == ScanCell::gru_reset_before;
   const int direct = twice ? 2 : gates;  // gates of the first product
@@ -47,7 +47,8 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
   const int peers = std::max(1, shape.blocks - 1);
   l.shares = std::max(1, warps / peers), l.peers_apart = std::min(warps, peers);
   while (l.row_lanes < 5 && 16 << l.row_lanes < shape.units * size) ++l.row_lanes;
-  l.fragments = in_cluster(role) ? 2 * l.buffer : 0;
+  l.copy = copied ? l.buffer : 0;
+  l.fragments = in_cluster(role) ? 2 * l.buffer : l.copy;
   l.partial = l.fragments + stored * kFragmentBytes;
   l.bias = l.partial + splits * shape.columns * l.partial_rows * 4;
   l.bars = up(l.bias + (q.backward ? 0 : gates * shape.units * 4), 16);
@@ -65,7 +66,10 @@ ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role
   plan.shape.blocks = parts(q.H, plan.shape.units);  // none without units: who waits for its bytes would wait for ever
   const int wanted = threads;
   for (threads = wanted ? wanted : 128;; threads *= 2) {
-    plan.layout = make_layout(q, role, plan.shape, threads);
+    for (bool copied : {role == ScanRole::grid, false}) {
+      plan.layout = make_layout(q, role, plan.shape, threads, copied);
+      if (plan.layout.shared <= static_cast<long long>(limits.shared_per_block)) break;
+    }
     const bool enough = plan.shape.units * columns <= kScanElements * threads &&
                         plan.layout.tiles <= scan_held(role, q.dtype) * threads / 32;
     if (wanted || enough || threads == kScanThreads) break;

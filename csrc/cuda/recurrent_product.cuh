@@ -98,14 +98,15 @@ struct FirstTask {
   FASTSEQ_DEVICE static int at_least_one(int n) { return n > 0 ? n : 1; }  // of a product that the cell does not have
 };
 
-// partial[split][column][row] = W vector, of every tile of columns. vector(column tile) is where this lane's share of its
-// first tile lies, kScanTileBytes from one to the next, and read() takes one. kChunk of them are read before the first is
-// multiplied.
-template <class T, int kChunk, int kHeld, int kRoom, class Exchange>
+// partial[split][column][row] = W vector, of every tile of columns. offset(column tile) is where this lane's share of its
+// first tile lies, kScanTileBytes from one to the next, and read() takes one. As many are read before the first is
+// multiplied as there are registers for: a product waits for shared memory once, not once a tile.
+template <class T, int kHeld, int kRoom, class Exchange>
 FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const Fragment (&held)[kRoom],
                              const Fragment* stored, float* partial, int partial_rows, int columns,
                              const Exchange& exchange) {
-  static_assert(kHeld % kChunk == 0, "chunks of the held fragments");
+  constexpr int kChunk = 2, kGroup = kDtype<T> == ScanDtype::f32 ? 1 : 4;
+  static_assert(kHeld % kChunk == 0 && kHeld % kGroup == 0, "chunks of the held fragments");
   const int warps = nthreads() / 32, tasks = p.row_tiles * p.splits;
   const int k0 = first.split * p.per_split;
   const int count = p.k_tiles - k0 < p.per_split ? p.k_tiles - k0 : p.per_split;
@@ -115,35 +116,43 @@ FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const
 #pragma unroll 1
     for (int n = 0; n * kScanTileColumns < columns; ++n) {
       float sums[2][4] = {};  // two, so that a product need not wait for the one before it
-      uint32_t b[kChunk][2];
-      const unsigned char* vector = exchange.vector(n) + (p.first_k + k0) * kScanTileBytes;
-      const auto load_chunk = [&](int i0) {
+      const int vector = exchange.offset(n) + (p.first_k + k0) * kScanTileBytes;
+      if (kHeld > 0 && kGroup > 1 && in_registers == kHeld && count >= kHeld) {  // nothing to ask on the way
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          uint2 v{0, 0};
-          if (i0 + j < count) v = exchange.read(vector + (i0 + j) * kScanTileBytes);
-          b[j][0] = v.x, b[j][1] = v.y;
+        for (int i0 = 0; i0 < kHeld; i0 += kGroup) {
+          uint2 b[kGroup];
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) b[j] = exchange.read(vector + (i0 + j) * kScanTileBytes);
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) mma(T{}, sums[j & 1], held[i0 + j], {b[j].x, b[j].y});
         }
-      };
-      if constexpr (kHeld > 0) {
+      } else if constexpr (kHeld > 0) {
 #pragma unroll
         for (int i0 = 0; i0 < kHeld; i0 += kChunk) {
           if (i0 < in_registers) {
-            load_chunk(i0);
+            uint2 b[kChunk];
 #pragma unroll
             for (int j = 0; j < kChunk; ++j) {
-              if (i0 + j < in_registers) mma(T{}, sums[j & 1], held[i0 + j], b[j]);
+              b[j] = uint2{0, 0};
+              if (i0 + j < count) b[j] = exchange.read(vector + (i0 + j) * kScanTileBytes);
             }
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j)
+              if (i0 + j < in_registers) mma(T{}, sums[j & 1], held[i0 + j], {b[j].x, b[j].y});
           }
         }
       }
 #pragma unroll 1
       for (int i0 = in_registers; i0 < count; i0 += kChunk) {
-        load_chunk(i0);
+        uint2 b[kChunk];
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
-          if (i0 + j < count) mma(T{}, sums[j & 1], in[(i0 + j - in_registers) * 32], b[j]);
+          b[j] = uint2{0, 0};
+          if (i0 + j < count) b[j] = exchange.read(vector + (i0 + j) * kScanTileBytes);
         }
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+          if (i0 + j < count) mma(T{}, sums[j & 1], in[(i0 + j - in_registers) * 32], {b[j].x, b[j].y});
       }
       const int row = row_tile * kScanTileRows + lane() / 4, column = n * kScanTileColumns + lane() % 4 * 2;
       float* out = partial + (first.split * columns + column) * partial_rows + row;

@@ -76,8 +76,8 @@ struct Block {
 
   template <int kWhich>
   FASTSEQ_DEVICE void multiply_by() {
-    multiply<T, Exchange<T>::kChunk, kWhich ? 0 : kHeld>(layout.product[kWhich], first[kWhich], held, stored, partial,
-                                                         layout.partial_rows, columns, exchange);
+    multiply<T, kWhich ? 0 : kHeld>(layout.product[kWhich], first[kWhich], held, stored, partial, layout.partial_rows,
+                                    columns, exchange);
     sync_block();
   }
   // kCount elements of the product, `apart` rows from one to the next.
@@ -114,7 +114,8 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
     const Tile own(a, r.shape, tile, exchange.rank);
     const Slice slice{r.layout.part, first_unit, own.units, own.columns};
     const auto bias = [&](int e, int gate) { return block.bias[gate * r.shape.units + own.unit(e)]; };
-    float h[kElements], c[kElements], x[kElements][G], z[kElements];
+    T x[kElements][G];
+    float h[kElements], c[kElements], z[kElements];
     Left<C> left[kElements];
     int t = time_of(a, 0);
     uint32_t clear = own.cleared_at(a, t);
@@ -138,8 +139,8 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
           if (!own.has(e)) continue;
           float p[2];
           block.product(0, own.unit(e), r.shape.units, own.column(e), p);
-          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, x[e][0] + p[0] + bias(e, 0),
-                                           x[e][1] + p[1] + bias(e, 1), h[e], z[e]);
+          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, to_float(x[e][0]) + p[0] + bias(e, 0),
+                                           to_float(x[e][1]) + p[1] + bias(e, 1), h[e], z[e]);
           exchange.put(own.column(e), own.at[e].u, q);
         }
         exchange.template publish<1>(slice, 0);
@@ -153,13 +154,13 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
         if constexpr (kTwice<C>) {
           float p[1];
           block.product(1, own.unit(e), 0, own.column(e), p);
-          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, x[e][2] + p[0] + bias(e, 2), z[e], h[e]);
+          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, to_float(x[e][2]) + p[0] + bias(e, 2), z[e], h[e]);
         } else {
           float p[G];
           block.product(0, own.unit(e), r.shape.units, own.column(e), p);
 #pragma unroll
           for (int g = 0; g < G; ++g) p[g] += bias(e, g);
-          forward_element<C>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e], left[e]);
+          forward_element<C, T>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e], left[e]);
         }
         if (more) exchange.put(own.column(e), own.at[e].u, clear_next >> e & 1 ? 0.0f : h[e]);
       }
@@ -171,7 +172,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       for (int e = 0; e < kElements; ++e) {
         if (!own.has(e)) continue;
         if (more) read_gates<C, T>(a, t, own.at[e], x[e]);
-        if constexpr (!kTwice<C>) write_left<C, T>(a, done, own.at[e], left[e]);
+        if constexpr (!kTwice<C>) write_left<C, T>(a, done, own.at[e], h[e], c[e], left[e]);
         if (step + kAhead < a.T) prefetch_gates<C, T>(a, time_of(a, step + kAhead), own.at[e]);
       }
       if (!more) break;
@@ -217,7 +218,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
     const Tile own(a, r.shape, tile, exchange.rank);
     const Slice slice{part, first_unit, own.units, own.columns};
     float dh[kElements], dc[kElements], dz[kElements];
-    Saved<C> saved[kElements];
+    Saved<C, T> saved[kElements];
     Gradients<C> gradients[kElements];
     int t = time_back(a, 0);
     uint32_t clear = own.cleared_at(a, t);
@@ -240,7 +241,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
           exchange.put(own.column(e), 2 * part + own.at[e].u,
                        backward_candidate<T>(a, t, own.at[e], saved[e], dh[e], dz[e]));
         } else {
-          dh[e] = backward_element<C>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], gradients[e]);
+          dh[e] = backward_element<C, T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], gradients[e]);
 #pragma unroll
           for (int g = 0; g < kGates<C>; ++g) exchange.put(own.column(e), g * part + own.at[e].u, gradients[e].d[g]);
         }
@@ -259,13 +260,17 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
           exchange.put(own.column(e), part + own.at[e].u, dz[e]);
         }
       }
-      const bool wanted = more || a.dh0 || a.dh_out;
-      if (wanted) exchange.template publish<D>(slice, 0);
-      if constexpr (!kTwice<C>) {
+      const auto write = [&] {
+        if constexpr (!kTwice<C>) {
 #pragma unroll
-        for (int e = 0; e < kElements; ++e)
-          if (own.has(e)) write_gradients<C, T>(a, t, own.at[e], gradients[e]);
-      }
+          for (int e = 0; e < kElements; ++e)
+            if (own.has(e)) write_gradients<C, T>(a, t, own.at[e], gradients[e]);
+        }
+      };
+      const bool wanted = more || a.dh0 || a.dh_out;
+      if (kDtype<T> == ScanDtype::f32) write();  // whose products leave no registers to keep them in
+      if (wanted) exchange.template publish<D>(slice, 0);
+      if (kDtype<T> != ScanDtype::f32) write();  // what no peer waits for, while the gradients are on their way
       if (!wanted) break;
       if (more) {
         t = time_back(a, step + 1);

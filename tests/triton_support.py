@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import triton
+from sass import unset_registers
 from triton.backends.compiler import GPUTarget
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -47,9 +48,12 @@ class Compiled:
     spilled: int
     products: tuple[str, ...]
     text: str
+    unset: tuple[str, ...] = ()  # instructions that read a register before anything is in it
 
     def check(self, *, tensor_cores: bool) -> None:
-        """No spills, shared memory within the target's limit, and matrix products on tensor cores where expected."""
+        """No spills, shared memory within the target's limit, matrix products on tensor cores where expected, and no
+        value that the assembler lost."""
+        assert not self.unset, f"{self.target}: registers are read unset: {'; '.join(self.unset)}"
         assert self.spilled == 0, f"{self.target}: {self.spilled} bytes spilled ({self.registers} registers)"
         assert self.shared <= SHARED_LIMIT[self.target], f"{self.target}: {self.shared} bytes of shared memory"
         if tensor_cores:
@@ -94,21 +98,23 @@ def read(target: str, made: Any) -> Compiled:
     """What ``triton.compile`` made for one of TARGETS."""
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
+        registers, unset = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1]), ()
         # Scalars that find no register go into lanes of vector registers, not to memory: no spill.
         spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
     else:
         text = made.asm["ptx"]
-        registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(target, made.metadata.shared, registers, spilled, tuple(_PRODUCT.findall(text)), text)
+        registers, spilled, unset = _of_machine_code(made.asm["cubin"])
+    products = tuple(_PRODUCT.findall(text))
+    return Compiled(target, made.metadata.shared, registers, spilled, products, text, unset)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack and local memory, which a kernel without spills has none of."""
+def _of_machine_code(cubin: bytes) -> tuple[int, int, tuple[str, ...]]:
+    """Registers a thread; bytes of its stack and local memory, which a kernel without spills has none of; what reads a
+    register unset."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        found = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", found)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], tuple(unset_registers(found))

@@ -105,13 +105,11 @@ def candidates(role: str, width: int, tiny: bool) -> Iterator[dict[str, int]]:
         return
     names = ("block_m", "block_n", "num_warps", "num_stages", "registers")
     if role == "decode":
-        for row in _DECODE:
-            yield dict(zip((*names[:4], "programs"), row, strict=True))
+        for row, tma in product(_DECODE, (True, False)):
+            yield dict(zip((*names[:4], "programs"), row, strict=True)) | {"tma": tma}
         return
     rows = {"forward": _FORWARD, "backward_keys": _KEYS, "backward_queries": _QUERIES}[role][width]
-    ways: list[dict[str, int]] = [{"tma": True}, {}]
-    if role == "forward":
-        ways = [{"tma": True, "ahead": True}, {"tma": True}, {}, {"ahead": True}]
+    ways: list[dict[str, int]] = [{"tma": True, "ahead": True}, {"tma": True}, {}]
     first = (len(rows) + 1) // 2
     for some, way in product((rows[:first], rows[first:]), ways):
         for row in some:

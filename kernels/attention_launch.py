@@ -61,7 +61,7 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         if not x.packed:
             return
     align = x.align(x.q, x.k, x.v, o)
-    describable = x.describable(align, x.k, x.v)
+    describable = x.describable(align, x.q, x.k, x.v)
     tile = x.tile("forward", describable)
     tiles, heads, together = x.grid(False, tile.block_m)
     yield Plan(
@@ -71,7 +71,8 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
             "tiles": tiles, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead, "PERSISTENT": tile.persistent > 0,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
+            "SPECIALIZE": tile.specialize and describable and not x.packed, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip

@@ -59,7 +59,9 @@ forward_step(ScanForward a, ScanStep s) {
     float p[G], c = C == ScanCell::lstm ? s.cell_state[own.i] : 0.0f;
 #pragma unroll
     for (int g = 0; g < G; ++g) p[g] = hidden_side(G, 0, g);
-    forward_element<C, T>(a, t, at, clear, x, p, h, c);
+    Left<C> left;
+    forward_element<C>(a, t, at, clear, x, p, h, c, left);
+    write_left<C, T>(a, t, at, left);
     if constexpr (C == ScanCell::lstm) {
       s.cell_state[own.i] = c;
       if (s.step == a.T - 1) write<T>(a.c_n, own.i, c);
@@ -117,10 +119,11 @@ backward_step(ScanBackward a, ScanStep s) {
     give(D, 0, dr);
     give(D, 1, dz);
   } else {
-    float d[kGates<C>];
-    dh = backward_element<C, T>(a, t, at, clear, saved, dh, dc, d);
+    Gradients<C> gradients;
+    dh = backward_element<C>(a, t, at, clear, saved, dh, dc, gradients);
+    write_gradients<C, T>(a, t, at, gradients);
 #pragma unroll
-    for (int g = 0; g < D; ++g) give(D, g, d[g]);
+    for (int g = 0; g < D; ++g) give(D, g, gradients.d[g]);
     if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = dc;
   }
   s.state[own.i] = dh;

@@ -40,10 +40,10 @@ struct ScanWalk {
 
 struct ScanForward : ScanWalk {
   const void* gates_x;  // W_ih x + b_ih [T,B,G*H], of the window: row [t - first,b] is row (t - first) * x_t + b * x_b
-  int64_t x_t, x_b;
+  int x_t, x_b;
   const void *w_hh, *b_hh, *h0, *c0;  // [G*H,H]; [G*H], [B,H], [B,H] or null
   void *y, *h_n, *c_n;                // [total,B,H]: row [t,b] is row t * y_t + b * y_b; [B,H], an LSTM's [B,H]
-  int64_t y_t, y_b;
+  int y_t, y_b;
   float* states;                      // [total,B,H] or null: c of every step
   void* tape;                         // [total,B,4*H] or null: LSTM i,f,g,o; GRU r,z,n,q
   const float *h_in, *c_in;           // [B,H]: what the window before left, in place of h0 and c0; or null
@@ -52,11 +52,11 @@ struct ScanForward : ScanWalk {
 
 struct ScanBackward : ScanWalk {
   const void* dy;  // [T,B,H], of the window, by rows as gates_x; or null
-  int64_t x_t, x_b;
+  int x_t, x_b;
   const void *dh_n, *dc_n;  // [B,H] or null
   const float* dstates;     // [total,B,H] or null
   const void *y, *tape, *w_hh, *h0, *c0;  // as the forward pass had them
-  int64_t y_t, y_b;
+  int y_t, y_b;
   const float* states;
   void *dgates, *dhidden, *dh0, *dc0;  // [total,B,G*H]; a GRU's [total,B,H]; [B,H] or null
   const float *dh_in, *dc_in;          // as h_in and h_out, for the walk back: in place of dh_n, dc_n and of dh0, dc0
@@ -103,6 +103,9 @@ struct ScanLayout {
   int partial_rows = 0;    // floats from one column of the partial sums to the next
   int fragments = 0, partial = 0, bias = 0, bars = 0, shared = 0;
   int tiles = 0, stored = 0;  // of W_hh in the block, and those of them in shared memory
+  // How a block's share of the vector is pushed to the cluster's other blocks: 2^row_lanes lanes take a row of it, and
+  // `shares` warps a peer, those of a share `peers_apart` from one peer to the next.
+  int row_lanes = 0, shares = 1, peers_apart = 1;
 };
 
 struct ScanProblem {

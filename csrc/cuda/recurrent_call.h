@@ -107,20 +107,20 @@ class Call {
     return t ? dense(name, *t, shape, type).data_ptr() : nullptr;
   }
   // A [T,B,N] tensor whose rows are dense, in time or in batch order; its strides in rows.
-  const void* rows(const Tensor& t, int64_t& time, int64_t& batch) {
+  const void* rows(const Tensor& t, int& time, int& batch) {
     const int64_t T = t.size(0), B = t.size(1), N = t.size(2);
     if (!t.is_contiguous() && t.stride(2) == 1 && t.stride(0) == N && t.stride(1) == T * N) {
-      time = 1, batch = T;
+      time = 1, batch = int(T);
       kept_.push_back(t);
     } else {
-      time = B, batch = 1;
+      time = int(B), batch = 1;
       kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
     }
     return kept_.back().data_ptr();
   }
   void walk(ScanWalk& a, int64_t T, int64_t B, int64_t H, bool reverse, const Optional& lengths,
             const Optional& reset) {
-    STD_TORCH_CHECK(T < (int64_t(1) << 31) && B < (int64_t(1) << 31), "scan: T and B must be below 2^31");
+    STD_TORCH_CHECK(T * B < (int64_t(1) << 30), "scan: T * B must be below 2^30");  // two directions' rows have 31 bits
     a.T = a.total = int(T), a.first = 0, a.B = int(B), a.H = int(H);
     a.reverse = reverse, a.relu = cell == ScanCell::rnn_relu;
     a.lengths = static_cast<const int64_t*>(pointer("lengths", lengths, {B}, ScalarType::Long));

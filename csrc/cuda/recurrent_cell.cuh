@@ -39,57 +39,84 @@ struct Place {
   int b, u;      // the row and the unit
   int length;    // of the row
 };
-FASTSEQ_DEVICE int64_t element(const ScanWalk& a, const Place& at) { return int64_t(at.b) * a.H + at.u; }
-FASTSEQ_DEVICE int64_t row_of(const ScanWalk& a, int t, const Place& at) { return int64_t(t) * a.B + at.b; }
+// Rows are counted in 32 bits and elements in 64: a step's time is that of its instructions, of which a product of two
+// 64-bit numbers takes several.
+FASTSEQ_DEVICE int64_t element(int row, int width, int column) { return int64_t(row) * width + column; }
+FASTSEQ_DEVICE int64_t element(const ScanWalk& a, const Place& at) { return element(at.b, a.H, at.u); }
+FASTSEQ_DEVICE int row_of(const ScanWalk& a, int t, const Place& at) { return t * a.B + at.b; }
 
 // ---- Forward
 
 template <ScanCell C, class T>
+FASTSEQ_DEVICE const T* gates_at(const ScanForward& a, int t, const Place& at) {
+  return static_cast<const T*>(a.gates_x) + element((t - a.first) * a.x_t + at.b * a.x_b, kGates<C> * a.H, at.u);
+}
+template <ScanCell C, class T>
 FASTSEQ_DEVICE void read_gates(const ScanForward& a, int t, const Place& at, float (&x)[kGates<C>]) {
-  const int64_t from = ((t - a.first) * a.x_t + at.b * a.x_b) * (kGates<C> * int64_t(a.H)) + at.u;
+  const T* from = gates_at<C, T>(a, t, at);
 #pragma unroll
-  for (int g = 0; g < kGates<C>; ++g) x[g] = read<T>(a.gates_x, from + int64_t(g) * a.H);
+  for (int g = 0; g < kGates<C>; ++g) x[g] = to_float(from[g * a.H]);
+}
+// Brings the same closer, for a step that is still some way off.
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void prefetch_gates(const ScanForward& a, int t, const Place& at) {
+  const T* from = gates_at<C, T>(a, t, at);
+#pragma unroll
+  for (int g = 0; g < kGates<C>; ++g) prefetch_l2(from + g * a.H);
 }
 
-// y and, where it is kept, the tape: 0 past the length.
+// What a step leaves behind: y and, where they are kept, the tape (an LSTM's i, f, g, o; a GRU's r, z, n, q) and c.
+template <ScanCell C>
+struct Left {
+  static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : 0;
+  float y, c, tape[kTape ? kTape : 1];
+};
+// All of it 0 past the length, but c, which stays.
 template <class T>
 FASTSEQ_DEVICE void write_tape(const ScanForward& a, int t, const Place& at, int block, bool live, float v) {
-  if (a.tape) write<T>(a.tape, row_of(a, t, at) * 4 * a.H + int64_t(block) * a.H + at.u, live ? v : 0.0f);
+  if (a.tape) write<T>(a.tape, element(row_of(a, t, at), 4 * a.H, block * a.H + at.u), live ? v : 0.0f);
 }
 template <class T>
-FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, bool live, float h_new, float& h) {
-  h = live ? h_new : h;
-  write<T>(a.y, (t * a.y_t + at.b * a.y_b) * a.H + at.u, live ? h_new : 0.0f);
+FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, bool live, float y) {
+  write<T>(a.y, element(t * a.y_t + at.b * a.y_b, a.H, at.u), live ? y : 0.0f);
+}
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void write_left(const ScanForward& a, int t, const Place& at, const Left<C>& left) {
+  const bool live = t < at.length;
+  write_output<T>(a, t, at, live, left.y);
+  if constexpr (C == ScanCell::lstm)
+    if (a.states) a.states[element(row_of(a, t, at), a.H, at.u)] = left.c;
+  if constexpr (Left<C>::kTape > 0)
+    if (a.tape) {
+      T* to = static_cast<T*>(a.tape) + element(row_of(a, t, at), 4 * a.H, at.u);
+#pragma unroll
+      for (int k = 0; k < Left<C>::kTape; ++k) to[k * a.H] = from_float<T>(live ? left.tape[k] : 0.0f);
+    }
 }
 
 // One step from the pre-activations' two sides, x and p = W_hh h_prev + b_hh, to h and an LSTM's c.
-template <ScanCell C, class T>
+template <ScanCell C>
 FASTSEQ_DEVICE void forward_element(const ScanForward& a, int t, const Place& at, bool clear,
-                                    const float (&x)[kGates<C>], const float (&p)[kGates<C>], float& h, float& c) {
+                                    const float (&x)[kGates<C>], const float (&p)[kGates<C>], float& h, float& c,
+                                    Left<C>& left) {
   const bool live = t < at.length;
   const float h_prev = clear ? 0.0f : h;
   if constexpr (C == ScanCell::lstm) {
     float c_new;
     const auto s = baseline::lstm_forward(x[0] + p[0], x[1] + p[1], x[2] + p[2], x[3] + p[3], clear ? 0.0f : c, c_new);
-    c = live ? c_new : c;
-    if (a.states) a.states[row_of(a, t, at) * a.H + at.u] = c;
-    write_tape<T>(a, t, at, 0, live, s.i);
-    write_tape<T>(a, t, at, 1, live, s.f);
-    write_tape<T>(a, t, at, 2, live, s.g);
-    write_tape<T>(a, t, at, 3, live, s.o);
-    write_output<T>(a, t, at, live, baseline::lstm_hidden(s.o, c_new), h);
+    c = left.c = live ? c_new : c;
+    left.tape[0] = s.i, left.tape[1] = s.f, left.tape[2] = s.g, left.tape[3] = s.o;
+    left.y = baseline::lstm_hidden(s.o, c_new);
   } else if constexpr (C == ScanCell::gru) {
     const auto s = baseline::gru_forward(x[0] + p[0], x[1] + p[1], x[2], p[2]);
     const float n = baseline::tanh(s.x_n);
-    write_tape<T>(a, t, at, 0, live, s.r);
-    write_tape<T>(a, t, at, 1, live, s.z);
-    write_tape<T>(a, t, at, 2, live, n);
-    write_tape<T>(a, t, at, 3, live, p[2]);
-    write_output<T>(a, t, at, live, baseline::gru_blend(s.z, n, h_prev), h);
+    left.tape[0] = s.r, left.tape[1] = s.z, left.tape[2] = n, left.tape[3] = p[2];
+    left.y = baseline::gru_blend(s.z, n, h_prev);
   } else {
     const float s = x[0] + p[0];
-    write_output<T>(a, t, at, live, a.relu ? baseline::rnn_forward<true>(s) : baseline::rnn_forward<false>(s), h);
+    left.y = a.relu ? baseline::rnn_forward<true>(s) : baseline::rnn_forward<false>(s);
   }
+  h = live ? left.y : h;
 }
 
 // gru_reset_before in two halves: q = r * h_prev, which W_hn multiplies, and z; then the candidate.
@@ -108,9 +135,10 @@ template <class T>
 FASTSEQ_DEVICE void forward_candidate(const ScanForward& a, int t, const Place& at, bool clear, float x_n, float z,
                                       float& h) {
   const bool live = t < at.length;
-  const float n = baseline::tanh(x_n);
+  const float n = baseline::tanh(x_n), y = baseline::gru_blend(z, n, clear ? 0.0f : h);
   write_tape<T>(a, t, at, 2, live, n);
-  write_output<T>(a, t, at, live, baseline::gru_blend(z, n, clear ? 0.0f : h), h);
+  write_output<T>(a, t, at, live, y);
+  h = live ? y : h;
 }
 
 // ---- Backward
@@ -122,22 +150,23 @@ struct Saved {
   float tape[kTape ? kTape : 1];
   float h;   // an RNN's h_t, a GRU's h_prev
   float dy;
-  float c, c_prev, dc;  // an LSTM's
+  float c, c_prev;  // an LSTM's
 };
 
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bool clear, Saved<C>& s) {
   const bool first = t == (a.reverse ? a.total - 1 : 0);  // of the walk forward
-  const int64_t row = row_of(a, t, at), here = row * a.H + at.u;
-  const int before = a.reverse ? t + 1 : t - 1;
-  const auto y_at = [&](int time) { return (time * a.y_t + at.b * a.y_b) * a.H + at.u; };
+  const int row = row_of(a, t, at), before = a.reverse ? t + 1 : t - 1;
+  const auto y_at = [&](int time) { return element(time * a.y_t + at.b * a.y_b, a.H, at.u); };
+  if constexpr (Saved<C>::kTape > 0) {
+    const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
 #pragma unroll
-  for (int k = 0; k < Saved<C>::kTape; ++k) s.tape[k] = read<T>(a.tape, row * 4 * a.H + int64_t(k) * a.H + at.u);
-  s.dy = a.dy && t < at.length ? read<T>(a.dy, ((t - a.first) * a.x_t + at.b * a.x_b) * int64_t(a.H) + at.u) : 0.0f;
+    for (int k = 0; k < Saved<C>::kTape; ++k) s.tape[k] = to_float(tape[k * a.H]);
+  }
+  s.dy = a.dy && t < at.length ? read<T>(a.dy, element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u)) : 0.0f;
   if constexpr (C == ScanCell::lstm) {
-    s.c = a.states[here];
-    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[row_of(a, before, at) * a.H + at.u];
-    s.dc = a.dstates ? a.dstates[here] : 0.0f;
+    s.c = a.states[element(row, a.H, at.u)];
+    s.c_prev = clear ? 0.0f : first ? read_or_zero<T>(a.c0, element(a, at)) : a.states[element(row_of(a, before, at), a.H, at.u)];
   } else if constexpr (kGates<C> == 3) {
     const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
     s.h = clear ? 0.0f : start ? read_or_zero<T>(a.h0, element(a, at)) : read<T>(a.y, y_at(before));
@@ -146,43 +175,69 @@ FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bo
   }
 }
 
+// Brings the same closer, for a step that is still some way off.
+template <ScanCell C, class T>
+FASTSEQ_DEVICE void prefetch_saved(const ScanBackward& a, int t, const Place& at) {
+  const int row = row_of(a, t, at);
+  if constexpr (Saved<C>::kTape > 0) {
+    const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
+#pragma unroll
+    for (int k = 0; k < Saved<C>::kTape; ++k) prefetch_l2(tape + k * a.H);
+  }
+  if (a.dy) prefetch_l2(static_cast<const T*>(a.dy) + element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u));
+  if constexpr (C == ScanCell::lstm)
+    prefetch_l2(a.states + element(row, a.H, at.u));
+  else
+    prefetch_l2(static_cast<const T*>(a.y) + element(t * a.y_t + at.b * a.y_b, a.H, at.u));
+}
+
 template <ScanCell C, class T>
 FASTSEQ_DEVICE float write_gradient(const ScanBackward& a, int t, const Place& at, int gate, bool live, float d) {
   d = live ? d : 0.0f;
-  write<T>(a.dgates, row_of(a, t, at) * (kGates<C> * int64_t(a.H)) + int64_t(gate) * a.H + at.u, d);
+  write<T>(a.dgates, element(row_of(a, t, at), kGates<C> * a.H, gate * a.H + at.u), d);
   return d;
 }
 
-// One step back: dgates from dh, the gradient that reaches h_t from later steps. d: what W_hh multiplies (a GRU's third
-// is the gradient of W_hn h + b_hn). Returns what reaches h_prev beside that product; an LSTM's dc becomes c_prev's.
+// dgates of one step. d: what W_hh multiplies; of a GRU the third is the gradient of W_hn h + b_hn, and n that of the
+// candidate's pre-activation.
+template <ScanCell C>
+struct Gradients {
+  float d[kGates<C>], n;
+};
 template <ScanCell C, class T>
+FASTSEQ_DEVICE void write_gradients(const ScanBackward& a, int t, const Place& at, const Gradients<C>& g) {
+  T* to = static_cast<T*>(a.dgates) + element(row_of(a, t, at), kGates<C> * a.H, at.u);
+#pragma unroll
+  for (int k = 0; k < kGates<C>; ++k) to[k * a.H] = from_float<T>(C == ScanCell::gru && k == 2 ? g.n : g.d[k]);
+  if constexpr (C == ScanCell::gru) write<T>(a.dhidden, element(row_of(a, t, at), a.H, at.u), g.d[2]);
+}
+
+// One step back: dgates, 0 past the length, from dh, the gradient that reaches h_t from later steps. Returns what reaches
+// h_prev beside the product with W_hh; an LSTM's dc becomes c_prev's.
+template <ScanCell C>
 FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place& at, bool clear, const Saved<C>& s,
-                                      float dh, float& dc, float (&d)[kGates<C>]) {
+                                      float dh, float& dc, Gradients<C>& g) {
   const bool live = t < at.length;
+  const auto where = [&](float d) { return live ? d : 0.0f; };
   const float total = dh + s.dy;
   float beside = 0.0f;
   if constexpr (C == ScanCell::lstm) {
-    dc += s.dc;
+    if (a.dstates) dc += a.dstates[element(row_of(a, t, at), a.H, at.u)];
     float dc_prev = dc;
-    const auto g = baseline::lstm_backward(baseline::LstmGates<float>{s.tape[0], s.tape[1], s.tape[2], s.tape[3]},
+    const auto d = baseline::lstm_backward(baseline::LstmGates<float>{s.tape[0], s.tape[1], s.tape[2], s.tape[3]},
                                            s.c_prev, s.c, total, dc_prev);
-    d[0] = write_gradient<C, T>(a, t, at, 0, live, g.i);
-    d[1] = write_gradient<C, T>(a, t, at, 1, live, g.f);
-    d[2] = write_gradient<C, T>(a, t, at, 2, live, g.g);
-    d[3] = write_gradient<C, T>(a, t, at, 3, live, g.o);
+    g.d[0] = where(d.i), g.d[1] = where(d.f), g.d[2] = where(d.g), g.d[3] = where(d.o);
     dc = live ? (clear ? 0.0f : dc_prev) : dc;
   } else if constexpr (C == ScanCell::gru) {
     float dz, dn;
     baseline::gru_backward_blend(s.tape[1], s.tape[2], s.h, total, dz, dn);
-    d[0] = write_gradient<C, T>(a, t, at, 0, live, baseline::gru_backward_reset(s.tape[0], s.tape[3], dn));
-    d[1] = write_gradient<C, T>(a, t, at, 1, live, dz);
-    write_gradient<C, T>(a, t, at, 2, live, dn);
-    d[2] = live ? dn * s.tape[0] : 0.0f;
-    write<T>(a.dhidden, row_of(a, t, at) * a.H + at.u, d[2]);
+    g.d[0] = where(baseline::gru_backward_reset(s.tape[0], s.tape[3], dn));
+    g.d[1] = where(dz);
+    g.d[2] = where(dn * s.tape[0]);
+    g.n = where(dn);
     beside = total * s.tape[1];
   } else {
-    d[0] = write_gradient<C, T>(
-        a, t, at, 0, live, a.relu ? baseline::rnn_backward<true>(s.h, total) : baseline::rnn_backward<false>(s.h, total));
+    g.d[0] = where(a.relu ? baseline::rnn_backward<true>(s.h, total) : baseline::rnn_backward<false>(s.h, total));
   }
   return live ? (clear ? 0.0f : beside) : dh;
 }

@@ -3,8 +3,8 @@
 // Exchange e fills buffer e % 2. A block writes it only after exchange e - 1 has ended for it, so after every block has
 // given its part of e - 1, and that is after it read e - 2 for the last time: two buffers are enough.
 //   put(column, k, v)   this block's share, any thread; then
-//   publish(...)        all threads; then, with other work between,
-//   wait()              all threads: from here load() reads what all blocks put.
+//   publish<n>(...)     of n parts, all threads; then, with other work between,
+//   wait()              all threads: from here read() of what vector() points to gives what all blocks put.
 // Whoever has waited for an exchange knows that no peer will write to its memory before it publishes again: after the
 // last wait it may end.
 #pragma once
@@ -41,26 +41,28 @@ struct ClusterBuffers {
   FASTSEQ_DEVICE void put(int column, int k, float v) {
     reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
-  // Calls send(place, peer, bytes) for this block's share, parts [from, to), 16 bytes at a time, for every peer.
-  template <class Send>
-  FASTSEQ_DEVICE void push(const Slice& mine, int from, int to, Send send) {
-    const int pieces = pieces_of(mine.units);
-    const int rows = (to - from) * mine.columns, total = rows * pieces * (blocks - 1);
-    for (int i = tid(); i < total; i += nthreads()) {
-      const int piece = i % pieces, row = i / pieces % rows, peer = (rank + 1 + i / pieces / rows) % blocks;
-      const int part = from + row % (to - from), column = row / (to - from);
-      unsigned char* at = buffer(epoch) + column * layout.column +
-                          (part * mine.part + mine.first) * static_cast<int>(sizeof(T)) + piece * 16;
-      send(at, peer, *reinterpret_cast<const uint4*>(at));
+  // Calls send(place, peer, bytes) for this block's share, kParts parts from `from` on, 16 bytes at a time, for every peer.
+  template <int kParts, class Send>
+  FASTSEQ_DEVICE void push(const Slice& mine, int from, Send send) {
+    const int pieces = pieces_of(mine.units), rows = kParts * mine.columns, size = static_cast<int>(sizeof(T));
+    const int row_lanes = layout.row_lanes, own_row = lane() >> row_lanes, own_piece = lane() & ((1 << row_lanes) - 1);
+    int share = 0, first = warp();  // warps past the last share have none
+    while (first >= layout.peers_apart) first -= layout.peers_apart, ++share;
+    for (int p = share < layout.shares ? first : blocks; p < blocks - 1; p += layout.peers_apart) {
+      int peer = rank + 1 + p;
+      if (peer >= blocks) peer -= blocks;
+      for (int row = own_row + (share << (5 - row_lanes)); row < rows; row += layout.shares << (5 - row_lanes)) {
+        unsigned char* at = buffer(epoch) + row / kParts * layout.column + ((from + row % kParts) * mine.part + mine.first) * size;
+        for (int piece = own_piece; piece < pieces; piece += 1 << row_lanes)
+          send(at + piece * 16, peer, *reinterpret_cast<const uint4*>(at + piece * 16));
+      }
     }
   }
   FASTSEQ_DEVICE static int pieces_of(int units) { return (units * static_cast<int>(sizeof(T)) + 15) / 16; }
-  FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {
-    const uint2 v = *reinterpret_cast<const uint2*>(buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column +
-                                                    k_tile * kScanTileBytes + lane() % 4 * 8);
-    b[0] = v.x;
-    b[1] = v.y;
+  FASTSEQ_DEVICE const unsigned char* vector(int column_tile) const {
+    return buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
   }
+  FASTSEQ_DEVICE static uint2 read(const unsigned char* at) { return *reinterpret_cast<const uint2*>(at); }
 };
 
 // Each store tells its bytes to the receiver's mbarrier, one for each buffer, and a block waits for its own bytes alone.
@@ -83,14 +85,15 @@ struct ClusterExchange : ClusterBuffers<T> {
     }
     Base::start();
   }
-  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
+  template <int kParts>
+  FASTSEQ_DEVICE void publish(const Slice& mine, int from) {
     sync_block();
     const int e = ++this->epoch;
     if (this->blocks == 1) return;
     Mbar* bar = bars + (e & 1);
     const int theirs = Base::pieces_of(mine.part) - Base::pieces_of(mine.units);  // blocks divide a part without gaps
-    if (tid() == 0) mbar_arrive_tx(bar, theirs * 16 * (to - from) * mine.columns);
-    this->push(mine, from, to, [&](void* at, int peer, uint4 v) { st_async(at, peer, v, bar); });
+    if (tid() == 0) mbar_arrive_tx(bar, theirs * 16 * kParts * mine.columns);
+    this->template push<kParts>(mine, from, [&](void* at, int peer, uint4 v) { st_async(at, peer, v, bar); });
   }
   FASTSEQ_DEVICE void wait() {
     if (this->blocks > 1) mbar_wait_cluster(bars + (this->epoch & 1), (this->epoch - 1) / 2 & 1);
@@ -104,11 +107,12 @@ struct ClusterBarrierExchange : ClusterBuffers<T> {
   static constexpr ScanRole kRole = ScanRole::cluster_barrier;
   using Base::Base;
 
-  FASTSEQ_DEVICE void publish(const Slice& mine, int from, int to) {
+  template <int kParts>
+  FASTSEQ_DEVICE void publish(const Slice& mine, int from) {
     sync_block();
     ++this->epoch;
     if (this->blocks == 1) return;
-    this->push(mine, from, to, [](void* at, int peer, uint4 v) { st_cluster_v4(at, peer, v); });
+    this->template push<kParts>(mine, from, [](void* at, int peer, uint4 v) { st_cluster_v4(at, peer, v); });
     sync_warp();
     cluster_arrive_release();
   }
@@ -139,7 +143,8 @@ struct GridExchange {
   FASTSEQ_DEVICE void put(int column, int k, float v) {
     reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
-  FASTSEQ_DEVICE void publish(const Slice&, int, int) {
+  template <int kParts>
+  FASTSEQ_DEVICE void publish(const Slice&, int) {
     sync_block();
     ++epoch;
     if (tid() == 0) red_release_gpu(counter, 1);
@@ -150,12 +155,10 @@ struct GridExchange {
       }
     sync_block();
   }
-  FASTSEQ_DEVICE void load(int column_tile, int k_tile, uint32_t (&b)[2]) const {
-    const uint2 v = ldcg(reinterpret_cast<const uint2*>(buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column +
-                                                        k_tile * kScanTileBytes + lane() % 4 * 8));
-    b[0] = v.x;
-    b[1] = v.y;
+  FASTSEQ_DEVICE const unsigned char* vector(int column_tile) const {
+    return buffer(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
   }
+  FASTSEQ_DEVICE static uint2 read(const unsigned char* at) { return ldcg(reinterpret_cast<const uint2*>(at)); }
 };
 
 }  // namespace fastseq::cuda

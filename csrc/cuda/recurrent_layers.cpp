@@ -122,12 +122,12 @@ struct ForwardLayers : Layers {
     const int64_t i = p.layer * D + p.direction;
     ScanForward a{};
     set(a, p.direction, p.window);
-    a.gates_x = buffer(p).data_ptr(), a.x_t = batch_first(p) ? 1 : B, a.x_b = batch_first(p) ? T : 1;
+    a.gates_x = buffer(p).data_ptr(), a.x_t = batch_first(p) ? 1 : int(B), a.x_b = batch_first(p) ? int(T) : 1;
     a.w_hh = weight(p.layer, p.direction, 1).data_ptr();
     a.b_hh = width > 2 ? weight(p.layer, p.direction, 3).data_ptr() : nullptr;
     a.h0 = h0 ? static_cast<const char*>(h0) + i * B * H * size : nullptr;
     a.c0 = c0 ? static_cast<const char*>(c0) + i * B * H * size : nullptr;
-    a.y = row_at(ys[p.layer], p.direction, H * size), a.y_t = B * D, a.y_b = D;
+    a.y = row_at(ys[p.layer], p.direction, H * size), a.y_t = int(B * D), a.y_b = int(D);
     a.h_n = row_at(h_n, i, B * H * size), a.c_n = row_at(c_n, i, B * H * size);
     a.states = states[i].numel() ? floats(states[i]) : nullptr;
     a.tape = tapes[i].numel() ? tapes[i].data_ptr() : nullptr;
@@ -180,7 +180,7 @@ struct BackwardLayers : Layers {
   Tensor x, dx, dh0, dc0;
   Optional keep, starts;
   const char* dy = nullptr;
-  int64_t dy_t = 0, dy_b = 0;  // of its rows, by direction
+  int dy_t = 0, dy_b = 0;  // of its rows, by direction
   const void *dh_n = nullptr, *dc_n = nullptr, *h0 = nullptr, *c0 = nullptr;
   Optional h0_tensor;
   Tensors dstates, ys, states, tapes;
@@ -201,14 +201,14 @@ struct BackwardLayers : Layers {
     set(a, p.direction, p.window);
     const bool top = p.layer == stack.layers - 1;
     const int from = division.lane(stack, p.layer, 0);
-    if (!top) a.dy = row_at(dinput[from], p.direction, H * size), a.x_t = B * D, a.x_b = D;
-    if (top && dy) a.dy = dy + (begin(p.window) * dy_t + p.direction) * H * size, a.x_t = dy_t, a.x_b = dy_b;
+    if (!top) a.dy = row_at(dinput[from], p.direction, H * size), a.x_t = int(B * D), a.x_b = int(D);
+    if (top && dy) a.dy = dy + (int64_t(begin(p.window)) * dy_t + p.direction) * H * size, a.x_t = dy_t, a.x_b = dy_b;
     const auto of = [&](const void* all) {
       return all ? static_cast<const char*>(all) + i * B * H * size : nullptr;
     };
     a.dh_n = of(dh_n), a.dc_n = of(dc_n), a.h0 = of(h0), a.c0 = of(c0);
     if (top && !dstates.empty()) a.dstates = floats(dstates[p.direction]);
-    a.y = row_at(ys[p.layer], p.direction, H * size), a.y_t = B * D, a.y_b = D;
+    a.y = row_at(ys[p.layer], p.direction, H * size), a.y_t = int(B * D), a.y_b = int(D);
     a.tape = tapes[i].numel() ? tapes[i].data_ptr() : nullptr;
     a.states = states[i].numel() ? floats(states[i]) : nullptr;
     a.w_hh = weight(p.layer, p.direction, 1).data_ptr();

@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
   const Tensor gates_x = linear(in_rows, call.dense("w_ih", w_ih, {G * H, x.size(2)}),
                                 b_ih ? Optional(call.dense("b_ih", *b_ih, {G * H})) : Optional());
   a.gates_x = gates_x.data_ptr();
-  a.x_t = batch_first ? 1 : B, a.x_b = batch_first ? T : 1;
-  a.y = y.data_ptr(), a.y_t = B, a.y_b = 1, a.h_n = h_n.data_ptr();
+  a.x_t = batch_first ? 1 : int(B), a.x_b = batch_first ? int(T) : 1;
+  a.y = y.data_ptr(), a.y_t = int(B), a.y_b = 1, a.h_n = h_n.data_ptr();
   if (lstm) a.c_n = c_n.data_ptr();
   if (with_states) a.states = floats(c_all);
   if (with_tape) a.tape = tape.data_ptr();
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   a.dh_n = call.pointer("dh_n", dh_n, {B, H});
   a.dc_n = call.pointer("dc_n", dc_n, {B, H});
   a.dstates = static_cast<const float*>(call.pointer("dstates", dstates, {T, B, H}, ScalarType::Float));
-  a.y = call.dense("y", y, {T, B, H}).data_ptr(), a.y_t = B, a.y_b = 1;
+  a.y = call.dense("y", y, {T, B, H}).data_ptr(), a.y_t = int(B), a.y_b = 1;
   if (G > 1) a.tape = call.pointer("tape", tape, {T, B, 4 * H});
   if (lstm) a.states = static_cast<const float*>(call.pointer("states", states, {T, B, H}, ScalarType::Float));
   a.dgates = dgates.data_ptr();

@@ -44,6 +44,9 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
     splits = std::max(splits, p.splits);
   }
   l.stored = stored;
+  const int peers = std::max(1, shape.blocks - 1);
+  l.shares = std::max(1, warps / peers), l.peers_apart = std::min(warps, peers);
+  while (l.row_lanes < 5 && 16 << l.row_lanes < shape.units * size) ++l.row_lanes;
   l.fragments = in_cluster(role) ? 2 * l.buffer : 0;
   l.partial = l.fragments + stored * kFragmentBytes;
   l.bias = l.partial + splits * shape.columns * l.partial_rows * 4;

@@ -90,27 +90,39 @@ FASTSEQ_DEVICE void lay_weights(const ScanProduct& p, Fragment (&held)[kRoom], F
   }
 }
 
-// partial[split][column][row] = W vector, of every tile of columns. load(column tile, k tile, b) reads this lane's share
-// of the vector. kChunk tiles are read before the first is multiplied.
-template <class T, int kChunk, int kHeld, int kRoom, class Load>
-FASTSEQ_DEVICE void multiply(const ScanProduct& p, const Fragment (&held)[kRoom], const Fragment* stored,
-                             float* partial, int partial_rows, int columns, Load load) {
+// A warp's first task: its tile of rows and its split of k. Where a warp has more than one, there is one split alone.
+struct FirstTask {
+  int row_tile, split;
+  FASTSEQ_DEVICE explicit FirstTask(const ScanProduct& p)
+      : row_tile(warp() % at_least_one(p.row_tiles)), split(warp() / at_least_one(p.row_tiles)) {}
+  FASTSEQ_DEVICE static int at_least_one(int n) { return n > 0 ? n : 1; }  // of a product that the cell does not have
+};
+
+// partial[split][column][row] = W vector, of every tile of columns. vector(column tile) is where this lane's share of its
+// first tile lies, kScanTileBytes from one to the next, and read() takes one. kChunk of them are read before the first is
+// multiplied.
+template <class T, int kChunk, int kHeld, int kRoom, class Exchange>
+FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const Fragment (&held)[kRoom],
+                             const Fragment* stored, float* partial, int partial_rows, int columns,
+                             const Exchange& exchange) {
   static_assert(kHeld % kChunk == 0, "chunks of the held fragments");
   const int warps = nthreads() / 32, tasks = p.row_tiles * p.splits;
-  for (int task = warp(); task < tasks; task += warps) {
-    const int row_tile = task % p.row_tiles, split = task / p.row_tiles, k0 = split * p.per_split;
-    const int count = p.k_tiles - k0 < p.per_split ? p.k_tiles - k0 : p.per_split;
+  const int k0 = first.split * p.per_split;
+  const int count = p.k_tiles - k0 < p.per_split ? p.k_tiles - k0 : p.per_split;
+  for (int task = warp(), row_tile = first.row_tile; task < tasks; task += warps, row_tile += warps) {
     const int in_registers = task < warps ? p.held : 0;
     const Fragment* in = stored + first_stored(p, task) * 32 + lane();
 #pragma unroll 1
     for (int n = 0; n * kScanTileColumns < columns; ++n) {
       float sums[2][4] = {};  // two, so that a product need not wait for the one before it
       uint32_t b[kChunk][2];
+      const unsigned char* vector = exchange.vector(n) + (p.first_k + k0) * kScanTileBytes;
       const auto load_chunk = [&](int i0) {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
-          b[j][0] = b[j][1] = 0;
-          if (i0 + j < count) load(n, p.first_k + k0 + i0 + j, b[j]);
+          uint2 v{0, 0};
+          if (i0 + j < count) v = exchange.read(vector + (i0 + j) * kScanTileBytes);
+          b[j][0] = v.x, b[j][1] = v.y;
         }
       };
       if constexpr (kHeld > 0) {
@@ -134,7 +146,7 @@ FASTSEQ_DEVICE void multiply(const ScanProduct& p, const Fragment (&held)[kRoom]
         }
       }
       const int row = row_tile * kScanTileRows + lane() / 4, column = n * kScanTileColumns + lane() % 4 * 2;
-      float* out = partial + (split * columns + column) * partial_rows + row;
+      float* out = partial + (first.split * columns + column) * partial_rows + row;
       out[0] = sums[0][0] + sums[1][0];
       out[partial_rows] = sums[0][1] + sums[1][1];
       out[8] = sums[0][2] + sums[1][2];
@@ -143,12 +155,25 @@ FASTSEQ_DEVICE void multiply(const ScanProduct& p, const Fragment (&held)[kRoom]
   }
 }
 
-// One element of the product: the sum over its splits.
-FASTSEQ_DEVICE float product_of(const ScanProduct& p, const float* partial, int partial_rows, int columns, int row,
-                                int column) {
-  float sum = 0.0f;
-  for (int s = 0; s < p.splits; ++s) sum += partial[(s * columns + column) * partial_rows + row];
-  return sum;
+// kCount elements of the product, `apart` rows from one to the next: the sums over its splits, added in order. `at` is
+// where the first one's sum of the first split lies, `split` floats before that of the second.
+template <int kCount>
+FASTSEQ_DEVICE void sums_of(const ScanProduct& p, const float* at, int apart, int split, float (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = at[i * apart];
+  constexpr int kTogether = kCount > 2 ? 2 : 4;
+#pragma unroll 1
+  for (int s = 1; s < p.splits; s += kTogether) {
+    float more[kTogether][kCount];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) more[j][i] = s + j < p.splits ? at[(s + j) * split + i * apart] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] += more[j][i];
+  }
 }
 
 }  // namespace fastseq::cuda

@@ -12,6 +12,7 @@
 namespace fastseq::cuda {
 
 constexpr int kElements = kScanElements;
+constexpr int kAhead = 4;  // steps before it is read, what a step reads is brought into the second-level cache
 
 struct Resident {
   ScanShape shape;
@@ -21,8 +22,8 @@ struct Resident {
 
 // The elements of a thread in one tile of rows. Bits of a mask stand for elements.
 struct Tile {
-  int first_row, columns, units, first_unit, count;
-  Place at[kElements];
+  int first_row, columns, units, first_unit;
+  Place at[kElements];  // of none the row is -1
 
   FASTSEQ_DEVICE Tile(const ScanWalk& a, const ScanShape& s, int tile, int rank) {
     first_row = tile * s.columns;
@@ -30,24 +31,24 @@ struct Tile {
     first_unit = rank * s.units;
     units = a.H - first_unit < s.units ? a.H - first_unit : s.units;
     units = units < 0 ? 0 : units;
-    count = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const int i = tid() + e * nthreads();
+      at[e] = Place{-1, 0, 0};
       if (i < units * columns) {
         at[e] = Place{first_row + i / units, first_unit + i % units, 0};
         at[e].length = length_of(a, at[e].b);
-        count = e + 1;
       }
     }
   }
+  FASTSEQ_DEVICE bool has(int e) const { return at[e].b >= 0; }
   FASTSEQ_DEVICE int column(int e) const { return at[e].b - first_row; }
   FASTSEQ_DEVICE int unit(int e) const { return at[e].u - first_unit; }
   FASTSEQ_DEVICE uint32_t cleared_at(const ScanWalk& a, int t) const {
     uint32_t bits = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (e < count && cleared(a, t, at[e].b)) bits |= 1u << e;
+      if (has(e) && cleared(a, t, at[e].b)) bits |= 1u << e;
     return bits;
   }
 };
@@ -60,6 +61,7 @@ struct Block {
   int columns;  // of the vector
   Fragment* stored;
   float *partial, *bias;
+  FirstTask first[2];
   static constexpr int kHeld = scan_held(Exchange<T>::kRole, kDtype<T>);
   Fragment held[kHeld ? kHeld : 1];
 
@@ -69,17 +71,19 @@ struct Block {
         columns(r.shape.columns),
         stored(reinterpret_cast<Fragment*>(shared_memory() + r.layout.fragments)),
         partial(reinterpret_cast<float*>(shared_memory() + r.layout.partial)),
-        bias(reinterpret_cast<float*>(shared_memory() + r.layout.bias)) {}
+        bias(reinterpret_cast<float*>(shared_memory() + r.layout.bias)),
+        first{FirstTask(r.layout.product[0]), FirstTask(r.layout.product[1])} {}
 
   template <int kWhich>
   FASTSEQ_DEVICE void multiply_by() {
-    const auto load = [&](int n, int k, uint32_t(&b)[2]) { exchange.load(n, k, b); };
-    multiply<T, Exchange<T>::kChunk, kWhich ? 0 : kHeld>(layout.product[kWhich], held, stored, partial, layout.partial_rows, columns,
-                                     load);
+    multiply<T, Exchange<T>::kChunk, kWhich ? 0 : kHeld>(layout.product[kWhich], first[kWhich], held, stored, partial,
+                                                         layout.partial_rows, columns, exchange);
     sync_block();
   }
-  FASTSEQ_DEVICE float product(int which, int row, int column) const {
-    return product_of(layout.product[which], partial, layout.partial_rows, columns, row, column);
+  // kCount elements of the product, `apart` rows from one to the next.
+  template <int kCount>
+  FASTSEQ_DEVICE void product(int which, int row, int apart, int column, float (&out)[kCount]) const {
+    sums_of(layout.product[which], partial + column * layout.partial_rows + row, apart, columns * layout.partial_rows, out);
   }
 };
 
@@ -109,12 +113,14 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
   for (int tile = exchange.group; tile * r.shape.columns < a.B; tile += r.shape.groups) {
     const Tile own(a, r.shape, tile, exchange.rank);
     const Slice slice{r.layout.part, first_unit, own.units, own.columns};
+    const auto bias = [&](int e, int gate) { return block.bias[gate * r.shape.units + own.unit(e)]; };
     float h[kElements], c[kElements], x[kElements][G], z[kElements];
+    Left<C> left[kElements];
     int t = time_of(a, 0);
     uint32_t clear = own.cleared_at(a, t);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      if (e >= own.count) continue;
+      if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       h[e] = a.h_in ? a.h_in[i] : read_or_zero<T>(a.h0, i);
       c[e] = C != ScanCell::lstm ? 0.0f : a.c_in ? a.c_in[i] : read_or_zero<T>(a.c0, i);
@@ -122,53 +128,60 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       read_gates<C, T>(a, t, own.at[e], x[e]);
     }
     uint32_t clear_next = a.T > 1 ? own.cleared_at(a, time_of(a, 1)) : 0;
-    exchange.publish(slice, 0, 1);
+    exchange.template publish<1>(slice, 0);
     exchange.wait();
     for (int step = 0; step < a.T; ++step) {
-      const auto bias_of = [&](int gate, int e) { return block.bias[gate * r.shape.units + own.unit(e)]; };
-      const auto product = [&](int which, int gate, int e) {
-        return block.product(which, gate * r.shape.units + own.unit(e), own.column(e));
-      };
       block.template multiply_by<0>();
       if constexpr (kTwice<C>) {
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
-          if (e >= own.count) continue;
-          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, x[e][0] + product(0, 0, e) + bias_of(0, e),
-                                           x[e][1] + product(0, 1, e) + bias_of(1, e), h[e], z[e]);
+          if (!own.has(e)) continue;
+          float p[2];
+          block.product(0, own.unit(e), r.shape.units, own.column(e), p);
+          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, x[e][0] + p[0] + bias(e, 0),
+                                           x[e][1] + p[1] + bias(e, 1), h[e], z[e]);
           exchange.put(own.column(e), own.at[e].u, q);
         }
-        exchange.publish(slice, 0, 1);
+        exchange.template publish<1>(slice, 0);
         exchange.wait();
         block.template multiply_by<1>();
       }
       const bool more = step + 1 < a.T;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        if (e >= own.count) continue;
+        if (!own.has(e)) continue;
         if constexpr (kTwice<C>) {
-          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, x[e][2] + product(1, 0, e) + bias_of(2, e), z[e], h[e]);
+          float p[1];
+          block.product(1, own.unit(e), 0, own.column(e), p);
+          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, x[e][2] + p[0] + bias(e, 2), z[e], h[e]);
         } else {
           float p[G];
+          block.product(0, own.unit(e), r.shape.units, own.column(e), p);
 #pragma unroll
-          for (int g = 0; g < G; ++g) p[g] = product(0, g, e) + bias_of(g, e);
-          forward_element<C, T>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e]);
+          for (int g = 0; g < G; ++g) p[g] += bias(e, g);
+          forward_element<C>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e], left[e]);
         }
         if (more) exchange.put(own.column(e), own.at[e].u, clear_next >> e & 1 ? 0.0f : h[e]);
       }
-      if (!more) break;
-      exchange.publish(slice, 0, 1);
+      if (more) exchange.template publish<1>(slice, 0);
+      // What no peer waits for, while h is on its way.
+      const int done = t;
       t = time_of(a, step + 1);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        if (!own.has(e)) continue;
+        if (more) read_gates<C, T>(a, t, own.at[e], x[e]);
+        if constexpr (!kTwice<C>) write_left<C, T>(a, done, own.at[e], left[e]);
+        if (step + kAhead < a.T) prefetch_gates<C, T>(a, time_of(a, step + kAhead), own.at[e]);
+      }
+      if (!more) break;
       clear = clear_next;
       clear_next = step + 2 < a.T ? own.cleared_at(a, time_of(a, step + 2)) : 0;
-#pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (e < own.count) read_gates<C, T>(a, t, own.at[e], x[e]);
       exchange.wait();
     }
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      if (e >= own.count) continue;
+      if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       if (a.h_out) {
         a.h_out[i] = h[e];
@@ -205,11 +218,12 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
     const Slice slice{part, first_unit, own.units, own.columns};
     float dh[kElements], dc[kElements], dz[kElements];
     Saved<C> saved[kElements];
+    Gradients<C> gradients[kElements];
     int t = time_back(a, 0);
     uint32_t clear = own.cleared_at(a, t);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      if (e >= own.count) continue;
+      if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       dh[e] = a.dh_in ? a.dh_in[i] : read_or_zero<T>(a.dh_n, i);
       dc[e] = C != ScanCell::lstm ? 0.0f : a.dc_in ? a.dc_in[i] : read_or_zero<T>(a.dc_n, i);
@@ -220,50 +234,62 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
       uint32_t takes = 0;  // the product of this step
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        if (e >= own.count) continue;
+        if (!own.has(e)) continue;
         if (t < own.at[e].length && !(clear >> e & 1)) takes |= 1u << e;
         if constexpr (kTwice<C>) {
           exchange.put(own.column(e), 2 * part + own.at[e].u,
                        backward_candidate<T>(a, t, own.at[e], saved[e], dh[e], dz[e]));
         } else {
-          float d[kGates<C>];
-          dh[e] = backward_element<C, T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], d);
+          dh[e] = backward_element<C>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], gradients[e]);
 #pragma unroll
-          for (int g = 0; g < kGates<C>; ++g) exchange.put(own.column(e), g * part + own.at[e].u, d[g]);
+          for (int g = 0; g < kGates<C>; ++g) exchange.put(own.column(e), g * part + own.at[e].u, gradients[e].d[g]);
         }
       }
       if constexpr (kTwice<C>) {
-        exchange.publish(slice, 2, 3);
+        exchange.template publish<1>(slice, 2);
         exchange.wait();
         block.template multiply_by<1>();
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
-          if (e >= own.count) continue;
-          float dr;
-          dh[e] = backward_reset<T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e],
-                                    block.product(1, own.unit(e), own.column(e)), dr);
+          if (!own.has(e)) continue;
+          float dr, dq[1];
+          block.product(1, own.unit(e), 0, own.column(e), dq);
+          dh[e] = backward_reset<T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dq[0], dr);
           exchange.put(own.column(e), own.at[e].u, dr);
           exchange.put(own.column(e), part + own.at[e].u, dz[e]);
         }
       }
-      if (!more && !a.dh0 && !a.dh_out) break;
-      exchange.publish(slice, 0, D);
+      const bool wanted = more || a.dh0 || a.dh_out;
+      if (wanted) exchange.template publish<D>(slice, 0);
+      if constexpr (!kTwice<C>) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e)
+          if (own.has(e)) write_gradients<C, T>(a, t, own.at[e], gradients[e]);
+      }
+      if (!wanted) break;
       if (more) {
         t = time_back(a, step + 1);
         clear = own.cleared_at(a, t);
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
-          if (e < own.count) read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
+          if (own.has(e)) {
+            read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
+            if (step + kAhead < a.T) prefetch_saved<C, T>(a, time_back(a, step + kAhead), own.at[e]);
+          }
       }
       exchange.wait();
       block.template multiply_by<0>();
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (e < own.count && (takes >> e & 1)) dh[e] += block.product(0, own.unit(e), own.column(e));
+        if (own.has(e) && (takes >> e & 1)) {
+          float sum[1];
+          block.product(0, own.unit(e), 0, own.column(e), sum);
+          dh[e] += sum[0];
+        }
     }
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      if (e >= own.count) continue;
+      if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       if (a.dh_out) {
         a.dh_out[i] = dh[e];

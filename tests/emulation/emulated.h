@@ -252,6 +252,7 @@ template <class T>
 inline T ldg(const T* p) {
   return *p;
 }
+inline void prefetch_l2(const void*) {}
 inline void trap(FASTSEQ_HERE) { emulation::fail("trap", where); }
 
 // ---- Clusters.

@@ -150,9 +150,8 @@ def plan_backward(
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
-    if (
-        max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST
-    ):  # both sums are more than the registers of a program hold
+    wide = max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST  # both sums are more than a program's registers
+    if wide or x.tile("backward_keys", x.describable(align, x.q, d_o)).apart:
         keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
     launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
         *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
     ahead: bool = False  # forward: the scores of a tile are made while the one before is still multiplied by v
     specialize: bool = False  # forward, by TMA: num_warps more warps multiply, and others load
+    apart: bool = False  # dk and dv are made by launches of their own: one product more, and half the registers
     programs: int = 0  # decoding: how many the splits of the keys are to make in all; 0: attention_problem.PROGRAMS
 
 

@@ -61,7 +61,7 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         if not x.packed:
             return
     align = x.align(x.q, x.k, x.v, o)
-    describable = x.describable(align, x.k, x.v)
+    describable = x.describable(align, x.q, x.k, x.v)
     tile = x.tile("forward", describable)
     least = x.least_columns(align)
     if least > NARROWEST:  # addresses of plain loads take the registers of half a tile
@@ -74,7 +74,8 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
             "tiles": tiles, **x.shared(least), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead, "PERSISTENT": tile.persistent > 0,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
+            "SPECIALIZE": tile.specialize and describable and not x.packed, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip
@@ -152,9 +153,8 @@ def plan_backward(
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
-    if (
-        max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST
-    ):  # both sums are more than the registers of a program hold
+    wide = max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST  # both sums are more than a program's registers
+    if wide or x.tile("backward_keys", x.describable(align, x.q, d_o)).apart:
         keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
     launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
         *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
@@ -173,7 +173,7 @@ def plan_backward(
             {
                 **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
                 "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "ALIGN": align, "TMA": tile.tma and describable,
+                "ALIGN": align, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
             },
             options_of(tile),
         )  # fmt: skip

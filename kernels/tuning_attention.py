@@ -22,6 +22,8 @@ class Tile(NamedTuple):
     tma: bool = False  # tiles come by TMA descriptors, where the tensors allow it
     persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
     ahead: bool = False  # forward: the scores of a tile are made while the one before is still multiplied by v
+    specialize: bool = False  # forward, by TMA: num_warps more warps multiply, and others load
+    apart: bool = False  # dk and dv are made by launches of their own: one product more, and half the registers
     programs: int = 0  # decoding: how many the splits of the keys are to make in all; 0: attention_problem.PROGRAMS
 
 
@@ -45,14 +47,14 @@ _HALF: dict[str, Table] = {
     },
     "sm_90": {
         "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
-        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
         "backward_queries": (
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 2),
-            Tile(128, 16, 8, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 2),
             Tile(32, 32, 8, 1, 255),
         ),
-        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
         "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
@@ -125,8 +127,19 @@ _GFX942: Table = {
 # while another is computed. Of keys and values, and of queries and do for "backward_keys". None: pointers do as well.
 _DESCRIBED: dict[str, dict[str, tuple[Tile | None, ...]]] = {
     "sm_90": {
-        "forward": (None, Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 2, tma=True), None),
-        "backward_keys": (Tile(64, 128, 8, 2, tma=True), None, None, None),
+        "forward": (
+            Tile(128, 64, 4, 3, tma=True, ahead=True),
+            Tile(128, 64, 8, 2, 128, tma=True),
+            Tile(128, 64, 8, 2, tma=True, ahead=True),
+            None,
+        ),
+        "backward_keys": (
+            Tile(64, 64, 4, 3, tma=True),
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(64, 64, 8, 2, tma=True),
+            None,
+        ),
+        "backward_queries": (Tile(64, 64, 4, 3, tma=True), Tile(128, 64, 8, 3, tma=True), None, None),
     },
     "sm_100": {
         "forward": (

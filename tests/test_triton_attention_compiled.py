@@ -1,5 +1,7 @@
 """The Triton attention compiled ahead of time: every tile of the tables, without spills, its loops on tensor cores.
 
+On Hopper, where the tiles were measured, the fastest ones spill a little around their loops: never within.
+
 A line of CASES is a set of features with the same code; the numbers are in test_triton_attention_interpreted.py.
 """
 
@@ -60,7 +62,7 @@ QUICK = [("sm_90", "causal", 64), ("sm_90", "causal", 128), ("sm_80", "window", 
 def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | None:
     """What is wrong with a kernel of products."""
     try:
-        found.check(tensor_cores=half)
+        found.check(tensor_cores=half, spills_outside=target == "sm_90")
     except AssertionError as error:
         return str(error)
     if found.shared > tuning_attention.SHARED[target]:

@@ -68,7 +68,8 @@ CANDIDATES: dict[tuple[str, int], str] = {
     ("forward", 128): """
         128x64 w8 s2 r128 tma; 64x64 w4 s2 tma ahead; 64x64 w4 s2 r168 tma ahead; 64x32 w4 s3 tma ahead;
         128x64 w8 s2 r128 tma p2; 128x32 w8 s3 r128 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma ahead;
-        64x64 w4 s2 r168 tma; 64x32 w4 s4 tma; 128x64 w4 s2 tma ahead; 128x128 w8 s2 tma; 128x64 w8 s3 tma; 128x64 w8 s3""",
+        64x64 w4 s2 r168 tma; 64x32 w4 s4 tma; 128x64 w4 s2 tma ahead; 128x128 w8 s2 tma; 128x64 w8 s3 tma;
+        128x64 w8 s3""",
     ("forward", 256): """
         128x64 w8 s2 tma ahead; 128x64 w8 s2 tma; 64x32 w4 s2 tma ahead; 64x32 w4 s2 tma;
         128x32 w8 s3 tma ahead; 128x32 w8 s3 tma; 64x64 w8 s2 tma""",

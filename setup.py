@@ -78,13 +78,16 @@ def say(message: str) -> None:
     print(f"fastseq: {message}", file=sys.stderr, flush=True)
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], remarks: Path | None = None) -> str:
+    """Returns what a command prints; what it says besides is passed on, and kept in ``remarks``."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         shown = "\n".join((done.stdout + done.stderr).strip().splitlines()[:40])
         raise Unavailable(f"this command failed:\n  {shlex.join(command)}\n{shown}")
-    if done.stderr.strip():
-        print(done.stderr.strip(), file=sys.stderr)
+    if said := done.stderr.strip():
+        print(said, file=sys.stderr)
+        if remarks is not None:
+            remarks.write_text(f"{said}\n")
     return done.stdout
 
 
@@ -157,8 +160,10 @@ class Unit:
         # Written aside and moved into place: two builds may run in one tree, and a broken one must leave nothing.
         aside = self.object.with_suffix(f".{os.getpid()}.tmp")
         listed = Path(f"{aside}.d")
+        remarks = self.object.with_suffix(".remarks")  # there only where the compiler had any; the tests look
         try:
-            run([*self.command, "-MMD", "-MF", str(listed), "-c", str(self.source), "-o", str(aside)])
+            remarks.unlink(missing_ok=True)
+            run([*self.command, "-MMD", "-MF", str(listed), "-c", str(self.source), "-o", str(aside)], remarks)
             edited = any((ROOT / name).stat().st_mtime > start for name in files_read(listed))
             self.object.with_suffix(".cmd").unlink(missing_ok=True)
             os.replace(listed, self.object.with_suffix(".d"))

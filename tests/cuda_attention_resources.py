@@ -1,28 +1,20 @@
-"""What the compiler makes of the CUDA kernels of attention: registers, spills and warnings of every variant.
+"""What the compiler made of the CUDA kernels of attention, as they are in the library: registers of every variant.
 
 ``python tests/cuda_attention_resources.py`` writes the table in docs/cuda-attention.md anew.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_library
+from cuda_library import TARGETS
+
 ROOT = Path(__file__).resolve().parents[1]
-CUDA = ROOT / "csrc" / "cuda"
 DOCUMENT = ROOT / "docs" / "cuda-attention.md"
-BUILD = ROOT / "build" / "ptxas"
-TARGETS = ("sm_80", "sm_90a", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
-SOURCES = sorted(CUDA.glob("attention*.cu"))
 BEGIN, END = "<!-- resources: written by tests/cuda_attention_resources.py -->\n", "<!-- end of resources -->\n"
 
 
@@ -48,68 +40,15 @@ class Made(NamedTuple):
     """Of both dtypes, the worse."""
 
     registers: int
-    spilled: int  # bytes, stores and loads
+    spilled: int  # bytes
 
 
-def nvcc() -> str | None:
-    return shutil.which(os.environ.get("NVCC", "nvcc"))
-
-
-def disassembler() -> str | None:
-    """cuobjdump, of the toolkit or of Triton."""
-    found = importlib.util.find_spec("triton")
-    folders = [] if found is None or found.origin is None else [Path(found.origin).parent / "backends/nvidia/bin"]
-    return shutil.which("cuobjdump") or next((shutil.which("cuobjdump", path=str(f)) for f in folders), None)
-
-
-def machine_code(source: Path, target: str) -> dict[Variant, list[str]]:
-    """The instructions of every variant, of bfloat16."""
-    listing(source, target)
-    command = [str(disassembler()), "-sass", str(kept_as(source, target).with_suffix(".cubin"))]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {}
-    for part in text.split("\tFunction : ")[1:]:
-        name, _, body = part.partition("\n")
-        if "Bf16" in name:
-            found[variant_of(name)] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.MULTILINE)
-    return found
-
-
-def kept_as(source: Path, target: str) -> Path:
-    digest = hashlib.sha256(f"{source.name} {target}".encode())
-    for path in sorted([*CUDA.glob("attention*.cu*"), *CUDA.glob("attention*.h"), *CUDA.glob("primitives*")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return BUILD / f"{source.stem}-{target}-{digest.hexdigest()[:20]}.txt"
-
-
-def listing(source: Path, target: str) -> str:
-    """What ptxas says of a source, kept in build/ptxas, beside its code, until a kernel's text changes."""
-    kept = kept_as(source, target)
-    if not kept.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            command = [
-                str(nvcc()),
-                "-std=c++17",
-                "-O3",
-                f"-I{ROOT / 'csrc'}",
-                f"-arch={target}",
-                "-cubin",
-                "-Xptxas=-v",
-            ]
-            done = subprocess.run(
-                [*command, "-o", f"{folder}/out.cubin", str(source)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(f"{source.name} for {target}: {done.stdout}{done.stderr}")
-            Path(folder, "text").write_text(done.stdout + done.stderr)
-            os.replace(Path(folder, "out.cubin"), kept.with_suffix(".cubin"))
-            os.replace(Path(folder, "text"), kept)
-    return kept.read_text()
+# A kernel's name as C++ spells it.
+NAME = r"attention\d+([a-z_]+)_kernel"
 
 
 def variant_of(name: str) -> Variant:
-    kernel = re.search(r"attention\d+([a-z_]+)_kernel", name)
+    kernel = re.search(NAME, name)
     assert kernel is not None, name
     heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
     flag = "ELb1E" in name
@@ -118,25 +57,25 @@ def variant_of(name: str) -> Variant:
     return Variant(kernel[1], heads, flag or kernel[1] == "bias")
 
 
-def read(text: str) -> dict[Variant, Made]:
-    """Every kernel of a listing."""
+def variants(target: str) -> dict[Variant, Made]:
+    """All that there is for a target."""
     found: dict[Variant, Made] = {}
-    pattern = r"entry function '(\S+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-    for name, stores, loads, registers in re.findall(pattern, text, re.DOTALL):
-        variant = variant_of(name)
-        made = Made(int(registers), int(stores) + int(loads))
-        found[variant] = Made(*map(max, made, found.get(variant, made)))
+    for kernel in cuda_library.kernels():
+        if kernel.target == target and re.search(NAME, kernel.function):
+            variant = variant_of(kernel.function)
+            made = Made(kernel.registers, kernel.stack + kernel.local)
+            found[variant] = Made(*map(max, made, found.get(variant, made)))
     return found
 
 
-def everything(target: str) -> tuple[dict[Variant, Made], list[str]]:
-    """All variants for a target, and the warnings that came with them."""
-    with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(lambda source: listing(source, target), SOURCES))
-    variants: dict[Variant, Made] = {}
-    for text in texts:
-        variants |= read(text)
-    return variants, [line for text in texts for line in text.splitlines() if "warning" in line or "C75" in line]
+def machine_code(kernel: str, target: str) -> dict[Variant, list[str]]:
+    """The instructions of every variant of a kernel whose name begins so, of bfloat16."""
+    functions = [
+        k.function
+        for k in cuda_library.kernels()
+        if k.target == target and "Bf16" in k.function and re.search(rf"attention\d+{kernel}", k.function)
+    ]
+    return {variant_of(name): code for name, code in cuda_library.machine_code(target, functions).items()}
 
 
 def shared_bytes() -> dict[Variant, int]:
@@ -159,7 +98,7 @@ def shared_bytes() -> dict[Variant, int]:
 
 def table() -> str:
     """The table as it stands in the document."""
-    made = {target: everything(target)[0] for target in TARGETS}
+    made = {target: variants(target) for target in TARGETS}
     shared = shared_bytes()
     lines = [f"| kernel | heads | class | shared, KiB | {' | '.join(f'registers, {t}' for t in TARGETS)} |\n"]
     lines.append("| --- | --- | --- | --- " + "| --- " * len(TARGETS) + "|\n")

@@ -313,6 +313,22 @@ def test_only_what_changed_is_compiled(build_tools, tmp_path, monkeypatch):
     assert compiled("-O1")
 
 
+def test_what_the_compiler_remarks_is_kept_until_it_has_nothing_to_remark(build_tools, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_tools, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    try:
+        compiler, version = build_tools.cpu_compiler()
+    except build_tools.Unavailable as error:
+        pytest.skip(str(error))
+    unit = build_tools.Unit(Path("objects", "one.o"), Path("one.cpp"), compiler)
+    (tmp_path / "one.cpp").write_text("#warning slow here\n")
+    build_tools.compile_all([unit], version)
+    assert "slow here" in Path("objects", "one.remarks").read_text()
+    (tmp_path / "one.cpp").write_text("\n")
+    build_tools.compile_all([unit], version)
+    assert not Path("objects", "one.remarks").exists()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("wanted", ["auto", "none"])
 def test_editable_install_runs_from_the_source(wanted, tmp_path):

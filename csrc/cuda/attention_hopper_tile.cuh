@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "attention_schedule.cuh"
 #include "attention_tile.cuh"
 
 namespace fastseq::cuda::attention {

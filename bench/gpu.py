@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,44 +103,47 @@ def suites_of(kernels: str, device: str, files: Sequence[str]) -> list[str]:
 
 
 def tests(run: Run, until: float) -> None:
-    """Every suite, on each family of kernels that is there."""
+    """Every suite, on each family of kernels that is there, side by side: Triton's mostly wait for its compiler."""
     device = run.options.device
     parts: dict[str, dict[str, Any]] = {}
-    for kernels in ("triton", "native"):
-        reason = operator_reason(kernels, device)
-        if reason is not None:
-            parts[kernels] = {"reason": reason, "tests": {}, "lost": []}
-            continue
-        journal, log = Journal(run.scratch / f"tests-{kernels}.jsonl"), run.scratch / f"tests-{kernels}.log"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "bench.gpu_record",
-        ]
-        command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
-        if importlib.util.find_spec("xdist") is not None and (workers := min(8, (os.cpu_count() or 2) // 2)) > 1:
-            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "20"]
+    lock = threading.Lock()
+
+    def suite(kernels: str, share: float) -> None:
         files = suites_of(kernels, device, run.options.test or suites())
         if not files:
             parts[kernels] = {"reason": "their operators are not registered", "tests": {}, "lost": []}
-            continue
-        command += files
+            return
+        journal, log = Journal(run.scratch / f"tests-{kernels}.jsonl"), run.scratch / f"tests-{kernels}.log"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-p", "bench.gpu_record"]
+        command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
+        workers = min(10, int((os.cpu_count() or 2) * share))
+        if importlib.util.find_spec("xdist") is not None and workers > 1:
+            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "20"]
 
-        def changed(kernels: str = kernels, journal: Journal = journal) -> None:
+        def changed() -> None:
             done = {name: line["outcome"] for name, line in journal.done().items()}
             failures = [line for line in journal.done().values() if line["outcome"] == "failed"]
-            parts[kernels] = {"reason": "", "tests": done, "failures": failures, "lost": journal.lost()}
-            run.write("tests", document_of_tests(parts, run.environment, False))
+            with lock:
+                parts[kernels] = {"reason": "", "tests": done, "failures": failures, "lost": journal.lost()}
+                run.write("tests", document_of_tests(parts, run.environment, False))
 
         fine = (0, 1, 5)  # pytest's own words: all passed, some failed, none were left to run
-        parts[kernels]["reason"] = run.supervise(command, journal, until, STALL["tests"], changed, log, fine)
-        until = min(run.until, max(until, time.monotonic() + 20))
+        why = run.supervise([*command, *files], journal, until, STALL["tests"], changed, log, fine)
+        with lock:
+            parts.setdefault(kernels, {"tests": {}, "lost": []})["reason"] = why
+
+    running = []
+    for kernels, share in (("triton", 0.6), ("native", 0.35)):
+        reason = operator_reason(kernels, device)
+        if reason is not None:
+            parts[kernels] = {"reason": reason, "tests": {}, "lost": []}
+        else:
+            running.append(threading.Thread(target=suite, args=(kernels, share)))
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
     complete = not any(part["reason"] for part in parts.values() if "failures" in part)  # of those that are there
     document = document_of_tests(parts, run.environment, complete)
     run.write("tests", document)

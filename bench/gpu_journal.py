@@ -67,6 +67,11 @@ class Journal:
         return self._current.read_text() if self._current.exists() else ""
 
 
+LOOK = 1.0
+"""Seconds between two looks at a child that count as its silence at most. Where they are more, the looks were
+held up themselves, by a machine that was stopped or is busy with others, and that says nothing of the child."""
+
+
 def end(process: subprocess.Popen[Any]) -> None:
     """Ends a child and all that it started: asks, then insists; does not wait for one that no signal reaches."""
     for how in (signal.SIGTERM, signal.SIGKILL):
@@ -106,19 +111,20 @@ def supervise(
         before = len(journal.lines())
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=folder)
-        size, last, why = -1, time.monotonic(), ""
+        size, silent, looked, why = -1, 0.0, time.monotonic(), ""
         try:
             while process.poll() is None and not why:
                 time.sleep(0.1)
                 now = time.monotonic()
+                silent, looked = silent + min(now - looked, LOOK), now
                 if (grown := journal.path.stat().st_size) != size:
-                    size, last = grown, now
+                    size, silent = grown, 0.0
                     changed()
                 if now >= until:
                     why = "out of time"
                 elif stopped():
                     why = "stopped"
-                elif now - last > stall:
+                elif silent > stall:
                     why = f"nothing was heard of it for {stall:.0f} s"
         finally:
             if process.poll() is None:

@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product, zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,65 +60,84 @@ def cases(role: str, width: int, tiny: bool) -> list[Heads]:
     return [dense(mode, "bfloat16", 4096, width, True)]
 
 
-Row = tuple[int, ...]
-"""Queries, keys, warps, stages; then registers, where they are limited."""
-
-_FORWARD: dict[int, list[Row]] = {
-    64: [(128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3),
-         (128, 128, 8, 2, 128), (128, 64, 8, 3, 128), (128, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 4)],
-    128: [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2, 128), (64, 128, 4, 2), (128, 64, 8, 4),
-          (64, 64, 4, 3), (64, 64, 4, 2, 168), (128, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3),
-          (128, 32, 8, 4)],
-    256: [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
-          (128, 64, 8, 1), (64, 64, 8, 2)],
+CANDIDATES: dict[tuple[str, int], str] = {
+    ("forward", 64): """
+        128x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead; 128x128 w4 s2 tma spec;
+        128x64 w4 s3 tma spec; 128x64 w8 s2 r128 tma; 128x128 w4 s3 tma spec; 128x64 w4 s2 tma ahead;
+        128x64 w4 s4 tma ahead; 64x128 w4 s2 tma ahead; 64x64 w4 s3 tma; 128x64 w4 s3 ahead; 128x128 w8 s2 r128 tma;
+        128x64 w4 s4 tma; 128x128 w8 s3; 128x32 w4 s4 tma ahead; 64x64 w4 s3 r128 tma""",
+    ("forward", 128): """
+        128x64 w8 s2 r128 tma; 128x128 w4 s2 tma spec; 128x64 w4 s2 tma spec; 64x64 w4 s2 tma ahead;
+        128x64 w4 s3 tma spec; 64x64 w4 s2 r168 tma ahead; 64x32 w4 s3 tma ahead; 128x64 w8 s2 r128 tma p2;
+        128x32 w8 s3 r128 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma ahead; 64x64 w4 s2 r168 tma; 64x32 w4 s4 tma;
+        128x64 w4 s2 tma ahead; 128x128 w8 s2 tma; 128x64 w8 s3 tma; 128x64 w8 s3""",
+    ("forward", 256): """
+        128x64 w8 s2 tma ahead; 128x64 w4 s2 tma spec; 128x32 w4 s3 tma spec; 128x32 w4 s2 tma spec; 128x64 w8 s2 tma;
+        64x32 w4 s2 tma ahead; 64x32 w4 s2 tma; 128x32 w8 s3 tma ahead; 128x32 w8 s3 tma; 64x64 w8 s2 tma""",
+    ("backward_keys", 64): """
+        64x64 w4 s3 tma; 64x64 w4 s2 tma; 128x64 w4 s2 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead;
+        64x64 w4 s3 r168 tma; 64x128 w8 s2 tma ahead; 128x128 w8 s2 tma; 32x64 w4 s3 tma; 32x64 w4 s3 tma ahead;
+        64x128 w8 s3 tma; 64x64 w4 s3""",
+    ("backward_keys", 128): """
+        64x64 w4 s2 tma; 64x64 w4 s2; 32x64 w4 s3 tma; 32x64 w4 s2 tma ahead; 64x128 w8 s2 tma ahead; 64x128 w8 s2 tma;
+        64x128 w8 s3 tma; 64x64 w4 s3 tma; 64x64 w4 s2 tma ahead; 32x64 w4 s4 tma; 32x64 w4 s2 r168 tma; 64x128 w8 s2;
+        32x128 w8 s3 tma ahead""",
+    ("backward_keys", 256): """
+        64x64 w8 s2 tma; 32x128 w8 s2 tma apart; 64x128 w8 s1 tma apart; 32x64 w8 s3 tma; 32x64 w4 s2 tma apart;
+        64x64 w4 s1 tma apart; 32x64 w8 s2 tma; 32x64 w8 s2 tma ahead; 32x64 w8 s2; 32x32 w8 s1""",
+    ("backward_queries", 64): """
+        64x64 w4 s3 tma; 128x64 w8 s3 tma; 64x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s4 tma;
+        64x64 w4 s2 tma ahead; 128x64 w8 s4 tma; 128x128 w8 s3 tma; 128x64 w8 s3 tma ahead; 64x64 w4 s2 tma;
+        64x128 w4 s3 tma; 128x64 w8 s2 r128 tma""",
+    ("backward_queries", 128): """
+        128x64 w8 s3 tma; 128x64 w8 s2 tma ahead; 64x64 w4 s2 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma;
+        64x64 w4 s2 tma ahead; 64x32 w4 s3 tma; 128x32 w8 s4 tma; 64x32 w4 s2 tma ahead; 128x64 w8 s2 tma;
+        64x64 w4 s2; 128x64 w8 s3; 128x32 w8 s2 r128 tma""",
+    ("backward_queries", 256): """
+        128x32 w8 s2; 128x32 w8 s2 tma; 64x64 w8 s2 tma; 64x32 w8 s3 tma; 64x32 w4 s2 tma; 128x64 w8 s1 tma;
+        64x64 w4 s1 tma; 128x16 w8 s3 tma; 64x32 w4 s1 tma; 128x16 w8 s2""",
+    ("decode", 64): """
+        16x128 w4 s3 n384 tma; 16x128 w4 s3 n512; 16x64 w4 s4 n512 tma; 16x128 w4 s3 n512 tma; 16x64 w4 s4 n512;
+        16x128 w4 s4 n256 tma; 16x256 w4 s2 n384 tma; 16x64 w4 s6 n512 tma; 16x64 w2 s4 n512 tma; 16x128 w4 s4 n384 tma;
+        16x256 w8 s2 n256 tma; 16x128 w4 s2 n512 tma""",
+    ("decode", 128): """
+        16x64 w4 s4 n256 tma; 16x128 w4 s2 n384 tma; 16x64 w4 s3 n384 tma; 16x128 w4 s2 n512; 16x128 w4 s3 n512 tma;
+        16x64 w4 s3 n512 tma; 16x64 w4 s5 n256 tma; 16x64 w4 s3 n384; 16x64 w4 s4 n256; 16x32 w1 s4 n512 tma;
+        16x32 w4 s6 n256 tma; 16x64 w2 s4 n256 tma; 16x128 w8 s3 n128 tma; 16x128 w4 s2 n384; 16x64 w4 s3 n1024 tma""",
+    ("decode", 256): """
+        16x64 w4 s3 n128 tma; 16x32 w4 s4 n256 tma; 16x64 w4 s2 n384 tma; 16x64 w4 s4 n512; 16x128 w8 s2 n128 tma;
+        16x64 w4 s3 n256 tma; 16x64 w8 s3 n256 tma; 16x32 w4 s3 n384 tma; 16x64 w4 s2 n384; 16x32 w4 s3 n512""",
 }  # fmt: skip
-_KEYS: dict[int, list[Row]] = {
-    64: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (128, 128, 8, 2),
-         (32, 128, 4, 2), (64, 128, 4, 2), (32, 64, 4, 3), (128, 64, 4, 2)],
-    128: [(64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2),
-          (32, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 3), (16, 128, 8, 3), (64, 64, 8, 3), (128, 64, 8, 2),
-          (64, 128, 8, 3), (128, 64, 8, 1)],
-    256: [(32, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1), (64, 64, 8, 2), (16, 64, 8, 2), (32, 64, 4, 1),
-          (32, 128, 8, 1), (16, 64, 4, 2)],
-}  # fmt: skip
-_QUERIES: dict[int, list[Row]] = {
-    64: [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 4),
-         (64, 64, 4, 2), (128, 128, 8, 3)],
-    128: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
-          (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 1), (64, 128, 8, 2), (128, 64, 4, 2)],
-    256: [(128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1), (128, 32, 8, 1), (128, 64, 8, 1), (64, 64, 8, 2),
-          (64, 32, 8, 3), (128, 64, 8, 2)],
-}  # fmt: skip
-_DECODE: list[Row] = [  # then: programs in all
-    (16, 128, 4, 3, 512), (16, 64, 4, 3, 1024), (16, 64, 4, 4, 512), (16, 128, 4, 2, 512), (16, 64, 2, 3, 1024),
-    (16, 32, 1, 4, 2048), (16, 128, 8, 3, 512), (16, 128, 4, 3, 1024), (16, 64, 4, 3, 2048), (16, 32, 2, 4, 1024),
-    (16, 64, 4, 3, 512), (16, 128, 4, 4, 256), (16, 64, 2, 4, 2048), (16, 32, 4, 4, 1024), (16, 128, 4, 2, 1024),
-    (16, 64, 2, 4, 1024), (16, 64, 4, 5, 512), (16, 32, 1, 6, 1024), (16, 128, 4, 4, 128), (16, 256, 8, 2, 256),
-]  # fmt: skip
+"""Tiles to try, as :func:`tile_of` reads them, the most promising first."""
+
+_NUMBERS = {"w": "num_warps", "s": "num_stages", "r": "registers", "p": "persistent", "n": "programs"}
+_SWITCHES = {"tma": "tma", "ahead": "ahead", "spec": "specialize", "apart": "apart"}
 
 
-def candidates(role: str, width: int, tiny: bool) -> Iterator[dict[str, int]]:
-    """Fields of tiles, the most promising first; the first of all, with none, is the tile in force."""
-    yield {}
-    if tiny:
-        yield {"block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 1}
-        return
-    names = ("block_m", "block_n", "num_warps", "num_stages", "registers")
-    if role == "decode":
-        for row in _DECODE:
-            yield dict(zip((*names[:4], "programs"), row, strict=True))
-        return
-    rows = {"forward": _FORWARD, "backward_keys": _KEYS, "backward_queries": _QUERIES}[role][width]
-    ways: list[dict[str, int]] = [{"tma": True}, {}]
-    if role == "forward":
-        ways = [{"tma": True, "ahead": True}, {"tma": True}, {}, {"ahead": True}]
-    first = (len(rows) + 1) // 2
-    for some, way in product((rows[:first], rows[first:]), ways):
-        for row in some:
-            yield dict(zip(names, row, strict=False)) | way
-    if role == "forward":
-        for row, ahead in product(rows[:3], (True, False)):
-            yield dict(zip(names, row, strict=False)) | {"tma": True, "ahead": ahead, "persistent": 8 // row[2]}
+def tile_of(text: str) -> dict[str, int]:
+    """``128x64 w8 s2 r128 tma ahead``: 128 queries, 64 keys, 8 warps, 2 stages, 128 registers, by TMA, scores ahead."""
+    block, *words = text.split()
+    block_m, _, block_n = block.partition("x")
+    fields: dict[str, int] = {"block_m": int(block_m), "block_n": int(block_n)}
+    for word in words:
+        if word in _SWITCHES:
+            fields[_SWITCHES[word]] = True
+        else:
+            fields[_NUMBERS[word[0]]] = int(word[1:])
+    return fields
+
+
+def text_of(tile: dict[str, int]) -> str:
+    """The inverse of :func:`tile_of`."""
+    numbers = [f"{letter}{tile[name]}" for letter, name in _NUMBERS.items() if tile.get(name)]
+    switches = [word for word, name in _SWITCHES.items() if tile.get(name)]
+    return " ".join([f"{tile['block_m']}x{tile['block_n']}", *numbers, *switches])
+
+
+def candidates(role: str, width: int, options: argparse.Namespace) -> list[dict[str, int]]:
+    """Fields of tiles; the first, with none, is the tile in force."""
+    texts = options.tile or ("16x32 w4 s1" if options.tiny else CANDIDATES[role, width]).split(";")
+    return [{}, *map(tile_of, texts)]
 
 
 @dataclasses.dataclass
@@ -131,12 +150,8 @@ class Candidate:
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def told(self) -> str:
-        fields = {"block_m": "", "block_n": "x", "num_warps": " warps ", "num_stages": " stages ",
-                  "registers": " registers ", "programs": " programs ", "persistent": " persistent "}  # fmt: skip
         tile = self.found.get("tile", self.tile)
-        text = "".join(f"{label}{tile[name]}" for name, label in fields.items() if tile.get(name))
-        text += " TMA" * bool(tile.get("tma")) + " ahead" * bool(tile.get("ahead"))
-        return text + " (in force)" * (not self.tile)
+        return (text_of(tile) if tile else "the tile") + " (in force)" * (not self.tile)
 
 
 # --- in the processes -------------------------------------------------------------------------------------------------
@@ -195,26 +210,28 @@ class Bench:
     def tile(self, x: Any, role: str, fields: dict[str, int]) -> Any:
         from fastseq.kernels.tuning_attention import Tile
 
-        return Tile(**fields) if fields else x.tile(role, True)  # type: ignore[arg-type]
+        return Tile(**fields) if fields else x.tile(role, True)
 
-    def compile(self, case: Heads, role: str, fields: dict[str, int]) -> dict[str, Any]:
+    def compile(self, cases: list[Heads], role: str, fields: dict[str, int]) -> dict[str, Any]:
         """Compile into the cache that launches read; what the compiler says."""
         from fastseq.kernels import tuning_attention
 
         if self.device != "cuda":
             return {}
-        small = dataclasses.replace(case, batch=1, queries=min(case.queries, 256), keys=min(case.keys, 256))
-        own = self.prepared(small, role)  # any length of a case has its code
-        tile = self.tile(own.x, role, fields)
-        found: dict[str, Any] = {"tile": tile._asdict()}
+        found: dict[str, Any] = {"registers": 0, "spilled": 0, "shared": 0}
         begun = time.perf_counter()
-        with tuning_attention.forced(role, tile):
-            for plan in own.plans():
-                if plan.kernel.__name__ == "attention_merge":
-                    continue
+        for case in cases:
+            small = dataclasses.replace(case, batch=1, queries=min(case.queries, 256), keys=min(case.keys, 256))
+            own = self.prepared(small, role)  # any length of a case has its code
+            tile = self.tile(own.x, role, fields)
+            found["tile"] = tile._asdict()
+            with tuning_attention.forced(role, tile):
+                plans = [plan for plan in own.plans() if plan.kernel.__name__ != "attention_merge"]
+            for plan in plans:
                 made = plan.kernel.warmup(grid=(plan.grid,), **plan.arguments, **plan.options)
                 made._init_handles()
-                found |= {"registers": made.n_regs, "spilled": made.n_spills, "shared": made.metadata.shared}
+                now = {"registers": made.n_regs, "spilled": made.n_spills, "shared": made.metadata.shared}
+                found |= {name: max(value, found[name]) for name, value in now.items()}
         found["seconds"] = time.perf_counter() - begun
         if found["spilled"] > SPILLED:
             found["reason"] = f"{found['spilled']} bytes spilled"
@@ -312,12 +329,11 @@ class Helper:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def interleaved(roles: Sequence[str], widths: Sequence[int], tiny: bool) -> list[Candidate]:
+def interleaved(options: argparse.Namespace) -> list[Candidate]:
     """All candidates, a few of each role and width at a time, so that a run that is cut short has tried each."""
     groups = [
-        [Candidate(role, width, tile) for tile in candidates(role, width, tiny)]
-        for width, role in product(widths, roles)
-        if cases(role, width, tiny)
+        [Candidate(role, width, tile) for tile in candidates(role, width, options)]
+        for width, role in product(options.width, options.role)
     ]
     pieces = [[group[n : n + 6] for n in range(0, len(group), 6)] for group in groups]
     return [one for turn in zip_longest(*pieces, fillvalue=[]) for piece in turn for one in piece]
@@ -325,7 +341,7 @@ def interleaved(roles: Sequence[str], widths: Sequence[int], tiny: bool) -> list
 
 def tune(options: argparse.Namespace, until: float, done: Callable[[Candidate], None]) -> bool:
     """Compile and time until the candidates or the time end; False where it was cut short."""
-    planned = interleaved(options.role, options.width, options.tiny)
+    planned = interleaved(options)
     waiting: queue.SimpleQueue[Candidate] = queue.SimpleQueue()
     compiled: queue.PriorityQueue[tuple[int, Candidate]] = queue.PriorityQueue()
     place = {id(candidate): n for n, candidate in enumerate(planned)}
@@ -337,8 +353,8 @@ def tune(options: argparse.Namespace, until: float, done: Callable[[Candidate], 
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < until:
                 candidate = waiting.get_nowait()
-                case = cases(candidate.role, candidate.width, options.tiny)[0]
-                candidate.found |= helper.ask("compile", case, candidate.role, candidate.tile)
+                own = cases(candidate.role, candidate.width, options.tiny)
+                candidate.found |= helper.ask("compile", own, candidate.role, candidate.tile)
                 compiled.put((place[id(candidate)], candidate))
         helper.end()
 
@@ -390,6 +406,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("what", choices=("attention",))
     out.add_argument("--role", nargs="+", choices=ROLES, default=ROLES, help="default: all of them")
     out.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=[128, 64, 256], help="features of a head")
+    out.add_argument("--tile", nargs="+", metavar="TEXT", help="only these: '128x64 w8 s2 tma', as the report has them")
     out.add_argument("--minutes", type=float, default=2.0, help="for all of it (default: %(default)s)")
     out.add_argument("--out", type=Path, metavar="FILE", help="write everything measured, as JSON")
     out.add_argument("--min-time", type=float, default=0.06, help="seconds for each candidate of a case")

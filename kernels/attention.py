@@ -20,8 +20,8 @@ from .attention_tiles import (
     dot_add,
     head_of,
     head_of_keys,
-    load_halves,
     load_keys,
+    load_parts,
     narrow,
     number,
     store_tile,
@@ -48,14 +48,14 @@ def attend(
     acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, AHEAD: tl.constexpr, MASKED: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1].
 
     AHEAD: q·k of a tile is made in the iteration before, and handed on as ``ahead``. Then the tensor cores are still at
     p v of one tile while p of the next is computed: Triton only waits for a product where it is next used, and for all
     of them behind one whose result the same iteration needs."""
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZE):
         if AHEAD:
             qk = ahead
         else:
@@ -98,9 +98,17 @@ def attend_all(
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, AHEAD: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code."""
+    """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code.
+
+    SPECIALIZE: some warps load, others multiply; Triton can do that to one loop, which then masks every tile."""
+    if SPECIALIZE:
+        acc, m, l, _ = attend(
+            acc, m, l, m, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False, True, True,
+        )  # fmt: skip
+        return acc, m, l
     ahead = m
     if AHEAD:
         ahead = products(q1, q2, k, k_head, k_more, call, b, begin, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN,
@@ -110,16 +118,16 @@ def attend_all(
             acc, m, l, ahead = attend(
                 acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin,
                 call, b, h, i, i0, tq, tk, shift,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, True,
             )  # fmt: skip
         acc, m, l, ahead = attend(
             acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_begin, whole_end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, False,
         )  # fmt: skip
     acc, m, l, _ = attend(
         acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
-        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
+        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, True,
     )  # fmt: skip
     return acc, m, l
 
@@ -129,7 +137,7 @@ def make_rows(
     program, q, k, v, o, lse, call, heads, together, few,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """The tile of queries of one head that is number ``program``."""
     b, h, tile = find_program(program, call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
@@ -145,7 +153,9 @@ def make_rows(
         k_head = described(key, number(k.row), tk, D, BLOCK_N, D1, ALIGN, TMA)
         k_more = described(key, number(k.row), tk, D, BLOCK_N, D2, ALIGN, TMA and D2 > 0)
         v_head = described(value, number(v.row), tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
-        q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)  # [BLOCK_M, D1], [, D2]
+        q_more = described(q_head, number(q.row), tq, D, BLOCK_M, D2, ALIGN, TMA and D2 > 0)
+        q_head = described(q_head, number(q.row), tq, D, BLOCK_M, D1, ALIGN, TMA)
+        q1, q2 = load_parts(q_head, q_more, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)  # [BLOCK_M, D1], [, D2]
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         if call.sinks is not None:  # a key of value 0, met before all others
@@ -156,7 +166,7 @@ def make_rows(
         acc, m, l = attend_all(
             acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, SPECIALIZE,
         )  # fmt: skip
         row = i0 + tl.arange(0, BLOCK_M)
         empty = (l == 0.0) | (row >= tq)
@@ -175,7 +185,7 @@ def attention_forward(
     q, k, v, o, lse, call, heads, together, few, tiles,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PERSISTENT: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are taken as D1 + D2
     columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are left to the
@@ -184,10 +194,10 @@ def attention_forward(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             make_rows(
                 tile, q, k, v, o, lse, call, heads, together, few,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD, SPECIALIZE,
             )  # fmt: skip
     else:
         make_rows(
             tl.program_id(0), q, k, v, o, lse, call, heads, together, few,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD, SPECIALIZE,
         )  # fmt: skip

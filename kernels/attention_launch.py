@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
-from .attention_problem import HALF_WIDEST, INTERPRETED, PROGRAMS, Problem, power_of_two, with_unit_rows
+from .attention_problem import HALF_WIDEST, INTERPRETED, NARROWEST, PROGRAMS, Problem, power_of_two, with_unit_rows
 from .attention_problem import unsupported as unsupported
 from .attention_tiles import ROW_BLOCK as _ROW_BLOCK
 from .attention_tiles import Rows, hidden
@@ -61,8 +61,11 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         if not x.packed:
             return
     align = x.align(x.q, x.k, x.v, o)
-    describable = x.describable(align, x.k, x.v)
+    describable = x.describable(align, x.q, x.k, x.v)
     tile = x.tile("forward", describable)
+    least = x.least_columns(align)
+    if least > NARROWEST:  # addresses of plain loads take the registers of half a tile
+        tile = tile._replace(block_n=min(tile.block_n, 64))
     tiles, heads, together = x.grid(False, tile.block_m)
     yield Plan(
         attention.attention_forward,
@@ -70,8 +73,9 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
         {
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
-            "tiles": tiles, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead, "PERSISTENT": tile.persistent > 0,
+            "tiles": tiles, **x.shared(least), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
+            "SPECIALIZE": tile.specialize and describable and not x.packed, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip
@@ -143,15 +147,14 @@ def plan_backward(
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
                 "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
                 "call": x.call, "heads": heads, "together": together,
-                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 64), "ALIGN": align,
+                "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 128 // o.element_size()), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
         )  # fmt: skip
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
-    if (
-        max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST
-    ):  # both sums are more than the registers of a program hold
+    wide = max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST  # both sums are more than a program's registers
+    if wide or x.tile("backward_keys", x.describable(align, x.q, d_o)).apart:
         keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
     launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
         *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
@@ -160,8 +163,9 @@ def plan_backward(
     for role, kernel, of_keys, results in launches:
         describable = x.describable(align, x.q, d_o) if of_keys else x.describable(align, x.k, x.v)
         tile = x.tile(role, describable)
-        if x.dtype == torch.float32 and results.get("dk", out.dq) is None and x.machine in ("sm_80", "sm_90", "sm_100"):
-            tile = tile._replace(registers=255)  # dv by itself: ptxas would spill some to fit programs in, of dk not
+        alone = x.dtype == torch.float32 and results.get("dk", out.dq) is None  # dv
+        if alone and not (x.packed and x.dim_v <= 128) and x.machine in ("sm_80", "sm_90", "sm_100"):
+            tile = tile._replace(registers=255)  # ptxas would spill some to fit programs in, of dk not
         grid, heads, together = x.grid(of_keys, tile.block_n if of_keys else tile.block_m)
         yield Plan(
             kernel,
@@ -169,7 +173,7 @@ def plan_backward(
             {
                 **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
                 "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "ALIGN": align, "TMA": tile.tma and describable,
+                "ALIGN": align, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
             },
             options_of(tile),
         )  # fmt: skip

@@ -31,6 +31,8 @@ FIXED_SPLITS = 32  # splits of a sequence under torch.use_deterministic_algorith
 FIXED_LEAST = 256  # and the keys that one has at least: a multiple of every tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = tuning_attention.WIDTHS[-1]
+NARROWEST = 16  # columns that one product takes at least
+ALIKE = 64  # columns of 16 bits from which on every tile has the same layout in the shared memory of sm_90
 HALF_WIDEST = 256  # features that one product takes at most; and a head of float32, for want of shared memory
 
 
@@ -215,21 +217,26 @@ class Problem:
         strides = [hidden(s) for s in x.stride()]
         return View(x, hidden(0), *strides) if self.packed else View(x, *strides)
 
-    def columns(self) -> dict[str, int]:
+    def columns(self, least: int = NARROWEST) -> dict[str, int]:
         """D as two powers of two, the second 0 where one is as good; and DV as one."""
-        whole = max(16, power_of_two(self.dim))
-        first, second = whole, 0
+        whole = max(least, power_of_two(self.dim))
+        first, second = whole // 2, max(least, power_of_two(self.dim - whole // 2))
         splittable = whole > 64 and (whole < HALF_WIDEST or self.dtype != torch.float32)  # wide float32 would spill
-        if whole > HALF_WIDEST or (splittable and self.dim <= whole // 2 + whole // 4):
-            first = whole // 2
-            second = max(16, power_of_two(self.dim - first))
+        if whole <= HALF_WIDEST and not (splittable and first + second < whole):
+            first, second = whole, 0
         return {"D": self.dim, "DV": self.dim_v, "D1": first, "D2": second,
-                "BLOCK_DV": max(16, power_of_two(self.dim_v))}  # fmt: skip
+                "BLOCK_DV": max(least, power_of_two(self.dim_v))}  # fmt: skip
 
-    def shared(self) -> dict[str, Any]:
-        """The constants that all kernels of products take."""
+    def shared(self, least: int = NARROWEST) -> dict[str, Any]:
+        """The constants that all kernels of products take; a tile has ``least`` columns or more."""
         exact = self.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        return {**self.columns(), "PRECISION": "ieee" if exact else "tf32", "WIDEN": INTERPRETED}
+        return {**self.columns(least), "PRECISION": "ieee" if exact else "tf32", "WIDEN": INTERPRETED}
+
+    def least_columns(self, align: int) -> int:
+        """Columns of a forward tile at least: what one product takes, or so many that keys and values have one layout
+        in the shared memory of sm_90. Without asynchronous copies they follow each other through one place there, and
+        if their layouts differ, the ptxas of CUDA 12.8, which is Triton 3.6's, loses the address of the values."""
+        return ALIKE if self.machine == "sm_90" and align == 1 and self.dtype != torch.float32 else NARROWEST
 
     def grid(self, of_keys: bool, block: int) -> tuple[int, int, int]:
         """(programs, heads, heads that run together) of a kernel over tiles of queries or of keys."""

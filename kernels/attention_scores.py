@@ -94,14 +94,17 @@ def biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED: tl.constexpr, PAS
 @triton.jit
 def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
     """Whether query i may look at key j."""
-    if PAST_END:
+    if call.right is not None:
+        last = i + (shift + number(call.right))
+        if PAST_END:
+            last = tl.minimum(last, tk - 1)
+        seen = j <= last
+    elif PAST_END:
         seen = j < tk
     else:
         seen = (j == j) & (i == i)
     if call.left is not None:
         seen = seen & (j >= i + (shift - number(call.left)))
-    if call.right is not None:
-        seen = seen & (j <= i + (shift + number(call.right)))
     if call.mask.ptr is not None:
         seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, tq, tk, 0) != 0)
     return seen

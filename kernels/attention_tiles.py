@@ -138,6 +138,19 @@ def load_halves(
 
 
 @triton.jit
+def load_parts(
+    base, more, stride, start, count, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """As :func:`load_halves`, where each half has its descriptor."""
+    first = load_tile(base, stride, start, count, D, 0, ROWS, D1, ALIGN, True)
+    second = first
+    if D2 > 0:
+        second = load_tile(more, stride, start, count, D, D1, ROWS, D2, ALIGN, True)
+    return first, second
+
+
+@triton.jit
 def load_rows(base, offset, inside, D: tl.constexpr, first, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
     """[ROWS, COLUMNS]: features first.. of rows at ``offset`` [ROWS], 0 where not ``inside``."""
     column = first + tl.arange(0, COLUMNS)

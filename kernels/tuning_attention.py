@@ -1,8 +1,7 @@
 """Tiles of the attention kernels: which sizes, warps and stages for which machine, role and head dimension.
 
 Chosen by what the compiler says of them ahead of time: each fits the shared memory of its machine and spills nothing
-in the cases that the tests compile. Outside of them one spill is known: 16 bytes in dK of 256 float32 features of
-packed sequences on sm_80. None has been timed on hardware.
+in the cases that the tests compile. None has been timed on hardware.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ class Tile(NamedTuple):
     tma: bool = False  # tiles come by TMA descriptors, where the tensors allow it
     persistent: int = 0  # programs a multiprocessor, each of which makes many tiles; 0: a program makes one
     ahead: bool = False  # forward: the scores of a tile are made while the one before is still multiplied by v
+    specialize: bool = False  # forward, by TMA: num_warps more warps multiply, and others load
+    apart: bool = False  # dk and dv are made by launches of their own: one product more, and half the registers
     programs: int = 0  # decoding: how many the splits of the keys are to make in all; 0: attention_problem.PROGRAMS
 
 
@@ -46,14 +47,14 @@ _HALF: dict[str, Table] = {
     },
     "sm_90": {
         "forward": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
-        "backward_keys": (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
+        "backward_keys": (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
         "backward_queries": (
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 2),
-            Tile(128, 16, 8, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 2),
             Tile(32, 32, 8, 1, 255),
         ),
-        "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
         "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
@@ -80,14 +81,14 @@ _HALF_PAIRS: dict[str, Table] = {
         ),
         "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_bias": (Tile(64, 32, 8, 1), *(Tile(64, 64, 8, 2, 255),) * 3),
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {
         "forward": (Tile(64, 64, 8, 2, 255), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
         "backward_keys": (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
         "backward_queries": (Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_100": {
         "forward": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
@@ -99,19 +100,20 @@ _HALF_PAIRS: dict[str, Table] = {
             Tile(16, 16, 8, 1, 255),
         ),
         "backward_bias": (Tile(64, 64, 8, 2, 255),) * 4,
-        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1, 255)),
+        "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
 
 # float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
 _SINGLE: Table = {
     "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    "backward_keys": (Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     "backward_queries": (Tile(32, 32, 8, 1, 255), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
     "backward_bias": (Tile(32, 32, 8, 1),) * 3,
-    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 _SINGLE_PAIRS: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))}
+_SINGLE_SM_80: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1))}
 
 _GFX942: Table = {
     "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
@@ -125,8 +127,19 @@ _GFX942: Table = {
 # while another is computed. Of keys and values, and of queries and do for "backward_keys". None: pointers do as well.
 _DESCRIBED: dict[str, dict[str, tuple[Tile | None, ...]]] = {
     "sm_90": {
-        "forward": (None, Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 2, tma=True), None),
-        "backward_keys": (Tile(64, 128, 8, 2, tma=True), None, None, None),
+        "forward": (
+            Tile(128, 64, 4, 3, tma=True, ahead=True),
+            Tile(128, 64, 8, 2, 128, tma=True),
+            Tile(128, 64, 8, 2, tma=True, ahead=True),
+            None,
+        ),
+        "backward_keys": (
+            Tile(64, 64, 4, 3, tma=True),
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(64, 64, 8, 2, tma=True),
+            None,
+        ),
+        "backward_queries": (Tile(64, 64, 4, 3, tma=True), Tile(128, 64, 8, 3, tma=True), None, None),
     },
     "sm_100": {
         "forward": (
@@ -185,7 +198,7 @@ def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool,
     if machine == "gfx942":
         return _GFX942[role][width]
     if dtype == torch.float32:
-        return (_SINGLE_PAIRS if pairs else _SINGLE)[role][width]
+        return (_SINGLE_SM_80 if machine == "sm_80" else _SINGLE_PAIRS if pairs else _SINGLE)[role][width]
     pairs = pairs or role == "backward_bias"
     described = _DESCRIBED.get(machine, {}).get(role, (None,) * len(WIDTHS))[width]
     if describable and described is not None and not pairs:

@@ -33,14 +33,14 @@ HOPPER = "hopper_"
 class Variant(NamedTuple):
     kernel: str
     heads: tuple[int, ...]
-    flag: bool  # of the general class; of a kernel for Hopper: for calls with limits (causal, window)
+    flag: bool  # of the general class; of the forward kernel for Hopper: the large of two tiles
 
     @property
     def kind(self) -> str:
         if not self.heads:
             return "any"
         if self.kernel.startswith(HOPPER):
-            return "plain" if self.flag else "plain, without limits"
+            return "plain, large tile" if self.flag else "plain"
         return "general" if self.flag else "plain"
 
 
@@ -114,7 +114,7 @@ def variant_of(name: str) -> Variant:
     heads = tuple(int(n) for n in re.findall(r"Li(\d+)E", name)[:2])
     flag = "ELb1E" in name
     if kernel[1] == "hopper_gradient":  # its flag says of what
-        return Variant("hopper_keys" if flag else "hopper_queries", heads, True)
+        return Variant("hopper_keys" if flag else "hopper_queries", heads, False)
     return Variant(kernel[1], heads, flag or kernel[1] == "bias")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from devices import operator
 from support import cell_inputs, error
 from torch import Tensor
@@ -46,16 +49,20 @@ def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backe
     return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse)
 
 
-def assert_within_budget(ours: Tensor, peer: Tensor, truth: Tensor, what: str, floor_ulps: float = 8) -> None:
-    """At most twice the reference's error in the same dtype, plus some roundings of terms of about 1.
+def budget_of(peer: Tensor, truth: Tensor, floor_ulps: float = 8) -> float:
+    """Twice the reference's error in its dtype, plus some roundings of terms of about 1.
 
     Gates are sums of such terms, which may cancel: a value is then small, and its error is not.
     """
-    assert ours.dtype == peer.dtype, what
-    if ours.dtype == torch.float64:  # the truth is itself rounded in float64
+    if peer.dtype == torch.float64:  # the truth is itself rounded in float64
         floor_ulps = max(floor_ulps, 64)
     scale = max(1.0, float(truth.detach().abs().max()))
-    budget = 2 * error(peer, truth) + floor_ulps * torch.finfo(ours.dtype).eps * scale
+    return 2 * error(peer, truth) + floor_ulps * torch.finfo(peer.dtype).eps * scale
+
+
+def assert_within_budget(ours: Tensor, peer: Tensor, truth: Tensor, what: str, floor_ulps: float = 8) -> None:
+    assert ours.dtype == peer.dtype, what
+    scale, budget = max(1.0, float(truth.detach().abs().max())), budget_of(peer, truth, floor_ulps)
     found = error(ours, truth)
     assert found <= budget, f"{what}: error {found:.3g} over the budget of {budget:.3g} (largest value {scale:.3g})"
 
@@ -64,11 +71,29 @@ def whole(dtype: torch.dtype, inputs: list[Tensor | None]) -> list[Tensor | None
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
 
 
-def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype):
+def step_on_sides(above: Tensor, reverse: bool, met: list[Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """The reference's step of an rnn_relu, with the slope of that side of the kink that ``above`` [T,B,H] names.
+
+    Rounding moves units that lie at the kink across it, where the gradient jumps, and either one is right. What the
+    units were goes to ``met``, in the order of the walk.
+    """
+    sides = iter(above.flip(0) if reverse else above)
+
+    def step(cell: str, gates_x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None, _: None = None):
+        pre = gates_x + F.linear(h, w_hh, b_hh)
+        met.append(pre.detach())
+        line = pre * next(sides)
+        return line + (pre.clamp(min=0) - line).detach(), None
+
+    return step
+
+
+def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step=reference.step):
     """The reference's results and the gradients of all inputs, computed from the same values in another dtype."""
     own: list[Any] = whole(dtype, inputs)
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
-    out = reference.scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse)
+    with mock.patch.object(reference, "step", step):
+        out = reference.scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t in own if t is not None]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
@@ -155,7 +180,8 @@ def assert_states_are_steps(ours, inputs, lengths, reset, reverse) -> None:
 def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, False), backend="native") -> None:
     """One draw, forward and backward, within the budget of the reference in the same dtype.
 
-    ``given``: which of y, h_n, c_n and states a gradient comes for.
+    ``given``: which of y, h_n, c_n and states a gradient comes for. Units of a ReLU that rounding moves across its kink
+    must lie at it, as near as y must be; the gradients are then held to those on the side that they are on.
     """
     x = inputs[0]
     steps, batch, state = x.shape[0], x.shape[1], inputs[2].shape[1]
@@ -167,9 +193,20 @@ def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, Fals
     ]
     if grads[3] is not None:
         grads[3] = grads[3].to(ops.accumulator(x.dtype))
-    truth, want = reference_gradients(inputs, grads, lengths, reset, cell, reverse, torch.float64)
-    peer, peer_gradients = reference_gradients(inputs, grads, lengths, reset, cell, reverse, x.dtype)
     ours, found = walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend)
+    met: list[Tensor] = []
+
+    def judged(dtype: torch.dtype) -> Any:
+        step = step_on_sides(ours[0] > 0, reverse, met) if cell == "rnn_relu" else reference.step
+        return reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step)
+
+    truth, want = judged(torch.float64)
+    exact = torch.stack(met[::-1] if reverse else met) if met else None
+    peer, peer_gradients = judged(x.dtype)
+    if exact is not None:
+        live = torch.arange(steps)[:, None] < (steps if lengths is None else lengths)
+        moved = exact[((exact > 0) != (ours[0] > 0)) & live[..., None]].abs()
+        assert (moved <= budget_of(peer[0], truth[0])).all(), f"moved across the kink: {float(moved.max()):.3g}"
     for name, o, p, t in zip(["y", "h_n", "c_n", "states"], ours, peer, truth, strict=False):
         if t is None:
             assert o.shape == (0,), name

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gpu, gpu_attention, gpu_cases, gpu_recurrent, gpu_report, gpu_run, gpu_worker, support
+from bench import gpu, gpu_attention, gpu_cases, gpu_journal, gpu_recurrent, gpu_report, gpu_run, gpu_worker, support
 from bench.gpu_cases import Heads, Layers
 from bench.gpu_journal import Journal, supervise
 from bench.peers import Entrant, Unavailable
@@ -232,8 +233,8 @@ for name in sys.argv[2:]:
     if name == "crash":
         print("a last word", flush=True)
         os._exit(3)
-    if name == "hang":
-        time.sleep(600)
+    if name in ("slow", "hang"):
+        time.sleep(1 if name == "slow" else 600)
     journal.write("done", name, value=len(name))
 """
 
@@ -261,6 +262,21 @@ def test_a_hang_is_ended(tmp_path: Path) -> None:
     assert list(journal.done()) == ["a", "b"]
     assert "nothing was heard of it for 3 s" in journal.lost()[0]["reason"]
     assert journal.lost()[0]["hung"]
+
+
+def test_a_machine_that_was_stopped_has_heard_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = 0.0
+
+    def changed() -> None:  # a minute passes once the child has begun its slow part
+        nonlocal passed
+        passed = 60.0 * ("slow" in (tmp_path / "journal.jsonl").read_text())
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, sleep=time.sleep)
+    monkeypatch.setattr(gpu_journal, "time", clock)
+    why, journal = child(tmp_path, "a", "slow", "b", seconds=600, changed=changed)
+    assert why == ""
+    assert list(journal.done()) == ["a", "slow", "b"]
+    assert journal.lost() == []
 
 
 def test_at_the_end_of_the_time_a_child_is_ended(tmp_path: Path) -> None:

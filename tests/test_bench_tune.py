@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -24,11 +25,12 @@ pytest.importorskip("triton")
 def test_candidates_are_tiles_and_the_one_in_force_comes_first(role: str, width: int) -> None:
     from fastseq.kernels.tuning_attention import Tile
 
-    found = list(tune.candidates(role, width, False))
+    found = tune.candidates(role, width, argparse.Namespace(tile=None, tiny=False))
     assert found[0] == {}
     tiles = [Tile(**fields) for fields in found[1:]]  # type: ignore[arg-type]
     assert len(set(tiles)) == len(tiles) >= 8
     assert all(n & (n - 1) == 0 for tile in tiles for n in tile[:3])
+    assert [tune.tile_of(tune.text_of(tile._asdict())) for tile in tiles] == found[1:]
     assert all(case.dim == width for case in tune.cases(role, width, False))
 
 
@@ -78,13 +80,13 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_process_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tune.cases("decode", 64, True)[0]
     helper = tune.Helper("cpu")
-    assert helper.ask("compile", case, "decode", {}) == {}  # nothing is compiled for a CPU
+    assert helper.ask("compile", [case], "decode", {}) == {}  # nothing is compiled for a CPU
     assert helper.process is not None
     helper.process.kill()
     helper.process.join()
-    assert helper.ask("compile", case, "decode", {}) == {}
+    assert helper.ask("compile", [case], "decode", {}) == {}
     assert "reason" in helper.ask("measure", case, "decode", {"no_field": 1}, 0.01)
     helper.end()
     monkeypatch.setitem(tune.PATIENCE, "compile", 0.0)  # less than a process takes to begin
-    assert "no answer" in helper.ask("compile", case, "decode", {})["reason"]
+    assert "no answer" in helper.ask("compile", [case], "decode", {})["reason"]
     assert helper.process is None

@@ -1,4 +1,4 @@
-"""The scan's CUDA kernels as they were compiled for GPUs that are not there: all of them, without spills or stack."""
+"""The CUDA kernels as they were compiled for GPUs that are not there: the scan's all there, without spills or stack."""
 
 from __future__ import annotations
 
@@ -50,3 +50,13 @@ def test_every_kernel_is_there_and_none_spills() -> None:
                 assert (stack, local) == ("0", "0"), f"{function} spills on {target}"
                 assert int(registers) <= MOST_REGISTERS, f"{function} takes {registers} registers on {target}"
     assert counts == {(target, kernel): number for target in TARGETS for kernel, number in KERNELS.items()}
+
+
+@pytest.mark.skipif(ops.NATIVE_CUDA_MISSING is not None, reason=f"no CUDA kernels: {ops.NATIVE_CUDA_MISSING}")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_nothing_in_the_library_ends_the_process() -> None:
+    """Where a template's host code calls a __device__ function, nvcc puts exit(1) for it, without a word."""
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True)
+    imported = {line.split()[-1].partition("@")[0] for line in listing.stdout.splitlines()}
+    assert "PyModule_Create2" in imported  # so these are its imports
+    assert not imported & {"exit", "_exit", "_Exit", "quick_exit", "abort"}

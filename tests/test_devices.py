@@ -55,16 +55,24 @@ def test_calls_go_to_the_kernels_that_were_chosen(monkeypatch: pytest.MonkeyPatc
     assert devices.operator("scan_forward", "emulated") is scan.native
     monkeypatch.setattr(devices, "KERNELS", "native")
 
-    def lacking(*arguments: object) -> None:
-        raise RuntimeError("scan: the native CUDA kernels have no projection (w_hr)\nand a trace")
+    messages = {
+        "scan: the native CUDA kernels have no projection (w_hr)\nand a trace": pytest.skip.Exception,
+        "a.cpp:9, attention: the CUDA C++ kernels of attention take bfloat16 and float16 alone": pytest.skip.Exception,
+        "a.cpp:9, attention: the CUDA C++ kernels of attention take up to 256 features a head": pytest.skip.Exception,
+        "scan: a CUDA kernel could not start": RuntimeError,
+        "attention: lengths_q must be int64": RuntimeError,
+    }
+    for message, raised in messages.items():
 
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("scan: a CUDA kernel could not start")
+        def refuse(*arguments: object, message: str = message) -> None:
+            raise RuntimeError(message)
 
-    for made, raised in ((lacking, pytest.skip.Exception), (broken, RuntimeError)):
-        monkeypatch.setattr(torch.ops.fastseq, "scan_forward", SimpleNamespace(native=made))
-        with pytest.raises(raised, match="scan: "):
+        monkeypatch.setattr(torch.ops.fastseq, "scan_forward", SimpleNamespace(native=refuse))
+        with pytest.raises(raised) as seen:
             devices.operator("scan_forward", "triton")()
+        assert str(seen.value) in message
+    with pytest.raises(pytest.skip.Exception, match="have no attention_paged"):
+        devices.operator("attention_paged", "triton")
 
 
 @needs_triton

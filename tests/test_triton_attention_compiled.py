@@ -1,12 +1,13 @@
 """The Triton attention compiled ahead of time: every tile of the tables, without spills, its loops on tensor cores.
 
+On Hopper, where the tiles were measured, the fastest ones spill a little around their loops: never within.
+
 A line of CASES is a set of features with the same code; the numbers are in test_triton_attention_interpreted.py.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ QUICK = [("sm_90", "causal", 64), ("sm_90", "causal", 128), ("sm_80", "window", 
 def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | None:
     """What is wrong with a kernel of products."""
     try:
-        found.check(tensor_cores=half)
+        found.check(tensor_cores=half, spills_outside=target == "sm_90")
     except AssertionError as error:
         return str(error)
     if found.shared > tuning_attention.SHARED[target]:
@@ -75,16 +76,17 @@ def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | N
     return None
 
 
-def check(target: str, name: str, width: int, dtype: torch.dtype, **shape: Any) -> None:
-    made = plans(target, dtype, case(name, dtype), *WIDTHS[width], **shape)
-    pointed = plans(target, dtype, case(name, dtype), *WIDTHS[width], **shape, describable=False)
+def check(target: str, name: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """``heads``: features of q and of v."""
+    made = plans(target, dtype, case(name, dtype), *heads)
+    pointed = plans(target, dtype, case(name, dtype), *heads, describable=False)
     made += [other for plan, other in zip(made, pointed, strict=True) if plan.arguments.get("TMA")]
     half = dtype != torch.float32
     problems = []
     for plan in made:
         kernel = plan.kernel.__name__
         found = compile_plan(target, plan)
-        what = f"{kernel} {name} D{width} {dtype} {plan.options}"
+        what = f"{kernel} {name} {heads} {dtype} {plan.options}"
         if kernel in ("attention_delta", "attention_merge"):
             if found.spilled:
                 problems.append(f"{what}: {found.spilled} bytes spilled")
@@ -103,9 +105,35 @@ def check(target: str, name: str, width: int, dtype: torch.dtype, **shape: Any) 
     assert not problems, "\n".join(problems)
 
 
+UNALIKE = [(15, 63), (31, 15), (63, 15), (63, 31), (65, 16), (65, 64), (97, 31), (127, 63), (129, 127), (255, 33),
+           (128, 16), (64, 32), (16, 128)]  # fmt: skip
+
+
+def check_unalike(name: str, heads: tuple[int, int]) -> None:
+    """Rows that are not aligned, or keys and values that are not laid out alike in shared memory."""
+    for plan in plans("sm_90", HALF, case(name), *heads):
+        found = compile_plan("sm_90", plan)
+        what = f"{plan.kernel.__name__} {name} {heads} {plan.options}"
+        assert not found.unset, f"{what}: {found.unset}"
+        if plan.kernel.__name__ == "attention_forward":
+            assert (problem := problem_of("sm_90", "attention_forward", found, True)) is None, f"{what}: {problem}"
+
+
+@pytest.mark.parametrize("heads", UNALIKE[3:5], ids=str)
+def test_heads_that_are_laid_out_unalike(heads: tuple[int, int]) -> None:
+    check_unalike("causal", heads)
+
+
+@pytest.mark.tiles
+@pytest.mark.parametrize("heads", UNALIKE, ids=str)
+@pytest.mark.parametrize("name", ["full", "window", "alibi"])
+def test_all_heads_that_are_laid_out_unalike(name: str, heads: tuple[int, int]) -> None:
+    check_unalike(name, heads)
+
+
 @pytest.mark.parametrize(("target", "name", "width"), QUICK)
 def test_tiles_fit_their_machine(target: str, name: str, width: int) -> None:
-    check(target, name, width, HALF)
+    check(target, name, WIDTHS[width], HALF)
 
 
 @pytest.mark.tiles
@@ -113,17 +141,17 @@ def test_tiles_fit_their_machine(target: str, name: str, width: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_tile_fits_its_machine(target: str, name: str, width: int) -> None:
-    check(target, name, width, HALF)
+    check(target, name, WIDTHS[width], HALF)
 
 
 @pytest.mark.tiles
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["causal", "window", "everything"])
+@pytest.mark.parametrize("name", ["causal", "window", "packed", "everything"])
 def test_every_tile_fits_its_machine_in_other_dtypes(name: str, width: int) -> None:
     for target in ("sm_80", "sm_90"):
-        check(target, name, width, torch.float16)
+        check(target, name, WIDTHS[width], torch.float16)
         if width <= 256:
-            check(target, name, width, torch.float32)
+            check(target, name, WIDTHS[width], torch.float32)
 
 
 @pytest.mark.parametrize(("target", "width"), [("sm_90", 64), ("sm_90", 128), ("sm_100", 64)])
@@ -177,7 +205,7 @@ def test_pages_fit_their_machine(paged: str) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["causal", "lengths", "padding mask", "dropout", "everything"])
 def test_tiles_compile_for_amd(name: str, width: int) -> None:
-    check("gfx942", name, width, HALF)
+    check("gfx942", name, WIDTHS[width], HALF)
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time_and_ahead() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_operators import Options, arguments, assert_right, dense, feature, forward, packed
+from devices import operator
 from fastseq.kernels import attention_launch
 from fastseq.kernels.attention_problem import Problem
 from torch import Tensor
@@ -47,7 +48,7 @@ def paged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, page: int, options: 
     names = ("bias", "mask", "sinks", "alibi_slopes", "lengths_q")
     given = dict(zip(SETTINGS, arguments(options)[9:], strict=False))
     table[torch.arange(pages) * page >= lengths[:, None]] = -7
-    return torch.ops.fastseq.attention_paged.triton(
+    return operator("attention_paged", "triton")(
         q, *pools, table, *(options.get(n) for n in names), lengths, options.get("cu_seqlens_q"), *given.values()
     )
 

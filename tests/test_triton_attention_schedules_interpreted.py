@@ -1,4 +1,5 @@
-"""The Triton attention as a table of tiles may ask for it: tiles by TMA descriptors, and programs that make several.
+"""The Triton attention as a table of tiles may ask for it: tiles by TMA descriptors, programs that make several, scores
+made a tile ahead, and one loop for all keys.
 
 Which tile does so on which machine is in kernels/tuning_attention.py; here every one does.
 """
@@ -32,7 +33,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
 ]
 
-SCHEDULES: list[dict[str, Any]] = [{"tma": True}, {"persistent": 1}, {"tma": True, "persistent": 2}]
+SCHEDULES: list[dict[str, Any]] = [
+    {"tma": True},
+    {"persistent": 1},
+    {"ahead": True},
+    {"tma": True, "specialize": True},
+    {"tma": True, "persistent": 2, "ahead": True},
+]
 NARROW = (
     1,
     2,
@@ -52,27 +59,32 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
-def switches(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, tuple[bool, bool]]:
-    """Of each launch of tiles by TMA: whether it does take them so, and whether its programs make several."""
+def switches(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, dict[str, bool]]:
+    """Of each launch of tiles by TMA: what it is told of the schedule, by the fields of a tile."""
     x = Problem(q, k, v, *arguments(options))
     o = torch.empty(*q.shape[:-1], v.shape[-1])
     lse = torch.empty(attention_launch.row_sizes(x))
     plans = [*attention_launch.plan_forward(x, o, lse)]
     plans += attention_launch.plan_backward(x, o, o, lse, None, attention_launch.allocate(x, False))
     return {
-        plan.kernel.__name__: (plan.arguments["TMA"], plan.arguments.get("PERSISTENT", False))
+        plan.kernel.__name__: {
+            name: plan.arguments[name.upper()]
+            for name in ("tma", "ahead", "persistent", "specialize")
+            if name.upper() in plan.arguments
+        }
         for plan in plans
         if "TMA" in plan.arguments
     }
 
 
 def right(schedule: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
-    tma = schedule.get("tma", False)
-    assert switches(q, k, v, options) == {
-        "attention_forward": (tma, "persistent" in schedule),
-        "attention_backward_keys": (tma, False),
-        "attention_backward_queries": (tma, False),
-    }
+    found = switches(q, k, v, options)
+    for kernel, told in found.items():
+        wanted = {name: bool(schedule.get(name, False)) for name in told}
+        if q.dim() == 3 and "specialize" in told:  # packed
+            wanted["specialize"] = False
+        assert told == wanted, kernel
+    assert {"attention_forward", "attention_backward_keys", "attention_backward_queries"} <= set(found)
     assert_right(q, k, v, options, backend="triton", repeat=False)
 
 
@@ -97,6 +109,14 @@ def test_packed_sequences(more: Options, schedule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:1], ids=str, indirect=True)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 3, 150, 24, 20), (1, 2, 2, 1, 150, 80, 40)], ids=["group", "two parts"])
+def test_decoding(shape: tuple[int, ...], schedule: dict[str, Any]) -> None:
+    q, k, v = dense(shape)
+    assert switches(q, k, v, {})["attention_decode"] == {"tma": True}
+    assert_right(q, k, v, feature("lengths", torch.float32, shape), backend="triton", repeat=False)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:1], ids=str, indirect=True)
 def test_what_lies_past_a_length_is_never_read(schedule: dict[str, Any]) -> None:
     assert_past_a_length_is_never_read(40, torch.float32, "triton")
 
@@ -107,9 +127,9 @@ def test_what_no_descriptor_can_say_is_read_by_pointers(schedule: dict[str, Any]
     q, k, v = dense((1, 2, 2, 33, 40, 24, 20))
     anywhere = torch.nn.functional.pad(k, (1, 2))[..., 1:-2]
     same = k[:, :, :1].expand(-1, -1, 40, -1)
-    assert not any(tma for tma, _ in switches(q, anywhere, v, {}).values())
-    assert not switches(q, same, v, {})["attention_forward"][0]
-    assert not switches(q, same, v, {})["attention_backward_queries"][0]
+    assert not any(told["tma"] for told in switches(q, anywhere, v, {}).values())
+    assert not switches(q, same, v, {})["attention_forward"]["tma"]
+    assert not switches(q, same, v, {})["attention_backward_queries"]["tma"]
     for key in (anywhere, same):
         assert_right(q, key, v, {}, backend="triton", repeat=False)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import triton
+from sass import unset_registers
 from triton.backends.compiler import GPUTarget
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -47,10 +48,19 @@ class Compiled:
     spilled: int
     products: tuple[str, ...]
     text: str
+    unset: tuple[str, ...] = ()  # instructions that read a register before anything is in it
+    spilled_in_loops: int = 0
+    """Instructions of the innermost loops of products that touch what was spilled."""
 
-    def check(self, *, tensor_cores: bool) -> None:
-        """No spills, shared memory within the target's limit, and matrix products on tensor cores where expected."""
-        assert self.spilled == 0, f"{self.target}: {self.spilled} bytes spilled ({self.registers} registers)"
+    def check(self, *, tensor_cores: bool, spills_outside: bool = False) -> None:
+        """No spills, or (``spills_outside``) none in the loops that multiply; shared memory within the target's limit;
+        matrix products on tensor cores where expected; and no value that the assembler lost."""
+        assert not self.unset, f"{self.target}: registers are read unset: {'; '.join(self.unset)}"
+        bad = self.spilled_in_loops if spills_outside else self.spilled
+        assert bad == 0, (
+            f"{self.target}: {self.spilled} bytes spilled ({self.registers} registers), "
+            f"{self.spilled_in_loops} uses in loops"
+        )
         assert self.shared <= SHARED_LIMIT[self.target], f"{self.target}: {self.shared} bytes of shared memory"
         if tensor_cores:
             assert self.products, f"{self.target}: no matrix product on tensor cores"
@@ -94,21 +104,40 @@ def read(target: str, made: Any) -> Compiled:
     """What ``triton.compile`` made for one of TARGETS."""
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
+        registers, unset = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1]), ()
         # Scalars that find no register go into lanes of vector registers, not to memory: no spill.
         spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
     else:
         text = made.asm["ptx"]
-        registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(target, made.metadata.shared, registers, spilled, tuple(_PRODUCT.findall(text)), text)
+        sass = _dump(made.asm["cubin"], "-res-usage", "-sass")
+        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
+        registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]  # a kernel without spills has no stack
+        unset = tuple(unset_registers(sass))
+    products = tuple(_PRODUCT.findall(text))
+    touched = 0 if not spilled else spilled if target.startswith("gfx") else _spilled_in_loops(sass)
+    return Compiled(target, made.metadata.shared, registers, spilled, products, text, unset, touched)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack and local memory, which a kernel without spills has none of."""
+def _dump(cubin: bytes, *options: str) -> str:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        found = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", found)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def _spilled_in_loops(sass: str) -> int:
+    """How many instructions of the innermost loops of products touch local memory."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(place, 16), text) for place, text in lines]
+    branches = ((place, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)) for place, text in code)
+    loops = {(int(to[1], 16), place) for place, to in branches if to and int(to[1], 16) < place}
+    assert loops, "a kernel of products without a loop"
+    inner = [
+        (first, last) for first, last in loops
+        if not any(other != (first, last) and first <= other[0] and other[1] <= last for other in loops)
+    ]  # fmt: skip
+    bodies = ([text for place, text in code if first <= place <= last] for first, last in inner)
+    multiplying = [body for body in bodies if any("MMA" in text for text in body)]
+    assert multiplying, "no loop of products found in the machine code"
+    return sum(bool(re.search(r"\b(STL|LDL)\b", text)) for body in multiplying for text in body)

@@ -285,8 +285,8 @@ const char* launch_hopper_gradient(const AttentionBackward& call, const Place& p
   map(typename Kernel::FarS(), maps.far_s, kOfKeys ? call.q : call.k, !kOfKeys, call.dim);
   map(typename Kernel::FarP(), maps.far_p, kOfKeys ? call.d_o : call.v, !kOfKeys, call.dim_v);
   if (error != nullptr) return error;
-  const Tiling tiling = tiling_of(call, kOfKeys, Shape::kNear);
   const int64_t together = place.multiprocessors > Shape::kParts ? place.multiprocessors / Shape::kParts : 1;
+  const Tiling tiling = even_tiling(call, kOfKeys, Shape::kNear, together, true);
   Launch shape;
   shape.grid.x = unsigned(tiling.blocks() < together ? tiling.blocks() : together);
   shape.grid.y = Shape::kParts;

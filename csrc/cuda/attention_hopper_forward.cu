@@ -243,7 +243,7 @@ const char* launch_hopper_forward(const AttentionForward& call, const Place& pla
   if (error == nullptr)
     error = make_map<typename Kernel::TileV>(maps.v, call.v, batch, call.heads_k, call.length_k, call.dim_v);
   if (error != nullptr) return error;
-  const Tiling tiling = tiling_of(call, false, Shape::kBlockM);
+  const Tiling tiling = even_tiling(call, false, Shape::kBlockM, place.multiprocessors, false);
   Launch shape;
   shape.grid.x = unsigned(tiling.blocks() < place.multiprocessors ? tiling.blocks() : place.multiprocessors);
   shape.threads = Shape::kThreads;
@@ -258,12 +258,13 @@ const char* attention_hopper_forward(const AttentionForward& call, const Place& 
   return with_hopper_heads(call, [&](auto t, auto heads) {
     using T = decltype(t);
     using H = decltype(heads);
-    // Only of 128 features do tiles differ: others are compiled once.
-    if constexpr (H::kDim == 128) {
-      if (call.left == kUnlimited && call.right == kUnlimited)
-        return launch_hopper_forward<HopperForwardShape<T, H, false>>(call, place);
+    const auto rounded = [&](int block) { return (call.length_q + block - 1) / block * block; };
+    const bool large = H::kDim == 128 ? call.left == kUnlimited && call.right == kUnlimited
+                                      : call.cu_q != nullptr || rounded(192) <= rounded(128);
+    if constexpr (H::kDim <= 128) {
+      if (large) return launch_hopper_forward<HopperForwardShape<T, H, true>>(call, place);
     }
-    return launch_hopper_forward<HopperForwardShape<T, H, true>>(call, place);
+    return launch_hopper_forward<HopperForwardShape<T, H, false>>(call, place);
   });
 }
 

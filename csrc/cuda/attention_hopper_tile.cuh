@@ -12,6 +12,9 @@
 //       ring.full(), row, h, b, ...);       wg_commit(); wg_wait<0>(numbers_of(s));
 //     ring.advance();                       ring.release(); ring.advance();
 #pragma once
+#include <algorithm>
+#include <numeric>
+
 #include "attention_tile.cuh"
 
 namespace fastseq::cuda::attention {
@@ -30,6 +33,22 @@ const char* make_map(TensorMap& map, const View& view, int64_t batch, int64_t he
   const uint64_t strides[3] = {bytes(rows, view.row), bytes(heads, view.head), bytes(batch, view.batch)};
   const uint32_t box[4] = {64, Tile::kRows, 1, 1};
   return make_tensor_map(map, view.data, 2, 4, sizes, strides, box, 128);
+}
+
+// The tiles of blocks that stay on their multiprocessor. Where a limit makes some longer than others, a group's must come
+// out even between the blocks, which by whole rounds of the grid they do. Of gradients a tile is computed on for so long
+// that what it reads may come from memory: there all heads are one group, whose tiles run from the longest to the shortest.
+inline Tiling even_tiling(const AttentionCall& call, bool of_keys, int block, int64_t blocks, bool of_gradients) {
+  Tiling t = tiling_of(call, of_keys, block);
+  if ((call.left == kUnlimited && call.right == kUnlimited) || t.tiles == 0 || t.units == 0) return t;
+  if (of_gradients) {
+    t.together = t.units;
+    return t;
+  }
+  const int64_t whole = blocks / std::gcd(blocks, int64_t(t.tiles));  // so many heads fill whole rounds
+  const int64_t wanted = std::max<int64_t>(1, (t.together + whole / 2) / whole) * whole;
+  if (wanted <= t.together + t.together / 2 && wanted < t.units) t.together = int32_t(wanted);
+  return t;
 }
 
 // ---- A ring of buffers between a producer and consumers. Each side has a copy of its own and walks it in step.

@@ -47,13 +47,14 @@ struct ForwardShape : Shape<T, HeadsOf, kGeneral> {
 };
 
 // Forward on Hopper, plain alone: kGroups warpgroups make 64 rows of o each and one more brings the tiles, kStages
-// buffers of K and of V of kBlockN keys ahead, and the next q where it has room. Without limits (kLimited) keys come in
-// longer tiles. kTurns: the groups' products take turns, so that the exponentials of one run under those of the others.
-template <class T, class HeadsOf, bool kLimited>
+// buffers of K and of V of kBlockN keys ahead, and the next q where it has room. kLarge, of two kinds of heads: of 128
+// features longer tiles of keys, for calls without limits; of 64 more rows, for lengths of which the last tile then wastes
+// no more. kTurns: the groups' products take turns, so that the exponentials of one run under those of the others.
+template <class T, class HeadsOf, bool kLarge>
 struct HopperForwardShape : Shape<T, HeadsOf, false> {
   static constexpr int kDim = HeadsOf::kDim, kDimV = HeadsOf::kDimV;
-  static constexpr int kGroups = kDim <= 64 ? 3 : 2, kThreads = 128 * (kGroups + 1), kBlockM = 64 * kGroups;
-  static constexpr int kBlockN = kDim > 192 ? 80 : kDim == 128 && !kLimited ? 176 : 128;
+  static constexpr int kGroups = kDim <= 64 && kLarge ? 3 : 2, kThreads = 128 * (kGroups + 1), kBlockM = 64 * kGroups;
+  static constexpr int kBlockN = kDim > 192 ? 80 : kDim == 128 && kLarge ? 176 : 128;
   static constexpr int kStages = 2;
   static constexpr bool kTurns = kDim <= 192;
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kBringingRegisters = kGroups == 3 ? 32 : 40;

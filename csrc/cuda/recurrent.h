@@ -70,7 +70,7 @@ constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs 
 // Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid's blocks
 // have few, and addresses in global memory to keep.
 constexpr int scan_held(ScanRole role, ScanDtype dtype) {
-  return role == ScanRole::grid || dtype == ScanDtype::f32 ? 4 : 12;
+  return (role == ScanRole::grid ? 4 : 12) / (dtype == ScanDtype::f32 ? 3 : 1) / 4 * 4;
 }
 constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
 // W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.

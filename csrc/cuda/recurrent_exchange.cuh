@@ -4,7 +4,7 @@
 // given its part of e - 1, and that is after it read e - 2 for the last time: two buffers are enough.
 //   put(column, k, v)   this block's share, any thread; then
 //   publish<n>(...)     of n parts, all threads; then, with other work between,
-//   wait()              all threads: from here read() of what offset() points to gives what all blocks put.
+//   wait<n>(...)        of the same, all threads: from here read() of what offset() points to gives what all blocks put.
 // Whoever has waited for an exchange knows that no peer will write to its memory before it publishes again: after the
 // last wait it may end.
 #pragma once
@@ -98,7 +98,8 @@ struct ClusterExchange : ClusterBuffers<T> {
     if (tid() == 0) mbar_arrive_tx(bar, theirs * 16 * kParts * mine.columns);
     this->template push<kParts>(mine, from, [&](void* at, int peer, uint4 v) { st_async(at, peer, v, bar); });
   }
-  FASTSEQ_DEVICE void wait() {
+  template <int kParts>
+  FASTSEQ_DEVICE void wait(const Slice&, int) {
     if (this->blocks > 1) mbar_wait_cluster(bars + (this->epoch & 1), (this->epoch - 1) / 2 & 1);
   }
 };
@@ -119,7 +120,8 @@ struct ClusterBarrierExchange : ClusterBuffers<T> {
     sync_warp();
     cluster_arrive_release();
   }
-  FASTSEQ_DEVICE void wait() {
+  template <int kParts>
+  FASTSEQ_DEVICE void wait(const Slice&, int) {
     sync_warp();  // the barrier wants whole warps
     if (this->blocks > 1) cluster_wait_acquire();
   }
@@ -133,7 +135,7 @@ struct GridExchange {
   unsigned char *buffers, *copy;
   unsigned* counter;
   ScanLayout layout;
-  int blocks, rank, group, epoch = 0, from = 0, bytes = 0;  // of a column of the vector, what the last exchange brings
+  int blocks, rank, group, epoch = 0;
 
   FASTSEQ_DEVICE GridExchange(unsigned char* shared, void* workspace, const ScanLayout& l, const ScanShape& s)
       : copy(shared), layout(l), blocks(s.blocks), rank(bid() % s.blocks), group(bid() / s.blocks) {
@@ -151,22 +153,22 @@ struct GridExchange {
     reinterpret_cast<T*>(buffer(epoch + 1) + column * layout.column)[k] = operand(from_float<T>(v));
   }
   template <int kParts>
-  FASTSEQ_DEVICE void publish(const Slice& mine, int first) {
+  FASTSEQ_DEVICE void publish(const Slice&, int) {
     sync_block();
     ++epoch;
     if (tid() == 0) red_release_gpu(counter, 1);
-    columns = mine.columns;
-    from = first * mine.part * static_cast<int>(sizeof(T)), bytes = kParts * mine.part * static_cast<int>(sizeof(T));
   }
-  FASTSEQ_DEVICE void wait() {
+  template <int kParts>
+  FASTSEQ_DEVICE void wait(const Slice& mine, int first) {
     if (tid() == 0)
       while (ld_acquire_gpu(counter) < static_cast<unsigned>(epoch) * blocks) {
       }
     sync_block();
     if (layout.copy == 0) return;
+    const int part = mine.part * static_cast<int>(sizeof(T));
     const unsigned char* given = buffer(epoch);
-    for (int column = warp(); column < columns; column += nthreads() / 32)
-      for (int i = from + int(lane()) * 16; i < from + bytes; i += 32 * 16)
+    for (int column = warp(); column < mine.columns; column += nthreads() / 32)
+      for (int i = first * part + int(lane()) * 16; i < (first + kParts) * part; i += 32 * 16)
         cp_async16(copy + column * layout.column + i, given + column * layout.column + i);
     cp_commit();
     cp_wait<0>();
@@ -179,9 +181,6 @@ struct GridExchange {
     if (layout.copy) return *reinterpret_cast<const uint2*>(copy + at);
     return ldcg(reinterpret_cast<const uint2*>(buffer(epoch) + at));
   }
-
- private:
-  int columns = 0;
 };
 
 }  // namespace fastseq::cuda

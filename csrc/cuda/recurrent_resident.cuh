@@ -130,7 +130,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
     }
     uint32_t clear_next = a.T > 1 ? own.cleared_at(a, time_of(a, 1)) : 0;
     exchange.template publish<1>(slice, 0);
-    exchange.wait();
+    exchange.template wait<1>(slice, 0);
     for (int step = 0; step < a.T; ++step) {
       block.template multiply_by<0>();
       if constexpr (kTwice<C>) {
@@ -144,7 +144,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
           exchange.put(own.column(e), own.at[e].u, q);
         }
         exchange.template publish<1>(slice, 0);
-        exchange.wait();
+        exchange.template wait<1>(slice, 0);
         block.template multiply_by<1>();
       }
       const bool more = step + 1 < a.T;
@@ -178,7 +178,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       if (!more) break;
       clear = clear_next;
       clear_next = step + 2 < a.T ? own.cleared_at(a, time_of(a, step + 2)) : 0;
-      exchange.wait();
+      exchange.template wait<1>(slice, 0);
     }
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
@@ -248,7 +248,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
       }
       if constexpr (kTwice<C>) {
         exchange.template publish<1>(slice, 2);
-        exchange.wait();
+        exchange.template wait<1>(slice, 2);
         block.template multiply_by<1>();
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
@@ -282,7 +282,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
             if (step + kAhead < a.T) prefetch_saved<C, T>(a, time_back(a, step + kAhead), own.at[e]);
           }
       }
-      exchange.wait();
+      exchange.template wait<D>(slice, 0);
       block.template multiply_by<0>();
 #pragma unroll
       for (int e = 0; e < kElements; ++e)

@@ -142,24 +142,24 @@ void write_shared(int64_t*& to) {
     *to++ = kernel + 1, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kGeneral, *to++ = sizes[kernel];
   if (kGeneral) *to++ = 5, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = BiasShape<Bf16, H>::kShared;
 }
-template <class H, bool kLimited>
+template <class H, bool kLarge>
 void write_hopper(int64_t*& to) {
-  *to++ = 6, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kLimited;
-  *to++ = HopperForwardShape<Bf16, H, kLimited>::kShared;
+  *to++ = 6, *to++ = H::kDim, *to++ = H::kDimV, *to++ = kLarge;
+  *to++ = HopperForwardShape<Bf16, H, kLarge>::kShared;
 }
 template <class H>
 void write_hopper_gradients(int64_t*& to) {
   const int64_t sizes[2] = {HopperGradientShape<Bf16, H, true>::kShared, HopperGradientShape<Bf16, H, false>::kShared};
   for (int64_t kernel = 0; kernel < 2; ++kernel)
-    *to++ = 7 + kernel, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 1, *to++ = sizes[kernel];
+    *to++ = 7 + kernel, *to++ = H::kDim, *to++ = H::kDimV, *to++ = 0, *to++ = sizes[kernel];
 }
 template <class... H>
 void write_all(int64_t* to) {
   (write_shared<H, false>(to), ...);
   (write_shared<H, true>(to), ...);
-  write_hopper<Heads<64, 64>, true>(to), write_hopper<Heads<128, 128>, true>(to);
-  write_hopper<Heads<128, 128>, false>(to), write_hopper<Heads<192, 128>, true>(to);
-  write_hopper<Heads<256, 256>, true>(to);
+  write_hopper<Heads<64, 64>, false>(to), write_hopper<Heads<64, 64>, true>(to);
+  write_hopper<Heads<128, 128>, false>(to), write_hopper<Heads<128, 128>, true>(to);
+  write_hopper<Heads<192, 128>, false>(to), write_hopper<Heads<256, 256>, false>(to);
   write_hopper_gradients<Heads<64, 64>>(to), write_hopper_gradients<Heads<128, 128>>(to);
   write_hopper_gradients<Heads<192, 128>>(to), write_hopper_gradients<Heads<256, 256>>(to);
   *to = 0;

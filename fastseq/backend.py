@@ -166,6 +166,8 @@ def _explain(row: auto.Row, device: str, reasons: Callable[[str], str | None], a
 def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str:
     """Say which backend a call would run on, and why the others would not. Nothing is computed.
 
+    A call that wants gradients may run elsewhere than the same under ``torch.no_grad()``: ask as you would call.
+
     Args:
         layer_or_function: a layer of ``fastseq.nn``, a model that contains one, or a function of this package.
         *args, **kwargs: what it would be called with.
@@ -181,8 +183,7 @@ def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str
     global _decisions
     previous, _decisions = _decisions, []
     try:
-        with torch.no_grad():
-            layer_or_function(*args, **kwargs)
+        layer_or_function(*args, **kwargs)
     except _Explained:
         return "\n".join(_decisions)
     finally:

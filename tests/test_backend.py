@@ -254,10 +254,33 @@ def test_attention_that_torch_does_not_know_or_is_trained_or_wide_on_hopper():
     assert "native" not in on_hopper(fastseq.attention, *((2, 8, 2048, 264),) * 3)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_a_wanted_gradient_is_a_kind_of_attention():
-    ask = functools.partial(auto.attention_kind, auto.HOPPER, torch.bfloat16, 2048, 2048, untimed=False, limits=False)
-    assert ask(training=True) == auto.TRAINING
-    assert ask(training=False) == ""
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 2048, 64, device="cuda", dtype=torch.bfloat16)
+        weight = torch.empty(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        trained = fastseq.explain(lambda: fastseq.attention(q, q @ weight, q))
+        assert f"AUTO for cuda sm_90, attention, {auto.TRAINING}: " in trained
+        with torch.no_grad():
+            assert "AUTO for cuda sm_90, attention: " in fastseq.explain(lambda: fastseq.attention(q, q @ weight, q))
+
+
+@needs_native
+@pytest.mark.parametrize("first", ["native", "torch"])
+def test_the_way_back_runs_where_the_way_there_did(first, monkeypatch):
+    monkeypatch.setattr(backend, "_NATIVE_FIRST", False)
+    x = torch.randn(4, 2, 8, 8, requires_grad=True)
+    w = [torch.randn(24, 8), torch.randn(24, 8)]
+    for op, call, gradient in (
+        ("scan", lambda: functional.gru(x[0], None, w, has_biases=False)[0], "fastseq::scan_gradient"),
+        ("attention", lambda: fastseq.attention(x, x, x), "fastseq::attention_backward"),
+    ):
+        monkeypatch.setattr(auto, "AUTO", (auto.Row("*", op, "", (first, "reference"), "for this test"),))
+        y = call()
+        monkeypatch.setattr(auto, "AUTO", ())
+        with torch.profiler.profile() as profile:
+            y.sum().backward()
+        assert (gradient in {event.key for event in profile.key_averages()}) == (first == "native")
 
 
 def test_open_sizes_are_not_specialised_by_the_choice(monkeypatch):

@@ -37,7 +37,7 @@ def kind_of(op: str, shape: Mapping[str, Any], device: str) -> str:
     dtype = getattr(torch, shape["dtype"])
     if op == "scan":
         walks = shape["layers"] * (2 if shape["bidirectional"] else 1)
-        sizes = (shape["steps"], shape["batch"], shape["hidden"], walks)
+        sizes = (shape["steps"], shape["batch"], shape["hidden"], shape["hidden"], walks)
         return auto.scan_kind(device, shape["cell"], dtype, *sizes, shape["packed"])
     limits = shape["window"] > 0 or shape["kind"] == "varlen"
     training = shape["mode"] == "backward"

@@ -204,7 +204,15 @@ that are bound by calls and memory; without it all, as both sides then multiply 
 
 
 def scan_kind(
-    device: str, cell: str, dtype: torch.dtype, steps: int, batch: int, hidden: int, walks: int, packed: bool
+    device: str,
+    cell: str,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    walks: int,
+    packed: bool,
 ) -> str:
     """The kind of a stack of recurrent layers; ``walks``: its layers times directions."""
     if device == "cpu":
@@ -215,18 +223,18 @@ def scan_kind(
         return ""
     if _holds(steps == 1):
         return ONE_STEP
-    if dtype is torch.float16 and not packed and cudnn_on_chip(cell, batch, hidden, walks):
+    if dtype is torch.float16 and not packed and cudnn_on_chip(cell, batch, inputs, hidden, walks):
         return ON_CHIP
     if dtype is torch.float32 and not packed and walks == 1 and hidden > 256:
         return WIDE_FP32
     return ""
 
 
-def cudnn_on_chip(cell: str, batch: int, hidden: int, walks: int) -> bool:
+def cudnn_on_chip(cell: str, batch: int, inputs: int, hidden: int, walks: int) -> bool:
     """Whether torch has cuDNN keep the weights of a float16 layer on the chip: small ones of any number, and single
-    ones of a plain width, a batch that 8 divides, and no GRU."""
+    ones of plain widths, a batch that 8 divides, and no GRU."""
     small = 384 if cell.startswith("rnn") else 192
-    single = walks == 1 and not cell.startswith("gru") and hidden % 128 == 0 and hidden <= 1024
+    single = walks == 1 and not cell.startswith("gru") and hidden % 128 == inputs % 128 == 0 and hidden <= 1024
     return hidden <= small or (single and _holds(batch % 8 == 0) and _holds(batch <= 128))
 
 

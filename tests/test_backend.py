@@ -165,11 +165,12 @@ class Layer:
     name: str
     hidden: int
     layers: int = 1
+    inputs: int | None = None
     more: dict = field(default_factory=dict)
 
     def __call__(self, dtype):
         return getattr(fastseq.nn, self.name)(
-            self.hidden, self.hidden, self.layers, device="cuda", dtype=dtype, **self.more
+            self.inputs or self.hidden, self.hidden, self.layers, device="cuda", dtype=dtype, **self.more
         )
 
 
@@ -193,6 +194,7 @@ HALF, SINGLE = torch.float16, torch.float32
         (Layer("LSTM", 512), 128, 17, HALF, ""),  # 8 does not divide the batch
         (Layer("LSTM", 512), 128, 256, HALF, ""),
         (Layer("LSTM", 500), 128, 16, HALF, ""),
+        (Layer("LSTM", 512, inputs=40), 128, 16, HALF, ""),
         (Layer("LSTM", 512, 2), 128, 16, HALF, ""),
         (Layer("GRU", 512), 128, 16, HALF, ""),
         (Layer("GRU", 128, 2), 128, 17, HALF, auto.ON_CHIP),
@@ -204,14 +206,14 @@ HALF, SINGLE = torch.float16, torch.float32
     ids=str,
 )
 def test_hopper_has_kinds_of_scans(layer, steps, batch, dtype, kind):
-    said = on_hopper(layer, (steps, batch, layer.hidden), dtype=dtype)
+    said = on_hopper(layer, (steps, batch, layer.inputs or layer.hidden), dtype=dtype)
     row = auto.row(auto.HOPPER, "scan", kind)
     assert said == f"scan on cuda sm_90 runs on: {row.order[0]} (AUTO for {row.title}: {row.because})"
 
 
 def test_packed_sequences_are_of_no_kind_in_which_torch_is_ahead():
     for dtype, packed in itertools.product((HALF, SINGLE), (False, True)):
-        kind = auto.scan_kind(auto.HOPPER, "lstm", dtype, 128, 16, 512, 1, packed)
+        kind = auto.scan_kind(auto.HOPPER, "lstm", dtype, 128, 16, 512, 512, 1, packed)
         assert (kind == "") == packed
 
 
@@ -290,7 +292,7 @@ def test_open_sizes_are_not_specialised_by_the_choice(monkeypatch):
 
     def ask(x):
         device = auto.device_key(torch.device("cuda", 0))
-        kind = auto.scan_kind(device, "lstm", HALF, x.shape[0], x.shape[1], 512, 1, False)
+        kind = auto.scan_kind(device, "lstm", HALF, x.shape[0], x.shape[1], 512, 512, 1, False)
         return x + {auto.ON_CHIP: 1, "": 2}[kind]
 
     def counted(graph, _):

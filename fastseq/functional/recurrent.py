@@ -285,7 +285,7 @@ def run(
         name = "native"
     else:
         device = auto.device_key(x.device)
-        kind = auto.scan_kind(device, stack.cell, x.dtype, steps, batch, hidden, rows, lengths is not None)
+        kind = auto.scan_kind(device, stack.cell, x.dtype, steps, batch, x.shape[2], hidden, rows, lengths is not None)
         name = backends.resolve(
             "scan", kind, device, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
         )

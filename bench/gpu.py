@@ -29,7 +29,7 @@ import torch
 
 from bench.gpu_cases import FAMILIES, chosen
 from bench.gpu_journal import Journal, end, last_line, supervise
-from bench.gpu_report import case_lost, print_cases, slug, surroundings, timings_document
+from bench.gpu_report import beside_earlier, case_lost, earlier, print_cases, slug, surroundings, timings_document
 from bench.gpu_report import tests_document as document_of_tests
 from bench.gpu_run import DEFAULT, RUNNERS
 from bench.report import Printer, write_json
@@ -232,22 +232,26 @@ def timings(run: Run, family: str, until: float) -> None:
     journal, log = Journal(run.scratch / f"{family}.jsonl"), run.scratch / f"{family}.log"
     planned = len(chosen(family, run.options.case, run.options.tiny))
 
-    def document(complete: bool, why: str) -> dict[str, Any]:
-        cases = [line["case"] for line in journal.done().values()]
-        known = {case["name"] for case in cases}
-        cases += [case_lost(line) for line in journal.lost() if line["name"] not in known]
-        return timings_document(cases, run.environment, planned, complete, why)
+    before = earlier(run.path(family), run.environment)
+
+    def cases() -> list[dict[str, Any]]:
+        found = [line["case"] for line in journal.done().values()]
+        known = {case["name"] for case in found}
+        return found + [case_lost(line) for line in journal.lost() if line["name"] not in known]
+
+    def write(complete: bool, why: str) -> None:
+        everything = beside_earlier(cases(), before)
+        run.write(family, timings_document(everything, run.environment, planned, complete, why))
 
     def changed() -> None:
-        run.write(family, document(False, "the run is not over"))
+        write(False, "the run is not over")
 
     why = run.supervise([*worker(run, family, journal.path, until), *selection(run)], journal, until + 10,
                         STALL[family], changed, log)  # fmt: skip
-    done = document(False, why)
-    if not why and len(done["cases"]) < planned:
+    if not why and len(cases()) < planned:
         why = "out of time"
-    done = document(not why, why)
-    run.write(family, done)
+    write(not why, why)
+    done = timings_document(cases(), run.environment, planned, not why, why)
     print_cases(done, Printer(), {name: runner.label for name, runner in RUNNERS.items()})
     for case in done["cases"]:
         wrong = [name for name, entry in case["contestants"].items() if entry["status"] == "refused"]

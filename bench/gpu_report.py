@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 from collections import Counter
@@ -92,6 +93,22 @@ def timings_document(
     }
 
 
+def earlier(path: Path, environ: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of the file that is there, if of the same device, each with the commit at which it was measured."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if before["environment"]["device"] != environ["device"]:
+        return []
+    return [{"commit": before["environment"]["commit"], **case} for case in before["cases"]]
+
+
+def beside_earlier(cases: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``cases``, and those of before that were not measured again: a run adds to what is known of a device."""
+    names = {case["name"] for case in cases}
+    return [*cases, *(case for case in before if case["name"] not in names)]
+
+
 def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each of our backends, in each group and in all: geometric mean and lowest of the ratios to each peer."""
     ratios: dict[tuple[str, str, str], dict[str, float]] = {}
@@ -121,6 +138,8 @@ def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
             if entry["status"] == "refused":
                 found.append(f"refused: {name} on {case['name']}: {entry['reason']}")
             noisy += "iqr_us" in entry and entry["iqr_us"] > NOISY * entry["median_us"]
+    old = Counter(case["commit"] for case in cases if "commit" in case)
+    found += [f"{count} cases were measured at an earlier commit, {str(commit)[:10]}" for commit, count in old.items()]
     return found + [f"{noisy} times spread (interquartile range over median) by more than {NOISY:.0%}"] * (noisy > 0)
 
 

@@ -15,6 +15,7 @@ from bench.report import duration, times
 
 Document = dict[str, Any]
 
+NOUNS = {"recurrent": "layers ", "attention": ""}
 NOTHING = "No result file of a GPU is there yet."
 
 
@@ -55,10 +56,9 @@ def measured(device: str, timed: Mapping[str, Document]) -> str:
 def of(device: str, family: str, document: Document) -> str:
     """Which cases a file has, of what commit, and where it is."""
     path = f"bench/results/{slug(device)}-{family}.json"
-    count = sum(not case["reason"] for case in document["cases"])
-    return f"{count} cases of {family} layers at commit {support.commit(document)} in [{path}]({path})".replace(
-        "attention layers", "attention"
-    )
+    cases = [case for case in document["cases"] if not case["reason"]]
+    when = f"at commit {support.commit(document)}{support.earlier(document)}"
+    return f"{len(cases)} cases of {family} {NOUNS[family]}{when} in [{path}]({path})"
 
 
 def best_peer(case: Document) -> tuple[str, float] | None:

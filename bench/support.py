@@ -78,9 +78,15 @@ def cell(family: Family, documents: dict[str, dict[str, Any]]) -> str | None:
             worst = f"{times(line['worst'])} `{line['worst_case']}`"
             said.append(
                 f"{times(line['geomean'])} the best peer's speed over {line['count']} cases, worst {worst} "
-                f"(at {commit(timed or {})})"
+                f"(at {commit(timed or {})}{earlier(timed or {})})"
             )
     return "; ".join(said) or None
+
+
+def earlier(document: dict[str, Any]) -> str:
+    """How many cases of a file were measured at other commits, where some were."""
+    before = sum("commit" in case for case in document.get("cases", ()))
+    return f", {before} cases at earlier ones" * (before > 0)
 
 
 def commit(document: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ AUTO: tuple[Row, ...] = (
         HOPPER,
         "attention",
         LIMITS,
-        ("native", "triton", "torch", "reference"),
+        ("native", "torch", "triton", "reference"),
         f"torch would make a mask of all pairs, ours never visits what nobody sees; timed on an H200 ({_ATTENTION})",
     ),
     Row(

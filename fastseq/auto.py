@@ -38,12 +38,12 @@ BF16_BATCH = "bfloat16 batch"
 ONE_STEP = "one step"
 """On a GPU: a sequence of one step, so every cell and every model that streams."""
 
-ON_CHIP = "float16 on chip"
-"""On a GPU: float16 layers for which torch takes cuDNN's persistent kernels, with the weights on the chip (see
-:func:`cudnn_on_chip`)."""
+ON_CHIP = "on chip"
+"""On a GPU: float16 and float32 layers for which torch takes cuDNN's persistent kernels, with the weights on the chip
+(see :func:`cudnn_on_chip`)."""
 
-WIDE_FP32 = "wide float32"
-"""On a GPU: one float32 layer of more than 256 units, one direction. Ours keeps all digits, cuDNN those of TF32."""
+LONE_FP32 = "lone float32"
+"""On a GPU: one float32 layer, one direction, not packed. Ours keeps all digits, cuDNN those of TF32."""
 
 LIMITS = "limits"
 """Attention on a GPU with a window, lengths, or packed sequences: torch has these as a mask of all pairs, or not."""
@@ -100,7 +100,7 @@ AUTO: tuple[Row, ...] = (
     Row(
         HOPPER,
         "scan",
-        WIDE_FP32,
+        LONE_FP32,
         ("torch", "native", "triton", "reference"),
         f"cuDNN, in TF32 unless torch.backends.cudnn.allow_tf32 is off, is ahead of ours on an H200 ({_RECURRENT})",
     ),
@@ -223,19 +223,23 @@ def scan_kind(
         return ""
     if _holds(steps == 1):
         return ONE_STEP
-    if dtype is torch.float16 and not packed and cudnn_on_chip(cell, batch, inputs, hidden, walks):
+    if packed:
+        return ""
+    if cudnn_on_chip(cell, dtype, batch, inputs, hidden, walks):
         return ON_CHIP
-    if dtype is torch.float32 and not packed and walks == 1 and hidden > 256:
-        return WIDE_FP32
-    return ""
+    return LONE_FP32 if dtype is torch.float32 and walks == 1 else ""
 
 
-def cudnn_on_chip(cell: str, batch: int, inputs: int, hidden: int, walks: int) -> bool:
-    """Whether torch has cuDNN keep the weights of a float16 layer on the chip: small ones of any number, and single
-    ones of plain widths, a batch that 8 divides, and no GRU."""
-    small = 384 if cell.startswith("rnn") else 192
-    single = walks == 1 and not cell.startswith("gru") and hidden % 128 == inputs % 128 == 0 and hidden <= 1024
-    return hidden <= small or (single and _holds(batch % 8 == 0) and _holds(batch <= 128))
+def cudnn_on_chip(cell: str, dtype: torch.dtype, batch: int, inputs: int, hidden: int, walks: int) -> bool:
+    """Whether torch has cuDNN keep the weights of a layer that is not packed on the chip: small ones of float16 and
+    float32; single ones of float16, of plain widths, a batch that 8 divides, and no GRU."""
+    if dtype not in (torch.float16, torch.float32):
+        return False
+    if hidden <= (384 if cell.startswith("rnn") else 192):
+        return True
+    if dtype is torch.float32 or walks > 1 or cell.startswith("gru"):
+        return False
+    return hidden % 128 == inputs % 128 == 0 and hidden <= 1024 and _holds(batch % 8 == 0) and _holds(batch <= 128)
 
 
 def attention_kind(

@@ -223,7 +223,7 @@ def scan_kind(
         return ""
     if _holds(steps == 1):
         return ONE_STEP
-    if packed:
+    if packed or cell == "gru_reset_before":  # for which cuDNN has nothing of the kind
         return ""
     if cudnn_on_chip(cell, dtype, batch, inputs, hidden, walks):
         return ON_CHIP

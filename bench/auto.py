@@ -39,9 +39,11 @@ def kind_of(op: str, shape: Mapping[str, Any], device: str) -> str:
         walks = shape["layers"] * (2 if shape["bidirectional"] else 1)
         sizes = (shape["steps"], shape["batch"], shape["hidden"], shape["hidden"], walks)
         return auto.scan_kind(device, shape["cell"], dtype, *sizes, shape["packed"])
+    if device not in auto.ATTENTION_KINDS:
+        return ""
     limits = shape["window"] > 0 or shape["kind"] == "varlen"
     training = shape["mode"] == "backward"
-    return auto.attention_kind(device, dtype, shape["queries"], shape["keys"], False, limits, training)
+    return auto.attention_kind(dtype, shape["queries"], shape["keys"], False, limits, training)
 
 
 @dataclass

@@ -242,13 +242,18 @@ def cudnn_on_chip(cell: str, dtype: torch.dtype, batch: int, inputs: int, hidden
     return hidden % 128 == inputs % 128 == 0 and hidden <= 1024 and _holds(batch % 8 == 0) and _holds(batch <= 128)
 
 
-def attention_kind(
-    device: str, dtype: torch.dtype, queries: int, keys: int, untimed: bool, limits: bool, training: bool
-) -> str:
-    """The kind of a call of attention; ``untimed``: bias, mask, slopes, dropout or pages; ``limits``: a window, lengths
-    or packed sequences."""
-    if device != HOPPER:
-        return ""
+ATTENTION_KINDS = frozenset({HOPPER})
+"""Devices on which attention has kinds."""
+
+
+def attention_kind(dtype: torch.dtype, queries: int, keys: int, untimed: bool, limits: bool, training: bool) -> str:
+    """The kind of a call of attention, where there are kinds.
+
+    Args:
+        untimed: it has a bias, mask, slopes, dropout or pages.
+        limits: it has a window, lengths or packed sequences.
+        training: a gradient is wanted.
+    """
     if untimed or dtype not in (torch.bfloat16, torch.float16):
         return UNTIMED
     if limits:

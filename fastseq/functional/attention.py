@@ -344,16 +344,16 @@ def _attend(
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend, block_table=None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
-    device = auto.device_key(q.device)
-    kind = auto.attention_kind(
-        device,
-        q.dtype,
-        q.shape[-2],
-        k.shape[-2],
-        untimed=dropout_p > 0.0 or block_table is not None or not (bias is mask is alibi_slopes is None),
-        limits=max(window_left, window_right) >= 0 or not (lengths_q is lengths_k is cu_seqlens_q is None),
-        training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-    )
+    device, kind = auto.device_key(q.device), ""
+    if device in auto.ATTENTION_KINDS:
+        kind = auto.attention_kind(
+            q.dtype,
+            q.shape[-2],
+            k.shape[-2],
+            untimed=dropout_p > 0.0 or block_table is not None or not (bias is mask is alibi_slopes is None),
+            limits=max(window_left, window_right) >= 0 or not (lengths_q is lengths_k is cu_seqlens_q is None),
+            training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )
 
     def reasons(name: str) -> str | None:
         if name == "reference":

@@ -62,18 +62,17 @@ def cases(role: str, width: int, tiny: bool) -> list[Heads]:
 
 CANDIDATES: dict[tuple[str, int], str] = {
     ("forward", 64): """
-        128x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead; 128x128 w4 s2 tma spec;
-        128x64 w4 s3 tma spec; 128x64 w8 s2 r128 tma; 128x128 w4 s3 tma spec; 128x64 w4 s2 tma ahead;
-        128x64 w4 s4 tma ahead; 64x128 w4 s2 tma ahead; 64x64 w4 s3 tma; 128x64 w4 s3 ahead; 128x128 w8 s2 r128 tma;
-        128x64 w4 s4 tma; 128x128 w8 s3; 128x32 w4 s4 tma ahead; 64x64 w4 s3 r128 tma""",
+        128x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead; 128x64 w8 s2 r128 tma;
+        128x64 w4 s2 tma ahead; 128x64 w4 s4 tma ahead; 64x128 w4 s2 tma ahead; 64x64 w4 s3 tma; 128x64 w4 s3 ahead;
+        128x128 w8 s2 r128 tma; 128x64 w4 s4 tma; 128x128 w8 s3; 128x32 w4 s4 tma ahead; 64x64 w4 s3 r128 tma""",
     ("forward", 128): """
-        128x64 w8 s2 r128 tma; 128x128 w4 s2 tma spec; 128x64 w4 s2 tma spec; 64x64 w4 s2 tma ahead;
-        128x64 w4 s3 tma spec; 64x64 w4 s2 r168 tma ahead; 64x32 w4 s3 tma ahead; 128x64 w8 s2 r128 tma p2;
-        128x32 w8 s3 r128 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma ahead; 64x64 w4 s2 r168 tma; 64x32 w4 s4 tma;
-        128x64 w4 s2 tma ahead; 128x128 w8 s2 tma; 128x64 w8 s3 tma; 128x64 w8 s3""",
+        128x64 w8 s2 r128 tma; 64x64 w4 s2 tma ahead; 64x64 w4 s2 r168 tma ahead; 64x32 w4 s3 tma ahead;
+        128x64 w8 s2 r128 tma p2; 128x32 w8 s3 r128 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma ahead;
+        64x64 w4 s2 r168 tma; 64x32 w4 s4 tma; 128x64 w4 s2 tma ahead; 128x128 w8 s2 tma; 128x64 w8 s3 tma;
+        128x64 w8 s3""",
     ("forward", 256): """
-        128x64 w8 s2 tma ahead; 128x64 w4 s2 tma spec; 128x32 w4 s3 tma spec; 128x32 w4 s2 tma spec; 128x64 w8 s2 tma;
-        64x32 w4 s2 tma ahead; 64x32 w4 s2 tma; 128x32 w8 s3 tma ahead; 128x32 w8 s3 tma; 64x64 w8 s2 tma""",
+        128x64 w8 s2 tma ahead; 128x64 w8 s2 tma; 64x32 w4 s2 tma ahead; 64x32 w4 s2 tma;
+        128x32 w8 s3 tma ahead; 128x32 w8 s3 tma; 64x64 w8 s2 tma""",
     ("backward_keys", 64): """
         64x64 w4 s3 tma; 64x64 w4 s2 tma; 128x64 w4 s2 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead;
         64x64 w4 s3 r168 tma; 64x128 w8 s2 tma ahead; 128x128 w8 s2 tma; 32x64 w4 s3 tma; 32x64 w4 s3 tma ahead;
@@ -83,8 +82,7 @@ CANDIDATES: dict[tuple[str, int], str] = {
         64x128 w8 s3 tma; 64x64 w4 s3 tma; 64x64 w4 s2 tma ahead; 32x64 w4 s4 tma; 32x64 w4 s2 r168 tma; 64x128 w8 s2;
         32x128 w8 s3 tma ahead""",
     ("backward_keys", 256): """
-        64x64 w8 s2 tma; 32x128 w8 s2 tma apart; 64x128 w8 s1 tma apart; 32x64 w8 s3 tma; 32x64 w4 s2 tma apart;
-        64x64 w4 s1 tma apart; 32x64 w8 s2 tma; 32x64 w8 s2 tma ahead; 32x64 w8 s2; 32x32 w8 s1""",
+        64x64 w8 s2 tma; 32x64 w8 s3 tma; 32x64 w8 s2 tma; 32x64 w8 s2 tma ahead; 32x64 w8 s2; 32x32 w8 s1""",
     ("backward_queries", 64): """
         64x64 w4 s3 tma; 128x64 w8 s3 tma; 64x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s4 tma;
         64x64 w4 s2 tma ahead; 128x64 w8 s4 tma; 128x128 w8 s3 tma; 128x64 w8 s3 tma ahead; 64x64 w4 s2 tma;
@@ -111,7 +109,7 @@ CANDIDATES: dict[tuple[str, int], str] = {
 """Tiles to try, as :func:`tile_of` reads them, the most promising first."""
 
 _NUMBERS = {"w": "num_warps", "s": "num_stages", "r": "registers", "p": "persistent", "n": "programs"}
-_SWITCHES = {"tma": "tma", "ahead": "ahead", "spec": "specialize", "apart": "apart"}
+_SWITCHES = {"tma": "tma", "ahead": "ahead"}
 
 
 def tile_of(text: str) -> dict[str, int]:

@@ -48,14 +48,14 @@ def attend(
     acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr, MASKED: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from ``begin`` to ``end``; h, i and tq may be columns [BLOCK_M, 1].
 
     AHEAD: q·k of a tile is made in the iteration before, and handed on as ``ahead``. Then the tensor cores are still at
     p v of one tile while p of the next is computed: Triton only waits for a product where it is next used, and for all
     of them behind one whose result the same iteration needs."""
-    for start in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZE):
+    for start in tl.range(begin, end, BLOCK_N):
         if AHEAD:
             qk = ahead
         else:
@@ -98,17 +98,9 @@ def attend_all(
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    WIDEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code.
-
-    SPECIALIZE: some warps load, others multiply; Triton can do that to one loop, which then masks every tile."""
-    if SPECIALIZE:
-        acc, m, l, _ = attend(
-            acc, m, l, m, q1, q2, k, v, k_head, k_more, v_head, begin, end, call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False, True, True,
-        )  # fmt: skip
-        return acc, m, l
+    """The keys of :func:`key_range`: tiles with masks, without, and with; a loop not needed is no code."""
     ahead = m
     if AHEAD:
         ahead = products(q1, q2, k, k_head, k_more, call, b, begin, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN,
@@ -118,16 +110,16 @@ def attend_all(
             acc, m, l, ahead = attend(
                 acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin,
                 call, b, h, i, i0, tq, tk, shift,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, True,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
             )  # fmt: skip
         acc, m, l, ahead = attend(
             acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_begin, whole_end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, False,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False,
         )  # fmt: skip
     acc, m, l, _ = attend(
         acc, m, l, ahead, q1, q2, k, v, k_head, k_more, v_head, whole_end, end, call, b, h, i, i0, tq, tk, shift,
-        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, False, True,
+        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, True,
     )  # fmt: skip
     return acc, m, l
 
@@ -137,7 +129,7 @@ def make_rows(
     program, q, k, v, o, lse, call, heads, together, few,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The tile of queries of one head that is number ``program``."""
     b, h, tile = find_program(program, call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
@@ -166,7 +158,7 @@ def make_rows(
         acc, m, l = attend_all(
             acc, m, l, q1, q2, k, v, k_head, k_more, v_head, begin, whole_begin, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD, SPECIALIZE,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, AHEAD,
         )  # fmt: skip
         row = i0 + tl.arange(0, BLOCK_M)
         empty = (l == 0.0) | (row >= tq)
@@ -185,7 +177,7 @@ def attention_forward(
     q, k, v, o, lse, call, heads, together, few, tiles,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr, PERSISTENT: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries: q, k, v, o, lse :class:`View`, call :class:`Call`. D features of q and k are taken as D1 + D2
     columns, powers of two. Rows past a length get 0 and -inf. Sequences of up to ``few`` queries are left to the
@@ -194,10 +186,10 @@ def attention_forward(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             make_rows(
                 tile, q, k, v, o, lse, call, heads, together, few,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD, SPECIALIZE,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
             )  # fmt: skip
     else:
         make_rows(
             tl.program_id(0), q, k, v, o, lse, call, heads, together, few,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD, SPECIALIZE,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, TMA, AHEAD,
         )  # fmt: skip

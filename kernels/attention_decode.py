@@ -66,7 +66,7 @@ def attention_decode(
         acc, m, l = attend_all(
             acc, m, l, q1, q2, k, v, k_head, k_more, v_head,
             begin, whole_begin, whole_end, end, call, b, h[:, None], i[:, None], 0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False, False,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, FOLD, PRECISION, WIDEN, False,
         )  # fmt: skip
         empty = (l == 0.0) | (i >= tq)
         l = tl.where(empty, 1.0, l)

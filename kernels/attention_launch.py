@@ -74,8 +74,7 @@ def plan_forward(x: Problem, o: Tensor, lse: Tensor) -> Iterator[Plan]:
             "q": x.view(x.q, align), "k": x.view(x.k, align), "v": x.view(x.v, align), "o": x.view(o, align),
             "lse": x.row_view(lse), "call": x.call, "heads": heads, "together": together, "few": x.few,
             "tiles": tiles, **x.shared(least), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ALIGN": align,
-            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
-            "SPECIALIZE": tile.specialize and describable and not x.packed, "PERSISTENT": tile.persistent > 0,
+            "FOLD": x.folds, "TMA": tile.tma and describable, "AHEAD": tile.ahead, "PERSISTENT": tile.persistent > 0,
         },
         options_of(tile),
     )  # fmt: skip
@@ -154,7 +153,7 @@ def plan_backward(
     inputs = {"q": q, "k": k, "v": v, "d_o": d_view, "scratch": scratch, "call": x.call}
     keys: list[dict[str, Tensor | None]] = [{"dk": out.dk, "dv": out.dv}]
     wide = max(x.dim, x.dim_v) * x.q.element_size() > 2 * HALF_WIDEST  # both sums are more than a program's registers
-    if wide or x.tile("backward_keys", x.describable(align, x.q, d_o)).apart:
+    if wide:
         keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
     launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
         *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),

@@ -1,5 +1,5 @@
-"""The Triton attention as a table of tiles may ask for it: tiles by TMA descriptors, programs that make several, scores
-made a tile ahead, and one loop for all keys.
+"""The Triton attention as a table of tiles may ask for it: tiles by TMA descriptors, programs that make several, and
+scores made a tile ahead.
 
 Which tile does so on which machine is in kernels/tuning_attention.py; here every one does.
 """
@@ -37,7 +37,6 @@ SCHEDULES: list[dict[str, Any]] = [
     {"tma": True},
     {"persistent": 1},
     {"ahead": True},
-    {"tma": True, "specialize": True},
     {"tma": True, "persistent": 2, "ahead": True},
 ]
 NARROW = (
@@ -69,7 +68,7 @@ def switches(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, dic
     return {
         plan.kernel.__name__: {
             name: plan.arguments[name.upper()]
-            for name in ("tma", "ahead", "persistent", "specialize")
+            for name in ("tma", "ahead", "persistent")
             if name.upper() in plan.arguments
         }
         for plan in plans
@@ -81,8 +80,6 @@ def right(schedule: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, options: Op
     found = switches(q, k, v, options)
     for kernel, told in found.items():
         wanted = {name: bool(schedule.get(name, False)) for name in told}
-        if q.dim() == 3 and "specialize" in told:  # packed
-            wanted["specialize"] = False
         assert told == wanted, kernel
     assert {"attention_forward", "attention_backward_keys", "attention_backward_queries"} <= set(found)
     assert_right(q, k, v, options, backend="triton", repeat=False)

@@ -167,9 +167,11 @@ struct GridExchange {
     if (layout.copy == 0) return;
     const int part = mine.part * static_cast<int>(sizeof(T));
     const unsigned char* given = buffer(epoch);
-    for (int column = warp(); column < mine.columns; column += nthreads() / 32)
+    for (int n = warp(); n < mine.columns; n += nthreads() / 32) {
+      const int column = (n + rank) % mine.columns;  // so that not all blocks ask the same part of the cache at once
       for (int i = first * part + int(lane()) * 16; i < (first + kParts) * part; i += 32 * 16)
         cp_async16(copy + column * layout.column + i, given + column * layout.column + i);
+    }
     cp_commit();
     cp_wait<0>();
     sync_block();

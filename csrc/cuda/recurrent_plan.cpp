@@ -14,7 +14,9 @@ constexpr int kFragmentBytes = kScanTileRows * kScanTileBytes;
 // Rows of the batch that a group of blocks walks at once.
 constexpr int kColumns[] = {8, 16, 32, 64};
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
-constexpr int kFewTiles = 64;  // read from shared memory in a fraction of what an exchange takes
+// Of W_hh in a block of a cluster: more blocks, with fewer each, take longer to exchange h than they save. Measured on an
+// H200, as are the other choices below.
+constexpr int kFewTiles = 96;
 
 ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads, bool copied) {
   const int size = bytes_of(q.dtype), gates = gates_of(q.cell), warps = threads / 32;
@@ -70,8 +72,10 @@ ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role
       plan.layout = make_layout(q, role, plan.shape, threads, copied);
       if (plan.layout.shared <= static_cast<long long>(limits.shared_per_block)) break;
     }
-    const bool enough = plan.shape.units * columns <= kScanElements * threads &&
-                        plan.layout.tiles <= scan_held(role, q.dtype) * threads / 32;
+    // One element a thread, and of W_hh as much as the registers hold; backward, where a warp's products are longer, less.
+    const int held = scan_held(role, q.dtype), each = in_cluster(role) ? 1 : kScanElements;
+    const bool enough = plan.shape.units * columns <= each * threads &&
+                        plan.layout.tiles <= (q.backward ? std::min(held, 8) : held) * threads / 32;
     if (wanted || enough || threads == kScanThreads) break;
   }
   plan.launch.threads = threads;
@@ -139,9 +143,9 @@ ScanPlan plan_cluster(const DeviceLimits& limits, const ScanProblem& q, ScanRole
       if (fewer * wider.shape.columns <= groups * plan.shape.columns) break;
       plan = wider, groups = fewer;
     }
-    // As few blocks as keep W_hh in registers, or nearly; failing that, as many as there are, if all rows walk at once.
+    // As few blocks as have few tiles each; failing that, as many as there are, if all rows walk at once.
     const bool suits = groups * plan.shape.columns >= q.B;
-    if (best.role != ScanRole::step && (best.layout.stored <= kFewTiles || (best_suits && !suits))) break;
+    if (best.role != ScanRole::step && (best.layout.tiles <= kFewTiles || (best_suits && !suits))) break;
     best = plan, best_groups = groups, best_suits = suits;
   }
   if (best.role != ScanRole::step) place(best, q, best_groups);
@@ -155,20 +159,31 @@ ScanPlan plan_grid(const DeviceLimits& limits, const ScanProblem& q, const ScanW
     return best;
   }
   const int step = 16 / bytes_of(q.dtype), most = limits.multiprocessors / q.beside;
-  const int units = wish.blocks ? up(parts(q.H, wish.blocks), step) : up(parts(q.H, most), step);
-  const int blocks = parts(q.H, units);
-  for (int columns : kColumns) {
-    if (wish.columns) columns = wish.columns;
-    ScanPlan plan = attempt(limits, q, ScanRole::grid, blocks, columns, wish.threads);
-    if (plan.role == ScanRole::step || (residency && residency(q, ScanRole::grid, plan.launch) == 0)) {
-      if (best.role == ScanRole::step) best = plan;
-      break;
+  double least = 0;
+  int fewest = 0;
+  for (int share : {1, 2}) {  // groups that divide the device; more have fewer rows each, and more of W_hh a block
+    const int units = wish.blocks ? up(parts(q.H, wish.blocks), step) : up(parts(q.H, most / share), step);
+    const int blocks = parts(q.H, units);
+    fewest = blocks;
+    for (int columns : kColumns) {
+      if (wish.columns) columns = wish.columns;
+      ScanPlan plan = attempt(limits, q, ScanRole::grid, blocks, columns, wish.threads);
+      if (plan.role == ScanRole::step || (residency && residency(q, ScanRole::grid, plan.launch) == 0)) {
+        if (best.role == ScanRole::step) best = plan;
+        break;
+      }
+      place(plan, q, most / blocks);
+      // A step's time, in units of an exchange without bytes: what a block reads of the vector, twice as long where it
+      // has no room for a copy; and its products.
+      const double bytes = double(plan.layout.buffer) * (plan.layout.copy ? 1 : 2) / 32768;
+      const double tiles = double(plan.layout.tiles) * 32 / plan.launch.threads / 12;
+      const double cost = parts(q.B, plan.shape.groups * columns) * (1 + bytes + tiles * columns / (columns < 16 ? 8 : 16));
+      if (best.role == ScanRole::step || cost < least) best = plan, least = cost;
+      if (wish.columns || plan.shape.groups * columns >= q.B) break;
     }
-    place(plan, q, most / blocks);
-    best = plan;
-    if (wish.columns || plan.shape.groups * columns >= q.B) break;
+    if (wish.blocks) break;
   }
-  if (best.role == ScanRole::step) best.reason = "a grid of " + text(blocks) + " blocks " + best.reason;
+  if (best.role == ScanRole::step) best.reason = "a grid of " + text(fewest) + " blocks " + best.reason;
   return best;
 }
 

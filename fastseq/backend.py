@@ -1,4 +1,4 @@
-"""Which implementation runs: the AUTO table, the overrides, and the reasons.
+"""Which implementation runs: the overrides, AUTO (``fastseq/auto.py``), and the reasons.
 
 Order: the ``backend=`` argument, then ``with use_backend(name)``, then the environment variable ``FASTSEQ_BACKEND``,
 then AUTO. A backend that was named never falls back: it raises :class:`BackendError` with the reason. AUTO takes the
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
-from fastseq import ops, ops_triton
+from fastseq import auto, ops, ops_triton
 
 NAMES = ("reference", "torch", "native", "triton")
 
@@ -25,40 +23,6 @@ log = logging.getLogger("fastseq")
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot do the work; the message says why."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of AUTO: for this device type and operation, in this order, because of this."""
-
-    device: str
-    op: str
-    order: tuple[str, ...]
-    because: str
-
-
-AUTO: tuple[Row, ...] = (
-    Row(
-        "cpu",
-        "scan",
-        ("native", "torch", "reference"),
-        "tested on every CPU run; on the bench ahead of torch, or level with it",
-    ),
-    Row(
-        "cpu",
-        "scan_bf16_batch",
-        ("torch", "native", "reference"),
-        "torch's bfloat16 products use the chip's AMX tiles, ours are built but have only run on a model of these",
-    ),
-    Row("cpu", "attention", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch"),
-    Row("cuda", "scan", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
-    Row("cuda", "attention", ("torch", "reference"), "our kernels are emulated and compiled, not yet run on hardware"),
-    Row("*", "scan_bf16_batch", ("torch", "reference"), "no kernel of ours exists for this device"),
-    Row("*", "scan", ("torch", "reference"), "no kernel of ours exists for this device"),
-    Row("*", "attention", ("torch", "reference"), "no kernel of ours exists for this device"),
-)
-"""Measured facts, most specific first. A kernel enters a row only when it has passed the tests on that hardware and
-measured no slower than torch there."""
 
 
 def _checked(name: str, source: str) -> str:
@@ -113,17 +77,13 @@ def forced(argument: str | None = None) -> str | None:
     return None if _override is None else _checked(_override, "FASTSEQ_BACKEND")
 
 
-def auto_row(device: str, op: str) -> Row:
-    """AUTO's row for a device type and operation (``scan``, ``scan_bf16_batch`` or ``attention``)."""
-    return next(row for row in AUTO if row.device in (device, "*") and row.op == op)
-
-
-def resolve(op: str, device: str, reasons: Callable[[str], str | None], argument: str | None = None) -> str:
+def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None], argument: str | None = None) -> str:
     """Choose a backend.
 
     Args:
-        op: ``attention``, or the scan's class from :func:`scan_class`.
-        device: device type of the input.
+        op: ``scan`` or ``attention``.
+        kind: the call's, of ``auto.scan_kind`` or ``auto.attention_kind``.
+        device: ``auto.device_key`` of the input's.
         reasons: tells of a backend why it cannot do this call; None where it can.
         argument: the caller's ``backend=``.
 
@@ -131,15 +91,14 @@ def resolve(op: str, device: str, reasons: Callable[[str], str | None], argument
         BackendError: the backend named cannot do it.
     """
     if _decisions is not None:
-        _explain(op, device, reasons, argument)
+        _explain(auto.row(device, op, kind), device, reasons, argument)
     named = forced(argument)
     if named is not None:
         reason = reasons(named)
         if reason is not None:
             raise BackendError(f"backend {named!r} cannot run this {op}: {reason}")
         return named
-    row = auto_row(device, op)
-    for name in row.order:
+    for name in auto.row(device, op, kind).order:
         reason = reasons(name)
         if reason is None:
             return name
@@ -172,20 +131,7 @@ def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
     return None
 
 
-def scan_class(cell: str, dtype: torch.dtype, rows: int, hidden: int) -> str:
-    """The class of a scan in AUTO, by what was measured: its cell, dtype, steps times batch, and hidden units."""
-    if dtype is not torch.bfloat16 or rows <= BF16_ROWS:
-        return "scan"
-    return "scan_bf16_batch" if cell == "lstm" or (cell.startswith("gru") and hidden >= 256) else "scan"
-
-
-_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-BF16_ROWS: int = 64 if _AMX else sys.maxsize
-"""Up to so many rows (steps times batch) a bfloat16 scan runs on the native kernels whatever its cell: with AMX those
-that are bound by calls and memory; without it all, as both sides then multiply pairs, or widen."""
-
-_NATIVE_FIRST = ops.NATIVE_MISSING is None and auto_row("cpu", "scan").order[0] == "native"
+_NATIVE_FIRST = ops.NATIVE_MISSING is None and auto.row("cpu", "scan").order[0] == "native"
 
 
 def native_scan() -> bool:
@@ -197,13 +143,13 @@ class _Explained(Exception):
     """Ends the call that explain() listens to: the decision is known, nothing needs computing."""
 
 
-def _explain(op: str, device: str, reasons: Callable[[str], str | None], argument: str | None) -> None:
+def _explain(row: auto.Row, device: str, reasons: Callable[[str], str | None], argument: str | None) -> None:
     assert _decisions is not None
-    named, row = forced(argument), auto_row(device, op)
+    named = forced(argument)
     candidates = (named,) if named is not None else row.order
     chosen = next((n for n in candidates if reasons(n) is None), None)
-    how = f"named: {named}" if named is not None else f"AUTO for {row.device}, {op}: {row.because}"
-    _decisions.append(f"{op} on {device} runs on: {chosen or 'nothing'} ({how})")
+    how = f"named: {named}" if named is not None else f"AUTO for {row.title}: {row.because}"
+    _decisions.append(f"{row.op} on {device} runs on: {chosen or 'nothing'} ({how})")
     for name in NAMES:
         if name == chosen:
             continue
@@ -220,6 +166,8 @@ def _explain(op: str, device: str, reasons: Callable[[str], str | None], argumen
 def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str:
     """Say which backend a call would run on, and why the others would not. Nothing is computed.
 
+    A call that wants gradients may run elsewhere than the same under ``torch.no_grad()``: ask as you would call.
+
     Args:
         layer_or_function: a layer of ``fastseq.nn``, a model that contains one, or a function of this package.
         *args, **kwargs: what it would be called with.
@@ -235,8 +183,7 @@ def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str
     global _decisions
     previous, _decisions = _decisions, []
     try:
-        with torch.no_grad():
-            layer_or_function(*args, **kwargs)
+        layer_or_function(*args, **kwargs)
     except _Explained:
         return "\n".join(_decisions)
     finally:

@@ -194,12 +194,18 @@ def _triton() -> str:
 def _gpu() -> str:
     import torch
 
+    from fastseq import auto
+
     if not torch.cuda.is_available():
         return "none that torch can use"
     found = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        found.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB")
+        own = auto.device_key(torch.device("cuda", i)) in {row.device for row in auto.AUTO if " " in row.device}
+        ours = "our kernels were timed on such a GPU" if own else "our kernels have not run on such a GPU yet"
+        found.append(
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB; {ours}"
+        )
     return "; ".join(found)
 
 

@@ -28,7 +28,6 @@ from cuda_recurrent_support import emulation_only, missing
 from emulation import build
 from torch import Tensor
 
-from fastseq import backend as backends
 from fastseq import ops_attention
 
 pytestmark = [pytest.mark.device("native"), missing]
@@ -303,13 +302,6 @@ def test_what_is_not_supported_is_said_alike_by_kernels_and_backend() -> None:
         else:
             with pytest.raises(RuntimeError, match=re.escape(reason)):
                 forward(q, k, v, {}, "emulated")
-
-
-@emulation_only
-def test_auto_leaves_these_kernels_out_until_they_have_run_on_hardware() -> None:
-    row = backends.auto_row("cuda", "attention")
-    assert "native" not in row.order
-    assert "not yet run on hardware" in row.because
 
 
 @either

@@ -121,7 +121,7 @@ def test_a_cell_is_its_parameters(cell):
 
 def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
     args = arguments(dtype=torch.bfloat16)  # 12 rows
-    monkeypatch.setattr("fastseq.backend.BF16_ROWS", 11)
+    monkeypatch.setattr("fastseq.auto.BF16_ROWS", 11)
     with torch.no_grad():
         try:
             stack = direct._bind()[0]
@@ -131,7 +131,7 @@ def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
         finally:
             monkeypatch.undo()
             direct._bind()
-        assert direct.stack(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.backend.BF16_ROWS
+        assert direct.stack(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.auto.BF16_ROWS
 
 
 def test_results_share_no_memory():

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fastseq import doctor, ops
+from fastseq import auto, doctor, ops
 from fastseq.__main__ import main
 
 
@@ -140,3 +142,15 @@ def test_the_environment_variable_is_obeyed(monkeypatch, tmp_path):
     assert done.returncode == 0
     assert found["facts"]["FASTSEQ_BACKEND"] == "reference"
     assert all("runs on: reference" in text for text in found["runs_on"]["cpu"].values())
+
+
+@pytest.mark.parametrize(("capability", "told"), [((9, 0), "were timed on such a GPU"), ((8, 0), "have not run on")])
+def test_a_gpu_is_told_with_what_is_known_of_its_kind(capability, told, monkeypatch):
+    properties = SimpleNamespace(name="some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(auto, "capability", lambda index: capability)
+    text = doctor._gpu()
+    assert text.startswith(f"some GPU, sm_{capability[0]}{capability[1]}, 80 GiB; ")
+    assert told in text

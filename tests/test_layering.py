@@ -16,7 +16,7 @@ LONGEST = 500
 # Lowest first; a module may import lower layers and its own. `reference` and `kernels` import nothing of ours at all.
 LAYERS: list[set[str]] = [
     {"_native", "_native_cuda"},
-    {"ops", "reference", "kernels"},
+    {"auto", "ops", "reference", "kernels"},
     {"checks", "backend", "autograd"},
     {"functional"},
     {"nn", "patch"},

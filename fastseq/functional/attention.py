@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastseq import autograd_attention, checks_attention, ops_attention, ops_triton
+from fastseq import auto, autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
 from fastseq.functional import eager_attention, pages
@@ -253,10 +253,10 @@ def attention_and_weights(
         checks_attention.check_pairs("bias", bias, q, shape, is_bool=False)
     if mask is not None:
         checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
-    device = q.device.type
     name = backends.resolve(
         "attention",
-        device,
+        "",
+        auto.device_key(q.device),
         lambda n: None if n in ("reference", "torch") else _operator_reason(n, q, v),
         backends.forced(backend) or "torch",
     )
@@ -344,7 +344,16 @@ def _attend(
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend, block_table=None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
-    device = q.device.type
+    device, kind = auto.device_key(q.device), ""
+    if device in auto.ATTENTION_KINDS:
+        kind = auto.attention_kind(
+            q.dtype,
+            q.shape[-2],
+            k.shape[-2],
+            untimed=dropout_p > 0.0 or block_table is not None or not (bias is mask is alibi_slopes is None),
+            limits=max(window_left, window_right) >= 0 or not (lengths_q is lengths_k is cu_seqlens_q is None),
+            training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )
 
     def reasons(name: str) -> str | None:
         if name == "reference":
@@ -353,7 +362,7 @@ def _attend(
             return eager_attention.torch_reason(cu_seqlens_q is not None, softcap, sinks, return_lse)
         return _operator_reason(name, q, v)
 
-    name = backends.resolve("attention", device, reasons, backend)
+    name = backends.resolve("attention", kind, device, reasons, backend)
     seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if block_table is not None:

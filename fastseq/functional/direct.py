@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastseq import backend, ops
+from fastseq import auto, ops
 
 TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
@@ -43,7 +43,7 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
     import fastseq._native as native  # type: ignore[import-not-found]
 
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
-    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), backend.BF16_ROWS):
+    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), auto.BF16_ROWS):
         return (None,) * len(_NAMES)
     address, shape, made, its = native.described(trial)
     if (address, shape) != (trial.data_ptr(), tuple(trial.shape)):

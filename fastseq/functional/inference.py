@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import backend
+from fastseq import auto, backend
 from fastseq.functional import direct
 
 _stack = torch.ops.fastseq.stack_forward.native
@@ -55,7 +55,7 @@ def stack(
         return None
     if type(x) is not Tensor:  # a PackedSequence, or nothing that we know
         return None
-    if x.dtype is torch.bfloat16 and x.numel() > backend.BF16_ROWS * x.shape[-1] and backend.forced() is None:
+    if x.dtype is torch.bfloat16 and x.numel() > auto.BF16_ROWS * x.shape[-1] and backend.forced() is None:
         return None  # AUTO has more than one answer here
     if direct.stack is not None:
         done = direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)

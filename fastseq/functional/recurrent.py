@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq import auto, checks, ops, reference
 from fastseq import backend as backends
-from fastseq import checks, ops, reference
 from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference
 from fastseq.functional import eager, layers
 
@@ -284,9 +284,10 @@ def run(
     if backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and backends.native_scan():
         name = "native"
     else:
-        kind = backends.scan_class(stack.cell, x.dtype, steps * batch, hidden)
+        device = auto.device_key(x.device)
+        kind = auto.scan_kind(device, stack.cell, x.dtype, steps, batch, x.shape[2], hidden, rows, lengths is not None)
         name = backends.resolve(
-            kind, x.device.type, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
+            "scan", kind, device, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
         )
     if name == "torch":
         h0 = x.new_zeros(rows, batch, w_hh.shape[1]) if h0 is None else h0

@@ -208,7 +208,7 @@ class Bench:
     def tile(self, x: Any, role: str, fields: dict[str, int]) -> Any:
         from fastseq.kernels.tuning_attention import Tile
 
-        return Tile(**fields) if fields else x.tile(role, True)  # type: ignore[arg-type]
+        return Tile(**fields) if fields else x.tile(role, True)
 
     def compile(self, cases: list[Heads], role: str, fields: dict[str, int]) -> dict[str, Any]:
         """Compile into the cache that launches read; what the compiler says."""

@@ -181,6 +181,7 @@ def compile_all(units: list[Unit], versions: str) -> bool:
     for unit in units:
         unit.signature = f"{shlex.join(unit.command)}\n{versions}\n"
     stale = [unit for unit in units if unit.stale()]
+    stale.sort(key=lambda unit: -(ROOT / unit.source).stat().st_size)  # so that no core waits long for the last one
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = [pool.submit(unit.compile) for unit in stale]
         try:

@@ -127,17 +127,16 @@ def _dump(cubin: bytes, *options: str) -> str:
 
 
 def _spilled_in_loops(sass: str) -> int:
-    """How many instructions of the innermost loops of products touch local memory."""
+    """How many instructions of the innermost loops of products touch local memory; 0 of a kernel without products."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass, re.MULTILINE)
     code = [(int(place, 16), text) for place, text in lines]
     branches = ((place, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)) for place, text in code)
     loops = {(int(to[1], 16), place) for place, to in branches if to and int(to[1], 16) < place}
-    assert loops, "a kernel of products without a loop"
+    bodies = {ends: [text for place, text in code if ends[0] <= place <= ends[1]] for ends in loops}
+    multiplying = {ends: body for ends, body in bodies.items() if any("MMA" in text for text in body)}
+    assert multiplying or not any("MMA" in text for _, text in code), "no loop of products found in the machine code"
     inner = [
-        (first, last) for first, last in loops
-        if not any(other != (first, last) and first <= other[0] and other[1] <= last for other in loops)
+        body for ends, body in multiplying.items()
+        if not any(other != ends and ends[0] <= other[0] and other[1] <= ends[1] for other in multiplying)
     ]  # fmt: skip
-    bodies = ([text for place, text in code if first <= place <= last] for first, last in inner)
-    multiplying = [body for body in bodies if any("MMA" in text for text in body)]
-    assert multiplying, "no loop of products found in the machine code"
-    return sum(bool(re.search(r"\b(STL|LDL)\b", text)) for body in multiplying for text in body)
+    return sum(bool(re.search(r"\b(STL|LDL)\b", text)) for body in inner for text in body)

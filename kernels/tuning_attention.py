@@ -65,7 +65,7 @@ _HALF: dict[str, Table] = {
             Tile(32, 32, 8, 1),
             Tile(16, 16, 8, 1, 255),
         ),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1, 255)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 16, 8, 1, 255)),
         "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
 }

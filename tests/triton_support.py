@@ -126,6 +126,9 @@ def _dump(cubin: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
 
 
+_ON_TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
+
+
 def _spilled_in_loops(sass: str) -> int:
     """How many instructions of the innermost loops of products touch local memory; 0 of a kernel without products."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass, re.MULTILINE)
@@ -133,8 +136,9 @@ def _spilled_in_loops(sass: str) -> int:
     branches = ((place, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)) for place, text in code)
     loops = {(int(to[1], 16), place) for place, to in branches if to and int(to[1], 16) < place}
     bodies = {ends: [text for place, text in code if ends[0] <= place <= ends[1]] for ends in loops}
-    multiplying = {ends: body for ends, body in bodies.items() if any("MMA" in text for text in body)}
-    assert multiplying or not any("MMA" in text for _, text in code), "no loop of products found in the machine code"
+    multiplying = {ends: body for ends, body in bodies.items() if any(_ON_TENSOR_CORES.search(text) for text in body)}
+    products = any(_ON_TENSOR_CORES.search(text) for _, text in code)
+    assert multiplying or not products, "no loop of products found in the machine code"
     inner = [
         body for ends, body in multiplying.items()
         if not any(other != ends and ends[0] <= other[0] and other[1] <= ends[1] for other in multiplying)

@@ -41,6 +41,14 @@ def properties(device: torch.device) -> tuple[int, int]:
     return found["max_shared_mem"], found["multiprocessor_count"]
 
 
+@lru_cache
+def persistent_first(device: torch.device) -> bool:
+    """Whether the tables prefer the persistent role to the step role on a device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in tuning.PERSISTENT_FIRST
+
+
 def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> tuple[Any, str | None]:
     """The tile of the role that a call gets, and why it is not the sequence role (None where it is).
 
@@ -62,7 +70,7 @@ def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> 
             if not isinstance(found, str):
                 return found, None
             reasons.append(found)
-        if role == "persistent" or (role is None and tuning.PERSISTENT_FIRST):
+        if role == "persistent" or (role is None and persistent_first(x.device)):
             if torch.version.hip is None:
                 found = tuning.persistent(name, x.shape[1], hidden, processors)
             else:

@@ -155,9 +155,11 @@ _PERSISTENT = {
     (4, False): Persistent(16, 32, 32, 8, 3),
     (4, True): Persistent(64, 16, 16, 4, 3),
 }
-PERSISTENT_FIRST = False
-"""Whether a layer that is too large for the sequence role takes the persistent one before the step role: not before
-hardware has been seen to run it, and to be faster at it."""
+PERSISTENT_FIRST = frozenset({(9, 0)})
+"""Compute capabilities on which a layer that is too large for the sequence role takes the persistent one before the
+step role: those of GPUs that were seen to be faster so. An H200 is level in a CUDA graph, and 1.2 to 3.5 times as fast
+where the host launches each step, as it does in training, but for one plain RNN, 0.9 times
+(bench/results/nvidia-h200-recurrent.json)."""
 
 
 def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persistent | str:

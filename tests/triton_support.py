@@ -135,6 +135,8 @@ def _spilled_in_loops(sass: str) -> int:
     code = [(int(place, 16), text) for place, text in lines]
     branches = ((place, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)) for place, text in code)
     loops = {(int(to[1], 16), place) for place, to in branches if to and int(to[1], 16) < place}
+    # What waits out of line, past a loop's end, and goes back into its middle is none of its own.
+    loops = {(a, b) for a, b in loops if not any(first < a <= last < b for first, last in loops)}
     bodies = {ends: [text for place, text in code if ends[0] <= place <= ends[1]] for ends in loops}
     multiplying = {ends: body for ends, body in bodies.items() if any(_ON_TENSOR_CORES.search(text) for text in body)}
     products = any(_ON_TENSOR_CORES.search(text) for _, text in code)

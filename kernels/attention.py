@@ -20,8 +20,8 @@ from .attention_tiles import (
     dot_add,
     head_of,
     head_of_keys,
+    load_halves,
     load_keys,
-    load_parts,
     narrow,
     number,
     store_tile,
@@ -147,7 +147,7 @@ def make_rows(
         v_head = described(value, number(v.row), tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
         q_more = described(q_head, number(q.row), tq, D, BLOCK_M, D2, ALIGN, TMA and D2 > 0)
         q_head = described(q_head, number(q.row), tq, D, BLOCK_M, D1, ALIGN, TMA)
-        q1, q2 = load_parts(q_head, q_more, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)  # [BLOCK_M, D1], [, D2]
+        q1, q2 = load_halves(q_head, q_more, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)  # [BLOCK_M, D1], [, D2]
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         if call.sinks is not None:  # a key of value 0, met before all others

@@ -23,7 +23,6 @@ from .attention_tiles import (
     dot_add,
     head_of,
     load_halves,
-    load_parts,
     load_rows,
     load_tile,
     load_vector,
@@ -72,19 +71,20 @@ def attention_delta(
 
 
 @triton.jit
-def transposed_products(
-    k1, k2, q_head, q_more, q_row, start, tq,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+def products(
+    near1, near2, far, far_more, stride, start, count,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """q[i]·k[j] of the queries from ``start`` on, [BLOCK_N, BLOCK_M]; and these, [BLOCK_M, D1] and [BLOCK_M, D2]."""
-    q1 = load_tile(q_head, q_row, start, tq, D, 0, BLOCK_M, D1, ALIGN, True)
-    s = dot(k1, tl.trans(q1), PRECISION, WIDEN)
-    q2 = q1
+    """q[i]·k[j] of a tile of one of them, in halves, with the other's rows from ``start`` on, as columns; and these
+    rows' halves, [ROWS, D1] and [ROWS, D2]."""
+    far1 = load_tile(far, stride, start, count, D, 0, ROWS, D1, ALIGN, CHECKED)
+    product = dot(near1, tl.trans(far1), PRECISION, WIDEN)
+    far2 = far1
     if D2 > 0:
-        q2 = load_tile(q_more, q_row, start, tq, D, D1, BLOCK_M, D2, ALIGN, True)
-        s = dot_add(k2, tl.trans(q2), s, PRECISION, WIDEN)
-    return s, q1, q2
+        far2 = load_tile(far_more, stride, start, count, D, D1, ROWS, D2, ALIGN, CHECKED)
+        product = dot_add(near2, tl.trans(far2), product, PRECISION, WIDEN)
+    return product, far1, far2
 
 
 @triton.jit
@@ -107,17 +107,17 @@ def add_queries(
     for start in tl.range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         if D > 256:
-            k1, k2 = load_halves(k_head, k_row, j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)
+            k1, k2 = load_halves(k_head, k_head, k_row, j0, tk, D, D1, D2, BLOCK_N, ALIGN)
         if DV > 256:
             v_tile = load_tile(v_head, v_row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
         if AHEAD:
             d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
             dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
-            q1, q2 = load_parts(q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN)
+            q1, q2 = load_halves(q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN)
             s = ahead
         else:
-            s, q1, q2 = transposed_products(
-                k1, k2, q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN
+            s, q1, q2 = products(
+                k1, k2, q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
             )
         s = logits(s, call, q1.dtype == tl.float32)
         i = row[None, :]
@@ -147,8 +147,8 @@ def add_queries(
             if D2 > 0:
                 dk2 = dot_add(ds, q2, dk2, PRECISION, WIDEN)
         if AHEAD:  # the last of all is nobody's
-            ahead = transposed_products(
-                k1, k2, q_head, q_more, q_row, start + BLOCK_M, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN
+            ahead = products(
+                k1, k2, q_head, q_more, q_row, start + BLOCK_M, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
             )[0]
     return dk1, dk2, dv, ahead
 
@@ -171,7 +171,7 @@ def attention_backward_keys(
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
         begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
-        k1, k2 = load_halves(k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN, True)  # [BLOCK_N, D1], [, D2]
+        k1, k2 = load_halves(k_head, k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN)  # [BLOCK_N, D1], [, D2]
         row_k = number(k.row)
         row_v = number(v.row)
         row_q = number(q.row)
@@ -193,8 +193,8 @@ def attention_backward_keys(
             delta_head = scratch.delta + base
             ahead = log_head
             if AHEAD:
-                ahead = transposed_products(
-                    k1, k2, q_head, q_more, row_q, begin, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN
+                ahead = products(
+                    k1, k2, q_head, q_more, row_q, begin, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
                 )[0]
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc, ahead = add_queries(
@@ -232,22 +232,6 @@ def attention_backward_keys(
 
 
 @triton.jit
-def products(
-    q1, q2, k_head, k_more, k_row, start, tk,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHECKED: tl.constexpr,
-):  # fmt: skip
-    """q[i]·k[j] of the keys from ``start`` on, [BLOCK_M, BLOCK_N]; and these, [BLOCK_N, D1] and [BLOCK_N, D2]."""
-    k1 = load_tile(k_head, k_row, start, tk, D, 0, BLOCK_N, D1, ALIGN, CHECKED)
-    product = dot(q1, tl.trans(k1), PRECISION, WIDEN)
-    k2 = k1
-    if D2 > 0:
-        k2 = load_tile(k_more, k_row, start, tk, D, D1, BLOCK_N, D2, ALIGN, CHECKED)
-        product = dot_add(q2, tl.trans(k2), product, PRECISION, WIDEN)
-    return product, k1, k2
-
-
-@triton.jit
 def weights(
     product, log, call, b, h, i, i0, j0, tq, tk, shift,
     BLOCK_N: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
@@ -279,7 +263,7 @@ def add_keys(
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         if AHEAD:
             dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
-            k1, k2 = load_parts(k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN)
+            k1, k2 = load_halves(k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN)
             product = ahead
         else:
             product, k1, k2 = products(
@@ -319,7 +303,7 @@ def attention_backward_queries(
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
         begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
-        q1, q2 = load_halves(q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN, True)
+        q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
         d_head = head_of(d_o, b, h, q_row, ALIGN)
         d_tile = load_tile(d_head, number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
         base = rows_of(call, scratch, b, h, q_row, heads)

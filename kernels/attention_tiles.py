@@ -126,23 +126,11 @@ def described(
 
 @triton.jit
 def load_halves(
-    base, stride, start, count, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, ALIGN: tl.constexpr, CHECKED: tl.constexpr,
-):  # fmt: skip
-    """D features of rows as two tiles, [ROWS, D1] and [ROWS, D2]; the first twice where D2 is 0."""
-    first = load_tile(base, stride, start, count, D, 0, ROWS, D1, ALIGN, CHECKED)
-    second = first
-    if D2 > 0:
-        second = load_tile(base, stride, start, count, D, D1, ROWS, D2, ALIGN, CHECKED)
-    return first, second
-
-
-@triton.jit
-def load_parts(
     base, more, stride, start, count, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`load_halves`, where each half has its descriptor."""
+    """D features of rows as two tiles, [ROWS, D1] and [ROWS, D2]; the first twice where D2 is 0. ``base`` and ``more``
+    are each half's: the same address, or a descriptor of its own."""
     first = load_tile(base, stride, start, count, D, 0, ROWS, D1, ALIGN, True)
     second = first
     if D2 > 0:

@@ -284,13 +284,19 @@ def test_kernels_cannot_be_imported_under_the_name_of_another_package():
         importlib.import_module("kernels")
 
 
-def test_only_what_changed_is_compiled(build_tools, tmp_path, monkeypatch):
+@pytest.fixture
+def compiler_here(build_tools, tmp_path, monkeypatch) -> tuple[list[str], str]:
+    """The compiler and its version, with an empty folder in the place of the sources'."""
     monkeypatch.setattr(build_tools, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     try:
-        compiler, version = build_tools.cpu_compiler()
+        return build_tools.cpu_compiler()
     except build_tools.Unavailable as error:
         pytest.skip(str(error))
+
+
+def test_only_what_changed_is_compiled(build_tools, tmp_path, compiler_here):
+    compiler, version = compiler_here
     header = tmp_path / "one.h"
     header.write_text("int one();\n")
     (tmp_path / "one.cpp").write_text('#include "one.h"\nint one() { return 1; }\n')
@@ -313,13 +319,8 @@ def test_only_what_changed_is_compiled(build_tools, tmp_path, monkeypatch):
     assert compiled("-O1")
 
 
-def test_what_the_compiler_remarks_is_kept_until_it_has_nothing_to_remark(build_tools, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_tools, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    try:
-        compiler, version = build_tools.cpu_compiler()
-    except build_tools.Unavailable as error:
-        pytest.skip(str(error))
+def test_what_the_compiler_remarks_is_kept_until_it_has_nothing_to_remark(build_tools, tmp_path, compiler_here):
+    compiler, version = compiler_here
     unit = build_tools.Unit(Path("objects", "one.o"), Path("one.cpp"), compiler)
     (tmp_path / "one.cpp").write_text("#warning slow here\n")
     build_tools.compile_all([unit], version)

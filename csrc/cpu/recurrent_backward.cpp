@@ -182,6 +182,21 @@ struct Backward {
         for (long v = outputs.begin; v < outputs.end; ++v) put(p.dhidden, t, b, v * L, Vec<A>{}, lanes(v, p.P));
     }
 
+    // What the cell will read a step later. A step's rows are too short, and the walk goes too much from one tensor to the
+    // next, for the processor to foresee it.
+    FASTSEQ_INLINE void ask_for_next(long t, long b, long unit) const {
+      auto ask = [&](const ScanView& view, long at, long size) {
+        const long next = at * view.e + (p.reverse ? view.t : -view.t);
+        if (view.data)
+          __builtin_prefetch(static_cast<const char*>(view.data) + (t * view.t + b * view.b + next) * size, 0, 2);
+      };
+      ask(p.dy, unit, sizeof(S));
+      if constexpr (!kLstm) ask(p.y, unit, sizeof(S));
+      if constexpr (kLstm) ask(p.states, unit, sizeof(A));
+      if constexpr (kLstm || kGru || kBefore)
+        for (int g = 0; g < 4; ++g) ask(p.tape, g * p.H + unit, sizeof(S));
+    }
+
     Vec<A> h_before(long t, long b, long v, int n) const {
       long before = step_before(p, t, b);
       return before < 0 ? get_or_zero<S>(p.h0, 0, b, v * L, n) : get<S>(p.y, before, b, v * L, n);
@@ -192,6 +207,7 @@ struct Backward {
     FASTSEQ_INLINE void cell(long, long t, long b, long v, bool reset, E* dgates) {
       const int n = lanes(v, p.H);
       const long unit = v * L;
+      ask_for_next(t, b, unit);
       A* carry = f.dh + b * f.Pp + unit;
       auto emit = [&](int g, Vec<A> hidden_side, Vec<A> input_side) {
         store_n(dgates + g * p.H + unit, hidden_side, n);

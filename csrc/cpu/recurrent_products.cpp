@@ -14,6 +14,7 @@ constexpr long kChunk = 256;      // rows that a tile of a weight's gradient tak
 constexpr long kBlock = 48;       // columns of dgates laid out beside each other: a multiple of lanes and of tile rows
 constexpr long kInputRows = 96;   // rows of dx made at once
 constexpr long kInputDepth = 512; // and the columns of dgates taken in at once for them
+constexpr long kAhead = 16;       // rows that are asked for before they are laid out: the walk left them in the last cache
 
 // out[r][..] (+)= sum_k d[k][r] x[k][..] over K terms: d's are kBlock of them apart, x's a panel of kMaxVectors vectors.
 template <class E, int R, int NB>
@@ -81,7 +82,10 @@ struct Products {
   bool direct[2];                // dw is the result itself
   bool packed;                   // w_ih, for dx
   bool single;                   // one chunk of rows: a tile of a weight's gradient is whole once it is made
-  long* index;                   // [T * B] live rows, as t * B + b
+  struct Row {
+    long t, b;
+  };
+  Row* index;                    // [T * B] live rows
   size_t bytes;
 
   Products(const ScanProducts& args, void* workspace) : p(args) {
@@ -123,7 +127,7 @@ struct Products {
       if (direct[i]) dw[i] = static_cast<A*>(to.data);
       db[i] = arena.take<A>(weights ? padded<A>(columns) + L : 0);
     }
-    index = arena.take<long>(weights ? most : 0);
+    index = arena.take<Row>(weights ? most : 0);
     bytes = arena.used;
   }
 
@@ -197,12 +201,9 @@ struct Products {
     for (long t = 0; t < p.T; ++t)
       for (long b = 0; b < p.B; ++b)
         if (live(p, t, b)) {
-          if (team.rank == 0) index[rows] = t * p.B + b;
+          if (team.rank == 0) index[rows] = {t, b};
           ++rows;
         }
-    long blocks = 0;
-    for (int j = 0; j < jobs; ++j) blocks += (job[j].count + kBlock - 1) / kBlock;
-    const Share mine = share_of(blocks, team.rank, team.size);
     for (long k0 = 0; k0 == 0 || k0 < rows; k0 += kChunk) {
       const long n = rows - k0 < kChunk ? rows - k0 : kChunk;
       team.sync();  // the list is there, and nobody reads the panels of the last chunk
@@ -210,14 +211,14 @@ struct Products {
       for (int s = 0; s < kSources; ++s)
         if (width[s]) pack_panels(Source(s), k0, n, packed);
       team.sync();
-      for_blocks(mine, [&](const Job& j, long first, long count) {
+      for_blocks(team, [&](const Job& j, long first, long count) {
         E* d = block + team.rank * chunk * kBlock;
         pack_block(j, first, count, k0, n, d);
         for (int s = 0; s < kSources; ++s)
           if (j.with[s]) outer(Source(s), d, j.unit + first, count, terms_of<E>(n), k0 > 0);
       });
     }
-    for_blocks(mine, [&](const Job& j, long first, long count) {
+    for_blocks(team, [&](const Job& j, long first, long count) {
       for (int s = 0; s < kSources; ++s) {
         if (!j.with[s] || direct[s != from_x] || single) continue;
         const ScanView& to = s == from_x ? p.dw_ih : p.dw_hh;
@@ -235,18 +236,37 @@ struct Products {
     });
   }
 
-  // body(job, first column, columns) for blocks [begin, end) of all jobs' columns.
+  // What a column of a job costs: products with its sources, and being laid out beside them.
+  long cost_of(const Job& j) const {
+    long cost = 8;  // of the same unit, roughly: read, summed and stored once a row
+    for (int s = 0; s < kSources; ++s)
+      if (j.with[s]) cost += width[s];
+    return cost;
+  }
+  // The first column of a job that is not left to the threads before this one. All have as much to do, not as many
+  // columns, which are divided at whole vectors.
+  long first_column(int j, const Team& team) const {
+    if (team.rank == team.size) return job[j].count;
+    long total = 0, before = 0;
+    for (int i = 0; i < jobs; ++i) total += job[i].count * cost_of(job[i]);
+    for (int i = 0; i < j; ++i) before += job[i].count * cost_of(job[i]);
+    const long mine = total * team.rank / team.size - before, each = cost_of(job[j]) * L;
+    const long column = mine <= 0 ? 0 : (mine + each / 2) / each * L;
+    return column < job[j].count ? column : job[j].count;
+  }
+  // body(job, first column, columns) for the blocks of this thread's columns.
   template <class Body>
-  void for_blocks(Share share, const Body& body) const {
-    long at = 0;
-    for (int j = 0; j < jobs; ++j)
-      for (long first = 0; first < job[j].count; first += kBlock, ++at)
-        if (at >= share.begin && at < share.end)
-          body(job[j], first, job[j].count - first < kBlock ? job[j].count - first : kBlock);
+  void for_blocks(const Team& team, const Body& body) const {
+    for (int j = 0; j < jobs; ++j) {
+      const long end = first_column(j, {team.rank + 1, team.size, team.barrier});
+      for (long first = first_column(j, team); first < end; first += kBlock)
+        body(job[j], first, end - first < kBlock ? end - first : kBlock);
+    }
   }
 
   // What row (t, b) brings: x, the state before, or q. Null for zeros.
-  const S* row_of(Source s, long t, long b, long& stride) const {
+  const S* row_of(Source s, Row of, long& stride) const {
+    const auto [t, b] = of;
     if (s == from_x) return stride = p.x.e, at<S>(p.x, t, b);
     if (s == from_q) return stride = p.tape.e, at<S>(p.tape, t, b) + 3 * p.H * p.tape.e;
     const long before = step_before(p, t, b);
@@ -255,14 +275,21 @@ struct Products {
     return before < 0 ? at<S>(p.h0, 0, b) : at<S>(p.y, before, b);
   }
 
+  static void ask_for(const S* row, long n) {
+    constexpr long kLine = 64 / long(sizeof(S));
+    for (long e = 0; row && e < n; e += kLine) prefetch(row + e, 0);
+  }
+
   void pack_panels(Source s, long k0, long count, Share packed) {
     const long n = width[s];
     for (long term = packed.begin; term < packed.end; ++term) {
       const S* row[D];
       long stride[D] = {};
       for (int d = 0; d < D; ++d) {
-        const long k = term * D + d, at = k < count ? index[k0 + k] : 0;
-        row[d] = k < count ? row_of(s, at / p.B, at % p.B, stride[d]) : nullptr;
+        const long k = term * D + d;
+        row[d] = k < count ? row_of(s, index[k0 + k], stride[d]) : nullptr;
+        long any;
+        if (k + kAhead < count) ask_for(row_of(s, index[k0 + k + kAhead], any), n);
       }
       E* to = panel[s] + term * kPanel * D;
       for (long e = 0; e < n; e += L) {
@@ -280,11 +307,13 @@ struct Products {
     Vec<A> sums[kBlock / L];
     const long vectors = vectors_of<A>(count);
     for (long v = 0; v < vectors; ++v) sums[v] = Vec<A>{};
+    auto row_at = [&](long k) { return at<S>(from, index[k0 + k].t, index[k0 + k].b) + (j.column + first) * from.e; };
     for (long k = 0; k < n; k += D) {
       const S* row[D];
-      for (int d = 0; d < D; ++d)
-        row[d] = k + d < n ? at<S>(from, index[k0 + k + d] / p.B, index[k0 + k + d] % p.B) + (j.column + first) * from.e
-                           : nullptr;
+      for (int d = 0; d < D; ++d) {
+        row[d] = k + d < n ? row_at(k + d) : nullptr;
+        if (k + d + kAhead < n) ask_for(row_at(k + d + kAhead), count);
+      }
       for (long v = 0; v < vectors; ++v) {
         Vec<A> some[D];
         for (int d = 0; d < D; ++d) {

@@ -351,38 +351,41 @@ FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)));
 }
 
-// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`. Rows of w are read in order, a few
-// beside each other, and each of them is asked for as many rows before: the prefetchers of the processor lose more at
-// the start of a row than they bring, short as rows are.
+// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`, one after the other. Rows of w are
+// read in order, a few beside each other. The processor's own prefetchers keep up within a row and lose time at the start
+// of the next, so that start is asked for, as many rows before; whole rows asked for so early would drive each other out
+// of L1.
 template <class S>
 Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
   using A = Accumulator<S>;
   using E = Operand<S>;
   constexpr int L = kLanes<A>, step = L * kTerm<E>;
   constexpr int C = L < 4 ? L : 4;
-  Vec<A> sums[L];
-  for (int l = 0; l < L; l += C) {
-    Vec<A> acc[C];
-    for (int c = 0; c < C; ++c) acc[c] = Vec<A>{};
-    for (int part = 0; part < parts; ++part) {
-      const E* row = of[part].row;
-      const long K = of[part].K, ahead = C * of[part].w_row * long(sizeof(S));
+  constexpr long kStart = 256 / long(sizeof(S));  // elements of a row's start
+  Vec<A> sums[L] = {};
+  for (int part = 0; part < parts; ++part) {
+    const E* row = of[part].row;
+    const long K = of[part].K, w_row = of[part].w_row, whole = K - K % step;
+    for (int l = 0; l < L; l += C) {
+      Vec<A> acc[C];
       const S* at[C];
-      for (int c = 0; c < C; ++c) at[c] = of[part].w + (l + c < n ? l + c : n - 1) * of[part].w_row;
-      long k = 0;
-      for (; k + step <= K; k += step) {
+      for (int c = 0; c < C; ++c) {
+        acc[c] = sums[l + c];
+        at[c] = of[part].w + (l + c < n ? l + c : n - 1) * w_row;
+      }
+      for (long k = 0; k < kStart && k < whole; k += step)
+        for (int c = 0; c < C; ++c) prefetch(at[c] + k, C * w_row * long(sizeof(S)));
+      for (long k = 0; k < whole; k += step) {
         Vec<A> a = load_terms(row + k);
-        for (int c = 0; c < C; ++c) {
-          prefetch(at[c] + k, ahead);
-          acc[c] = add_product<E>(acc[c], a, load_terms_as<E>(at[c] + k));
-        }
+        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as<E>(at[c] + k));
       }
-      if (k < K) {
-        Vec<A> a = load_terms_n(row + k, int(K - k));
-        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as_n<E>(at[c] + k, int(K - k)));
+      if (whole < K) {
+        const int rest = int(K - whole);
+        Vec<A> a = load_terms_n(row + whole, rest);
+        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as_n<E>(at[c] + whole, rest));
       }
+      for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
     }
-    for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
   }
   return sums_of<A>(sums);
 }

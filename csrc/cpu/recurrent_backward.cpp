@@ -186,9 +186,7 @@ struct Backward {
     // next, for the processor to foresee it.
     FASTSEQ_INLINE void ask_for_next(long t, long b, long unit) const {
       auto ask = [&](const ScanView& view, long at, long size) {
-        const long next = at * view.e + (p.reverse ? view.t : -view.t);
-        if (view.data)
-          __builtin_prefetch(static_cast<const char*>(view.data) + (t * view.t + b * view.b + next) * size, 0, 2);
+        if (view.data) prefetch<2>(view.data, ((p.reverse ? t + 1 : t - 1) * view.t + b * view.b + at * view.e) * size);
       };
       ask(p.dy, unit, sizeof(S));
       if constexpr (!kLstm) ask(p.y, unit, sizeof(S));

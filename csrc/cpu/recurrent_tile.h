@@ -346,9 +346,11 @@ struct Dots {
   long w_row, K;
 };
 
-// Asks for memory that will be read soon. Any address will do, also one past the end.
+// Asks for memory that will be read soon, into the first cache (3) or the second (2). Any address will do, also one that
+// is nobody's.
+template <int kCache = 3>
 FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)), 0, kCache);
 }
 
 // Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`, one after the other. Rows of w are

@@ -1,8 +1,9 @@
 """Measuring one case: every contestant is checked, those that passed are timed.
 
 How: contestants take turns, a block of calls each, in an order that moves on by one every round, so that what disturbs
-the machine disturbs them alike; the median over the rounds is quoted. A contestant whose idle workers spin is timed
-before the others, by itself, and the machine is left alone for a moment after it. Collection of garbage is off.
+the machine disturbs them alike; the median over the rounds is quoted. A contestant whose idle workers spin is timed by
+itself, its workers end with it, and the machine is left alone for a moment after it; so that it meets the same hours as
+the others, the whole is done in a few passes. Collection of garbage is off.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from bench.check import Judge, errors
 from bench.peers import OURS, Contestant, Entrant, Inputs, Unavailable
 
 ROUNDS = 15
+PASSES = 3
+"""Of a case: in each, those that are timed alone and then the others get their share of the time."""
 FEWEST_ROUNDS = 5
 PATIENCE = 4
-"""Rounds end early, after three at least, where they take this many times the time they were given."""
+"""Rounds end early, after three of a pass at least, where they take this many times the time they were given."""
 NOISY = 0.15
 """Spread (interquartile range over median) from which a time is marked as noisy."""
 
@@ -159,23 +162,44 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@dataclass
+class Blocks:
+    """What was timed of a contestant: seconds a call, of blocks of ``inner`` calls each."""
+
+    seconds: list[float] = field(default_factory=list)
+    inner: int = 0
+
+    @property
+    def timing(self) -> Timing:
+        return Timing.of(self.seconds, self.inner)
+
+
 def time_in_turns(calls: Sequence[Callable[[], object]], min_time: float) -> list[Timing]:
     """Time closures in alternating blocks."""
+    blocks = [Blocks() for _ in calls]
+    add_blocks(calls, blocks, min_time)
+    return [own.timing for own in blocks]
+
+
+def add_blocks(
+    calls: Sequence[Callable[[], object]], blocks: Sequence[Blocks], min_time: float, passes: int = 1
+) -> None:
+    """Time closures in alternating blocks, for one of ``passes`` times; the first decides how long a block is."""
     with no_collection():
-        inner = [calls_for(call, min_time / ROUNDS) for call in calls]
-        seconds: list[list[float]] = [[] for _ in calls]
-        longest = max(block(call, n) * n for call, n in zip(calls, inner, strict=True))
-        rounds = min(ROUNDS, max(FEWEST_ROUNDS, math.ceil(min_time / longest)))
-        deadline = time.monotonic() + PATIENCE * min_time * len(calls)
+        for call, own in zip(calls, blocks, strict=True):
+            own.inner = own.inner or calls_for(call, min_time / ROUNDS)
+        longest = max(block(call, own.inner) * own.inner for call, own in zip(calls, blocks, strict=True))
+        most, fewest = math.ceil(ROUNDS / passes), math.ceil(FEWEST_ROUNDS / passes)
+        rounds = min(most, max(fewest, math.ceil(min_time / passes / longest)))
+        deadline = time.monotonic() + PATIENCE * min_time / passes * len(calls)
         for turn in range(rounds):
             if turn >= 3 and time.monotonic() > deadline:
                 break
             for place in range(len(calls)):
                 i = (place + turn) % len(calls)
-                if inner[i] > 1:
+                if blocks[i].inner > 1:
                     calls[i]()  # its data back into the caches, which the others have used since
-                seconds[i].append(block(calls[i], inner[i]))
-    return [Timing.of(values, n) for values, n in zip(seconds, inner, strict=True)]
+                blocks[i].seconds.append(block(calls[i], blocks[i].inner))
 
 
 # --- one case -------------------------------------------------------------------------------------------------------
@@ -189,24 +213,29 @@ def measure(case: Case, contestants: Sequence[Contestant], options: Options, clo
     result = Result(case, judge.budget, {contestant.name: Entry() for contestant in contestants})
     no_grad = contextlib.nullcontext() if case.training else torch.inference_mode()
     with fastseq.use_backend(options.backend) if options.backend else contextlib.nullcontext(), no_grad:
-        for contestant in contestants:
-            if contestant.alone:
-                entrants = admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
-                for entrant in entrants if clock else ():
-                    record(result.entries[contestant.name], entrant, *time_in_turns([entrant.call], options.min_time))
-                if entrants and clock:
-                    del entrants, entrant  # its workers go with it
-                    time.sleep(options.pause)
-        together = [
-            (result.entries[contestant.name], entrant)
+        ready = {
+            contestant.name: admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
             for contestant in contestants
             if not contestant.alone
-            for entrant in admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
-        ]
-        if together and clock:
-            timings = time_in_turns([entrant.call for _, entrant in together], options.min_time)
-            for (entry, entrant), timing in zip(together, timings, strict=True):
-                record(entry, entrant, timing)
+        }
+        together = [(name, entrant) for name, entrants in ready.items() for entrant in entrants]
+        blocks: dict[tuple[str, str], Blocks] = {}
+        for _ in range(PASSES if clock else 1):
+            for contestant in contestants:
+                if contestant.alone:
+                    entrants = admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
+                    for entrant in entrants if clock else ():
+                        own = blocks.setdefault((contestant.name, entrant.setting), Blocks())
+                        add_blocks([entrant.call], [own], options.min_time, PASSES)
+                    if entrants and clock:
+                        del entrants, entrant  # its workers go with it
+                        time.sleep(options.pause)
+            if together and clock:
+                shared = [blocks.setdefault((name, entrant.setting), Blocks()) for name, entrant in together]
+                add_blocks([entrant.call for _, entrant in together], shared, options.min_time, PASSES)
+        for (name, setting), own in blocks.items():
+            result.entries[name].status = "timed"
+            result.entries[name].timings[setting] = own.timing
     if options.memory and case.training:
         for name, entry in result.entries.items():
             if entry.status == "timed":
@@ -249,8 +278,3 @@ def backend_of(entrant: Entrant) -> str:
     said = fastseq.explain(entrant.call)
     found = re.search(r"runs on: (\w+)", said)
     return found.group(1) if found else said.splitlines()[0]
-
-
-def record(entry: Entry, entrant: Entrant, timing: Timing) -> None:
-    entry.status = "timed"
-    entry.timings[entrant.setting] = timing

@@ -74,22 +74,18 @@ CANDIDATES: dict[tuple[str, int], str] = {
         128x64 w8 s2 tma ahead; 128x64 w8 s2 tma; 64x32 w4 s2 tma ahead; 64x32 w4 s2 tma;
         128x32 w8 s3 tma ahead; 128x32 w8 s3 tma; 64x64 w8 s2 tma""",
     ("backward_keys", 64): """
-        64x64 w4 s3 tma; 64x64 w4 s2 tma; 128x64 w4 s2 tma; 64x64 w4 s3 tma ahead; 64x64 w4 s2 tma ahead;
-        64x64 w4 s3 r168 tma; 64x128 w8 s2 tma ahead; 128x128 w8 s2 tma; 32x64 w4 s3 tma; 32x64 w4 s3 tma ahead;
+        64x64 w4 s3 tma; 64x64 w4 s2 tma; 128x64 w4 s2 tma; 64x64 w4 s3 r168 tma; 128x128 w8 s2 tma; 32x64 w4 s3 tma;
         64x128 w8 s3 tma; 64x64 w4 s3""",
     ("backward_keys", 128): """
-        64x64 w4 s2 tma; 64x64 w4 s2; 32x64 w4 s3 tma; 32x64 w4 s2 tma ahead; 64x128 w8 s2 tma ahead; 64x128 w8 s2 tma;
-        64x128 w8 s3 tma; 64x64 w4 s3 tma; 64x64 w4 s2 tma ahead; 32x64 w4 s4 tma; 32x64 w4 s2 r168 tma; 64x128 w8 s2;
-        32x128 w8 s3 tma ahead""",
+        64x64 w4 s2 tma; 64x64 w4 s2; 32x64 w4 s3 tma; 64x128 w8 s2 tma; 64x128 w8 s3 tma; 64x64 w4 s3 tma;
+        32x64 w4 s4 tma; 32x64 w4 s2 r168 tma; 64x128 w8 s2""",
     ("backward_keys", 256): """
-        64x64 w8 s2 tma; 32x64 w8 s3 tma; 32x64 w8 s2 tma; 32x64 w8 s2 tma ahead; 32x64 w8 s2; 32x32 w8 s1""",
+        64x64 w8 s2 tma; 32x64 w8 s3 tma; 32x64 w8 s2 tma; 32x64 w8 s2; 32x32 w8 s3 tma; 32x32 w8 s1""",
     ("backward_queries", 64): """
-        64x64 w4 s3 tma; 128x64 w8 s3 tma; 64x64 w4 s3 tma ahead; 128x64 w4 s3 tma; 64x64 w4 s4 tma;
-        64x64 w4 s2 tma ahead; 128x64 w8 s4 tma; 128x128 w8 s3 tma; 128x64 w8 s3 tma ahead; 64x64 w4 s2 tma;
-        64x128 w4 s3 tma; 128x64 w8 s2 r128 tma""",
+        64x64 w4 s3 tma; 128x64 w8 s3 tma; 128x64 w4 s3 tma; 64x64 w4 s4 tma; 128x64 w8 s4 tma; 128x128 w8 s3 tma;
+        64x64 w4 s2 tma; 64x128 w4 s3 tma; 128x64 w8 s2 r128 tma""",
     ("backward_queries", 128): """
-        128x64 w8 s3 tma; 128x64 w8 s2 tma ahead; 64x64 w4 s2 tma; 128x64 w8 s3 tma ahead; 128x128 w8 s2 tma;
-        64x64 w4 s2 tma ahead; 64x32 w4 s3 tma; 128x32 w8 s4 tma; 64x32 w4 s2 tma ahead; 128x64 w8 s2 tma;
+        128x64 w8 s3 tma; 64x64 w4 s2 tma; 128x128 w8 s2 tma; 64x32 w4 s3 tma; 128x32 w8 s4 tma; 128x64 w8 s2 tma;
         64x64 w4 s2; 128x64 w8 s3; 128x32 w8 s2 r128 tma""",
     ("backward_queries", 256): """
         128x32 w8 s2; 128x32 w8 s2 tma; 64x64 w8 s2 tma; 64x32 w8 s3 tma; 64x32 w4 s2 tma; 128x64 w8 s1 tma;

@@ -89,42 +89,32 @@ def products(
 
 @triton.jit
 def add_queries(
-    dk1, dk2, dv, ahead, k1, k2, v_tile, k_head, v_head, k_row, v_row,
+    dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row,
     q_head, q_more, d_head, log_head, delta_head, q_row, d_row, begin, end, call, b, h, j, j0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    AHEAD: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk (if KEYS) and dv (if VALUES) of a tile of keys what queries from ``begin`` to ``end`` send them.
 
     All tiles are transposed, [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last
     need no mask: each has rows of its own, which end as zeros; queries past the last are rows of 0 with log = +inf,
     which add nothing. Keys and values of more than 256 features are more than the registers hold from one tile to the
-    next: they are read anew.
-
-    AHEAD: q·k of a tile is issued behind the sums of the one before, and handed on as ``ahead``, so that the tensor
-    cores have four products at once; queries are read twice."""
+    next: they are read anew."""
     for start in tl.range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         if D > 256:
             k1, k2 = load_halves(k_head, k_head, k_row, j0, tk, D, D1, D2, BLOCK_N, ALIGN)
         if DV > 256:
             v_tile = load_tile(v_head, v_row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
-        if AHEAD:
-            d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
-            dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
-            q1, q2 = load_halves(q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN)
-            s = ahead
-        else:
-            s, q1, q2 = products(
-                k1, k2, q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
-            )
+        s, q1, q2 = products(
+            k1, k2, q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
+        )
         s = logits(s, call, q1.dtype == tl.float32)
         i = row[None, :]
         log = load_vector(log_head, start, BLOCK_M)
         p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
-        if not AHEAD:
-            d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
+        d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
         if KEYS and k1.dtype == tl.float32:  # no tensor cores: else ptxas holds the operands of two products at once
             tl.debug_barrier()
         reaching = p
@@ -132,8 +122,7 @@ def add_queries(
             keep = tl.trans(kept(call, b, h, row[:, None], j0, BLOCK_M, BLOCK_N))
             reaching = tl.where(keep, p * call.kept_scale, 0.0)
         if KEYS:
-            if not AHEAD:
-                dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)
+            dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
             if call.seed is not None:
                 dp = tl.where(keep, dp * call.kept_scale, 0.0)
             ds = p * (dp - load_vector(delta_head, start, BLOCK_M)[None, :])
@@ -146,11 +135,7 @@ def add_queries(
             dk1 = dot_add(ds, q1, dk1, PRECISION, WIDEN)
             if D2 > 0:
                 dk2 = dot_add(ds, q2, dk2, PRECISION, WIDEN)
-        if AHEAD:  # the last of all is nobody's
-            ahead = products(
-                k1, k2, q_head, q_more, q_row, start + BLOCK_M, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
-            )[0]
-    return dk1, dk2, dv, ahead
+    return dk1, dk2, dv
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dk", "dv", "call", "heads", "together"])
@@ -158,7 +143,7 @@ def attention_backward_keys(
     q, k, v, d_o, scratch, dk, dv, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    TMA: tl.constexpr, AHEAD: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (either may be None) of one tile of keys of one key head, summed over the query heads that share it."""
     KEYS: tl.constexpr = dk is not None
@@ -191,31 +176,26 @@ def attention_backward_keys(
             base = rows_of(call, scratch, b, h, q_row, heads * number(call.group))
             log_head = scratch.log + base
             delta_head = scratch.delta + base
-            ahead = log_head
-            if AHEAD:
-                ahead = products(
-                    k1, k2, q_head, q_more, row_q, begin, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
-                )[0]
             if call.pairs is not None or call.left is not None:
-                dk1, dk2, dv_acc, ahead = add_queries(
-                    dk1, dk2, dv_acc, ahead, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                dk1, dk2, dv_acc = add_queries(
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
                     q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                     begin, end, call, b, h, j, j0, tq, tk, shift,
-                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, KEYS, VALUES, True,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                 )  # fmt: skip
             else:
                 if call.right is not None:
-                    dk1, dk2, dv_acc, ahead = add_queries(
-                        dk1, dk2, dv_acc, ahead, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                    dk1, dk2, dv_acc = add_queries(
+                        dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
                         q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
-                        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, KEYS, VALUES, True,
+                        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                     )  # fmt: skip
-                dk1, dk2, dv_acc, ahead = add_queries(
-                    dk1, dk2, dv_acc, ahead, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                dk1, dk2, dv_acc = add_queries(
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
                     q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
                     whole, end, call, b, h, j, j0, tq, tk, shift,
-                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, KEYS, VALUES, False,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, False,
                 )  # fmt: skip
         counted = j < tk  # past its length a key gets 0, whatever its row of the sums has taken in
         if KEYS:
@@ -252,27 +232,21 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, ahead, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
+    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
     call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    AHEAD: tl.constexpr, MASKED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it. AHEAD: as in :func:`add_queries`."""
+    """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
-        if AHEAD:
-            dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
-            k1, k2 = load_halves(k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN)
-            product = ahead
-        else:
-            product, k1, k2 = products(
-                q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, MASKED
-            )
+        product, k1, k2 = products(
+            q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, MASKED
+        )
         precise: tl.constexpr = q1.dtype == tl.float32
         p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, precise, MASKED)
-        if not AHEAD:
-            dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
+        dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
         ds = scores_gradient(p, dp, delta, call, b, h, i, start, BLOCK_M, BLOCK_N)
         if call.cap_in is not None:
             ds = ds * cap_slope(s, call)
@@ -280,11 +254,7 @@ def add_keys(
         dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
-        if AHEAD:
-            ahead = products(
-                q1, q2, k_head, k_more, k_row, start + BLOCK_N, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
-            )[0]
-    return dq1, dq2, ahead
+    return dq1, dq2
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dq", "call", "heads", "together"])
@@ -292,7 +262,7 @@ def attention_backward_queries(
     q, k, v, d_o, scratch, dq, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    TMA: tl.constexpr, AHEAD: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head."""
     b, h, tile = find_program(tl.program_id(0), call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
@@ -320,27 +290,22 @@ def attention_backward_queries(
         dq2 = dq1
         if D2 > 0:
             dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
-        ahead = log
-        if AHEAD:
-            ahead = products(
-                q1, q2, k_head, k_more, row_k, begin, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
-            )[0]
         if call.pairs is None:
             if call.left is not None:
-                dq1, dq2, ahead = add_keys(
-                    dq1, dq2, ahead, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+                dq1, dq2 = add_keys(
+                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
                     begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
-                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, True,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
-            dq1, dq2, ahead = add_keys(
-                dq1, dq2, ahead, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+            dq1, dq2 = add_keys(
+                dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
                 whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
-                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, False,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
-        dq1, dq2, ahead = add_keys(
-            dq1, dq2, ahead, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
+        dq1, dq2 = add_keys(
+            dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
             call, b, h, i, i0, tq, tk, shift,
-            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, AHEAD, True,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
         dq_head = head_of(dq, b, h, q_row, ALIGN)
         store_tile(dq1 * call.scale, dq_head, number(dq.row), i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)

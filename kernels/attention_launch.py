@@ -172,7 +172,7 @@ def plan_backward(
             {
                 **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
                 "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "ALIGN": align, "TMA": tile.tma and describable, "AHEAD": tile.ahead,
+                "ALIGN": align, "TMA": tile.tma and describable,
             },
             options_of(tile),
         )  # fmt: skip

@@ -39,15 +39,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"ahead": True},
     {"tma": True, "persistent": 2, "ahead": True},
 ]
-NARROW = (
-    1,
-    2,
-    1,
-    70,
-    70,
-    24,
-    20,
-)  # rows of a multiple of 16 bytes; several tiles in both directions, none of them full
+NARROW = (1, 2, 1, 70, 70, 24, 20)  # rows of a multiple of 16 bytes; several tiles both ways, none of them full
 WIDE = (2, 2, 2, 35, 70, 80, 40)  # q and k in two parts
 
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMostWalkers = 4;
 constexpr int kShortest = 16;  // steps of a window, at least
-// What a further window costs, in steps: a launch, and W_hh's way onto the chip. An estimate, not measured yet.
+// What a further window costs, in steps: a launch, and W_hh's way onto the chip. An estimate.
 constexpr double kWindowCost = 8;
 
 class Schedule {

@@ -43,7 +43,7 @@ _HALF: dict[str, Table] = {
     "sm_80": {
         "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
         "backward_keys": (Tile(32, 32, 4, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, 255)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
         "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {
@@ -53,7 +53,7 @@ _HALF: dict[str, Table] = {
             Tile(128, 64, 8, 3),
             Tile(128, 64, 8, 3),
             Tile(128, 32, 8, 2),
-            Tile(32, 32, 8, 1, 255),
+            Tile(32, 16, 8, 1, 255),
         ),
         "decode": (Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 32, 4, 3), Tile(16, 16, 8, 1, 255)),
     },
@@ -65,7 +65,12 @@ _HALF: dict[str, Table] = {
             Tile(32, 32, 8, 1),
             Tile(16, 16, 8, 1, 255),
         ),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (
+            Tile(128, 64, 8, 2, 255),
+            Tile(128, 32, 8, 2),
+            Tile(128, 32, 8, 2),
+            Tile(16, 16, 8, 1, 255),
+        ),
         "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
 }
@@ -114,7 +119,10 @@ _SINGLE: Table = {
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 _SINGLE_PAIRS: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))}
-_SINGLE_SM_80: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1))}
+_SINGLE_SM_80: Table = {
+    **_SINGLE,
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 32, 16, 1)),
+}
 
 _GFX942: Table = {
     "forward": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),

@@ -39,7 +39,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Contestant:
-    """alone: its idle workers spin, so it is timed before the others and not among them.
+    """alone: its idle workers spin, so it is timed by itself and not among the others.
     looseness: error allowed beside the budget of check.py, relative to the largest value."""
 
     name: str

@@ -220,22 +220,26 @@ def measure(case: Case, contestants: Sequence[Contestant], options: Options, clo
         }
         together = [(name, entrant) for name, entrants in ready.items() for entrant in entrants]
         blocks: dict[tuple[str, str], Blocks] = {}
+        alone = [contestant for contestant in contestants if contestant.alone]
         for _ in range(PASSES if clock else 1):
-            for contestant in contestants:
-                if contestant.alone:
-                    entrants = admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
-                    for entrant in entrants if clock else ():
+            for contestant in tuple(alone):
+                entrants = admit(contestant, case, inputs, judge, options, result.entries[contestant.name])
+                if not entrants:
+                    alone.remove(contestant)  # for good: what is missing or wrong now is not asked again
+                elif clock:
+                    for entrant in entrants:
                         own = blocks.setdefault((contestant.name, entrant.setting), Blocks())
                         add_blocks([entrant.call], [own], options.min_time, PASSES)
-                    if entrants and clock:
-                        del entrants, entrant  # its workers go with it
-                        time.sleep(options.pause)
+                    del entrants, entrant  # its workers go with it
+                    time.sleep(options.pause)
             if together and clock:
                 shared = [blocks.setdefault((name, entrant.setting), Blocks()) for name, entrant in together]
                 add_blocks([entrant.call for _, entrant in together], shared, options.min_time, PASSES)
         for (name, setting), own in blocks.items():
-            result.entries[name].status = "timed"
-            result.entries[name].timings[setting] = own.timing
+            entry = result.entries[name]
+            if entry.status != "refused":  # in a later pass than the first
+                entry.status = "timed"
+                entry.timings[setting] = own.timing
     if options.memory and case.training:
         for name, entry in result.entries.items():
             if entry.status == "timed":

@@ -165,6 +165,24 @@ def test_a_contestant_that_raises_is_refused_and_the_others_are_measured(monkeyp
     assert result.entries["fastseq"].timing is not None
 
 
+def test_a_contestant_timed_alone_that_fails_later_is_refused_and_not_asked_again():
+    asked = []
+
+    def failing_later(case, inputs, threads):
+        asked.append(case)
+        if len(asked) == 2:
+            raise RuntimeError("no longer")
+        return peers.OURS.prepare(case, inputs, threads)
+
+    contestants = [peers.OURS, peers.Contestant("late", "late", failing_later, alone=True)]
+    options = Options(threads=1, min_time=0.001, pause=0.0)
+    result = run.measure(cases.registry()[SMALL], contestants, options)
+    assert len(asked) == 2 < run.PASSES
+    assert result.failed == ["late"]
+    assert result.entries["late"].timing is None
+    assert result.entries["fastseq"].timing is not None
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 

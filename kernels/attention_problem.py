@@ -15,6 +15,7 @@ from torch import Tensor
 from . import tuning_attention
 from .attention_scores import Call
 from .attention_tiles import Pages, Pairs, View, hidden
+from .precision import one_tf32_product
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -229,8 +230,8 @@ class Problem:
 
     def shared(self, least: int = NARROWEST) -> dict[str, Any]:
         """The constants that all kernels of products take; a tile has ``least`` columns or more."""
-        exact = self.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        return {**self.columns(least), "PRECISION": "ieee" if exact else "tf32", "WIDEN": INTERPRETED}
+        rounds = self.dtype == torch.float32 and one_tf32_product()
+        return {**self.columns(least), "PRECISION": "tf32" if rounds else "ieee", "WIDEN": INTERPRETED}
 
     def least_columns(self, align: int) -> int:
         """Columns of a forward tile at least: what one product takes, or so many that keys and values have one layout

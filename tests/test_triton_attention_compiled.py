@@ -7,13 +7,14 @@ A line of CASES is a set of features with the same code; the numbers are in test
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
 from attention_operators import Options
 from fastseq.kernels import tuning_attention
-from triton_attention_support import compile_plan, loops, plans, variant
+from triton_attention_support import Plan, compile_plan, loops, plans, variant
 from triton_support import NVIDIA, Compiled, needs_compiler
 
 pytestmark = needs_compiler
@@ -67,6 +68,8 @@ def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | N
         return str(error)
     if found.shared > tuning_attention.SHARED[target]:
         return f"{found.shared} bytes of shared memory"
+    if adds := re.search(r"\b(?:atom|red)\.\w|\b(?:global|flat|buffer|ds)_(?:atomic|add|pk_add)\w*", found.text):
+        return f"an atomic operation: {adds[0]}"
     # The compiler may drop a loop that it cannot make, without an error.
     bodies = loops(found.text)
     if not bodies:
@@ -172,9 +175,13 @@ def decoding(name: str, heads: int) -> Options:
     return options
 
 
-@pytest.mark.parametrize("name", ["causal", "packed", pytest.param("everything", marks=pytest.mark.tiles)])
-def test_decoding_fits_its_machine(name: str) -> None:
-    for target in NVIDIA:
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("causal", NVIDIA), ("packed", NVIDIA), pytest.param("everything", NVIDIA, marks=pytest.mark.tiles),
+     *(pytest.param(name, ["gfx942"], marks=pytest.mark.tiles) for name in ("causal", "packed", "everything"))],
+)  # fmt: skip
+def test_decoding_fits_its_machine(name: str, targets: list[str]) -> None:
+    for target in targets:
         for heads in (2, 4):  # of the query; 2 of the key
             for dim in (64, 128, 256, 512):
                 for plan in plans(
@@ -215,12 +222,76 @@ def test_rows_are_read_sixteen_bytes_at_a_time_and_ahead() -> None:
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", text), "no copy of 16 bytes ahead"
 
 
-def test_a_feature_that_is_off_is_no_code() -> None:
-    plain = plans("sm_90", HALF, case("full"), 64, 64, backward=False)[0]
-    text = compile_plan("sm_90", plain).text
-    assert "mul.hi.u32" not in text  # of Philox
-    with_dropout = plans("sm_90", HALF, case("dropout"), 64, 64, backward=False)[0]
-    assert "mul.hi.u32" in compile_plan("sm_90", with_dropout).text
+HIDDEN = "0fFF800000"  # -inf, the score of a pair that is hidden
+
+
+def loops_of_products(plan: Plan, target: str) -> list[str]:
+    found = compile_plan(target, plan)
+    return [body for body in loops(found.text) if any(product in body for product in set(found.products))]
+
+
+@pytest.mark.parametrize(
+    ("name", "hides"),
+    [("full", [False, True]), ("causal", [False, True]), ("window", [True, False, True]), ("bias of heads", [True])],
+)
+def test_tiles_that_all_rows_see_have_a_loop_of_their_own(name: str, hides: list[bool]) -> None:
+    """Over keys: in order, whether each loop of products can hide a pair; the last one has the keys' end."""
+    for target in ("sm_80", "sm_90"):
+        for plan in plans(target, HALF, case(name), 64, 64):
+            if plan.kernel.__name__ in ("attention_forward", "attention_backward_queries"):
+                found = [HIDDEN in body for body in loops_of_products(plan, target)]
+                assert found == hides, f"{target} {plan.kernel.__name__}"
+
+
+def test_tiles_of_queries_that_see_all_keys_have_a_loop_of_their_own() -> None:
+    """Which of the loops over queries can hide a pair; those over the heads of a group are around them."""
+    for name, hides in (("full", {False}), ("causal", {True, False}), ("window", {True})):
+        plan = next(p for p in plans("sm_90", HALF, case(name), 64, 64) if "keys" in p.kernel.__name__)
+        bodies = loops_of_products(plan, "sm_90")
+        inner = [body for body in bodies if not any(other != body and other in body for other in bodies)]
+        assert {HIDDEN in body for body in inner} == hides, name
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("dropout", r"\bmul\.hi\.u32\b"), ("softcap", r"\b(?:rcp|div)\.\S*f32\b"), ("alibi", r"\babs\.s32\b")],
+    ids=["Philox", "the quotient of tanh", "a distance"],
+)
+def test_a_feature_that_is_off_is_no_code(name: str, what: str) -> None:
+    """What a feature computes is in a loop of each kernel of products, and in none where it is off."""
+
+    def computed(plan: Plan) -> bool:
+        return any(re.search(what, body) for body in loops(compile_plan("sm_90", plan).text))
+
+    for plain, featured in zip(*(plans("sm_90", HALF, case(x), 64, 64) for x in ("full", name)), strict=True):
+        if plain.kernel.__name__ != "attention_delta":
+            assert not computed(plain), plain.kernel.__name__
+            assert computed(featured), featured.kernel.__name__
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    """By either of torch's two names for it, of float32 alone; elsewhere its products are exact."""
+
+    def multiplied_as(dtype: torch.dtype) -> set[str]:
+        found = plans("sm_90", dtype, case("causal", dtype), 64, 64) + plans("sm_90", dtype, {}, 64, 64, queries=1)
+        return {plan.arguments["PRECISION"] for plan in found if "PRECISION" in plan.arguments}
+
+    def listing() -> str:
+        return compile_plan("sm_90", plans("sm_90", torch.float32, case("causal"), 64, 64, backward=False)[0]).text
+
+    try:
+        assert not re.search(r"\bw?g?mma\b", listing())
+        for setting, expected in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(setting)
+            assert multiplied_as(torch.float32) == {expected}, setting
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert multiplied_as(torch.float32) == {expected}, setting
+        assert multiplied_as(HALF) == {"ieee"}
+        assert re.search(r"mma\S*\.tf32", listing())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_no_new_variant_for_another_length_batch_or_stride() -> None:
@@ -236,6 +307,21 @@ def test_no_new_variant_for_another_length_batch_or_stride() -> None:
                 seen |= {variant(plan) for plan in made}
         kernels = 6 if name == "packed" else 4  # a packed batch may hold sequences that decode
         assert len(seen) == kernels, f"{name}: {len(seen)} variants of {kernels} kernels"
+
+
+def test_no_new_variant_of_decoding_for_another_length_batch_or_page() -> None:
+    """One a size of its tile: the queries of a group of heads, rounded up to 16, 32 or 64."""
+    lengths, table = torch.empty(3, dtype=torch.int64), torch.empty(3, 40, dtype=torch.int32)
+    for options, paged in (({"causal": True}, False), ({"causal": True, "lengths_k": lengths}, True)):
+        seen: dict[str, set] = {}
+        for queries, keys, group in itertools.product((1, 2, 7, 16), (16, 33, 5000), (1, 2, 4)):
+            for batch in (3,) if paged else (1, 3):
+                pages = table[:, :3].contiguous() if paged and keys == 33 else table if paged else None
+                made = plans("sm_90", HALF, options, 64, 64, batch=batch, queries=queries, keys=keys, heads=2 * group,
+                             pages=pages, backward=False)  # fmt: skip
+                for plan in made:
+                    seen.setdefault(plan.kernel.__name__, set()).add(variant(plan))
+        assert {name: len(variants) for name, variants in seen.items()} == {"attention_decode": 3, "attention_merge": 1}
 
 
 def test_the_number_of_variants_is_known() -> None:

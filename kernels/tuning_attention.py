@@ -135,7 +135,7 @@ _GFX942: Table = {
 # By TMA descriptors, which take fewer registers than pointers: where that makes a tile larger, or lets one be under way
 # while another is computed. Of keys and values, of queries in "forward" too, and of queries and do for "backward_keys".
 # None: pointers do as well. On Hopper two programs on a multiprocessor, one at its products while the other is at its
-# exponentials, beat a larger tile: forward, D 128: 524 TFLOP/s, where 128 x 128 of 222 registers has 424.
+# exponentials, beat a larger tile: forward, D 128: 505 TFLOP/s, where 128 x 128 of 222 registers has 425.
 _DESCRIBED: dict[str, dict[str, tuple[Tile | None, ...]]] = {
     "sm_90": {
         "forward": (

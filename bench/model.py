@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512, 768, 1024])
     parser.add_argument("--role", choices=("sequence", "step", "persistent"), help="by default as the tables choose")
     parser.add_argument("--attention", choices=("core", "all"), nargs="?", const="core",
-                        help="attention's cases in place of the recurrent steps")  # fmt: skip
+                        help="attention's cases alone; without options they follow")  # fmt: skip
     options = parser.parse_args(argv)
     if options.attention:
         print("\n".join(model_attention.lines(model_attention.cases(options.attention == "all"))))
@@ -127,4 +127,6 @@ def main(argv: list[str]) -> int:
                     + "".join(f"{1e6 * part:9.3f}" for part in parts)
                     + f"{1e6 * f.synchronisation:7.2f}{1e6 * f.step:8.2f}{1e6 * f.host:7.1f}"
                 )
+    if not argv:
+        print("\n" + "\n".join(model_attention.lines(model_attention.cases(False))))
     return 0

@@ -78,3 +78,11 @@ def test_attention_has_a_line_for_every_case(capsys: pytest.CaptureFixture[str])
     assert model.main(["--attention", "all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(gpu_cases.plan("attention")) + 2
+
+
+def test_without_options_attention_follows_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.main([]) == 0
+    steps, attention = capsys.readouterr().out.split("\n\n")
+    assert "lstm" in steps
+    assert len(attention.splitlines()) == len(set(gpu_cases.attention_core())) + 2
+    assert all(word in attention for word in ("products", "exp", "bytes", "attention_decode", "-backward-"))

@@ -12,7 +12,7 @@ from itertools import compress
 from typing import Any
 
 import torch
-from devices import operator
+from devices import COUNTS, operator
 from support import assert_within_budget, error
 from torch import Tensor
 
@@ -124,6 +124,7 @@ def assert_right(
     repeat: bool = True,
 ) -> None:
     """Outputs and gradients are within budget, finite, and the same bits when asked again (if ``repeat``)."""
+    COUNTS[f"calls of attention, there and back, held to the reference ({backend})"] += 1
     o, lse = forward(q, k, v, options, backend)
     d_o = torch.randn(o.shape, dtype=torch.float32).to(o.dtype)
     dlse = torch.randn(lse.shape, dtype=lse.dtype) if with_dlse else None

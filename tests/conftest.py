@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,25 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hands what a test has counted to the process that reports."""
+    before = devices.COUNTS.copy()
+    yield
+    request.node.user_properties += [("count", item) for item in (devices.COUNTS - before).items()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many calls were held to the reference, and how many kernels compiled; told when a test is torn down."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("", []):
+        if report.when == "teardown":
+            for _, (what, count) in (x for x in report.user_properties if x[0] == "count"):
+                total[what] += count
+    for what, count in sorted(total.items()):
+        terminalreporter.write_line(f"{count} {what}")
 
 
 @pytest.fixture(autouse=True)

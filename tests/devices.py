@@ -8,6 +8,7 @@ mixes them with tensors of the CPU fails as it would there. Triton's interpreter
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ DEVICE = "cpu"
 
 KERNELS = "triton"
 """Whose kernels the suites of GPU kernels are about: ``triton``, or ``native``, which is CUDA C++ on a GPU."""
+
+COUNTS: Counter[str] = Counter()
+"""What the tests of kernels have done beside passing, for the end of a run: conftest.py adds it up over processes."""
 
 
 LACKS = re.compile(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import triton
+from devices import COUNTS
 from sass import unset_registers
 from triton.backends.compiler import GPUTarget
 
@@ -102,6 +103,7 @@ def compile_for(
 
 def read(target: str, made: Any) -> Compiled:
     """What ``triton.compile`` made for one of TARGETS."""
+    COUNTS[f"Triton kernels compiled for {target}"] += 1
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
         registers, unset = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1]), ()

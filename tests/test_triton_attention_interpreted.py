@@ -5,9 +5,11 @@ What the interpreter cannot show (registers, shared memory, tensor cores) is in 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ from attention_operators import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from triton_support import needs_interpreter
 
 import fastseq
@@ -67,6 +71,54 @@ def test_every_feature_in_16_bits(name: str, shape: tuple[int, ...]) -> None:
 def test_features_with_few_queries(name: str) -> None:
     dtype = torch.bfloat16 if len(name) % 2 else torch.float32
     right(*dense(FEW, dtype), feature(name, dtype, FEW))
+
+
+@pytest.mark.parametrize("queries", [35, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("alike", list(itertools.product((True, False), repeat=4)), ids=str)
+def test_masks_and_biases_of_every_shape_that_broadcasts(alike: tuple[bool, ...], queries: int) -> None:
+    """``alike``: for which of [B,Hq,Tq,Tk] one number of the mask serves all, and one of the bias each."""
+    whole = (2, 2, queries, 37)
+    mask = torch.rand([1 if one else n for one, n in zip(alike, whole, strict=True)]) < 0.7
+    bias = torch.randn([n if one else 1 for one, n in zip(alike, whole, strict=True)])
+    right(*dense((2, 2, 1, queries, 37, 8, 8)), {"mask": mask, "bias": bias})
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads after rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "features before rows": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "heads outermost": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "rows that begin anywhere": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
+    "every other row of every third head": lambda x: x.repeat_interleave(3, 1).repeat_interleave(2, 2)[:, ::3, ::2],
+    "one head for all": lambda x: x[:, :1].expand_as(x),
+    "one row for all": lambda x: x[:, :, :1].expand_as(x),
+    "one number for all": lambda x: x[:1, :1, :1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("queries", [40, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout: str, queries: int) -> None:
+    """Of q, k, v and of the gradients that come in: as of the same numbers laid out in order."""
+    dtype = torch.bfloat16 if queries == 3 else torch.float32
+    q, k, v = (LAYOUTS[layout](x) for x in dense((2, 2, 1, queries, 40, 24, 16), dtype))
+    d_o, dlse = LAYOUTS[layout](torch.randn(2, 2, queries, 16).to(dtype)), torch.randn(()).expand(2, 2, queries)
+    results = []
+    for q_, k_, v_, d_o_ in ((q, k, v, d_o), tuple(x.contiguous() for x in (q, k, v, d_o))):
+        o, lse = forward(q_, k_, v_, {"causal": True}, "triton")
+        results.append((o, lse, *backward(d_o_, dlse, q_, k_, v_, o, lse, {"causal": True}, "triton")[:3]))
+    torch.testing.assert_close(*results)
+
+
+def test_packed_sequences_of_any_strides() -> None:
+    """q, k and v are of one product, [T,3,H,D], as a layer makes them; of the gradient heads come before rows."""
+    cu = torch.tensor([0, 1, 34, 40]).int()
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True}
+    strided = (*torch.randn(40, 3, 2, 16).unbind(1), torch.randn(2, 40, 16).transpose(0, 1))
+    results = []
+    for q, k, v, d_o in (strided, tuple(x.contiguous() for x in strided)):
+        o, lse = forward(q, k, v, options, "triton")
+        results.append((o, lse, *backward(d_o, None, q, k, v, o, lse, options, "triton")[:3]))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -255,37 +307,86 @@ def test_few_queries_get_the_same_bits_whatever_the_batch_around_them() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Adds up the bytes of all that is newly allocated."""
+    """Adds up the bytes of all memory that was not there before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_empty):
-            self.bytes += out.numel() * out.element_size()
+        given, out = tree_flatten((args, kwargs))[0], function(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
+        made = [x.untyped_storage() for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        self.bytes += sum(x.nbytes() for x in made if x.data_ptr() not in old)
         return out
 
 
-@pytest.mark.parametrize("queries", [1, None])
-def test_scratch_is_linear_in_the_lengths(queries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_linear(allocated: Callable[[int], int]) -> None:
+    small, large = allocated(4096), allocated(65536)
+    assert small > 0
+    assert large <= 16 * small * 1.01
+
+
+# Of a bias one number for each key, for all queries: its gradient is a sum over queries.
+FEATURED: dict[str, Callable[[int], Options]] = {
+    "bias and sinks": lambda n: {"bias": torch.zeros(1, 4, 1, n), "sinks": torch.zeros(4), "causal": True},
+    "all others": lambda n: {
+        "mask": torch.ones(1, 1, 1, n, dtype=torch.bool), "window_left": n // 2, "softcap": 3.0, "dropout_p": 0.1,
+        "alibi_slopes": torch.zeros(4), "seed": torch.tensor([5]), "lengths_q": torch.tensor([n]),
+        "lengths_k": torch.tensor([n]),
+    },
+    "packed": lambda n: {f"cu_seqlens_{x}": torch.tensor([0, 1, n // 2, n]).int() for x in "qk"} | {"causal": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "queries"), [("bias and sinks", 1), ("all others", 1), *((name, None) for name in FEATURED)]
+)
+def test_scratch_is_linear_in_the_lengths(name: str, queries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastseq.kernels import attention_launch
 
     monkeypatch.setattr(attention_launch.Plan, "run", lambda plan: None)  # what is asked for, without the work
 
     def allocated(length: int) -> int:
-        q, k, v = dense((1, 2, 2, queries or length, length, 16, 16))
-        # One number for each key, for all queries: its gradient is a sum over queries.
-        options = {"bias": torch.zeros(1, 2, 1, length), "sinks": torch.zeros(2), "causal": True}
+        q, k, v = dense((1, 4, 2, queries or length, length, 16, 16))
+        if name == "packed":
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        options = FEATURED[name](length)
         with Allocations() as count:
             o, lse = attention_launch.forward(q, k, v, *arguments(options))
-            attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(options), True)
+            attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(options), "bias" in options)
         return count.bytes
 
-    small, large = allocated(4096), allocated(65536)
-    assert small > 0
-    assert large <= 16 * small * 1.01
+    assert_linear(allocated)
+
+
+def test_above_the_kernels_nothing_but_results_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that heads share are not copied, the limits of a call are made no mask, and a layer's memory is linear."""
+    from fastseq.kernels import attention_launch
+
+    monkeypatch.setattr(attention_launch.Plan, "run", lambda plan: None)
+    q, k, v = (x.requires_grad_() for x in dense((2, 8, 2, 40, 70, 16, 24)))
+    results = 4 * (2 * 8 * 40 * 24 + 2 * 8 * 40)  # o and lse
+    layer = fastseq.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def allocated(length: int) -> int:
+        x = torch.zeros(1, length, 16)
+        with Allocations() as count:
+            layer(x, x, x, need_weights=False)[0].sum().backward()
+        return count.bytes
+
+    with fastseq.use_backend("triton"):
+        with Allocations() as count:
+            o = fastseq.attention(q, k, v, causal=True, window=(30, 0), align="top_left")
+        assert count.bytes == results
+        ones = torch.ones(()).expand_as(o)
+        with Allocations() as count:
+            torch.autograd.grad(o, (q, k, v), ones)
+        assert count.bytes == sum(x.numel() * 4 for x in (q, k, v))
+        with Allocations() as count:
+            fastseq.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        assert count.bytes == results
+        assert_linear(allocated)
 
 
 def test_the_public_functions_and_the_layer_reach_the_kernels() -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_support import needs_interpreter
 
 import fastseq
+from fastseq import checks_attention
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
 
@@ -158,7 +159,19 @@ def test_a_cut_under_a_window_is_of_what_it_shows() -> None:
 class OnlyMemoryAndViews(TorchDispatchMode):
     """Fails on whatever is neither new memory nor a view: a value looked at, a copy, a synchronisation."""
 
-    ALLOWED = ("empty", "new_empty", "zeros", "view", "transpose", "detach", "alias", "sum", "select", "slice")
+    ALLOWED = (
+        "empty",
+        "new_empty",
+        "zeros",
+        "view",
+        "transpose",
+        "expand",
+        "detach",
+        "alias",
+        "sum",
+        "select",
+        "slice",
+    )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -166,15 +179,18 @@ class OnlyMemoryAndViews(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_launches_never_look_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So nothing waits for the device, and a CUDA graph captures the call."""
-
+def refuse_values(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("a launch looked at a tensor's values")
 
-    monkeypatch.setattr(attention_launch.Plan, "run", lambda plan: None)
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(Tensor, name, refuse)
+
+
+def test_launches_never_look_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So nothing waits for the device, and a CUDA graph captures the call."""
+    monkeypatch.setattr(attention_launch.Plan, "run", lambda plan: None)
+    refuse_values(monkeypatch)
     sequences, sinks = torch.tensor([0, 1, 8]).int(), torch.zeros(4)
     lengths, seed = torch.tensor([3, 150]), torch.tensor([5])
     for shape in (SHAPE, (*SHAPE[:3], 40, *SHAPE[4:])):
@@ -193,6 +209,28 @@ def test_launches_never_look_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None
         attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(cu), False)
         pools = torch.zeros(5, 16, 2, 24), torch.zeros(5, 16, 2, 17)
         attention_launch.forward_paged(q, *pools, table, *(None,) * 5, lengths, sequences, *settings)
+
+
+def test_the_public_function_never_looks_at_a_value_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its tensors are on a GPU: on the CPU it checks lengths and pages by their values."""
+    monkeypatch.setattr(attention_launch.Plan, "run", lambda plan: None)
+    monkeypatch.setattr(checks_attention, "values_visible", lambda x: False)
+    refuse_values(monkeypatch)
+    monkeypatch.setattr(
+        OnlyMemoryAndViews, "ALLOWED",
+        (*OnlyMemoryAndViews.ALLOWED, "attention_forward", "attention_backward", "attention_paged", "randint"),
+    )  # fmt: skip
+    q, k, v = (x.requires_grad_() for x in dense((*SHAPE[:3], 40, *SHAPE[4:])))
+    lengths, cu, table = torch.tensor([3, 150]), torch.tensor([0, 1, 8]).int(), torch.zeros(2, 10).int()
+    options = {"mask": torch.ones(2, 1, 40, 150, dtype=torch.bool), "lengths_k": lengths, "dropout_p": 0.1}
+    rows = [torch.zeros(8, h, 24) for h in (4, 2, 2)]
+    with OnlyMemoryAndViews(), fastseq.use_backend("triton"):
+        o = fastseq.attention(q, k, v, causal=True, window=(9, 0), **options)
+        torch.autograd.grad(o, (q, k, v), o)
+        fastseq.attention(*rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        pools = torch.zeros(5, 16, 2, 24), torch.zeros(5, 16, 2, 17)
+        fastseq.attention(q.detach(), *pools, block_table=table, lengths_k=lengths)
+        fastseq.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 @pytest.mark.parametrize("packed_queries", [False, True])

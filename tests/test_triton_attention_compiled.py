@@ -68,7 +68,7 @@ def problem_of(target: str, kernel: str, found: Compiled, half: bool) -> str | N
         return str(error)
     if found.shared > tuning_attention.SHARED[target]:
         return f"{found.shared} bytes of shared memory"
-    if adds := re.search(r"\b(?:atom|red)\.\w|\b(?:global|flat|buffer|ds)_(?:atomic|add|pk_add)\w*", found.text):
+    if adds := re.search(r"\b(?:atom|red)\.\w|\b(?:global|flat|buffer)_atomic\w*|\bds_(?:pk_)?add_\w+", found.text):
         return f"an atomic operation: {adds[0]}"
     # The compiler may drop a loop that it cannot make, without an error.
     bodies = loops(found.text)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import devices
 import pytest
@@ -78,6 +80,19 @@ def pytest_report_header() -> list[str]:
         f"{os.path.dirname(fastseq.__file__)}; native kernels: {native}",
         *(["Triton is not installed: the tests of its kernels are left out"] if collect_ignore_glob else []),
     ]
+
+
+EMULATED = re.compile(r"test_(emulation|cuda_(?!\w*_compiled))\w*\.py::")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much was run on the machine that emulates a GPU."""
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if EMULATED.search(report.nodeid)]
+    faults = [name for name in passed if "fault" in name.partition("::")[2].partition("[")[0]]
+    if passed and devices.DEVICE == "cpu":
+        terminalreporter.write_line(
+            f"emulated GPU: {len(passed)} tests passed, in {len(faults)} of which a planted fault was noticed"
+        )
 
 
 @pytest.fixture(autouse=True)

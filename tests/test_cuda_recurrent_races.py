@@ -120,6 +120,21 @@ FAULTS = {
     "counter that waits for one block less": (
         "grid", "exchange", "static_cast<unsigned>(epoch) * blocks", "static_cast<unsigned>(epoch) * blocks - 1",
     ),
+    "grid's wait made a block's": (
+        "grid", "exchange", "ld_acquire_gpu(counter) < static_cast<unsigned>(epoch) * blocks", "false",
+    ),
+    "one buffer of the grid": ("grid", "exchange", "return buffers + (e & 1) * layout.buffer;", "return buffers;"),
+    "no block barrier after the wait for the grid's copy": (
+        "grid", "exchange", "    cp_wait<0>();\n" + SYNC, "    cp_wait<0>();\n",
+    ),
+    "the grid's copy read before its wait": ("grid", "exchange", "    cp_wait<0>();\n", ""),
+    "the grid's copy not committed": ("grid", "exchange", "    cp_commit();\n", ""),
+    "barrier that counts an arrival too many": (
+        "cluster", "exchange", "mbar_init(bars + 1, 1)", "mbar_init(bars + 1, 2)",
+    ),
+    "stores to a block that has ended": (
+        "cluster", "resident", "if (more) exchange.template publish<1>", "exchange.template publish<1>",
+    ),
     "no block barrier after the product": ("grid", "resident", "columns, exchange);\n" + SYNC, "columns, exchange);\n"),
     "swapped halves of a fragment": (
         "grid", "product", "const int m = row + (i & 1) * 8;", "const int m = row + (i >> 1) * 8;",

@@ -49,16 +49,19 @@ CASES = [
     Case("cluster", 1, 160, 8, (4, 9, 5, 33)),
     Case("cluster", 2, 192, 16, (3, 11, 2, 33)),
     Case("cluster", 4, 64, 8, (5, 7, 3, 49)),
+    Case("cluster", 8, 32, 8, (3, 3, 3, 57)),
+    Case("cluster", 16, 32, 8, (2, 3, 3, 121)),
     Case("cluster_barrier", 2, 96, 8, (4, 9, 5, 17)),
 ]
 LARGE = [
     Case("grid", 4, 256, 8, (3, 10, 7, 129)),
-    Case("grid", 8, 64, 8, (9, 5, 7, 65)),
+    Case("grid", 8, 64, 8, (9, 5, 7, 57)),
     Case("cluster", 1, 512, 8, (3, 8, 7, 97)),
     Case("cluster", 2, 512, 16, (2, 33, 7, 65)),
     Case("cluster", 4, 256, 8, (3, 10, 7, 129)),
-    Case("cluster", 8, 64, 8, (9, 5, 7, 65)),
-    Case("cluster", 16, 32, 8, (9, 5, 7, 65)),
+    Case("cluster", 8, 64, 8, (9, 5, 7, 57)),
+    Case("cluster", 8, 64, 8, (5, 5, 7, 65)),  # whose units six blocks have, or five
+    Case("cluster", 16, 32, 8, (9, 5, 7, 121)),
     Case("cluster_barrier", 4, 64, 8, (5, 7, 3, 49)),
 ]
 
@@ -75,6 +78,19 @@ def check(cell: str, dtype: torch.dtype, case: Case, option: str, schedule: int,
         inputs = draw(cell, *case.shape, dtype=dtype)
         lengths, reset, reverse = options(option, steps, batch)
         compare(inputs, lengths, reset, cell, reverse, (True, True, True, True), "emulated")
+
+
+@emulation_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_the_cases_have_clusters_of_every_size(dtype: torch.dtype) -> None:
+    sizes = set()
+    for case in CASES:
+        with machine(case.role, case.blocks, case.threads, case.rows):
+            for direction in (False, True):
+                found = plan("lstm", dtype, case.shape[3], case.shape[1], direction)
+                assert found["role"] == case.role
+                sizes.add((direction, case.role == "cluster" and int(found["blocks"])))
+    assert sizes >= set(itertools.product((False, True), (1, 2, 4, 8, 16)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -61,10 +61,10 @@ struct Layers {
       const ScanPlan shared = call.plan(backward, walk, n);
       if (shared.role == plan.role) plan = shared, beside = n;
     }
-    // Estimates: products at half of an H100's rate, a step of a walk as long as its exchange (on an H200 steps of 512
-    // units took 2 to 3.5 us in all). Nobody has timed other divisions than these lead to.
+    // Products at half of an H100's rate, by estimate; a step as long as on an H200, where most took 2 to 3.5 us. They
+    // decide into how many windows a lone layer is cut, by the square root. Nobody has timed other divisions.
     const double rate = call.dtype == ScanDtype::f32 ? 4e13 : call.dtype == ScanDtype::tf32 ? 2e14 : 4e14;
-    const double step = 1.5e-6;
+    const double step = 2.5e-6;
     const double factors = backward ? inputs(0, x) * (stack.with_dx ? 2.0 : 1.0) + H : inputs(0, x);
     stack.products = 2.0 * B * G * H * factors / rate / step;
     division = cuda::divide(T, stack, backward, beside, wish());

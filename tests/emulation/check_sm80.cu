@@ -360,6 +360,7 @@ FASTSEQ_CHECK(flags, 80) {
 }
 
 FASTSEQ_KERNEL(64, 1) sums(float* sum, unsigned* arrived, float* out, const float* in) {
+  prefetch_l2(in + bid() * 64 + tid());
   red_add(sum, ldg(in + bid() * 64 + tid()));
   sync_block();
   if (tid() == 0) {

@@ -220,4 +220,24 @@ FASTSEQ_CHECK(wgmma_n128_transposed, kWgmma) { return check_products<128>(produc
 FASTSEQ_CHECK(wgmma_n176_registers, kWgmma) { return check_products<176>(products<Bf16, 176, Form::registers>); }
 FASTSEQ_CHECK(wgmma_n256, kWgmma) { return check_products<256>(products<Bf16, 256, Form::shared>); }
 
+// ---- Registers move from a warpgroup to two others, and a store that never happens.
+
+FASTSEQ_KERNEL(384, 1) registers(float* out) {
+  auto* line = reinterpret_cast<float*>(shared_memory());
+  line[tid()] = static_cast<float>(tid());
+  if (warp() < 4)
+    reg_dealloc<40>();
+  else
+    reg_alloc<232>();
+  wg_cover(line[tid()] + 1, line + tid());
+  out[tid()] = 2 * line[tid()];
+}
+FASTSEQ_CHECK(registers, kWgmma) {
+  Buffer<float> out(384);
+  std::vector<float> expected;
+  for (unsigned i = 0; i < 384; ++i) expected.push_back(2.f * static_cast<float>(i));
+  if (const char* error = finish(registers, shape_of(1, 384, 384 * 4), out.data())) return error;
+  return compare(out, expected);
+}
+
 }  // namespace fastseq::cuda

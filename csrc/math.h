@@ -9,6 +9,9 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__CUDACC__) || defined(FASTSEQ_EMULATION)
+#include "cuda/primitives.cuh"
+#endif
 
 #if defined(__CUDACC__)
 #define FASTSEQ_HD __host__ __device__ __forceinline__
@@ -59,12 +62,10 @@ FASTSEQ_HD V clamp(V x, Scalar<V> low, Scalar<V> high) {
 // a / b for b from 1 to 1e38.
 template <class V>
 FASTSEQ_HD V divide(V a, V b) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(FASTSEQ_EMULATION)
   // From the reciprocal, corrected once: what the compiler makes of a quotient is three times as long, with a call.
   if constexpr (sizeof(V) == 4) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-    const float q = a * r;
+    const float r = cuda::rcp(b), q = a * r;
     return q + (a - q * b) * r;
   }
 #endif

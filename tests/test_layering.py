@@ -167,3 +167,46 @@ def test_ops_are_registered_in_library_files_only():
     for path in (ROOT / "csrc").rglob("*.cpp"):
         if "TORCH_LIBRARY" in path.read_text():
             assert path.name == "library.cpp", f"{path.relative_to(ROOT)} registers with torch"
+
+
+COMMENT = re.compile(r"//.*")
+RAW_CUDA = re.compile(
+    r"\basm\b|<<<|\b__(?!CUDA|builtin)\w+|\bcuda[A-Z]\w*|\bcu[A-Z]\w*|\b(thread|block)Idx\b|\b(block|grid)Dim\b|"
+    r"\batomic[A-Z]\w*|\b(cooperative_groups|nvcuda|wmma)\b|#\s*include\s*[<\"](cuda|cute|cutlass|cub|mma)[\w./]*\.h"
+)
+"""What only CUDA knows: machine code, its own words, and the functions and headers of its libraries."""
+
+
+def code_of(path: Path) -> str:
+    return COMMENT.sub("", path.read_text())
+
+
+def test_cuda_appears_in_the_primitives_alone():
+    primitives = "".join(map(code_of, (ROOT / "csrc" / "cuda").glob("primitives_*.cuh")))
+    assert len({match[0] for match in RAW_CUDA.finditer(primitives)}) > 40  # so that this finds what it looks for
+    for path in [*(ROOT / "csrc" / "cuda").iterdir(), ROOT / "csrc" / "gates.h", ROOT / "csrc" / "math.h"]:
+        if not path.name.startswith("primitives"):
+            text = code_of(path).replace("#define FASTSEQ_HD __host__ __device__ __forceinline__", "")
+            text = re.sub(r"defined\(__\w+\)|__attribute__|_?_m512\w*", "", text)  # math.h's: the CPU's vectors
+            found = RAW_CUDA.search(text)
+            assert found is None, f"{path.relative_to(ROOT)}: {found[0]} belongs into primitives"
+
+
+def test_cuda_code_never_waits_for_the_device_nor_compiles_at_run_time():
+    waits = re.compile(r"\w*Synchronize\w*|\bcuda(Memcpy|Malloc|Free)\w*|\bnvrtc\w*|_local_scalar_dense|aten::item")
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        assert not waits.findall(code_of(path)), path.name
+
+
+def test_every_primitive_has_a_check_and_an_emulation():
+    """A check runs a device function of csrc/cuda/primitives_*.cuh alone, on the emulated machine and on a GPU."""
+    folder = ROOT / "tests" / "emulation"
+    emulated, checks = ("".join(map(code_of, folder.glob(p))) for p in ("emulated*.h", "check_*.cu"))
+    headers = map(code_of, (ROOT / "csrc" / "cuda").glob("primitives_*.cuh"))
+    public = [re.sub(r"namespace detail \{.*?^\}", "", text, flags=re.S | re.M) for text in headers]
+    names = set(re.findall(r"^(?:FASTSEQ_DEVICE|inline) [\w:<>,*& ]*?\b(\w+)(?:<\w+>)?\(", "\n".join(public), re.M))
+    names -= {"error_text"}
+    assert len(names) > 100
+    for text, what in ((emulated, "emulation"), (checks, "check")):
+        lacking = {name for name in names if not re.search(rf"\b{name}\b", text)}
+        assert not lacking, f"without {what}: {lacking}"

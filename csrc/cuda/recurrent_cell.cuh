@@ -158,49 +158,61 @@ struct Saved {
   float c, c_prev;  // an LSTM's
 };
 
+template <class T>
+FASTSEQ_DEVICE const T* tape_at(const ScanBackward& a, int t, const Place& at) {
+  return static_cast<const T*>(a.tape) + element(row_of(a, t, at), 4 * a.H, at.u);
+}
+template <class T>
+FASTSEQ_DEVICE const T* dy_at(const ScanBackward& a, int t, const Place& at) {
+  return static_cast<const T*>(a.dy) + element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u);
+}
+template <class T>
+FASTSEQ_DEVICE const T* y_at(const ScanBackward& a, int t, const Place& at) {
+  return static_cast<const T*>(a.y) + element(t * a.y_t + at.b * a.y_b, a.H, at.u);
+}
+FASTSEQ_DEVICE const float* c_at(const ScanBackward& a, int t, const Place& at) {
+  return a.states + element(row_of(a, t, at), a.H, at.u);
+}
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bool clear, Saved<C, T>& s) {
   const bool first = t == (a.reverse ? a.total - 1 : 0);  // of the walk forward
-  const int row = row_of(a, t, at), before = a.reverse ? t + 1 : t - 1;
-  const auto y_at = [&](int time) { return element(time * a.y_t + at.b * a.y_b, a.H, at.u); };
+  const int before = a.reverse ? t + 1 : t - 1;
   if constexpr (Saved<C, T>::kTape > 0) {
-    const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
+    const T* tape = tape_at<T>(a, t, at);
 #pragma unroll
     for (int k = 0; k < Saved<C, T>::kTape; ++k) s.tape[k] = tape[k * a.H];
   }
   s.dy = T{};
-  if (a.dy && t < at.length)
-    s.dy = static_cast<const T*>(a.dy)[element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u)];
+  if (a.dy && t < at.length) s.dy = *dy_at<T>(a, t, at);
   const auto start_of = [&](const void* p) { return p ? static_cast<const T*>(p)[element(a, at)] : T{}; };
   if constexpr (C == ScanCell::lstm) {
-    s.c = a.states[element(row, a.H, at.u)];
+    s.c = *c_at(a, t, at);
     s.c_prev = 0.0f;
     if (!clear && first) s.c_prev = to_float(start_of(a.c0));
-    if (!clear && !first) s.c_prev = a.states[element(row_of(a, before, at), a.H, at.u)];
+    if (!clear && !first) s.c_prev = *c_at(a, before, at);
   } else if constexpr (kGates<C> == 3) {
     const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
     s.h = T{};
     if (!clear && start) s.h = start_of(a.h0);
-    if (!clear && !start) s.h = static_cast<const T*>(a.y)[y_at(before)];
+    if (!clear && !start) s.h = *y_at<T>(a, before, at);
   } else {
-    s.h = static_cast<const T*>(a.y)[y_at(t)];
+    s.h = *y_at<T>(a, t, at);
   }
 }
 
 // Brings the same closer, for a step that is still some way off.
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void prefetch_saved(const ScanBackward& a, int t, const Place& at) {
-  const int row = row_of(a, t, at);
   if constexpr (Saved<C, T>::kTape > 0) {
-    const T* tape = static_cast<const T*>(a.tape) + element(row, 4 * a.H, at.u);
+    const T* tape = tape_at<T>(a, t, at);
 #pragma unroll
     for (int k = 0; k < Saved<C, T>::kTape; ++k) prefetch_l2(tape + k * a.H);
   }
-  if (a.dy) prefetch_l2(static_cast<const T*>(a.dy) + element((t - a.first) * a.x_t + at.b * a.x_b, a.H, at.u));
+  if (a.dy) prefetch_l2(dy_at<T>(a, t, at));
   if constexpr (C == ScanCell::lstm)
-    prefetch_l2(a.states + element(row, a.H, at.u));
+    prefetch_l2(c_at(a, t, at));
   else
-    prefetch_l2(static_cast<const T*>(a.y) + element(t * a.y_t + at.b * a.y_b, a.H, at.u));
+    prefetch_l2(y_at<T>(a, t, at));
 }
 
 template <ScanCell C, class T>

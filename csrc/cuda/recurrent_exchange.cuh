@@ -4,7 +4,8 @@
 // given its part of e - 1, and that is after it read e - 2 for the last time: two buffers are enough.
 //   put(column, k, v)   this block's share, any thread; then
 //   publish<n>(...)     of n parts, all threads; then, with other work between,
-//   wait<n>(...)        of the same, all threads: from here read() of what offset() points to gives what all blocks put.
+//   wait<n>(...)        of the same, all threads: from here read(at) gives 8 bytes of what all blocks put, which begins at
+//                       offset().
 // Whoever has waited for an exchange knows that no peer will write to its memory before it publishes again: after the
 // last wait it may end.
 #pragma once
@@ -62,9 +63,7 @@ struct ClusterBuffers {
     }
   }
   FASTSEQ_DEVICE static int pieces_of(int units) { return (units * static_cast<int>(sizeof(T)) + 15) / 16; }
-  FASTSEQ_DEVICE int offset(int column_tile) const {
-    return place(epoch) + (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
-  }
+  FASTSEQ_DEVICE int offset() const { return place(epoch); }
   FASTSEQ_DEVICE uint2 read(int at) const { return *reinterpret_cast<const uint2*>(buffers + at); }
 };
 
@@ -176,9 +175,7 @@ struct GridExchange {
     cp_wait<0>();
     sync_block();
   }
-  FASTSEQ_DEVICE int offset(int column_tile) const {
-    return (column_tile * kScanTileColumns + lane() / 4) * layout.column + lane() % 4 * 8;
-  }
+  FASTSEQ_DEVICE int offset() const { return 0; }  // in the copy, and in the exchange's own buffer
   FASTSEQ_DEVICE uint2 read(int at) const {
     if (layout.copy) return *reinterpret_cast<const uint2*>(copy + at);
     return ldcg(reinterpret_cast<const uint2*>(buffer(epoch) + at));

@@ -98,9 +98,8 @@ struct FirstTask {
   FASTSEQ_DEVICE static int at_least_one(int n) { return n > 0 ? n : 1; }  // of a product that the cell does not have
 };
 
-// partial[split][column][row] = W vector, of every tile of columns. offset(column tile) is where this lane's share of its
-// first tile lies, kScanTileBytes from one to the next, and read() takes one. As many are read before the first is
-// multiplied as there are registers for: a product waits for shared memory once, not once a tile.
+// partial[split][column][row] = W vector, of every tile of columns. As many tiles of the vector are read before the first
+// is multiplied as there are registers for: a product waits for shared memory once, not once a tile.
 template <class T, int kHeld, int kRoom, class Exchange>
 FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const Fragment (&held)[kRoom],
                              const Fragment* stored, float* partial, int partial_rows, int columns,
@@ -116,7 +115,9 @@ FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const
 #pragma unroll 1
     for (int n = 0; n * kScanTileColumns < columns; ++n) {
       float sums[2][4] = {};  // two, so that a product need not wait for the one before it
-      const int vector = exchange.offset(n) + (p.first_k + k0) * kScanTileBytes;
+      // This lane's share of the first tile. (Reckoned anew: there is no register to keep a part of it in.)
+      const int vector = exchange.offset() + (n * kScanTileColumns + lane() / 4) * exchange.layout.column +
+                         lane() % 4 * 8 + (p.first_k + k0) * kScanTileBytes;
       if (kHeld > 0 && kGroup > 1 && in_registers == kHeld && count >= kHeld) {  // nothing to ask on the way
 #pragma unroll
         for (int i0 = 0; i0 < kHeld; i0 += kGroup) {

@@ -92,6 +92,18 @@ def test_every_kind_of_heads_under_every_limit(heads: tuple[int, int], name: str
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_every_kind_of_heads_where_single_pairs_count(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """The general class: bias, cap, slopes, mask and dropout at once, with limits, sinks, lengths and grouped heads."""
+    shape = (2, 2, 1, 70, 131, *heads)
+    options = limits("lengths", shape) | {"causal": dtype == torch.bfloat16, "sinks": torch.randn(2)}
+    for name in ("bias", "softcap", "alibi", "mask of keys", "dropout"):
+        options |= feature(name, dtype, shape)
+    settings.schedule, settings.seed = build.STICKY, HEADS.index(heads)
+    check(*dense(shape, dtype), options)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_packed_sequences(dtype: torch.dtype) -> None:
     q, k, v, cu = packed([1, 0, 70, 33], [65, 7, 129, 0], dtype, spare=2)
     check(q, k, v, {**cu, "causal": True})

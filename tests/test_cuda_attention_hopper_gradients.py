@@ -168,6 +168,12 @@ FAULTS = [
         "        of_p.far.release();\n        wg_wait<1>(numbers_of(sum_p));\n",
     ),
     Mutation("dp is read before the product", KERNELS, "      wg_wait<0>(numbers_of(dp));\n", ""),
+    Mutation(
+        "ds is overwritten before its product",
+        KERNELS,
+        "        of_p.far.release();\n      }\n      wg_wait<0>",
+        "        of_p.far.release();\n      }\n      round_fragment<T>(ds, s);\n      wg_wait<0>",
+    ),
     Mutation("a buffer is filled before it is empty", KERNELS, "        factor.far.wait_empty();\n", ""),
     Mutation("near tiles are not released", KERNELS, "    of_s.near.release();\n", ""),
     Mutation("near tiles are overwritten before results have left", KERNELS, "      factor.near.wait_empty();\n", ""),

@@ -230,6 +230,20 @@ PROXY_MUTATIONS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "  wg_wait<1>();\n",
         (SCHEDULES,),
     ),
+    (
+        "wgmma_n16",
+        "an operand overwritten before the wait",
+        "  wg_wait<1>();\n  wg_wait<0>(sums);\n",
+        "  *reinterpret_cast<T*>(tile_a + tid() * 2) = from_float<T>(9);\n  wg_wait<1>();\n  wg_wait<0>(sums);\n",
+        (SCHEDULES,),
+    ),
+    (
+        "wgmma_n64_registers",
+        "an operand in registers overwritten before the wait",
+        "        wg_wait<0>(sums);\n        wg_fence();\n",
+        "        fragment[tid() % 4] = 0;\n        wg_wait<0>(sums);\n        wg_fence();\n",
+        (SCHEDULES,),
+    ),
     ("wgmma_n16", "no warpgroup fence at all", "  wg_fence();\n  for (int pass", "  for (int pass", (SCHEDULES,)),
     (
         "wgmma_n256",

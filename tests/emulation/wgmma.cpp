@@ -1,5 +1,5 @@
 // Products of a warpgroup. They read shared memory at some time between their issue and the wait for them; until then
-// their accumulators hold NaN.
+// their accumulators hold NaN, and registers that are an operand must still hold it when the wait is over.
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,6 +27,8 @@ struct WarpgroupProduct {
   unsigned n, group;
   bool a_in_registers, a_transposed, b_transposed, accumulate, half;
   uint32_t registers[128][4];
+  const uint32_t* operand[128];  // where those lie
+  Where where;
 };
 
 struct Warpgroup {
@@ -178,6 +180,7 @@ void start(Warpgroup& warpgroup) {
   product->b_transposed = first.b_transposed;
   product->accumulate = first.accumulate;
   product->half = first.half;
+  product->where = first.where;
   Accumulators** held = warpgroup.held;
   while (*held && (*held)->c[0] != first.c) ++held;
   const bool fresh = !*held;
@@ -195,8 +198,8 @@ void start(Warpgroup& warpgroup) {
     if (own.n != first.n || own.b_descriptor != first.b_descriptor || own.a_descriptor != first.a_descriptor ||
         own.accumulate != first.accumulate || own.half != first.half)
       fail("wgmma: the threads of a warpgroup ask for different products", own.where);
-    if (own.a)
-      for (unsigned i = 0; i < 4; ++i) product->registers[thread][i] = own.a[i];
+    product->operand[thread] = own.a;
+    if (own.a) __builtin_memcpy(product->registers[thread], own.a, sizeof(product->registers[thread]));
     if (!fresh) continue;
     accumulators.c[thread] = own.c;
     for (unsigned i = 0; i < accumulators.count; ++i) {
@@ -234,6 +237,9 @@ void finish_groups(Warpgroup& warpgroup) {
   while (warpgroup.oldest && warpgroup.oldest->group + left < warpgroup.group) {
     WarpgroupProduct* product = warpgroup.oldest;
     if (product->pending) land(product->pending);
+    for (unsigned thread = 0; thread < 128 && product->a_in_registers; ++thread)
+      if (__builtin_memcmp(product->registers[thread], product->operand[thread], sizeof(product->registers[thread])))
+        fail("wgmma: an operand in registers was overwritten before the wait", product->where);
     warpgroup.oldest = product->next;
     if (!warpgroup.oldest) warpgroup.newest = nullptr;
     if (--product->accumulators->under_way == 0) {

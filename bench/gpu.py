@@ -180,13 +180,14 @@ def sanitizers(run: Run, until: float) -> None:
             if late:
                 end(child)
             cases = [line["case"] for line in journal_of.done().values()]
+            late |= child.returncode == 0 and len(cases) < len(chosen(family, [], True))
             wrong = [case["name"] for case in cases if case["contestants"]["native"]["status"] == "refused"]
             said = [line for line in log.read_text(errors="replace").splitlines() if "=====" in line]
             found["tools"][f"{name}, {family}"] = {
-                "status": "out of time" if late else "clean" if child.returncode == 0 else "errors",
+                "status": "out of time" if late else "clean" if child.returncode == 0 and not wrong else "errors",
                 "cases": len(cases), "wrong": wrong, "said": said[-12:] or [last_line(log)],
             }  # fmt: skip
-            run.failed |= not late and child.returncode != 0
+            run.failed |= found["tools"][f"{name}, {family}"]["status"] == "errors"
     run.write("sanitizer", {"schema": 1, "environment": run.environment, **found})
     told = {name: tool["status"] for name, tool in found["tools"].items()}
     print(f"compute-sanitizer: {reason or told}", flush=True)

@@ -297,6 +297,11 @@ def tiny(family: str) -> tuple[Case, ...]:
         Heads("forward", "float32", "decode", 2, 4, 2, 1, 64, 16),
         Heads("forward", "bfloat16", "dense", 1, 4, 2, 70, 70, 64, True),
         Heads("backward", "bfloat16", "dense", 1, 4, 2, 70, 70, 64),
+        Heads("backward", "float16", "dense", 1, 2, 1, 150, 150, 20, True, 40),  # rows of 40 bytes
+        Heads("backward", "float16", "varlen", 3, 4, 2, 150, 150, 128, True),
+        Heads("backward", "bfloat16", "dense", 1, 2, 1, 140, 140, 256, True),
+        Heads("forward", "bfloat16", "dense", 1, 2, 1, 400, 400, 128),
+        Heads("forward", "bfloat16", "decode", 2, 8, 2, 1, 600, 128),
     )
 
 

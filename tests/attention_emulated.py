@@ -183,6 +183,19 @@ def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None
     return None
 
 
+def hopper_order(q: Tensor, k: Tensor, v: Tensor, *options: Any, gradients_of: str = "") -> list[list[tuple[int, int]]]:
+    """Each block's tiles (head, tile) of 128 rows, in its order: of the forward kernel, or of the gradients of "keys"
+    or "queries"."""
+    x, _, _ = forward_arguments(q, k, v, *options)
+    heads, length = (k.shape[1], k.shape[2]) if gradients_of == "keys" else (q.shape[1], q.shape[2])
+    rounds = -(-q.shape[0] * heads * -(-length // 128) // settings.multiprocessors)
+    order = torch.empty(settings.multiprocessors, rounds, 2, dtype=torch.int32)
+    x.pointers.append(order)
+    x.integers += [gradients_of != "", gradients_of == "keys"]
+    x.call("hopper_order_entry")
+    return [[(head, tile) for head, tile in block if head >= 0] for block in order.tolist()]
+
+
 def backward(
     d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import attention_emulated
 import devices
 import pytest
 import torch
-from attention_emulated import SOURCES, hopper_refusal, settings
+from attention_emulated import SOURCES, hopper_order, hopper_refusal, settings
 from attention_operators import arguments, dense, forward
 from cuda_recurrent_support import emulation_only, missing
 from emulation import build
@@ -91,6 +91,38 @@ def test_a_block_makes_many_tiles(causal: bool, multiprocessors: int) -> None:
     assert_near(forward(q, k, v, {"scale": 0.125, "causal": causal}, "emulated"), truth(q, k, v, causal=causal))
 
 
+# Batch, query and key heads, length, gradients of what, and the most that a block has of the mean.
+EVEN = [
+    (1, 64, 8, 8192, "", 1.01), (1, 64, 8, 8192, "keys", 1.01), (1, 64, 8, 8192, "queries", 1.01),
+    (4, 64, 64, 2048, "", 1.01), (4, 64, 64, 2048, "keys", 1.04), (2, 16, 8, 4096, "", 1.01),
+]  # fmt: skip
+
+
+@emulation_only
+@pytest.mark.parametrize(("batch", "heads_q", "heads_k", "length", "gradients_of", "most"), EVEN)
+def test_the_longest_tiles_come_first_and_blocks_get_even_shares(
+    batch: int, heads_q: int, heads_k: int, length: int, gradients_of: str, most: float
+) -> None:
+    """Under a causal limit, on the 132 multiprocessors of an H200. No number of the tensors is looked at."""
+    q, k = (torch.zeros(64, dtype=torch.bfloat16).expand(batch, n, length, 64) for n in (heads_q, heads_k))
+    settings.multiprocessors = 132
+    blocks = hopper_order(q, k, k, *arguments({"causal": True}), gradients_of=gradients_of)
+    tiles, heads = length // 128, batch * (heads_k if gradients_of == "keys" else heads_q)
+    made = [tile for block in blocks for tile in block]
+    assert sorted(made) == [(head, tile) for head in range(heads) for tile in range(tiles)]
+
+    def work(tile: int) -> int:  # tiles of the other side that it meets
+        return tiles - tile if gradients_of == "keys" else tile + 1
+
+    shares = [sum(work(tile) for _, tile in block) for block in blocks]
+    assert max(shares) <= most * sum(shares) / len(shares), max(shares) * len(shares) / sum(shares)
+    seen: dict[int, int] = {}  # a head's tiles, round after round: none is longer than the one before it
+    for n in range(max(map(len, blocks))):
+        for head, tile in sorted((block[n] for block in blocks if n < len(block)), key=lambda made: -work(made[1])):
+            assert work(tile) <= seen.get(head, tiles), (head, tile)
+            seen[head] = work(tile)
+
+
 @pytest.mark.parametrize("heads", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 def test_rows_without_keys_among_others(heads: tuple[int, int]) -> None:
     """More queries than keys, bottom right: whole tiles of rows see nothing, then rows of one tile."""
@@ -135,6 +167,12 @@ FAULTS = [
     Mutation("k's buffer is not released", FORWARD, "      k_ring.release();\n", ""),
     Mutation("v's buffer is released before the product", FORWARD, "      wg_wait<0>(numbers_of(acc));\n", ""),
     Mutation("s is read before the product", FORWARD, "        wg_wait<1>(numbers_of(s));\n", ""),
+    Mutation(
+        "p is overwritten before its product",
+        FORWARD,
+        "        weigh(j0, a);\n        finish_acc();\n",
+        "        weigh(j0, a);\n        round_fragment<T>(p, s);\n        finish_acc();\n",
+    ),
     Mutation("k's buffer is filled before it is empty", FORWARD, "        k_ring.wait_empty();\n", ""),
     Mutation("q's buffer is filled before o has left it", FORWARD, "      q_ring.wait_empty();\n", ""),
     Mutation("no fence before a product", FORWARD, "      wg_fence();\n      multiply_rows", "      multiply_rows"),

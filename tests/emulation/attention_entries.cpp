@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "csrc/cuda/attention_hopper_tile.cuh"
 #include "csrc/cuda/attention_table.cuh"
 #include "entry.h"
 
@@ -131,6 +132,36 @@ FASTSEQ_ENTRY(attention_backward_entry) {
     call.dbias_parts = scratch.make(call.bias_splits * size);
   }
   return attention_backward(call, place);
+}
+
+namespace attention {
+// A block writes its tiles in the order in which it makes them: head of all sequences, and tile; then -1.
+template <int kBlock>
+FASTSEQ_KERNEL(32, 1) order_kernel(FASTSEQ_IN_PLACE AttentionCall call, FASTSEQ_IN_PLACE Tiling tiling, int32_t* out) {
+  if (lane() != 0) return;
+  const int rounds = (tiling.tiles * tiling.units + int(nblocks()) - 1) / int(nblocks());
+  int32_t* to = out + int(bid()) * 2 * rounds;
+  for (int i = 0; i < 2 * rounds; ++i) to[i] = -1;
+  for_each_slot<kBlock>(call, tiling, [&](const Slot& slot, const Sequence&) {
+    *to++ = slot.b * (tiling.units / call.batch) + slot.h, *to++ = slot.tile;
+  });
+}
+}  // namespace attention
+
+// Which tiles of 128 rows a call's blocks make on Hopper: of the forward kernel, or of the way back (of keys, of queries).
+FASTSEQ_ENTRY(hopper_order_entry) {
+  Reader in{p, n, x};
+  AttentionForward call;
+  Place place;
+  bool decode = false, of_gradients = false, of_keys = false;
+  read_forward(in, call, place, decode);
+  in.integer(of_gradients), in.integer(of_keys);
+  Launch shape;
+  shape.grid.x = unsigned(place.multiprocessors);
+  shape.threads = 32;
+  const auto tiling = attention::even_tiling(call, of_keys, 128, place.multiprocessors, of_gradients);
+  const AttentionCall& all = call;
+  return launch(attention::order_kernel<128>, shape, Stream{}, all, tiling, in.pointer<int32_t>());
 }
 
 namespace attention {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import json
+import re
+
 import cuda_attention_resources as resources
 import cuda_library
 import pytest
-from cuda_attention_resources import BEGIN, DOCUMENT, END, HOPPER, SHARED_LIMIT
+from cuda_attention_resources import DOCUMENT, HOPPER, SHARED_LIMIT, TABLES
 from cuda_library import TARGETS
 
 pytestmark = [cuda_library.needs_library, cuda_library.needs_cuobjdump]
@@ -60,6 +64,42 @@ def test_shared_memory_is_within_every_targets_limit() -> None:
         assert size <= min(SHARED_LIMIT[t] for t in targets), variant
 
 
-@pytest.mark.full  # another compiler has other numbers
-def test_the_table_in_the_documentation_is_true() -> None:
-    assert DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0] == resources.table()
+# What each kernel is made of: copies, matrices from shared memory, products; TMA, barriers, products, registers given.
+PORTABLE = {"LDGSTS", "LDSM", "HMMA.16816"}
+WARPGROUPS = {"UTMALDG.4D", "SYNCS.EXCH", "SYNCS.PHASECHK", "SYNCS.ARRIVE", "HGMMA.64x", "USETMAXREG.DEALLOC",
+              "USETMAXREG.TRY_ALLOC"}  # fmt: skip
+MADE_OF = {"forward_": PORTABLE, "decode_": PORTABLE, "keys_": PORTABLE, "queries_": PORTABLE, "bias_kernel": PORTABLE,
+           "hopper_": WARPGROUPS, "rows_": set(), "sinks_": set(), "bias_sum_": set(), "merge_": set()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target"), [(k, t) for t in ("sm_80", "sm_90a") for k in MADE_OF if t == "sm_90a" or k != "hopper_"]
+)
+def test_kernels_are_made_of_the_instructions_that_they_are_for_and_of_no_atomics(kernel: str, target: str) -> None:
+    code_of = resources.machine_code(kernel, target)
+    assert code_of
+    for variant, code in code_of.items():
+        opcodes = {re.sub(r"^@!?U?P\w+ ", "", i).split()[0] for i in code}
+        assert {x for x in MADE_OF[kernel] if not any(o.startswith(x) for o in opcodes)} == set(), variant
+        assert {o for o in opcodes if re.match(r"ATOM|RED(?!UX)", o)} == set(), variant
+
+
+def test_the_documented_number_of_kernels_is_what_is_compiled() -> None:
+    counted = collections.Counter(
+        (kernel.target, HOPPER in kernel.function)
+        for kernel in cuda_library.kernels()
+        if re.search(resources.NAME, kernel.function)
+    )
+    (portable, hopper) = map(int, re.findall(r"\b(\d+) kernels\b", DOCUMENT.read_text()))
+    assert counted == {
+        (t, of_hopper): hopper if of_hopper else portable for t in TARGETS for of_hopper in (False, True)
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_in_the_documentation_are_true(name: str) -> None:
+    (documented,) = re.findall(r"nvcc (\d+\.\d+)", DOCUMENT.read_text())
+    built_by = json.loads(cuda_library.LIBRARY.with_name("_build.json").read_text())["nvcc"]
+    if built_by != f"release {documented}":
+        pytest.skip(f"the tables are of nvcc {documented}, the library is of {built_by}: other numbers")
+    assert resources.documented(name) == TABLES[name]()

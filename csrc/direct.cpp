@@ -61,7 +61,21 @@ struct Borrowed {
     Object address(PyObject_GetAttr(object, cdata_name));
     if (!address.get()) return false;
     impl = PyLong_AsVoidPtr(address.get());
-    return impl != nullptr && is_as_it_lies(object);
+    return impl != nullptr && lies_in_memory() && is_as_it_lies(object);
+  }
+  // Elements that strides lead to: neither a layout of another kind (oneDNN's, sparse ones), nor the zeros of forward
+  // mode, which have no memory.
+  bool lies_in_memory() {
+    static const int32_t strided = aoti_torch_layout_strided();
+    int32_t layout;
+    int64_t elements;
+    void* data;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle(), &layout));
+    if (layout != strided) return false;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle(), &data));
+    if (data) return true;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
+    return elements == 0;
   }
   // Not negated in the reader's mind, as the imaginary part of a conjugate is: such a view has strides of 2.
   bool is_as_it_lies(PyObject* object) {

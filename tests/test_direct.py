@@ -165,6 +165,20 @@ def test_a_negated_view_is_read_as_what_it_means():
         assert torch.equal(small(one)[0], small(one.resolve_neg())[0])
 
 
+def test_tensors_that_are_no_elements_in_memory_take_the_operator():
+    layer, cell = fastseq.nn.GRU(5, 17), fastseq.nn.GRUCell(5, 17)
+    x = torch.randn(4, 3, 5)
+    zeros = torch._efficientzerotensor((4, 3, 5))  # a tangent that forward mode knows to be 0
+    assert zeros._is_zerotensor()
+    with torch.no_grad():
+        assert torch.equal(layer(zeros)[0], layer(torch.zeros(4, 3, 5))[0])
+        assert torch.equal(cell(zeros[0]), cell(torch.zeros(3, 5)))
+        for strange, key in ((x.to_sparse(), "SparseCPU"), (x.to_mkldnn(), "MkldnnCPU")):
+            with pytest.raises(NotImplementedError, match=key):
+                layer(strange)
+        assert layer(x[:, :0])[0].shape == (4, 0, 17)
+
+
 class Counting(torch.Tensor):
     pass
 

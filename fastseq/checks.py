@@ -60,7 +60,7 @@ def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:
 
 
 def check_cell_input(x: Tensor, w_ih: Tensor) -> None:
-    """The input of a cell: ``[B, I]``, or ``[I]`` unbatched."""
+    """The sizes of a cell's input: ``[B, I]``, or ``[I]`` unbatched. The scan asks for its dtype, after autocast."""
     check_float("input", x)
     if x.dim() not in (1, 2):
         raise ArgumentError(f"input of a cell must be [B, I] or [I], got {x.dim()}-D {sizes(x)}")
@@ -68,7 +68,6 @@ def check_cell_input(x: Tensor, w_ih: Tensor) -> None:
         raise ArgumentError(
             f"input has {x.shape[-1]} features in its last dimension {sizes(x)}, but input_size is {w_ih.shape[1]}"
         )
-    check_like("input", x, w_ih, "the weights are")
 
 
 def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) -> None:

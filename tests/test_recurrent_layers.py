@@ -341,6 +341,20 @@ def test_autocast_runs_in_its_dtype(backend):
     torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_an_input_that_it_made(backend, name, grad):
+    layer = getattr(fastseq.nn, name)(5, 7)
+    linear, x = nn.Linear(5, 5), torch.randn(3, 5)
+    with fastseq.use_backend(backend), torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+        made = linear(x)
+        assert made.dtype == torch.bfloat16
+        found = flat(layer(made))[0]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), flat(layer(linear(x)))[0], rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("backend", [NATIVE])
 @settings(max_examples=60, deadline=None)
 @given(

@@ -101,7 +101,9 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
             the size; inputs, states, biases and the arithmetic stay float32. For models that stream a step at a time
             and are bound by reading weights. The float32 weights stay in the model, serve in training, with
             ``lengths`` or ``reset``, for a PackedSequence and under torch.compile, and are what a state_dict holds; the
-            copies follow their changes, save those written through ``.data`` or ``.numpy()``: patch again after those.
+            copies follow their changes (an optimizer's step, ``load_state_dict``, any operation in place or
+            assignment), save those written through ``.data`` or ``.numpy()``, from another process, or into tensors
+            made in ``inference_mode``: patch again after those.
 
     Returns:
         a :class:`Report`; print it to see the table.

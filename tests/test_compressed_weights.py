@@ -188,6 +188,75 @@ def test_the_copies_follow_their_weights(name, kind):
         assert flat(twin(x))[0].isfinite().all()
 
 
+class WritesThroughData(torch.optim.Optimizer):
+    """As many outside torch do."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("whose", ["the layer's parameters", "the storage that they share"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        WritesThroughData,
+        lambda parameters, lr: torch.optim.SGD(parameters, lr, fused=True),
+        lambda parameters, lr: torch.optim.Adam(parameters, lr, fused=True),
+    ],
+    ids=["data", "fused SGD", "fused Adam"],
+)
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_the_copies_follow_optimizers_that_leave_versions_alone(name, optimizer, whose):
+    layer = getattr(fastseq.nn, name)(5, 17)
+    parameters = list(layer.parameters())
+    if whose != "the layer's parameters":
+        whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        for parameter, part in zip(parameters, whole.detach().split([p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view(parameter.shape)
+        whole.grad = torch.ones_like(whole)
+    fastseq.patch(layer, weights="bfloat16")
+    step = optimizer(parameters if whose == "the layer's parameters" else [whole], lr=0.1).step
+    x = torch.randn(3, 5)
+    flat(layer(x))[0].sum().backward()
+    with torch.no_grad():
+        before = flat(layer(x))  # after the gradient, before the step
+        versions = [p._version for p in parameters]
+        step()
+        assert [p._version for p in parameters] == versions
+        found = flat(layer(x))
+        for a, b, c in zip(found, flat(copy.deepcopy(layer)(x)), before, strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_copies_of_inference_tensors_follow_load_state_dict(name):
+    with torch.inference_mode():
+        layer = getattr(fastseq.nn, name)(5, 17)
+        fastseq.patch(layer, weights="int8")
+        x = torch.randn(3, 5)
+        before = flat(layer(x))[0]
+        layer.load_state_dict({key: 2 * value for key, value in layer.state_dict().items()})
+        assert not torch.equal(flat(layer(x))[0], before)
+        assert torch.equal(flat(layer(x))[0], flat(copy.deepcopy(layer)(x))[0])
+
+
+def test_an_optimizer_of_other_weights_leaves_copies_alone():
+    layer, other = fastseq.nn.GRU(5, 17), nn.Linear(5, 17)
+    fastseq.patch(layer, weights="int8")
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        layer(x)
+    made = layer._compressed._made
+    other(x).sum().backward()
+    torch.optim.Adam(other.parameters(), fused=True).step()
+    assert layer._compressed._made is made
+
+
 def test_copies_of_a_layer_have_their_own():
     layer = fastseq.nn.GRU(5, 17)
     fastseq.patch(layer, weights="int8")

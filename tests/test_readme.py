@@ -30,3 +30,25 @@ def test_the_limits_are_still_limits(layer):
         torch.jit.script(layer)
     assert not isinstance(layer, (torch.nn.GRU, torch.nn.LSTM))
     assert isinstance(layer, torch.nn.RNNBase)
+    with pytest.raises(TypeError, match="Proxy"):
+        torch.fx.symbolic_trace(torch.nn.Sequential(layer))
+    y, _ = layer(torch.randn(5, 2, 3))
+    y.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "LSTMCell"])
+def test_a_graph_of_fx_is_patched_after_it_was_traced(name):
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(torch.nn, name)(3, 4)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    traced, x = torch.fx.symbolic_trace(Model()), torch.randn(5, 3)
+    before = traced(x)
+    assert len(fastseq.patch(traced)) == 1
+    torch.testing.assert_close(traced(x), before)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from fastseq import backend, ops
 from fastseq.functional import direct, inference
@@ -70,8 +74,9 @@ class CompressedWeights:
     """Copies of one layer's float32 matrices, made at the first use and again when a weight has changed.
 
     They are packed as the kernels of the instruction set in force read them. A change is noticed by the tensor's
-    identity, address and version: whatever goes through autograd's book-keeping (an optimizer, ``load_state_dict``,
-    ``copy_``), not by writing through ``.data`` or ``.numpy()``.
+    identity, address and version, and an optimizer's step and ``load_state_dict`` whether versions tell of them or not
+    (torch's fused optimizers leave them alone). What is not: writing through ``.data`` or ``.numpy()``, from another
+    process, or into inference tensors.
 
     Args:
         kind: one of :data:`KINDS`.
@@ -83,6 +88,10 @@ class CompressedWeights:
         self.kind = kind
         self._made: tuple[_Sources, Copies] | None = None
         self._plan: Any = None
+
+    def forget(self) -> None:
+        """Have the copies made again at their next use."""
+        self._made = self._plan = None
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +145,7 @@ class CompressedWeights:
             made = (_Sources(parameters), self._copies(weights, rows, cell))
             plan = made[0].plan(made[1], shape) if shape else None
             self._made, self._plan = made, None if plan is None else (plan, made[1].sizes)  # whole, for other threads
+            _watch(self)
         return made[1]
 
     def _copies(self, weights: Sequence[Tensor | None], rows: int, cell: str) -> Copies:
@@ -156,3 +166,28 @@ class CompressedWeights:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the layer has weights of its own
         return {"kind": self.kind, "_made": None, "_plan": None}
+
+
+_watched: weakref.WeakSet[CompressedWeights] = weakref.WeakSet()
+_hook: RemovableHandle | None = None
+
+
+def _watch(copies: CompressedWeights) -> None:
+    """Have the copies forgotten when an optimizer has written what they were made from."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+    _watched.add(copies)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # then the graph writes the weights, through autograd's book-keeping
+        return
+    current = [(copies, made) for copies in tuple(_watched) if (made := copies._made) is not None]
+    if not current:
+        return
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    written = {p.untyped_storage().data_ptr() for p in parameters if type(p) in (Tensor, Parameter) and p.is_cpu}
+    for copies, (sources, _) in current:
+        if any(source.untyped_storage().data_ptr() in written for source in sources.memory):
+            copies.forget()

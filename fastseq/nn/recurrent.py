@@ -33,6 +33,11 @@ class _Compressible(nn.Module):
         text = super().extra_repr()
         return text if self._compressed is None else f"{text}, weights={self._compressed.kind!r} in inference"
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._compressed is not None:  # weights that are inference tensors have no version to tell of it
+            self._compressed.forget()
+
 
 class _Recurrent(_Compressible, nn.RNNBase):
     """What the three layers share: how a call is unpacked, and how its results are laid out again."""

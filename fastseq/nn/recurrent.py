@@ -248,12 +248,13 @@ class LSTM(_Recurrent):
         return_all_states: bool = False,
     ) -> tuple:
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
+        h0, c0 = (None, None) if hx is None else hx
         if lengths is None and reset is None and not return_all_states:
-            h0, c0 = (None, None) if hx is None else hx
             done = self._infer("lstm", input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
-        return self._call(input, hx, lengths, reset, return_all_states=return_all_states)
+        pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
+        return self._call(input, pair, lengths, reset, return_all_states=return_all_states)
 
 
 class _Cell(_Compressible):
@@ -295,8 +296,17 @@ class GRUCell(_Cell, nn.GRUCell):
 
     reset_after: bool = True
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
         if not reset_after:
             self.reset_after = False
 

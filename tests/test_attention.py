@@ -218,6 +218,37 @@ def test_row_that_sees_nothing_is_zero_with_finite_gradients(backend, dtype):
         assert all(x.isfinite().all() for x in (o, dq, *rest))
 
 
+@pytest.mark.parametrize("least", [False, True], ids=["-1e9", "least"])
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_whose_every_key_has_a_finite_masks_bias_is_its_softmax(backend, dtype, queries, least):
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [x.requires_grad_() for x in qkv(queries=queries, keys=300, dtype=dtype)]
+    bias = torch.zeros(queries, 300, dtype=wide)
+    bias[:, 200:] = bias[0] = torch.finfo(wide).min if least else -1e9
+    found, expected = [], []
+    for results, name in ((found, backend), (expected, "reference")):
+        o = attention(*inputs, bias=bias, backend=name)
+        others = torch.autograd.grad(o[:, :, 1:].double().sin().sum(), inputs, retain_graph=True)
+        own = torch.autograd.grad(o[:, :, 0].double().sum(), inputs)
+        assert all(g.isfinite().all() and g.abs().max() < 300 for g in own)  # lse cannot tell one key from 300
+        results += [o, *others]
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_may_be_huge(backend, dtype, queries):
+    q, k, v = qkv(queries=queries, keys=300, dtype=dtype)
+    q, k = q * 1e9, k * 1e9
+    found, expected = (attention(q, k, v, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_one_row_of_the_batch_stays_there(backend):
     inputs = qkv(batch=3, dtype=torch.float32)

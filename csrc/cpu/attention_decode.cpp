@@ -262,11 +262,11 @@ class Decode {
     A top = max;
     for (int l = 0; l < L; ++l) top = tops[l] > top ? tops[l] : top;
     const A safe = top == A(-kInfinity) ? A(0) : top;
-    const Vec<A> factor = splat(scoring_.factor), offset = splat(-safe * scoring_.factor);
-    rescale = exp2<A>(max * factor + offset)[0];
+    const Vec<A> factor = splat(scoring_.factor), base = splat(safe);
+    rescale = exp2<A>((max - base) * factor)[0];
     Vec<A> sums{};
     for (long j = 0; j < n; j += L) {
-      const Vec<A> p = exp2<A>(load(scores + j) * factor + offset);
+      const Vec<A> p = exp2<A>((load(scores + j) - base) * factor);
       sums += p;
       store(scores + j, p);
     }
@@ -288,7 +288,7 @@ class Decode {
     const Sequence s(call_, b);
     const bool has_sink = call_.sinks != nullptr;
     const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == AttentionCall::Dtype::f32, h) : A(0);
-    const A unit = scoring_.factor * A(kLn2);
+    const A unit = scoring_.unit;
     const long first = (b * call_.heads_k + h / group_) * chunks_;
     for (long i = 0; i < s.rows; ++i) {
       const long r = h % group_ * s.tq + i;

@@ -71,6 +71,7 @@ class Forward {
   struct State {
     Element* q;          // Q^T [D, 64], or by pairs [D / 2, 64]
     A *o, *max, *sum;    // [64, width_v], [64], [64]; max as an exponent of 2
+    A* highest;          // [64], the same as a score
     long h, i0;
     int count, vectors;
     bool begun;          // o holds something
@@ -81,7 +82,7 @@ class Forward {
       for (int i = 0; i < f.at_once_; ++i) {
         state[i].q = arena.take<Element>(f.pairs_ * kQueries);
         state[i].o = arena.take<A>(kQueries * f.width_v_);
-        state[i].max = arena.take<A>(kQueries);
+        state[i].max = arena.take<A>(kQueries), state[i].highest = arena.take<A>(kQueries);
         state[i].sum = arena.take<A>(kQueries);
       }
       scores = arena.take<A>(keys * kQueries);
@@ -128,7 +129,7 @@ class Forward {
         pack_transposed_pairs(q, call_.q.row, state.count, call_.dim, state.q);
       else
         pack_transposed(q, call_.q.row, state.count, call_.dim, state.q);
-      for (int l = 0; l < kQueries; ++l) state.max[l] = A(-kInfinity), state.sum[l] = 0;
+      for (int l = 0; l < kQueries; ++l) state.max[l] = state.highest[l] = A(-kInfinity), state.sum[l] = 0;
       first = least(first, s.first_key(i0)), end = most(end, s.end_key(i0 + state.count - 1));
     }
     const long step = keys_per_block(s.tk);
@@ -238,31 +239,38 @@ class Forward {
   void exponentiate(State& q, const uint64_t* words, long n, Scratch& x) const {
     const Vec<A> factor = splat(scoring_.factor), zero{};
     for (int v = 0; v < q.vectors; ++v) {
-      const Vec<A> before = load(q.max + v * L);
+      const Vec<A> before = load(q.max + v * L), past = load(q.highest + v * L);
       const Vec<A> top = maximum<A>(load(x.block_max + v * L) * factor, before);
-      const Vec<A> offset = top == A(-kInfinity) ? zero : -top;
-      const Vec<A> rescale = exp2<A>(before + offset);
+      const Vec<A> highest = maximum<A>(load(x.block_max + v * L), past);
+      const IntVec<A> far = (highest != A(-kInfinity)) & (magnitude<A>(highest * factor) > kFar<A>);
+      const Vec<A> base = far ? highest : zero, offset = far | (top == A(-kInfinity)) ? zero : -top;
+      const Vec<A> rescale = exp2<A>(far ? (past - base) * factor : before + offset);
       Vec<A> sum = load(q.sum + v * L) * rescale;
-      const auto one = [&](long j) -> Vec<A> {
+      const auto one = [&](long j, auto is_far) -> Vec<A> {
         const uint64_t bits = words ? words[j] >> (v * L) & kLaneBits<A> : kLaneBits<A>;
         if (bits == 0) return zero;
-        Vec<A> p = exp2<A, kDegree>(load(x.scores + j * kQueries + v * L) * factor + offset);
+        Vec<A> score = load(x.scores + j * kQueries + v * L);
+        if constexpr (is_far()) score -= base;
+        Vec<A> p = exp2<A, kDegree>(score * factor + offset);
         sum += p;
         if constexpr (kDropout) p = select<A>(x.kept[j] >> (v * L), p, zero);
         return p;
       };
-      if constexpr (kDot) {
+      const auto all = [&](auto is_far) {
+        if constexpr (kDot) {
 #if defined(__AVX512BF16__)
-        for (long j = 0; j < n; j += 2) {
-          const Vec<A> low = one(j), high = j + 1 < n ? one(j + 1) : zero;
-          _mm512_store_si512(x.p + j / 2 * kQueries + v * L, narrow_pairs(low, high));
-        }
+          for (long j = 0; j < n; j += 2) {
+            const Vec<A> low = one(j, is_far), high = j + 1 < n ? one(j + 1, is_far) : zero;
+            _mm512_store_si512(x.p + j / 2 * kQueries + v * L, narrow_pairs(low, high));
+          }
 #endif
-      } else {
-        for (long j = 0; j < n; ++j) store(x.scores + j * kQueries + v * L, one(j));
-      }
+        } else {
+          for (long j = 0; j < n; ++j) store(x.scores + j * kQueries + v * L, one(j, is_far));
+        }
+      };
+      any<A>(far) ? all(std::true_type()) : all(std::false_type());
       store(q.sum + v * L, sum);
-      store(q.max + v * L, top);
+      store(q.max + v * L, top), store(q.highest + v * L, highest);
       store(x.rescale + v * L, rescale);
     }
   }
@@ -274,7 +282,10 @@ class Forward {
     const int rows = int(least(kQueries, s.rows - q.i0));
     for (int i = 0; i < rows; ++i) {
       A top = A(-kInfinity), sum = 0;
-      if (i < q.count) top = q.max[i] * A(kLn2), sum = q.sum[i];
+      if (i < q.count) {
+        const bool far = __builtin_fabs(double(q.highest[i] * scoring_.factor)) > double(kFar<A>);
+        top = far ? q.highest[i] * scoring_.unit : q.max[i] * A(kLn2), sum = q.sum[i];
+      }
       A share = sum > 0 || sum != sum ? 1 / sum : A(0);
       if (has_sink && i < q.count && sink > A(-kInfinity)) {
         const A higher = sink > top ? sink : top, own = sum == 0 ? A(0) : A(__builtin_exp(top - higher));

@@ -57,13 +57,14 @@ class Gradient {
     long q_row = 0, d_o_row = 0;                           // elements
     Element *q_copy, *d_o_copy;
     A *offset, *delta;           // [64]: -lse log2 e, delta; -inf and 0 where nothing is seen
+    A* base;                     // [64]: lse as a score where it is far (then offset is 0), else 0
     double dsink = 0;            // the block's part of the sink's gradient
 
     Queries(const Gradient& g, Arena& arena) {
       q = arena.take<Element>(g.pairs * kQueries), d_o = arena.take<Element>(g.pairs_v * kQueries);
       q_copy = arena.take<Element>(g.copy_q ? kQueries / Op::depth * g.width : 0);
       d_o_copy = arena.take<Element>(g.copy_d_o ? kQueries / Op::depth * g.width_v : 0);
-      offset = arena.take<A>(kQueries), delta = arena.take<A>(kQueries);
+      offset = arena.take<A>(kQueries), delta = arena.take<A>(kQueries), base = arena.take<A>(kQueries);
     }
   };
   // Keys from some row on, by rows (strides in bytes).
@@ -107,9 +108,10 @@ class Gradient {
     const bool has_sink = call.dsinks != nullptr;
     const A sink = has_sink ? read_number<S>(call.sinks, call.sinks_dtype == AttentionCall::Dtype::f32, h) : A(0);
     for (int i = 0; i < kQueries; ++i) {
-      x.offset[i] = A(-kInfinity), x.delta[i] = 0;
+      x.offset[i] = A(-kInfinity), x.delta[i] = x.base[i] = 0;
       if (i >= x.count || lse[i] == A(-kInfinity)) continue;
       x.offset[i] = -lse[i] * A(kLog2e);
+      if (__builtin_fabs(double(x.offset[i])) > double(kFar<A>)) x.offset[i] = 0, x.base[i] = lse[i] / scoring.unit;
       const S *one = d_o + i * call.d_o.row, *two = at<S>(call.o, b, h, s.q_row + i0 + i);
       Vec<A> sum{};
       for (long d = 0; d < call.dim_v; d += L) {
@@ -205,15 +207,20 @@ class Gradient {
     const bool careful = words || !scoring.plain;  // a score may be hidden, with anything at all in its dp
     const bool slope = call.softcap != 0;
     for (int v = 0; v < q.vectors; ++v) {
-      const Vec<A> offset = load(q.offset + v * L), delta = load(q.delta + v * L);
+      const Vec<A> offset = load(q.offset + v * L), delta = load(q.delta + v * L), base = load(q.base + v * L);
       struct Pair {
         Vec<A> p, ds;
       };
-      const auto one = [&](long j) -> Pair {
+      const auto one = [&](long j, auto is_far) -> Pair {
         const uint64_t bits = words ? words[j] >> (v * L) & kLaneBits<A> : kLaneBits<A>;
         if (bits == 0) return {zero, zero};
         const long place = j * kQueries + v * L;
-        Vec<A> p = exp2<A, kDegree>(load(x.scores + place) * factor + offset);
+        Vec<A> exponent = load(x.scores + place) * factor + offset;
+        if constexpr (is_far()) {  // lse has lost the logarithm of a sum that is at least 1
+          exponent = (load(x.scores + place) - base) * factor + offset;
+          exponent = exponent > A(0) ? zero : exponent;
+        }
+        Vec<A> p = exp2<A, kDegree>(exponent);
         Vec<A> dp = load(x.dp + place), dropped = p;
         if (words) p = dropped = select<A>(bits, p, zero);
         if constexpr (kDropout) {
@@ -228,25 +235,28 @@ class Gradient {
         }
         return {dropped, ds};
       };
-      if constexpr (kDot && !kBias) {
+      const auto all = [&](auto is_far) {
+        if constexpr (kDot && !kBias) {
 #if defined(__AVX512BF16__)
-        for (long j = 0; j < n; j += 2) {
-          const Pair low = one(j), high = j + 1 < n ? one(j + 1) : Pair{zero, zero};
-          const __m512i ds = narrow_pairs(low.ds, high.ds);
-          const long place = j * kQueries + v * L;
-          store(x.p + place, low.p), store(x.p + place + kQueries, high.p);
-          _mm512_store_si512(x.ds_pairs + j / 2 * kQueries + v * L, ds);
-          _mm256_store_si256((__m256i*)(x.ds + place), _mm512_cvtepi32_epi16(ds));
-          _mm256_store_si256((__m256i*)(x.ds + place + kQueries), _mm512_cvtepi32_epi16(_mm512_srli_epi32(ds, 16)));
-        }
+          for (long j = 0; j < n; j += 2) {
+            const Pair low = one(j, is_far), high = j + 1 < n ? one(j + 1, is_far) : Pair{zero, zero};
+            const __m512i ds = narrow_pairs(low.ds, high.ds);
+            const long place = j * kQueries + v * L;
+            store(x.p + place, low.p), store(x.p + place + kQueries, high.p);
+            _mm512_store_si512(x.ds_pairs + j / 2 * kQueries + v * L, ds);
+            _mm256_store_si256((__m256i*)(x.ds + place), _mm512_cvtepi32_epi16(ds));
+            _mm256_store_si256((__m256i*)(x.ds + place + kQueries), _mm512_cvtepi32_epi16(_mm512_srli_epi32(ds, 16)));
+          }
 #endif
-      } else {
-        for (long j = 0; j < n; ++j) {
-          const Pair both = one(j);
-          if constexpr (!kBias) store(x.scores + j * kQueries + v * L, both.p);
-          store(x.dp + j * kQueries + v * L, both.ds);
+        } else {
+          for (long j = 0; j < n; ++j) {
+            const Pair both = one(j, is_far);
+            if constexpr (!kBias) store(x.scores + j * kQueries + v * L, both.p);
+            store(x.dp + j * kQueries + v * L, both.ds);
+          }
         }
-      }
+      };
+      any<A>(base != A(0)) ? all(std::true_type()) : all(std::false_type());
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdlib>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -114,6 +115,13 @@ FASTSEQ_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
 template <class A>
 FASTSEQ_INLINE Vec<A> magnitude(Vec<A> x) {
   return x < A(0) ? -x : x;
+}
+// Whether a comparison holds in any lane.
+template <class A>
+FASTSEQ_INLINE bool any(IntVec<A> lanes) {
+  typename BitsOf<A>::Int found = 0;
+  for (int i = 0; i < kLanes<A>; ++i) found |= lanes[i];
+  return found != 0;
 }
 // 0, 1, 2, ...
 template <class A>

@@ -18,6 +18,12 @@ FASTSEQ_INLINE void write_number(void* data, bool is_float, long i, Accumulator<
     static_cast<S*>(data)[i] = narrow<S>(value);
 }
 
+// 2^(score * factor - top * factor) is one instruction and exp2, but the rounding of top * factor comes into it. From
+// this exponent on that is no longer small, and may overflow, as it does where a mask's "hidden" is the least finite
+// number and a query sees nothing else: then the difference of scores is taken first.
+template <class A>
+constexpr A kFar = A(int64_t(1) << (BitsOf<A>::mantissa - 3));
+
 // A block of transposed scores: `keys` rows from key j0 on, 64 queries from i0 on, `vectors` of lanes in use.
 template <class A>
 struct Block {
@@ -28,7 +34,8 @@ struct Block {
 };
 
 // How one call turns q·k into the exponent of 2. Where nothing but a positive scale is asked for (`plain`) the block
-// keeps the bare products and `factor` holds scale * log2 e; else the block holds finished scores.
+// keeps the bare products and `factor` holds scale * log2 e; else the block holds finished scores. `unit` is what a score
+// of the block is in exponents of e.
 template <class S>
 class Scoring {
  public:
@@ -37,11 +44,11 @@ class Scoring {
 
   explicit Scoring(const AttentionCall& call)
       : plain(call.softcap == 0 && !call.bias.data && !call.alibi && call.scale > 0),
-        factor(A(plain ? call.scale * kLog2e : kLog2e)), call_(call),
+        unit(A(plain ? call.scale : 1)), factor(A(plain ? call.scale * kLog2e : kLog2e)), call_(call),
         bias_is_float_(call.bias_dtype == AttentionCall::Dtype::f32) {}
 
   const bool plain;
-  const A factor;
+  const A unit, factor;
 
   // Bias elements a block needs beside it, transposed; 0 without a bias.
   long scratch(long keys) const { return call_.bias.data ? keys * kQueries : 0; }

@@ -13,8 +13,6 @@ namespace {
 
 constexpr long kChunkRows = 128;           // rows that are projected at once: enough to reuse each weight in L1
 constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
-constexpr long kPackRows = 6;              // fewer rows than this in all don't pay for packing the weights,
-constexpr long kAcrossTotal = 256;         // nor up to this many where each step has enough for multiply_across
 
 // S: the type of x and of the states; W: that of the weight matrices, S or a smaller one, then packed beforehand.
 template <class S, class W = S>
@@ -34,8 +32,9 @@ struct Forward {
   int G;
   long Hp, Pp, Hv, Pv;  // padded units and their vectors
   long chunk;           // steps
-  bool packed, across, convert;
-  bool once;            // a single step of few rows: one walk through the weights as they lie
+  bool packed_x, packed_h;  // W_ih, and the matrices of each step; else they are read as they lie
+  bool convert;
+  bool once;                // a single step of few rows: one walk through the weights as they lie
   Barrier* barriers;
   long I;               // input features, in whole terms
   const Panel<S, W> *w_ih, *w_hh, *w_hr;  // packed
@@ -51,23 +50,20 @@ struct Forward {
   const E** operands;               // the same: [threads][list_length]
   long* live_rows;                  // [threads][B]
   long list_length;
-  A* columns;  // [threads][columns_length]: scratch of multiply_across
-  long columns_length;
   size_t bytes;
 
   Forward(const ScanForward& args, void* workspace) : p(args) {
     G = gates_of(p.cell);
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
-    auto unit_stride = [](const ScanView& w) { return !w.data || w.e == 1; };
-    const bool as_is = unit_stride(p.w_ih) && unit_stride(p.w_hh) && unit_stride(p.w_hr);
-    across = as_is && !kPrepared && sizeof(S) == sizeof(A) && p.B >= kAcrossRows<A> && p.T * p.B <= kAcrossTotal;
-    packed = kPrepared || (!across && !(as_is && p.T * p.B < kPackRows));
-    convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed && p.I % kTerm<E>);
+    packed_x = pays_to_pack(p.I, {&p.w_ih});
+    packed_h = pays_to_pack(p.P, {&p.w_hh, &p.w_hr});
+    convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed_x && p.I % kTerm<E>);
     I = whole_terms<E>(p.I);
-    once = !kPrepared && p.T == 1 && !packed && !across && !p.w_hr.data && p.cell != Cell::gru_reset_before && !p.lengths && !p.reset;
+    once = !kPrepared && p.T == 1 && !packed_x && !packed_h && !p.w_hr.data && p.cell != Cell::gru_reset_before &&
+           !p.lengths && !p.reset;
 
-    int threads = threads_for(p), ways = ways_of(threads);
+    int threads = threads_for(p), ways = unit_ways(p, threads, sizeof(Panel<S, W>));
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
     rows = rows < 1 ? 1 : rows;
     long row_bytes = long(sizeof(A)) * (G * Hp / ways) + long(sizeof(E)) * p.I;
@@ -81,9 +77,9 @@ struct Forward {
     if constexpr (kPrepared) {
       w_ih = at<W>(p.w_ih, 0, 0), w_hh = at<W>(p.w_hh, 0, 0), w_hr = at<W>(p.w_hr, 0, 0);
     } else {
-      w_ih = arena.take<E>(packed ? Hv * I * G * L : 0);
-      w_hh = arena.take<E>(packed ? Hv * whole_terms<E>(p.P) * G * L : 0);
-      w_hr = arena.take<E>(packed && proj ? Pv * whole_terms<E>(p.H) * L : 0);
+      w_ih = arena.take<E>(packed_x ? Hv * I * G * L : 0);
+      w_hh = arena.take<E>(packed_h ? Hv * whole_terms<E>(p.P) * G * L : 0);
+      w_hr = arena.take<E>(packed_h && proj ? Pv * whole_terms<E>(p.H) * L : 0);
     }
     const bool scaled = p.s_ih.data;
     scale_x = arena.take<A>(scaled ? G * Hp : 0);
@@ -107,18 +103,17 @@ struct Forward {
     pointers = arena.take<const A*>(threads * list_length * 2);
     operands = arena.take<const E*>(threads * list_length);
     live_rows = arena.take<long>(threads * p.B);
-    const long widest = p.I > Pp ? p.I : Pp;
-    columns_length = across ? padded<A>(list_length) * (widest > Hp ? widest : Hp) : 0;
-    columns = arena.take<A>(threads * columns_length);
     bytes = arena.used;
   }
 
-  // Across, rows are lanes, so only units are divided.
-  int ways_of(int threads) const {
-    if (!across) return unit_ways(p, threads, sizeof(Panel<S, W>));
-    int ways = threads;
-    while (ways > 1 && (threads % ways || ways > Hv)) --ways;
-    return ways;
+  // Packing costs a few walks through the matrices. Read as they lie, each row of each step has to bring together lanes
+  // of its sums, which counts for the more the fewer columns there are; a single step has that once for both matrices.
+  bool pays_to_pack(long columns, std::initializer_list<const ScanView*> matrices) const {
+    if (kPrepared) return true;
+    for (const ScanView* w : matrices)
+      if (w->data && w->e != 1) return true;
+    const long rows = p.T * p.B;
+    return p.T == 1 ? rows > columns + 64 : 4 * rows > 3 * columns && rows > 5;
   }
 
   void run() {
@@ -149,8 +144,8 @@ struct Forward {
     Weights<S, W> input, hidden, candidate, projection;
 
     Thread(const Forward& forward, const Team& team)
-        : f(forward), p(f.p), part(team, f.p, f.ways_of(team.size), f.barriers), units(part.share(f.Hv)),
-          outputs(part.share(f.Pv)) {
+        : f(forward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(Panel<S, W>)), f.barriers),
+          units(part.share(f.Hv)), outputs(part.share(f.Pv)) {
       h_in = f.pointers + team.rank * f.list_length * 2;
       c_in = h_in + f.list_length;
       from = f.operands + team.rank * f.list_length;
@@ -159,21 +154,18 @@ struct Forward {
       const bool scaled = p.s_ih.data;
       const A *s_ih = scaled ? f.scale_x : nullptr, *s_hh = scaled ? f.scale_h : nullptr;
       const long I = panel_row<S, W>(p.I), P = panel_row<S, W>(p.P), H = panel_row<S, W>(p.H);
-      input = {f.packed ? f.w_ih : nullptr, I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih, f.Hp};
-      hidden = {f.packed ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh, f.Hp};
+      input = {f.packed_x ? f.w_ih : nullptr, I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih, f.Hp};
+      hidden = {f.packed_h ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh, f.Hp};
       if (kBefore) {
         // Its own block behind that of r and z: [v][k][2][lane], then [v][k][lane].
         hidden.stride = P * 2 * L;
-        candidate = {f.packed ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L, raw(p.w_hh), p.w_hh.b, p.H, p.P,
+        candidate = {f.packed_h ? f.w_hh + f.Hv * P * 2 * L : nullptr, P * L, raw(p.w_hh), p.w_hh.b, p.H, p.P,
                      s_hh ? s_hh + 2 * f.Hp : nullptr, f.Hp};
         if (!kPrepared) candidate.raw += 2 * p.H * p.w_hh.b;
       }
       if (p.w_hr.data)
-        projection = {f.packed ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H,
+        projection = {f.packed_h ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H,
                       scaled ? f.scale_r : nullptr, f.Pp};
-      if (f.across)
-        for (Weights<S, W>* w : {&input, &hidden, &candidate, &projection})
-          w->across = f.columns + team.rank * f.columns_length;
     }
 
     void walk() {
@@ -237,17 +229,24 @@ struct Forward {
       if (f.convert || copy_h) part.sync();
       for (long v = units.begin; v < units.end; ++v) lay_biases(v);
       const S *w_ih = input.raw, *w_hh = hidden.raw;
+      const long tiles = (part.row1 - part.row0 + kDotRows - 1) / kDotRows;
       auto multiply = [&](int g, int first, int parts, A* out, long row, const A* biases) {
         for (long v = units.begin; v < units.end; ++v)
-          for (long b = part.row0; b < part.row1; ++b) {
+          for (long i = 0; i < tiles; ++i) {
+            const Share tile = share_of(part.row1 - part.row0, int(i), int(tiles));
+            const long b0 = part.row0 + tile.begin;
+            const int n = int(tile.end - tile.begin);
+            const E *x[kDotRows], *h_prev[kDotRows];
+            for (int r = 0; r < n; ++r) {
+              x[r] = f.convert ? f.inputs + (b0 + r) * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b0 + r));
+              h_prev[r] = copy_h ? f.h[0].rows + (b0 + r) * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b0 + r));
+            }
             const long unit = g * p.H + v * L;
-            const Dots<S> both[] = {
-                {f.convert ? f.inputs + b * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b)),
-                 w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
-                {copy_h ? f.h[0].rows + b * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b)),
-                 w_hh + unit * p.w_hh.b, p.w_hh.b, p.P}};
-            Vec<A> sum = dot_rows(both + first, parts, lanes(v, p.H));
-            store(out + b * row + v * L, biases ? sum + load(biases + v * L) : sum);
+            const Dots<S> both[] = {{x, w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
+                                    {h_prev, w_hh + unit * p.w_hh.b, p.w_hh.b, p.P}};
+            dot_rows(both + first, parts, lanes(v, p.H), n, [&](int r, Vec<A> sum) {
+              store(out + (b0 + r) * row + v * L, biases ? sum + load(biases + v * L) : sum);
+            });
           }
       };
       for (int g = 0; g < G; ++g) {
@@ -279,13 +278,13 @@ struct Forward {
       Share all = share_of(f.Hv, team.rank, team.size);
       for (long v = all.begin; v < all.end; ++v) {
         lay_biases(v);
-        if (f.packed) {
-          pack(input, v, p.w_ih, 0, G, p.H, p.I);
+        if (f.packed_x) pack(input, v, p.w_ih, 0, G, p.H, p.I);
+        if (f.packed_h) {
           pack(hidden, v, p.w_hh, 0, kFused, p.H, p.P);
           if (kBefore) pack(candidate, v, p.w_hh, 2 * p.H, 1, p.H, p.P);
         }
       }
-      if (f.packed && p.w_hr.data) {
+      if (f.packed_h && p.w_hr.data) {
         all = share_of(f.Pv, team.rank, team.size);
         for (long v = all.begin; v < all.end; ++v) {
           pack(projection, v, p.w_hr, 0, 1, p.P, p.H);

@@ -137,10 +137,6 @@ void multiply_columns(const ScanView& w, const Operand<S>* const* rows, long cou
   }
 }
 
-// Fewer rows than this would leave most lanes of multiply_across idle.
-template <class A>
-constexpr long kAcrossRows = kLanes<A> / 2;
-
 // What packed weights of W beside activations of S are made of: terms, or words of W that are packed beforehand.
 template <class S, class W>
 struct PanelOf {
@@ -171,60 +167,7 @@ struct Weights {
   long H = 0, K = 0;    // units a gate, and what is summed over
   const A* scale = nullptr;  // null, or [G][scale_stride] factors of packed rows
   long scale_stride = 0;
-  A* across = nullptr;  // scratch of multiply_across, where that is to be used: [rows, padded][K]
 };
-
-// The product with the parts of weights and activations exchanged, for weights that are used too seldom to be packed:
-// lanes are rows of activations (laid out anew each time: they are few), and rows of w are read as they lie.
-template <int G, class S, class Out, class Done>
-void multiply_across(const Weights<S>& w, const Accumulator<S>* const* rows, long count, long first, long last,
-                     const Accumulator<S>* init, long stride, bool add, const Out& out, const Done& done) {
-  using A = Accumulator<S>;
-  constexpr int L = kLanes<A>;
-  constexpr long kGroup = kMaxVectors * L;
-  for (long b = 0; b < count; b += L)
-    for (long k = 0; k < w.K; k += L) {
-      const int some = int(w.K - k < L ? w.K - k : L);
-      Vec<A> square[L];
-      for (int l = 0; l < L; ++l) square[l] = b + l < count ? load_n(rows[b + l] + k, some) : Vec<A>{};
-      transpose<A>(square);
-      for (int l = 0; l < some; ++l) store(w.across + b * w.K + (k + l) * L, square[l]);
-    }
-  alignas(64) A block[G][L][kGroup];  // [gate][unit][row]
-  for (long v = first; v < last; ++v) {
-    const int units = int(w.H - v * L < L ? w.H - v * L : L);
-    for (long b0 = 0; b0 < count; b0 += kGroup) {
-      const long group = count - b0 < kGroup ? count - b0 : kGroup;
-      const int width = int((group + L - 1) / L), most = rows_of_tile(width);
-      for (int g = 0; g < G; ++g)
-        for (int unit = 0; unit < units;) {
-          const int tiles = (units - unit + most - 1) / most, n = (units - unit + tiles - 1) / tiles;
-          const A* from[kMaxRows];
-          A* to[kMaxRows];
-          for (int r = 0; r < n; ++r) {
-            from[r] = reinterpret_cast<const A*>(w.raw + (g * w.H + v * L + unit + r) * w.raw_row);
-            to[r] = block[g][unit + r];
-          }
-          tile_function<A, A, 1>(n, width)(Tile<A>{from, w.across + b0 * w.K, w.K * L, w.K, nullptr, to, 0, false});
-          unit += n;
-        }
-      for (long b = 0; b < group; b += L) {
-        const int n = int(group - b < L ? group - b : L);
-        for (int g = 0; g < G; ++g) {
-          Vec<A> square[L];
-          for (int l = 0; l < L; ++l) square[l] = l < units ? load(block[g][l] + b) : Vec<A>{};
-          transpose<A>(square);
-          for (int r = 0; r < n; ++r) {
-            A* to = out(b0 + b + r, v) + g * stride;
-            if (init) square[r] += load(init + v * L + g * stride);
-            store(to, add ? square[r] + load(to) : square[r]);
-          }
-        }
-        done(b0 + b, n, v, 1);
-      }
-    }
-  }
-}
 
 // Rows divided as evenly as possible into tiles, times unit vectors [first, last): for each tile, the product with
 // all G gates of `width` vectors, then done(first row, rows, first vector, width).
@@ -234,9 +177,6 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
   if (count == 0) return;
-  if constexpr (__is_same(S, A) && __is_same(S, W))
-    if (w.across && count >= kAcrossRows<A>)
-      return multiply_across<G>(w, rows, count, first, last, init, stride, add, out, done);
   for (long v = first; v < last; v += tile_width(G)) {
     int width = int(last - v < tile_width(G) ? last - v : tile_width(G));
     int most = rows_of_product<Operand<S>>(G * width);
@@ -255,15 +195,18 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
         tile_function<E, P, G>(n, width)(tile);
       } else {
         for (int g = 0; g < G; ++g)
-          for (int nb = 0; nb < width; ++nb)
-            for (int r = 0; r < n; ++r) {
-              long unit = (v + nb) * L, at = g * stride + nb * L;
-              int some = int(w.H - unit < L ? w.H - unit : L);
-              Vec<A> sum = dot_rows<S>(rows[row + r], w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K, some);
-              if (init) sum += load(init + v * L + at);
-              if (add) sum += load(outs[r] + at);
-              store(outs[r] + at, sum);
+          for (int nb = 0; nb < width; ++nb) {
+            const long unit = (v + nb) * L, at = g * stride + nb * L;
+            const int some = int(w.H - unit < L ? w.H - unit : L);
+            for (int r = 0; r < n; r += kDotRows) {
+              const Dots<S> one{rows + row + r, w.raw + (g * w.H + unit) * w.raw_row, w.raw_row, w.K};
+              dot_rows(&one, 1, some, n - r < kDotRows ? n - r : kDotRows, [&](int i, Vec<A> sum) {
+                if (init) sum += load(init + v * L + at);
+                if (add) sum += load(outs[r + i] + at);
+                store(outs[r + i] + at, sum);
+              });
             }
+          }
       }
       done(row, n, v, width);
       row += n;

@@ -308,17 +308,18 @@ FASTSEQ_INLINE V high_lanes(V a, V b, Lanes<I...>) {
   return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I + D)...);
 }
 
-// Lane l of the result is the sum of all lanes of v[l].
-template <class A, int D = 1>
-FASTSEQ_INLINE Vec<A> sums_of(Vec<A>* v) {
-  constexpr int L = kLanes<A>;
-  typename LanesUpTo<L>::type lanes;
-  if constexpr (D == L) {
+// N vectors made into one, a power of two, by adding lanes D apart and wider until lane l has what was in vector l of N;
+// from D = 1 with as many vectors as lanes, lane l is the sum of all lanes of v[l].
+template <class A, int N, int D = 1>
+FASTSEQ_INLINE Vec<A> sums_of(const Vec<A>* v) {
+  typename LanesUpTo<kLanes<A>>::type lanes;
+  if constexpr (N == 1) {
     return v[0];
   } else {
-    for (int i = 0; i < L; i += 2 * D)
-      v[i] = keep_lanes<D>(v[i], v[i + D], lanes) + cross_lanes<D>(v[i], v[i + D], lanes);
-    return sums_of<A, 2 * D>(v);
+    Vec<A> half[N / 2];
+    FASTSEQ_UNROLL for (int i = 0; i < N / 2; ++i)
+      half[i] = keep_lanes<D>(v[2 * i], v[2 * i + 1], lanes) + cross_lanes<D>(v[2 * i], v[2 * i + 1], lanes);
+    return sums_of<A, N / 2, 2 * D>(half);
   }
 }
 
@@ -338,11 +339,11 @@ FASTSEQ_INLINE void transpose(Vec<A>* v) {
   }
 }
 
-// One row of activations and the rows of unpacked weights that it meets.
+// Rows of activations and the rows of unpacked weights that they meet.
 template <class S>
 struct Dots {
-  const Operand<S>* row;  // [K]
-  const S* w;             // of the first lane
+  const Operand<S>* const* rows;  // each [K]
+  const S* w;                     // of the first lane
   long w_row, K;
 };
 
@@ -353,48 +354,78 @@ FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)), 0, kCache);
 }
 
-// Lane l = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`, one after the other. Rows of w are
-// read in order, a few beside each other. The processor's own prefetchers keep up within a row and lose time at the start
-// of the next, so that start is asked for, as many rows before; whole rows asked for so early would drive each other out
-// of L1.
-template <class S>
-Vec<Accumulator<S>> dot_rows(const Dots<S>* of, int parts, int n) {
+// Rows of activations that meet a row of unpacked weights while it is in registers.
+constexpr int kDotRows = kVectorRegisters >= 32 ? 6 : 2;
+
+template <class A, int R>
+struct RowSums {
+  Vec<A> of[R];  // a row's
+};
+
+// Lane l of a row's sum = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`, one after the other. Rows
+// of w are read in order, a few beside each other. The processor's own prefetchers keep up within a row and lose time at
+// the start of the next, so that start is asked for, as many rows before; whole rows asked for so early would drive each
+// other out of L1.
+template <class S, int R>
+RowSums<Accumulator<S>, R> dot_rows(const Dots<S>* of, int parts, int n) {
   using A = Accumulator<S>;
   using E = Operand<S>;
   constexpr int L = kLanes<A>, step = L * kTerm<E>;
   constexpr int C = L < 4 ? L : 4;
   constexpr long kStart = 256 / long(sizeof(S));  // elements of a row's start
-  Vec<A> sums[L] = {};
-  for (int part = 0; part < parts; ++part) {
-    const E* row = of[part].row;
-    const long K = of[part].K, w_row = of[part].w_row, whole = K - K % step;
+  // The sums of C rows of w from l on and one part.
+  auto add = [&](const Dots<S>& of, int l, Vec<A> (&acc)[R][C]) {
+    const E* row[R];
+    const S* at[C];
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r) row[r] = of.rows[r];
+    FASTSEQ_UNROLL for (int c = 0; c < C; ++c) at[c] = of.w + (l + c < n ? l + c : n - 1) * of.w_row;
+    const long whole = of.K - of.K % step;
+    for (long k = 0; k < kStart && k < whole; k += step)
+      for (int c = 0; c < C; ++c) prefetch(at[c] + k, C * of.w_row * long(sizeof(S)));
+    for (long k = 0; k < whole; k += step) {
+      Vec<A> wv[C];
+      FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = load_terms_as<E>(at[c] + k);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = load_terms(row[r] + k);
+        FASTSEQ_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = add_product<E>(acc[r][c], a, wv[c]);
+      }
+    }
+    if (whole == of.K) return;
+    const int rest = int(of.K - whole);
+    Vec<A> wv[C];
+    FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = load_terms_as_n<E>(at[c] + whole, rest);
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+      Vec<A> a = load_terms_n(row[r] + whole, rest);
+      FASTSEQ_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = add_product<E>(acc[r][c], a, wv[c]);
+    }
+  };
+  Vec<A> sums[R][L / C];  // lanes of C rows of w, in part summed
+  if constexpr (R == 1) {  // bound by reading w: one matrix after the other
+    for (int part = 0; part < parts; ++part)
+      for (int l = 0; l < L; l += C) {
+        Vec<A> acc[R][C] = {};
+        add(of[part], l, acc);
+        const Vec<A> sum = sums_of<A, C>(acc[0]);
+        sums[0][l / C] = part ? sums[0][l / C] + sum : sum;
+      }
+  } else {  // by the sums and what it takes to bring their lanes together
     for (int l = 0; l < L; l += C) {
-      Vec<A> acc[C];
-      const S* at[C];
-      for (int c = 0; c < C; ++c) {
-        acc[c] = sums[l + c];
-        at[c] = of[part].w + (l + c < n ? l + c : n - 1) * w_row;
-      }
-      for (long k = 0; k < kStart && k < whole; k += step)
-        for (int c = 0; c < C; ++c) prefetch(at[c] + k, C * w_row * long(sizeof(S)));
-      for (long k = 0; k < whole; k += step) {
-        Vec<A> a = load_terms(row + k);
-        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as<E>(at[c] + k));
-      }
-      if (whole < K) {
-        const int rest = int(K - whole);
-        Vec<A> a = load_terms_n(row + whole, rest);
-        for (int c = 0; c < C; ++c) acc[c] = add_product<E>(acc[c], a, load_terms_as_n<E>(at[c] + whole, rest));
-      }
-      for (int c = 0; c < C; ++c) sums[l + c] = acc[c];
+      Vec<A> acc[R][C] = {};
+      for (int part = 0; part < parts; ++part) add(of[part], l, acc);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) sums[r][l / C] = sums_of<A, C>(acc[r]);
     }
   }
-  return sums_of<A>(sums);
+  RowSums<A, R> out;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) out.of[r] = sums_of<A, L / C, C>(sums[r]);
+  return out;
 }
-template <class S>
-Vec<Accumulator<S>> dot_rows(const Operand<S>* row, const S* w, long w_row, long K, int n) {
-  const Dots<S> one{row, w, w_row, K};
-  return dot_rows(&one, 1, n);
+// The same of 1 to kDotRows rows, each handed to done(row, sum).
+template <class S, int R = 1, class Done>
+FASTSEQ_INLINE void dot_rows(const Dots<S>* of, int parts, int n, int rows, const Done& done) {
+  if constexpr (R < kDotRows)
+    if (rows != R) return dot_rows<S, R + 1>(of, parts, n, rows, done);
+  const RowSums<Accumulator<S>, R> sums = dot_rows<S, R>(of, parts, n);
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) done(r, sums.of[r]);
 }
 
 }  // namespace FASTSEQ_ISA

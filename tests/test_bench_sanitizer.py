@@ -16,6 +16,7 @@ from fastseq import ops
 # As the tool is called: --tool NAME --error-exitcode 99 COMMAND. One finds nothing, one finds errors in a command that
 # it never ends, one has no time for its command.
 TOOL = """#!/bin/sh
+echo "$@" >>"$0.calls"
 [ "$1 $3 $4" = "--tool --error-exitcode 99" ] || exit 3
 echo "========= COMPUTE-SANITIZER"
 name=$2
@@ -26,6 +27,7 @@ case $name in
   synccheck) exit 0 ;;
 esac
 """
+TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def told(run: gpu.Run) -> dict[str, Any]:
 @pytest.mark.skipif(ops.NATIVE_MISSING is not None, reason="the compiled extension is not installed")
 def test_each_tool_is_told_as_it_ended(run: gpu.Run) -> None:
     tools = told(run)
-    assert list(tools) == [f"{name}, attention" for name in ("memcheck", "racecheck", "synccheck")]
+    assert list(tools) == [f"{name}, attention" for name in TOOLS]
     clean, errors, late = tools.values()
     assert (clean["status"], clean["wrong"]) == ("clean", []), clean
     assert clean["cases"] == len(gpu_cases.tiny("attention"))
@@ -56,6 +58,19 @@ def test_each_tool_is_told_as_it_ended(run: gpu.Run) -> None:
     assert "Race reported" in errors["said"][-1]
     assert (late["status"], late["cases"]) == ("out of time", 0), "what was not run is not clean"
     assert run.failed
+
+
+def test_every_tool_looks_at_the_kernels_of_both_families(
+    run: gpu.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compute-sanitizer").write_text(TOOL.replace('memcheck) "$@" && echo', "memcheck) echo"))
+    monkeypatch.setattr(gpu, "FAMILIES", ("recurrent", "attention"))
+    assert set(told(run)) == {f"{name}, {family}" for name in TOOLS for family in gpu.FAMILIES}
+    calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
+    for name in TOOLS:
+        for family in gpu.FAMILIES:
+            (line,) = (c for c in calls if c.startswith(f"--tool {name} ") and f"gpu_worker {family} " in c)
+            assert line.endswith("--tiny --check --contestant native")
 
 
 def test_small_cases_take_every_kernel_of_attention() -> None:

@@ -61,6 +61,18 @@ def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype,
             compare(inputs, lengths, reset, plain, reverse)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_any_few_rows_meet_weights_as_they_lie(dtype: torch.dtype, isa: str) -> None:
+    use_isa(isa)
+    cells, threads = itertools.cycle(CELLS), itertools.cycle([1, 2, 3, 1])
+    for steps, rows in itertools.product((1, 2), range(1, 14)):
+        cell = next(cells)
+        seed(cell, dtype, steps, rows)
+        torch.set_num_threads(next(threads))
+        compare(draw(cell, steps, rows, 71, 37, dtype=dtype), None, None, cell, False)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
 def test_every_option_on_every_cell(cell: str, option: str) -> None:

@@ -328,6 +328,21 @@ def test_nan_in_one_row_stays_in_that_row(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_relu_hides_no_nan_on_either_way(backend):
+    ours, theirs = twins("RNN", 5, 7, nonlinearity="relu")
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    x[2, 1] = float("nan")
+    found = []
+    for layer, own in ((ours, x.clone().requires_grad_()), (theirs, x.clone().requires_grad_())):
+        with fastseq.use_backend(backend):
+            y = layer(own)[0]
+            found.append((y, *torch.autograd.grad(y[3].sum(), [own, *layer.parameters()])))
+    for mine, its in zip(*found, strict=True):
+        torch.testing.assert_close(mine, its, equal_nan=True)
+    assert found[1][1][2, 1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input_and_expanded_gradient(backend):
     layer = fastseq.nn.LSTM(5, 7).double()
     storage = torch.randn(4, 3, 10).double()

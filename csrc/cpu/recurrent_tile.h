@@ -401,12 +401,12 @@ RowSums<Accumulator<S>, R> dot_rows(const Dots<S>* of, int parts, int n) {
   };
   Vec<A> sums[R][L / C];  // lanes of C rows of w, in part summed
   if constexpr (R == 1) {  // bound by reading w: one matrix after the other
+    for (Vec<A>& sum : sums[0]) sum = Vec<A>{};
     for (int part = 0; part < parts; ++part)
       for (int l = 0; l < L; l += C) {
         Vec<A> acc[R][C] = {};
         add(of[part], l, acc);
-        const Vec<A> sum = sums_of<A, C>(acc[0]);
-        sums[0][l / C] = part ? sums[0][l / C] + sum : sum;
+        sums[0][l / C] += sums_of<A, C>(acc[0]);
       }
   } else {  // by the sums and what it takes to bring their lanes together
     for (int l = 0; l < L; l += C) {

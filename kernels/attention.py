@@ -132,7 +132,7 @@ def make_rows(
     WIDEN: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The tile of queries of one head that is number ``program``."""
-    b, h, tile = find_program(program, call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
+    b, h, tile = find_program(program, call, heads, together, BLOCK_M, OF_KEYS=False)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if (i0 < rows) & ((tq > few) | (tq == 0)):

@@ -39,7 +39,7 @@ def attention_delta(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
-    b, h, tile = find_program(tl.program_id(0), call, call.cu_q, number(call.length_q), heads, together, ROW_BLOCK)
+    b, h, tile = find_program(tl.program_id(0), call, heads, together, ROW_BLOCK, OF_KEYS=False)
     q_row, rows, tq, _, _, _, _ = sequence(call, b)
     i0 = tile * ROW_BLOCK
     if i0 < rows:
@@ -148,7 +148,7 @@ def attention_backward_keys(
     """dk and dv (either may be None) of one tile of keys of one key head, summed over the query heads that share it."""
     KEYS: tl.constexpr = dk is not None
     VALUES: tl.constexpr = dv is not None
-    b, head, tile = find_program(tl.program_id(0), call, call.cu_k, number(call.length_k), heads, together, BLOCK_N)
+    b, head, tile = find_program(tl.program_id(0), call, heads, together, BLOCK_N, OF_KEYS=True)
     q_row, _, tq, k_row, keys, tk, shift = sequence(call, b)
     j0 = tile * BLOCK_N
     if j0 < keys:
@@ -265,7 +265,7 @@ def attention_backward_queries(
     TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head."""
-    b, h, tile = find_program(tl.program_id(0), call, call.cu_q, number(call.length_q), heads, together, BLOCK_M)
+    b, h, tile = find_program(tl.program_id(0), call, heads, together, BLOCK_M, OF_KEYS=False)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
     if i0 < rows:

@@ -26,12 +26,14 @@ def find_tile(cu, slot, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def find_program(program, call, cu, length, heads, together, BLOCK: tl.constexpr):
-    """(sequence, head, tile) of a program.
+def find_program(program, call, heads, together, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
+    """(sequence, head, tile) of a program whose rows are keys (OF_KEYS) or queries.
 
-    Programs run in groups of ``together`` heads, whose keys and values fit in the L2 cache; in a group the last tiles
-    come first, which under a causal limit are the longest.
+    Programs run in groups of ``together`` heads, so that what each of these reads fits in the L2 cache; in a group
+    those come first that under a causal limit have the most to do: the first tiles of keys, the last of queries.
     """
+    cu = call.cu_k if OF_KEYS else call.cu_q
+    length = number(call.length_k if OF_KEYS else call.length_q)
     if cu is None:
         tiles = tl.cdiv(length, BLOCK)
         units = number(call.batch) * heads
@@ -41,7 +43,9 @@ def find_program(program, call, cu, length, heads, together, BLOCK: tl.constexpr
     first = program // (together * tiles) * together
     size = tl.minimum(together, units - first)
     index = program - first * tiles
-    tile = tiles - 1 - index // size
+    tile = index // size
+    if not OF_KEYS:
+        tile = tiles - 1 - tile
     unit = first + index % size
     if cu is None:
         return unit // heads, unit % heads, tile
@@ -90,8 +94,9 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
     if call.right is not None:
         end = tl.minimum(end, last + shift + number(call.right) + 1)
         whole_end = tl.minimum(whole_end, first + shift + number(call.right) + 1)
-    end = tl.where(first <= last, end, 0)
-    whole_end = tl.where(first <= last, whole_end, 0)
+    seen = (first <= last) & (begin < end)  # rounded, a begin past the end would be before it
+    end = tl.where(seen, end, 0)
+    whole_end = tl.where(seen, whole_end, 0)
     begin = begin // BLOCK * BLOCK
     whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
     whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
@@ -115,7 +120,7 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
         whole = tl.maximum(whole, last - shift - number(call.right))
     if call.left is not None:
         end = tl.minimum(end, last - shift + number(call.left) + 1)
-    end = tl.where(first <= last, end, 0)
+    end = tl.where((first <= last) & (begin < end), end, 0)  # rounded, a begin past the end would be before it
     begin = begin // BLOCK * BLOCK
     whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
     return begin, whole, end

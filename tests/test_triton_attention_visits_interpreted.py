@@ -1,4 +1,4 @@
-"""Which tiles the Triton attention visits, and in which order: those that nobody sees never, the longest rows first."""
+"""Which tiles the Triton attention visits, and in which order: those that nobody sees never, the longest first."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ LIMITS: dict[str, Options] = {
     "causal": {"causal": True},
     "causal, top left": {"causal": True, "bottom_right": False},
     "window": {"window_left": 40, "window_right": 9},
+    "window, top left": {"window_left": 20, "window_right": 5, "bottom_right": False},
     "causal window": {"causal": True, "window_left": 70},
     "lengths": {"lengths_q": [60], "lengths_k": [100], "causal": True},
     "causal with a bias": {"causal": True, "bias": True},
+    "window with a bias, top left": {"window_left": 20, "bottom_right": False, "bias": True},
 }
 
 
@@ -65,25 +67,28 @@ FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    ("name", "queries"),
-    [("causal", 70), ("window", 70), ("window", 4), ("lengths", 70), ("lengths", 4),
-     pytest.param("causal window", 70, marks=FULL), pytest.param("causal with a bias", 70, marks=FULL),
-     # 64, and not 70: keys that only queries past the last would see still meet the tile that the last one is in.
-     pytest.param("causal, top left", 64, marks=FULL)],
+    ("name", "queries", "keys"),
+    [("causal", 70, 130), ("window", 70, 130), ("window", 4, 130), ("lengths", 70, 130), ("lengths", 4, 130),
+     # Keys that only queries past the last would see, and queries that only keys past the last would: the last tile of
+     # the other side, which is not full, is no more theirs than any before it.
+     ("causal, top left", 70, 130), ("window, top left", 130, 70),
+     pytest.param("causal, top left", 64, 130, marks=FULL), pytest.param("causal window", 70, 130, marks=FULL),
+     pytest.param("causal with a bias", 70, 130, marks=FULL),
+     pytest.param("window with a bias, top left", 130, 70, marks=FULL)],
 )  # fmt: skip
-def test_a_tile_that_nobody_sees_is_never_visited(name: str, queries: int) -> None:
+def test_a_tile_that_nobody_sees_is_never_visited(name: str, queries: int, keys: int) -> None:
     """What a tile of rows gets is the same when all that it is not to visit is NaN."""
-    q, k, v = dense((1, 1, 1, queries, 130, 24, 16))
+    q, k, v = dense((1, 1, 1, queries, keys, 24, 16))
     options = {n: torch.tensor(x) if isinstance(x, list) else x for n, x in LIMITS[name].items()}
     if "lengths_q" in options:
         options["lengths_q"] = options["lengths_q"].clamp(max=queries)
     if "bias" in options:
-        options["bias"] = torch.randn(1, 1, queries, 130)
+        options["bias"] = torch.randn(1, 1, queries, keys)
     at = dense_positions(q, k, options.get("lengths_q"), options.get("lengths_k"), options.get("bottom_right", True))
     limits = (options.get("causal", False), options.get("window_left", -1), options.get("window_right", -1))
     found = visible_pairs(at, None, *limits)
     assert found is not None
-    seen = found.expand(1, 1, queries, 130)[0, 0]
+    seen = found.expand(1, 1, queries, keys)[0, 0]
     tiles = blocks(q, k, v, options)
     o, lse = attention_launch.forward(q, k, v, *arguments(options))
     d_o = torch.randn_like(o)
@@ -116,26 +121,31 @@ def test_a_tile_that_nobody_sees_is_never_visited(name: str, queries: int) -> No
 
 
 @triton.jit(do_not_specialize=["call", "heads", "together"])
-def programs(out, call, heads, together, BLOCK: tl.constexpr):
+def programs(out, call, heads, together, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
     """Which (sequence, head, tile) each program has."""
     program = tl.program_id(0)
-    b, h, tile = find_program(program, call, call.cu_q, (call.length_q - 3) // 2, heads, together, BLOCK)
+    b, h, tile = find_program(program, call, heads, together, BLOCK, OF_KEYS)
     tl.store(out + 3 * program, b)
     tl.store(out + 3 * program + 1, h)
     tl.store(out + 3 * program + 2, tile)
 
 
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("together", [1, 2, 4, 100])
-def test_every_tile_has_one_program_and_the_longest_rows_come_first(together: int) -> None:
-    """In a group of heads that share the cache; under a causal limit the last queries see the most keys."""
-    batch, heads, queries, block = 2, 3, 70, 16
-    x: Any = Problem(*dense((batch, heads, heads, queries, 70, 16, 16)), *arguments({"causal": True}))
-    tiles = -(-queries // block)
+def test_every_tile_has_one_program_and_the_longest_come_first(together: int, of_keys: bool) -> None:
+    """In a group of heads that share the cache; under a causal limit the last queries see the most keys, and the first
+    keys are seen by the most queries."""
+    batch, heads, queries, keys, block = 2, 3, 70, 54, 16
+    x: Any = Problem(*dense((batch, heads, heads, queries, keys, 16, 16)), *arguments({"causal": True}))
+    visits = shown(torch.ones(queries, keys).tril(keys - queries).bool(), block, block).sum(0 if of_keys else 1)
+    tiles = len(visits)
     out = torch.full((tiles * batch * heads, 3), -1, dtype=torch.int32)
-    programs[(out.shape[0],)](out, x.call, heads, together, block)
+    programs[(out.shape[0],)](out, x.call, heads, together, block, of_keys)
     order = out.tolist()
     assert sorted(order) == [[b, h, t] for b in range(batch) for h in range(heads) for t in range(tiles)]
     for first in range(0, batch * heads, together):
         group = order[first * tiles : (first + together) * tiles]
-        assert [t for _, _, t in group] == sorted((t for _, _, t in group), reverse=True)
+        lengths = [int(visits[t]) for _, _, t in group]
+        assert len(set(lengths)) == tiles
+        assert lengths == sorted(lengths, reverse=True)
         assert len({(b, h) for b, h, _ in group}) == min(together, batch * heads - first)

@@ -94,9 +94,10 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
     if call.right is not None:
         end = tl.minimum(end, last + shift + number(call.right) + 1)
         whole_end = tl.minimum(whole_end, first + shift + number(call.right) + 1)
-    seen = (first <= last) & (begin < end)  # rounded, a begin past the end would be before it
-    end = tl.where(seen, end, 0)
-    whole_end = tl.where(seen, whole_end, 0)
+    end = tl.where(first <= last, end, 0)
+    whole_end = tl.where(first <= last, whole_end, 0)
+    if call.left is not None:
+        end = tl.where(begin < end, end, 0)  # rounded, a begin past the end would be before it
     begin = begin // BLOCK * BLOCK
     whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
     whole_end = tl.maximum(whole_begin, tl.maximum(whole_end, 0) // BLOCK * BLOCK)
@@ -120,7 +121,9 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
         whole = tl.maximum(whole, last - shift - number(call.right))
     if call.left is not None:
         end = tl.minimum(end, last - shift + number(call.left) + 1)
-    end = tl.where((first <= last) & (begin < end), end, 0)  # rounded, a begin past the end would be before it
+    end = tl.where(first <= last, end, 0)
+    if call.right is not None:
+        end = tl.where(begin < end, end, 0)  # rounded, a begin past the end would be before it
     begin = begin // BLOCK * BLOCK
     whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
     return begin, whole, end

@@ -20,7 +20,8 @@ constexpr long kParallelStep = 12000;
 constexpr long kCacheBytes = 640 << 10;
 
 inline int threads_for(const ScanSizes& s) {
-  long work = s.T * s.B * (s.I + s.P) * s.H * gates_of(s.cell);
+  const long weights = (s.I + s.P) * s.H * gates_of(s.cell);
+  const long work = (s.T * s.B + 1) * weights;  // to read them costs about as much as a row does
   return s.threads <= 1 || work < kParallelCall ? 1 : s.threads;
 }
 
@@ -28,15 +29,18 @@ inline int threads_for(const ScanSizes& s) {
 // need no barrier, but each thread then walks through all weights at every step, for few rows.
 inline int unit_ways(const ScanSizes& s, int threads, long element) {
   if (threads == 1) return 1;
-  long macs = s.P * s.H * gates_of(s.cell), step_macs = s.B * macs;
+  const long macs = s.P * s.H * gates_of(s.cell), step_macs = s.B * macs, vectors = vectors_of<float>(s.H);
+  auto share = [](long total, int size) { return (total + size - 1) / size; };  // the largest
   int ways = 1;
   for (int w = 2; w <= threads; ++w) {
     if (threads % w) continue;
-    int groups = threads / w, finer = threads / ways;
-    long rows = (s.B + finer - 1) / finer;  // of a thread without this
-    bool spills = macs * element > kCacheBytes && rows <= 12;
-    bool worth = step_macs / (long(groups) * w) >= kParallelStep;
-    if ((rows <= 1 || spills) && worth) ways = w;
+    const int groups = threads / w, finer = threads / ways;
+    const long rows = share(s.B, finer);  // of a thread without this
+    const bool spills = macs * element > kCacheBytes && rows <= 12;
+    // Three rows of two threads: one would have twice as many as the other.
+    const bool evener = rows <= 2 && 6 * share(s.B, groups) * share(vectors, w) <= 5 * rows * share(vectors, ways);
+    const bool worth = step_macs / (long(groups) * w) >= kParallelStep;
+    if ((rows <= 1 || spills || evener) && worth) ways = w;
   }
   return ways;
 }

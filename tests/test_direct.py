@@ -144,7 +144,7 @@ def test_results_share_no_memory():
 
 
 def test_strange_strides():
-    x, h, c, *rest = arguments(shape=(4, 3, 5))
+    x, h, c, *rest = arguments(shape=(6, 3, 5))
     weights = [torch.empty(*w.shape[:-1], 2 * w.shape[-1])[..., ::2].copy_(w) for w in rest[0]]
     odd_h = torch.empty(3, 1, 34)[..., ::2].transpose(0, 1).copy_(h)
     with torch.no_grad():

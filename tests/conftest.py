@@ -10,7 +10,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import devices
 import pytest
@@ -85,16 +84,6 @@ def pytest_report_header() -> list[str]:
 EMULATED = re.compile(r"test_(emulation|cuda_(?!\w*_compiled))\w*\.py::")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How much was run on the machine that emulates a GPU."""
-    passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if EMULATED.search(report.nodeid)]
-    faults = [name for name in passed if "fault" in name.partition("::")[2].partition("[")[0]]
-    if passed and devices.DEVICE == "cpu":
-        terminalreporter.write_line(
-            f"emulated GPU: {len(passed)} tests passed, in {len(faults)} of which a planted fault was noticed"
-        )
-
-
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds torch from the test's own name: every test draws other numbers, and the same ones each time it runs."""
@@ -112,7 +101,8 @@ def counted(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many calls were held to the reference, and how many kernels compiled; told when a test is torn down."""
+    """How many calls were held to the reference, how many kernels compiled (told when a test is torn down), and how
+    much was run on the machine that emulates a GPU."""
     total: Counter[str] = Counter()
     for report in terminalreporter.stats.get("", []):
         if report.when == "teardown":
@@ -120,6 +110,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 total[what] += count
     for what, count in sorted(total.items()):
         terminalreporter.write_line(f"{count} {what}")
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if EMULATED.search(report.nodeid)]
+    faults = [name for name in passed if "fault" in name.partition("::")[2].partition("[")[0]]
+    if passed and devices.DEVICE == "cpu":
+        terminalreporter.write_line(
+            f"emulated GPU: {len(passed)} tests passed, in {len(faults)} of which a planted fault was noticed"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ inline int threads_for(const ScanSizes& s) {
 inline int unit_ways(const ScanSizes& s, int threads, long element) {
   if (threads == 1) return 1;
   const long macs = s.P * s.H * gates_of(s.cell), step_macs = s.B * macs, vectors = vectors_of<float>(s.H);
-  auto share = [](long total, int size) { return (total + size - 1) / size; };  // the largest
+  auto share = [](long total, int size) { return share_of(total, 0, size).end; };  // the largest
   int ways = 1;
   for (int w = 2; w <= threads; ++w) {
     if (threads % w) continue;

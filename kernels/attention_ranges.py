@@ -122,8 +122,7 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
     if call.left is not None:
         end = tl.minimum(end, last - shift + number(call.left) + 1)
     end = tl.where(first <= last, end, 0)
-    if call.right is not None:
-        begin = tl.where(begin < end, begin, end + BLOCK)  # one past the end stays there when it is rounded
-    begin = begin // BLOCK * BLOCK
-    whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, tl.maximum(begin, tl.cdiv(end, BLOCK) * BLOCK))
+    stop = tl.cdiv(end, BLOCK) * BLOCK
+    begin = tl.where(begin < end, begin // BLOCK * BLOCK, stop)  # rounded, a begin past the end would be before it
+    whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, stop)
     return begin, whole, end

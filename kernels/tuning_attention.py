@@ -111,17 +111,26 @@ _HALF_PAIRS: dict[str, Table] = {
 }
 
 # float32: tiles are of twice the bytes, and exact products are no work of tensor cores.
-_SINGLE: Table = {
+_SINGLE_LATER: Table = {
     "forward": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
     "backward_keys": (Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     "backward_queries": (Tile(32, 32, 8, 1, 255), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
     "backward_bias": (Tile(32, 32, 8, 1),) * 3,
     "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
-_SINGLE_PAIRS: Table = {**_SINGLE, "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))}
-_SINGLE_SM_80: Table = {
-    **_SINGLE,
-    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 32, 16, 1)),
+_SINGLE: dict[str, Table] = {
+    "sm_80": {**_SINGLE_LATER, "backward_keys": (*(Tile(32, 32, 8, 1, 255),) * 2, Tile(16, 32, 16, 2))},
+    "sm_90": _SINGLE_LATER,
+    "sm_100": _SINGLE_LATER,
+}
+_SINGLE_LATER_PAIRS: Table = {
+    **_SINGLE_LATER,
+    "backward_keys": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+}
+_SINGLE_PAIRS: dict[str, Table] = {
+    "sm_80": {**_SINGLE_LATER, "backward_keys": (*(Tile(32, 32, 8, 1, 255),) * 2, Tile(16, 32, 8, 1, 255))},
+    "sm_90": _SINGLE_LATER_PAIRS,
+    "sm_100": _SINGLE_LATER_PAIRS,
 }
 
 _GFX942: Table = {
@@ -209,7 +218,7 @@ def tile(machine: str, role: str, dtype: torch.dtype, columns: int, pairs: bool,
     if machine == "gfx942":
         return _GFX942[role][width]
     if dtype == torch.float32:
-        return (_SINGLE_SM_80 if machine == "sm_80" else _SINGLE_PAIRS if pairs else _SINGLE)[role][width]
+        return (_SINGLE_PAIRS if pairs else _SINGLE)[machine][role][width]
     pairs = pairs or role == "backward_bias"
     described = _DESCRIBED.get(machine, {}).get(role, (None,) * len(WIDTHS))[width]
     if describable and described is not None and not pairs:

@@ -48,7 +48,7 @@ def parser(commands: dict[str, Callable[[list[str]], int]]) -> argparse.Argument
     out.add_argument("--case", nargs="+", default=[], metavar="PATTERN", action="extend",
                      help="only cases whose name contains one of these, or matches a glob (* ? [])")  # fmt: skip
     out.add_argument("--dtype", nargs="+", default=[], choices=DTYPES, action="extend",
-                     help="data types (default: float32, and bfloat16 for attention)")  # fmt: skip
+                     help="data types (default: float32, and bfloat16 for the functions of attention)")  # fmt: skip
     out.add_argument("--peer", nargs="+", choices=PEERS, action="extend",
                      help=f"whom to measure against (default: {' '.join(DEFAULT_PEERS)})")  # fmt: skip
     out.add_argument("--quick", action="store_true", help=f"{len(QUICK)} representative cases in under a minute")

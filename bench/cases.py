@@ -1,7 +1,8 @@
 """The registry: what is measured, under which name, on which inputs.
 
 A case is a value: two equal cases have the same inputs, drawn from a seed that is the case's own name.
-Letters: T time steps, B batch, I input features, H hidden units; in attention H heads, D features a head.
+Letters: T time steps, B batch, I input features, H hidden units; in attention H heads, D features a head; E features
+of an embedding, those of all heads.
 """
 
 from __future__ import annotations
@@ -139,6 +140,44 @@ class Attention(Case):
         return self.dtype in ("float32", "bfloat16")
 
 
+@dataclass(frozen=True)
+class Multihead(Case):
+    """The layer MultiheadAttention on itself (x is query, key and value), batch first; ``inference`` or ``training``.
+
+    weights: the mean over heads of the softmax is returned too, which is torch's default; causal: ``is_causal``, and
+    the mask that torch wants beside it; padded: a boolean ``key_padding_mask``, for sequences of unequal length.
+    """
+
+    batch: int
+    steps: int
+    embed: int
+    heads: int
+    weights: bool = False
+    causal: bool = False
+    padded: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        return [name for name in ("weights", "causal", "padded") if getattr(self, name)]
+
+    @property
+    def name(self) -> str:
+        shape = f"B{self.batch}-T{self.steps}-E{self.embed}-H{self.heads}"
+        return "-".join(["multihead", self.mode, shape, *self.options]) + self._suffix()
+
+    @property
+    def group(self) -> str:
+        return " ".join(["multihead", *(self.options or ["plain"]), self.mode, DTYPES[self.dtype]])
+
+    @property
+    def family(self) -> str:
+        return f"multihead {self.mode} {DTYPES[self.dtype]}"
+
+    @property
+    def default(self) -> bool:
+        return self.dtype == "float32"
+
+
 RECURRENT_GRID = (
     (1, 1, 64, 64),
     (1, 1, 128, 128),
@@ -172,6 +211,19 @@ ATTENTION_GRID = (
 )
 """(kind, B, Hq, Hk, Tq, Tk, D, causal)"""
 
+MULTIHEAD_GRID: tuple[tuple[tuple[int, int, int, int], dict[str, bool]], ...] = (
+    ((1, 1, 64, 4), {}),
+    ((1, 1, 512, 8), {}),
+    ((1, 16, 256, 8), {}),
+    ((8, 50, 512, 8), {}),
+    ((4, 200, 512, 8), {}),
+    ((1, 1024, 512, 8), {}),
+    ((8, 50, 512, 8), {"weights": True}),
+    ((4, 200, 512, 8), {"causal": True}),
+    ((4, 200, 512, 8), {"padded": True}),
+)
+"""(B, T, E, heads), options"""
+
 QUICK = frozenset(
     [f"{cell}-inference-{shape}" for cell in ("rnn", "gru", "lstm") for shape in
      ("T1-B1-I64-H64", "T100-B1-I128-H128", "T50-B32-I128-H128")]
@@ -181,6 +233,8 @@ QUICK = frozenset(
     + ["attention-forward-B4-H8-T200-D64-causal-bf16", "attention-training-B4-H8-T200-D64-causal"]
     + ["attention_mask-forward-B16-H12-T128-D64", "attention_varlen-forward-B8-H8-T512-D64-causal"]
     + ["attention_decode-forward-B1-H32kv8-Tk4096-D128", "attention_decode-forward-B1-H32kv8-Tk4096-D128-bf16"]
+    + ["multihead-inference-B1-T16-E256-H8", "multihead-inference-B4-T200-E512-H8-causal"]
+    + ["multihead-training-B8-T50-E512-H8"]
 )  # fmt: skip
 """The representative subset of ``--quick``."""
 
@@ -202,6 +256,9 @@ def _all() -> Iterator[Case]:
             for shape_of_attention in ATTENTION_GRID:
                 if not (shape_of_attention[0] == "decode" and mode == "training"):
                     yield Attention(mode, dtype, *shape_of_attention)
+        for mode in ("inference", "training"):
+            for shape_of_layer, options in MULTIHEAD_GRID:
+                yield Multihead(mode, dtype, *shape_of_layer, **options)
 
 
 @cache
@@ -273,6 +330,17 @@ class AttentionInputs:
     lengths: Tensor | None
 
 
+@dataclass
+class MultiheadInputs:
+    """x and dy [B,T,E] (dy: gradient of y, in training), lengths int64 [B] where padded; ``state`` holds the weights
+    under the layer's names."""
+
+    x: Tensor
+    dy: Tensor
+    lengths: Tensor | None
+    state: dict[str, Tensor]
+
+
 def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
     """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
     rng, dtype, hidden = case.generator(), case.torch_dtype, case.hidden
@@ -308,8 +376,7 @@ def attention_inputs(case: Attention) -> AttentionInputs:
 
     lengths = None
     if case.kind in ("mask", "varlen"):
-        lengths = torch.randint(case.keys // 4, case.keys + 1, (case.batch,), generator=rng)
-        lengths[0] = case.keys
+        lengths = _lengths(case.batch, case.keys, rng)
     if case.kind == "varlen":
         assert lengths is not None
         total = int(lengths.sum())
@@ -320,3 +387,28 @@ def attention_inputs(case: Attention) -> AttentionInputs:
         k, v = (normal(case.batch, case.kv_heads, case.keys, case.dim) for _ in range(2))
     d_o = normal(*q.shape) if case.training else torch.empty(0)
     return AttentionInputs(q, k, v, d_o, lengths)
+
+
+def multihead_inputs(case: Multihead) -> MultiheadInputs:
+    """Draw the inputs of a case of MultiheadAttention: unit normal x and dy; weights uniform in ±√(3/E), so that q, k
+    and v are of about unit variance, and so are scores; biases likewise, for none may be zero; lengths as attention's.
+    """
+    rng, dtype, embed = case.generator(), case.torch_dtype, case.embed
+
+    def weight(*shape: int) -> Tensor:
+        return ((torch.rand(*shape, generator=rng) * 2 - 1) * (3 / embed) ** 0.5).to(dtype)
+
+    shape = (case.batch, case.steps, embed)
+    x = torch.randn(*shape, generator=rng).to(dtype)
+    dy = torch.randn(*shape, generator=rng).to(dtype) if case.training else torch.empty(0)
+    shapes = {"in_proj_weight": (3 * embed, embed), "in_proj_bias": (3 * embed,)}
+    shapes |= {"out_proj.weight": (embed, embed), "out_proj.bias": (embed,)}
+    state = {name: weight(*shape) for name, shape in shapes.items()}
+    return MultiheadInputs(x, dy, _lengths(case.batch, case.steps, rng) if case.padded else None, state)
+
+
+def _lengths(batch: int, longest: int, rng: torch.Generator) -> Tensor:
+    """int64 [batch]: from a quarter of the longest to all of it; the first is the longest."""
+    lengths = torch.randint(longest // 4, longest + 1, (batch,), generator=rng)
+    lengths[0] = longest
+    return lengths

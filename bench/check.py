@@ -14,8 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import Attention, AttentionInputs, Case, Recurrent, RecurrentInputs
-from bench.peers import Entrant, Inputs, Outputs, build_layer, layer_entrant, sdpa_entrant, torch_loop
+from bench.cases import Attention, AttentionInputs, Case, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
+from bench.peers import (
+    Entrant,
+    Inputs,
+    Outputs,
+    build_layer,
+    build_multihead,
+    layer_entrant,
+    multihead_entrant,
+    sdpa_entrant,
+    torch_loop,
+)
 
 FLOOR = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 """8 units in the last place of float32, half of one of bfloat16, one of float16."""
@@ -58,6 +68,9 @@ def standard(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         else:
             layer = build_layer(nn, case, inputs.state, dtype)
         entrant = layer_entrant(case, layer, inputs)
+    elif isinstance(case, Multihead):
+        assert isinstance(inputs, MultiheadInputs)
+        entrant = multihead_entrant(case, build_multihead(nn, case, inputs.state, dtype), inputs)
     else:
         assert isinstance(case, Attention)
         assert isinstance(inputs, AttentionInputs)

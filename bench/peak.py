@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.cases import Case, Recurrent, registry
+from bench.cases import Case, Multihead, Recurrent, registry
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -39,6 +39,8 @@ def miniature(case: Case) -> Case:
     """The same case on two steps, or 32 positions."""
     if isinstance(case, Recurrent):
         return dataclasses.replace(case, steps=2, batch=1)
+    if isinstance(case, Multihead):
+        return dataclasses.replace(case, steps=32, batch=1)
     return dataclasses.replace(case, batch=1, queries=32, keys=32)  # type: ignore[call-arg]
 
 

@@ -1,8 +1,8 @@
 """The contestants: fastseq, and those it is measured against.
 
 Each prepares, for a case and its inputs, one or more entrants: closures that do the whole call a user would write.
-Where a peer has several settings (spinning workers or not; padding or a loop) each is an entrant of its own, and the
-fastest stands for the peer.
+Where a peer has several settings (spinning workers or not; padding or a loop; a fast path or none) each is an entrant
+of its own, and the fastest stands for the peer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import Attention, AttentionInputs, Case, Recurrent, RecurrentInputs
+from bench.cases import Attention, AttentionInputs, Case, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
 
-Inputs = RecurrentInputs | AttentionInputs
+Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs
 Outputs = dict[str, Tensor]
 
 
@@ -114,6 +114,51 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
     return Entrant(train, gradients)
 
 
+def build_multihead(
+    library: ModuleType, case: Multihead, state: dict[str, Tensor], dtype: torch.dtype
+) -> nn.MultiheadAttention:
+    """MultiheadAttention of ``library`` (torch.nn or fastseq.nn) for this case, with the given weights."""
+    layer = library.MultiheadAttention(case.embed, case.heads, batch_first=True, dtype=dtype)
+    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()})
+    return layer.train(case.training)
+
+
+def multihead_entrant(
+    case: Multihead, layer: nn.MultiheadAttention, inputs: MultiheadInputs, setting: str = ""
+) -> Entrant:
+    """One call of self-attention; in training with the walk from y back into x and every weight. The masks, which a
+    model has from its tokenizer or makes once, are not timed."""
+    x, dy = inputs.x, inputs.dy
+    options: dict[str, Any] = {"need_weights": case.weights}
+    if case.causal:
+        options |= {"is_causal": True, "attn_mask": torch.ones(case.steps, case.steps, dtype=torch.bool).triu(1)}
+    if case.padded:
+        assert inputs.lengths is not None
+        options["key_padding_mask"] = torch.arange(case.steps) >= inputs.lengths[:, None]
+
+    def named(y: Tensor, weights: Tensor | None) -> Outputs:
+        return {"y": y} if weights is None else {"y": y, "weights": weights}
+
+    if not case.training:
+        return Entrant(lambda: layer(x, x, x, **options), lambda answer: named(*answer), setting)
+
+    x = x.clone().requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def train() -> Any:
+        for leaf in leaves:
+            leaf.grad = None
+        y, weights = layer(x, x, x, **options)
+        y.backward(dy)
+        return y, weights
+
+    def gradients(answer: Any) -> Outputs:
+        grads = {f"d_{name}": _grad(parameter) for name, parameter in layer.named_parameters()}
+        return named(*answer) | {"d_x": _grad(x)} | grads
+
+    return Entrant(train, gradients, setting)
+
+
 def attention_entrant(
     case: Attention,
     function: Callable[..., Tensor],
@@ -159,6 +204,10 @@ def fastseq_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entra
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
         yield layer_entrant(case, layer, inputs)
+        return
+    if isinstance(case, Multihead):
+        assert isinstance(inputs, MultiheadInputs)
+        yield multihead_entrant(case, build_multihead(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
         return
     assert isinstance(case, Attention)
     assert isinstance(inputs, AttentionInputs)
@@ -209,6 +258,10 @@ def torch_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant
             raise Unavailable("torch has no GRU that resets before the product")
         yield layer_entrant(case, build_layer(nn, case, inputs.state, case.torch_dtype), inputs)
         return
+    if isinstance(case, Multihead):
+        assert isinstance(inputs, MultiheadInputs)
+        yield from torch_multihead(case, inputs)
+        return
     assert isinstance(case, Attention)
     assert isinstance(inputs, AttentionInputs)
     if case.kind == "varlen":
@@ -216,6 +269,19 @@ def torch_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant
         yield torch_loop(case, inputs)
     else:
         yield sdpa_entrant(case, F.scaled_dot_product_attention, inputs)
+
+
+def torch_multihead(case: Multihead, inputs: MultiheadInputs) -> Iterator[Entrant]:
+    """The layer as it is; in inference also without its fast path, which keeps the matrix of scores where the other way
+    need not. ``torch.backends.mha.set_fastpath_enabled(False)`` turns it off for all layers; the training flag does so
+    for this one and, without dropout, nothing else."""
+    layer = build_multihead(nn, case, inputs.state, case.torch_dtype)
+    if case.training:
+        yield multihead_entrant(case, layer, inputs)
+    else:
+        yield multihead_entrant(case, layer, inputs, "fast path")
+        slow = build_multihead(nn, case, inputs.state, case.torch_dtype).train()
+        yield multihead_entrant(case, slow, inputs, "no fast path")
 
 
 def torch_padded(case: Attention, inputs: AttentionInputs) -> Entrant:

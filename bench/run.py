@@ -22,7 +22,7 @@ import torch
 
 import fastseq
 from bench import peak
-from bench.cases import Case, Recurrent, attention_inputs, recurrent_inputs
+from bench.cases import Case, Multihead, Recurrent, attention_inputs, multihead_inputs, recurrent_inputs
 from bench.check import Judge, errors
 from bench.peers import OURS, Contestant, Entrant, Inputs, Unavailable
 
@@ -123,7 +123,9 @@ def geomean(ratios: Sequence[float]) -> float | None:
 
 def make_inputs(case: Case) -> Inputs:
     """The case's inputs, the same at each call."""
-    return recurrent_inputs(case) if isinstance(case, Recurrent) else attention_inputs(case)  # type: ignore[arg-type]
+    if isinstance(case, Recurrent):
+        return recurrent_inputs(case)
+    return multihead_inputs(case) if isinstance(case, Multihead) else attention_inputs(case)  # type: ignore[arg-type]
 
 
 # --- the clock ------------------------------------------------------------------------------------------------------
@@ -257,7 +259,9 @@ def admit(
         entry.reason = f"the package {missing} is not installed"
         return []
     try:
-        for entrant in contestant.prepare(case, inputs, options.threads):
+        with torch.inference_mode(False):  # as models are made: torch is slower on weights that inference mode made
+            entrants = list(contestant.prepare(case, inputs, options.threads))
+        for entrant in entrants:
             if contestant.name == OURS.name:
                 entry.backend = backend_of(entrant)
             found = errors(entrant.outputs(entrant.call()), judge.truth)

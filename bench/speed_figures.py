@@ -114,7 +114,8 @@ def groups(cases: list[dict[str, Any]], title: str) -> Any:
 
 def shorten(name: str) -> str:
     """A case's name with spaces, without what its family says."""
-    words = [word for word in name.split("-") if word not in ("inference", "training", "forward", "bf16", "fp32")]
+    said = ("multihead", "inference", "training", "forward", "bf16", "fp32")
+    words = [word for word in name.split("-") if word not in said]
     return " ".join(words).replace("attention ", "").replace("gru_reset_before", "gru before")
 
 
@@ -256,7 +257,7 @@ def _outcomes(document: Document, backend: str, subject: str) -> dict[str, int]:
 
 def _subject(case: dict[str, Any]) -> str:
     named = str(case.get("family") or case.get("group") or case["name"])
-    return "attention" if "attention" in named else "recurrent"
+    return "attention" if "attention" in named or "multihead" in named else "recurrent"
 
 
 def _backend(case: dict[str, Any]) -> str | None:

@@ -254,10 +254,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
-  if (lse.numel() > 0) {
-    check_memory(call.length_q <= kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, call)
-                                                 : FASTSEQ_DISPATCH(attention_forward, call));
-  }
+  if (lse.numel() > 0) check_memory(run_attention(call));
   return {o, lse};
 }
 

@@ -7,125 +7,23 @@
 // at::Tensor, which an AtenTensorHandle points to, is one pointer to that; and THPVariable_Wrap, which torch exports
 // under a name that holds its signature, makes a Python object of one. fastseq/functional/direct.py turns this on only
 // for releases of torch with which it was tested, after a trial.
-#include "direct.h"
-
 #include <cstring>
-#include <exception>
 #include <vector>
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
 
+#include "direct_objects.h"
 #include "inference.h"
 
 namespace fastseq {
 namespace {
 
-constexpr Py_ssize_t kMostWeights = 64;        // a larger stack gains nothing from this
-constexpr int64_t kAlone = int64_t(1) << 18;   // more multiplications than this: let other threads run meanwhile
+constexpr Py_ssize_t kMostWeights = 64;  // a larger stack gains nothing from this
 
-// Set once by bind(): the exact types that are ordinary tensors, and questions that must all be answered with something
-// false. Interned names of attributes and parameters.
-PyObject *tensor_type, *parameter_type, *questions, *cdata_name, *is_neg_name, *version_name, *cell_names[4];
+// Set once by bind(): interned names of attributes and parameters.
+PyObject *version_name, *cell_names[4];
 int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
-
-using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
-Wrap wrap;
-
-// An owned reference.
-class Object {
- public:
-  explicit Object(PyObject* object) : object_(object) {}
-  Object(const Object&) = delete;
-  Object& operator=(const Object&) = delete;
-  ~Object() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  PyObject* release() {
-    PyObject* object = object_;
-    object_ = nullptr;
-    return object;
-  }
-
- private:
-  PyObject* object_;
-};
-
-// A tensor borrowed from Python. impl is what an at::Tensor would hold: its address serves as a handle.
-struct Borrowed {
-  void* impl = nullptr;
-  // False: not an ordinary tensor. None is no tensor, and fine.
-  bool take(PyObject* object) {
-    if (object == Py_None) return true;
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type && type != parameter_type) return false;
-    Object address(PyObject_GetAttr(object, cdata_name));
-    if (!address.get()) return false;
-    impl = PyLong_AsVoidPtr(address.get());
-    return impl != nullptr && lies_in_memory() && is_as_it_lies(object);
-  }
-  // Elements that strides lead to: neither a layout of another kind (oneDNN's, sparse ones), nor the zeros of forward
-  // mode, which have no memory.
-  bool lies_in_memory() {
-    static const int32_t strided = aoti_torch_layout_strided();
-    int32_t layout;
-    int64_t elements;
-    void* data;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle(), &layout));
-    if (layout != strided) return false;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle(), &data));
-    if (data) return true;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
-    return elements == 0;
-  }
-  // Not negated in the reader's mind, as the imaginary part of a conjugate is: such a view has strides of 2.
-  bool is_as_it_lies(PyObject* object) {
-    int64_t elements;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
-    if (elements > 1 && is_contiguous(handle())) return true;
-    Object negative(PyObject_CallMethodObjArgs(object, is_neg_name, nullptr));
-    return negative.get() == Py_False;
-  }
-  AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
-};
-
-bool nothing_speaks_against_it() {
-  if (!questions) return false;
-  const Py_ssize_t count = PyTuple_Size(questions);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
-    if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
-  }
-  return true;
-}
-
-// A new contiguous tensor, and where its elements are.
-PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& data) {
-  torch::stable::Tensor tensor = empty(sizes, rank, dtype);
-  data = tensor.data_ptr();
-  return wrap(*reinterpret_cast<void* const*>(tensor.get()));
-}
-
-template <class Work>
-void compute(int64_t products, const Work& work) {
-  if (products < kAlone) return work();
-  std::exception_ptr failure;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    work();
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  Py_END_ALLOW_THREADS
-  if (failure) std::rethrow_exception(failure);
-}
-
-// None in place of whatever went wrong.
-PyObject* decline() {
-  PyErr_Clear();
-  Py_RETURN_NONE;
-}
-
-const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
 
 // Tensors that are kept alive: what they came from may change while other threads run.
 class BorrowedList {
@@ -364,6 +262,7 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
+  bind_attention();
   for (Py_ssize_t i = 0; i < 3; ++i) Py_INCREF(args[i]);  // for as long as the process lives
   tensor_type = args[0], parameter_type = args[1], questions = args[2];
   Py_RETURN_TRUE;
@@ -386,11 +285,6 @@ PyObject* described(PyObject*, PyObject* tensor) try {
   return decline();
 }
 
-template <class Function>
-PyCFunction method(Function function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 }  // namespace
 
 PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
@@ -400,6 +294,8 @@ PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr}
                                 {"plan", method(plan), METH_FASTCALL, nullptr},
                                 {"planned", method(planned), METH_FASTCALL, nullptr},
                                 {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
+                                {"attend", method(attend), METH_FASTCALL, nullptr},
+                                {"multihead", method(multihead), METH_FASTCALL, nullptr},
                                 {"bind", method(bind), METH_FASTCALL, nullptr},
                                 {"described", method(described), METH_O, nullptr},
                                 {nullptr, nullptr, 0, nullptr}};

@@ -65,7 +65,7 @@ size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
-  int64_t strides[3], count = 1;
+  int64_t strides[4], count = 1;
   for (int64_t i = rank; i-- > 0; count *= sizes[i]) strides[i] = count > 0 ? count : 1;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(

@@ -25,7 +25,7 @@ Dtype accumulator_of(Dtype dtype);
 inline AtenTensorHandle handle_of(const torch::stable::Tensor& x) { return x.get(); }
 inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get() : nullptr; }
 
-// A new contiguous CPU tensor, not initialised.
+// A new contiguous CPU tensor of up to four dimensions, not initialised.
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype);
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype);
 

@@ -131,12 +131,19 @@ def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
     return None
 
 
-_NATIVE_FIRST = ops.NATIVE_MISSING is None and auto.row("cpu", "scan").order[0] == "native"
+_NATIVE_FIRST = {
+    op: ops.NATIVE_MISSING is None and auto.row("cpu", op).order[0] == "native" for op in ("scan", "attention")
+}
 
 
 def native_scan() -> bool:
     """Whether a scan on the CPU goes to the native kernels, asked without any detail of the call."""
-    return _NATIVE_FIRST and (_override is None or _override == "native") and _decisions is None
+    return _NATIVE_FIRST["scan"] and (_override is None or _override == "native") and _decisions is None
+
+
+def native_attention() -> bool:
+    """Whether attention on the CPU does, likewise."""
+    return _NATIVE_FIRST["attention"] and (_override is None or _override == "native") and _decisions is None
 
 
 class _Explained(Exception):

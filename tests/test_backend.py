@@ -275,7 +275,7 @@ def test_a_wanted_gradient_is_a_kind_of_attention():
 @needs_native
 @pytest.mark.parametrize("first", ["native", "torch"])
 def test_the_way_back_runs_where_the_way_there_did(first, monkeypatch):
-    monkeypatch.setattr(backend, "_NATIVE_FIRST", False)
+    monkeypatch.setitem(backend._NATIVE_FIRST, "scan", False)
     x = torch.randn(4, 2, 8, 8, requires_grad=True)
     w = [torch.randn(24, 8), torch.randn(24, 8)]
     for op, call, gradient in (
@@ -336,7 +336,7 @@ def test_auto_gives_large_bf16_batches_to_torch_where_it_has_amx(amx: bool, monk
 def test_auto_logs_a_fallback_once(monkeypatch, caplog):
     monkeypatch.setattr(auto, "AUTO", (auto.Row("*", "scan", "", ("torch", "reference"), "for this test"),))
     monkeypatch.setattr(backend, "_logged", set())
-    monkeypatch.setattr(backend, "_NATIVE_FIRST", False)
+    monkeypatch.setitem(backend._NATIVE_FIRST, "scan", False)
     layer = fastseq.nn.GRU(3, 5, reset_after=False)
     with caplog.at_level(logging.INFO, "fastseq"):
         for _ in range(3):

@@ -70,4 +70,9 @@ FASTSEQ_DECLARE(bool, attention_bias_gradient, (const AttentionBackward& call))
 
 constexpr long kDecodeQueries = 8;
 
+inline bool run_attention(const AttentionForward& call) {
+  return call.length_q <= kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, call)
+                                         : FASTSEQ_DISPATCH(attention_forward, call);
+}
+
 }  // namespace fastseq

@@ -12,7 +12,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from fastseq import auto, autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
-from fastseq.functional import eager_attention, pages
+from fastseq.functional import direct, eager_attention, pages
 from fastseq.reference.attention import attention_weights
 
 
@@ -96,6 +96,12 @@ def attention(
         >>> attention(q[:, :, :1], pool_k, pool_v, block_table=table, lengths_k=torch.tensor([37, 5])).shape
         torch.Size([2, 8, 1, 16])
     """
+    short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
+    short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
+    if short and direct.attend is not None and _infers():
+        o = direct.attend(q, k, v, bias, mask, scale, causal, align == "bottom_right", window, softcap, True)
+        if o is not None:
+            return o
     q, k, v = _autocast(q, k, v)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -178,6 +184,11 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(query, key, key, attn_mask=torch.rand(5, 9) < 0.5).shape
         torch.Size([3, 4, 5, 16])
     """
+    if direct.attend is not None and dropout_p == 0.0 and not (is_causal and attn_mask is not None) and _infers():
+        bias, mask = (None, attn_mask) if getattr(attn_mask, "dtype", None) is torch.bool else (attn_mask, None)
+        o = direct.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
+        if o is not None:
+            return o
     names = ("query", "key", "value")
     if isinstance(query, Tensor) and query.is_nested:
         return F.scaled_dot_product_attention(
@@ -272,6 +283,11 @@ def attention_and_weights(
     bias, mask = (None if x is None else _with_four_dimensions(x) for x in (bias, mask))
     arguments = (q, k, v, bias, mask, *(None,) * 6, seed, scale, causal, False, -1, -1, 0.0, dropout_p)
     return autograd_attention.run(name, arguments)[0], weights
+
+
+def _infers() -> bool:
+    """Whether this is inference that goes to the native kernels if it is on the CPU: the short way may be tried."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and backends.native_attention()
 
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:

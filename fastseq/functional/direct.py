@@ -53,5 +53,5 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
     return tuple(getattr(native, name) for name in _NAMES)
 
 
-_NAMES = ("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged")
-stack, layer, cell, cell_layer, plan, planned, unchanged = _bind()
+_NAMES = ("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged", "attend", "multihead")
+stack, layer, cell, cell_layer, plan, planned, unchanged, attend, multihead = _bind()

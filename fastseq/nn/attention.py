@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq import backend
 from fastseq.checks import ArgumentError, sizes
+from fastseq.functional import direct
 from fastseq.functional.attention import attention, attention_and_weights
 
 
@@ -59,19 +61,24 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Nested tensors go to torch's own forward, which takes them in inference only.
         """
+        done = self._infer(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )  # fmt: skip
+        if done is not None:
+            return done
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = query.dim() == 3
         self._check(query, key, value, batched)
-        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
         appended = (self.bias_k is not None) + self.add_zero_attn
         if is_causal and attn_mask is not None and not need_weights and not appended:
             attn_mask = None
         elif attn_mask is not None:
             is_causal = False
-        mask, bias = self._masks(key_padding_mask, attn_mask, q, k, batched)
+        mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
+        q, k, v = self._project(query, key, value, batched)
         if appended:
             if is_causal:  # the limit holds for the keys that came, not for those appended
                 below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -95,6 +102,40 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)
         return F.linear(o.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
+
+    def _infer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The whole call by one native one, where nothing speaks against it; else None."""
+        if (
+            torch.is_grad_enabled()
+            or direct.multihead is None
+            or torch.compiler.is_compiling()
+            or not backend.native_attention()
+            or self.add_zero_attn
+            or (self.training and self.dropout > 0.0)
+        ):
+            return None
+        mask = bias = None
+        if is_causal and attn_mask is not None:
+            is_causal, attn_mask = (False, attn_mask) if need_weights else (True, None)
+        if key_padding_mask is not None or attn_mask is not None:
+            if query.is_nested or key.is_nested:
+                return None
+            batched = query.dim() == 3
+            self._check(query, key, value, batched)
+            mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
+        own, out = self._parameters, self._modules["out_proj"]._parameters  # type: ignore[union-attr]
+        of = self.num_heads, self.batch_first, is_causal, need_weights, average
+        return direct.multihead(own, out, query, key, value, bias, mask, *of)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -123,34 +164,38 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"got {sizes(query)} and {sizes(key)}"
             )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v [...,E]: one product where the inputs are one tensor."""
-        if not self._qkv_same_embed_dim:
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        weight, bias, embed = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        if query is key and key is value:
-            return F.linear(query, weight, bias).unflatten(-1, (3, embed)).unbind(-2)
-        if key is value:
-            w_q, w_kv = weight.split((embed, 2 * embed))
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, ...]:
+        """q, k and v ``[N,heads,T,D]``: one product where the inputs are one tensor, two where key and value are."""
+        bias, embed = self.in_proj_bias, self.embed_dim
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return self._heads(F.linear(query, self.in_proj_weight, bias), batched)
+        if self._qkv_same_embed_dim and key is value:
+            w_q, w_kv = self.in_proj_weight.split((embed, 2 * embed))
             b_q, b_kv = (None, None) if bias is None else bias.split((embed, 2 * embed))
-            return F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).unflatten(-1, (2, embed)).unbind(-2)
+            return *self._heads(F.linear(query, w_q, b_q), batched), *self._heads(F.linear(key, w_kv, b_kv), batched)
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+        return tuple(
+            self._heads(F.linear(x, w, b), batched)[0]
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
 
-    def _heads(self, x: Tensor, batched: bool) -> Tensor:
-        """A view [N,heads,T,D] of a projection."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if not batched:
-            return x.transpose(0, 1).unsqueeze(0)
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+    def _heads(self, x: Tensor, batched: bool) -> tuple[Tensor, ...]:
+        """Views ``[N,heads,T,D]`` of one or more projections ``[...,E]`` that lie side by side."""
+        lead = x.shape[:-1] if batched else (x.shape[0], 1)
+        x = x.view(*lead, x.shape[-1] // self.embed_dim, self.num_heads, self.head_dim)
+        return x.permute((2, 0, 3, 1, 4) if batched and self.batch_first else (2, 1, 3, 0, 4)).unbind()
 
     def _masks(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor, batched: bool
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, query: Tensor, key: Tensor, batched: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both masks as one of bool (True: may look) and one to be added, broadcastable to [N,heads,L,S]."""
-        batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        time = 1 if batched and self.batch_first else 0
+        batch, heads = query.shape[1 - time] if batched else 1, self.num_heads
+        queries, keys = query.shape[time], key.shape[time]
         masks: list[Tensor] = []
         biases: list[Tensor] = []
 
@@ -159,8 +204,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
             if tuple(x.shape) not in shapes:
                 raise ArgumentError(f"{name} must be {' or '.join(str(list(s)) for s in shapes)}, got {sizes(x)}")
-            if x.device != q.device:
-                raise ArgumentError(f"{name} is on {x.device} but query on {q.device}; move it with .to(device)")
+            if x.device != query.device:
+                raise ArgumentError(f"{name} is on {x.device} but query on {query.device}; move it with .to(device)")
             if x.dtype == torch.bool:
                 masks.append(~x.view(view))
             elif x.is_floating_point():

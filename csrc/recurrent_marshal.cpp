@@ -64,14 +64,20 @@ Dtype weights_of(AtenTensorHandle w, Dtype beside) {
 size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
-  int64_t strides[4], count = 1;
+// Strides of a contiguous tensor of up to four dimensions; returns its elements.
+static int64_t contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* strides) {
+  int64_t count = 1;
   for (int64_t i = rank; i-- > 0; count *= sizes[i]) strides[i] = count > 0 ? count : 1;
+  return count;
+}
+
+torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
+  int64_t strides[4];
+  const size_t bytes = size_t(contiguous_strides(sizes, rank, strides)) * bytes_of(dtype);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor tensor(handle);
-  const size_t bytes = size_t(count) * bytes_of(dtype);
   if (bytes >= 2 * kHugePage) advise(tensor.data_ptr(), bytes);
   return tensor;
 }
@@ -146,7 +152,6 @@ ScanView packed_view(const char* name, AtenTensorHandle x, Dtype dtype, int64_t 
 Workspace::~Workspace() { std::free(data_); }
 
 void* Workspace::of(size_t bytes) {
-  constexpr size_t kKept = size_t(64) << 20;  // one larger than this is not kept for a smaller call
   if (bytes > size_ || size_ > kKept) {
     std::free(data_);
     size_ = (bytes + 4095) / 4096 * 4096;
@@ -156,6 +161,16 @@ void* Workspace::of(size_t bytes) {
     advise(data_, size_);
   }
   return data_;
+}
+
+torch::stable::Tensor Workspace::tensor(std::initializer_list<int64_t> sizes, Dtype dtype) {
+  const int64_t rank = int64_t(sizes.size());
+  int64_t strides[4];
+  void* data = of(size_t(contiguous_strides(sizes.begin(), rank, strides)) * bytes_of(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, rank, sizes.begin(), strides, 0, code_of(dtype),
+                                                            aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
 }
 
 Workspace& scratch() { return workspace; }

@@ -47,8 +47,12 @@ bool is_contiguous(AtenTensorHandle x);
 // Scratch that a thread keeps from call to call.
 class Workspace {
  public:
+  static constexpr size_t kKept = size_t(64) << 20;  // one larger than this is not kept for a smaller call
+
   ~Workspace();
   void* of(size_t bytes);
+  // The same as a contiguous tensor, good until the next call of either.
+  torch::stable::Tensor tensor(std::initializer_list<int64_t> sizes, Dtype dtype);
 
  private:
   void* data_ = nullptr;

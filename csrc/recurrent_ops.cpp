@@ -82,10 +82,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
   return {y, h_n, c_n, c_all, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
+// scan_backward_cpu; `inner`: dgates goes no further than scan_gradient_cpu. As large as the tape, it would fault in all
+// its pages at every step of a training: then it lies in memory that the thread keeps.
+static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
+    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse,
+    bool inner) {
   ScanBackward p{};
   p.cell = cell_of(cell.c_str());
   p.dtype = dtype_of(y.get());
@@ -113,7 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.c0 = view("c0", c0, dtype, {p.B, p.H});
 
   const int64_t beside = p.cell == Cell::gru ? p.H : w_hr ? p.P : 0;  // what dhidden holds a row
-  Tensor dgates = empty({p.T, p.B, G * p.H}, dtype), dh0 = h0 ? empty({p.B, p.P}, dtype) : empty({0}, dtype);
+  thread_local Workspace gates;
+  const bool kept = inner && size_t(p.T * p.B * G * p.H) * bytes_of(dtype) <= Workspace::kKept;
+  Tensor dgates = kept ? gates.tensor({p.T, p.B, G * p.H}, dtype) : empty({p.T, p.B, G * p.H}, dtype);
+  Tensor dh0 = h0 ? empty({p.B, p.P}, dtype) : empty({0}, dtype);
   Tensor dhidden = beside ? empty({p.T, p.B, beside}, dtype) : empty({0}, dtype);
   Tensor dc0 = c0 ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
   if (p.B > 0 && p.P > 0) {
@@ -126,6 +132,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     FASTSEQ_DISPATCH(scan_backward, p);
   }
   return {dgates, dhidden, dh0, dc0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
+    const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
+    const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
+    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
+  return walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, false);
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
@@ -173,8 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
     const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
     const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
-  auto [dgates, dhidden, dh0, dc0] = scan_backward_cpu(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0,
-                                                       lengths, reset, cell, reverse);
+  auto [dgates, dhidden, dh0, dc0] =
+      walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true);
   if (!with_dx && !with_weights) {
     auto absent = [&] { return empty({0}, dtype_of(x.get())); };  // one each: results must not alias
     return {absent(), absent(), absent(), absent(), absent(), dh0, dc0, dhidden};

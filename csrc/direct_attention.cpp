@@ -153,7 +153,7 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) try {
     return decline();
   call.scale = scale_of(call.dim);
   if (args[5] != Py_None && !read(args[5], call.scale)) return decline();
-  if (call.batch * call.heads_q * call.length_q * call.heads_k * call.length_k * call.dim * call.dim_v == 0 ||
+  if (std::min({call.batch, call.heads_q, call.length_q, call.heads_k, call.length_k, call.dim, call.dim_v}) == 0 ||
       !k.is({call.batch, call.heads_k, call.length_k, call.dim}) ||
       !v.is({call.batch, call.heads_k, call.length_k, call.dim_v}) || call.heads_q % call.heads_k != 0 ||
       (!grouped && call.heads_q != call.heads_k) || !q.has_unit_rows() || !k.has_unit_rows() || !v.has_unit_rows() ||
@@ -259,7 +259,7 @@ class Multihead {
     const int time = rank_ == 3 && batch_first ? 1 : 0;
     call_.batch = rank_ == 2 ? 1 : query_.sizes[1 - time];
     call_.length_q = query_.sizes[time], call_.length_k = key_.sizes[time];
-    if (call_.batch * call_.length_q * call_.length_k == 0) return false;
+    if (std::min({call_.batch, call_.length_q, call_.length_k}) == 0) return false;
     if (rank_ == 3 && key_.sizes[1 - time] != call_.batch) return false;
     dtype_ = dtype_of(query_.handle());
     if (need_weights_ && (call_.length_k > kMostWeightedKeys || (dtype_ != Dtype::f32 && dtype_ != Dtype::f64)))

@@ -243,13 +243,14 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return decline();
 }
 
-// bind(Tensor, Parameter, questions, most_bf16_rows) -> bool: False where torch has no THPVariable_Wrap as we know it.
+// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows) -> bool: False where torch has no
+// THPVariable_Wrap as we know it.
 PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !PyTuple_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, questions: tuple, most_bf16_rows)");
+  if (count != 5 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows)");
     return nullptr;
   }
-  most_bf16_rows = PyLong_AsLongLong(args[3]);
+  most_bf16_rows = PyLong_AsLongLong(args[4]);
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
@@ -262,9 +263,10 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
+  if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
   bind_attention();
-  for (Py_ssize_t i = 0; i < 3; ++i) Py_INCREF(args[i]);  // for as long as the process lives
-  tensor_type = args[0], parameter_type = args[1], questions = args[2];
+  for (Py_ssize_t i = 0; i < 4; ++i) Py_INCREF(args[i]);  // for as long as the process lives
+  tensor_type = args[0], parameter_type = args[1], questions = args[2], forward_ad = args[3];
   Py_RETURN_TRUE;
 }
 

@@ -13,8 +13,9 @@ namespace fastseq {
 constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this: let other threads run meanwhile
 
 // Set once by bind(): the exact types that are ordinary tensors, and questions that must all be answered with something
-// false. Interned names of attributes and parameters.
-inline PyObject *tensor_type, *parameter_type, *questions, *cdata_name, *is_neg_name;
+// false. They run no Python code: an interrupt would be raised there, and lost. The names of the module
+// torch.autograd.forward_ad. Interned names of attributes and parameters.
+inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *cdata_name, *is_neg_name, *level_name;
 
 using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
 inline Wrap wrap;
@@ -79,8 +80,14 @@ struct Borrowed {
   AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
 };
 
+// Whether tangents go along with tensors, which they do without gradients too.
+inline bool in_forward_mode() {
+  PyObject* level = PyDict_GetItem(forward_ad, level_name);
+  return !level || PyLong_AsLong(level) >= 0;
+}
+
 inline bool nothing_speaks_against_it() {
-  if (!questions) return false;
+  if (!questions || in_forward_mode()) return false;
   const Py_ssize_t count = PyTuple_Size(questions);
   for (Py_ssize_t i = 0; i < count; ++i) {
     Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));

@@ -7,11 +7,13 @@ import gc
 import pickle
 import sys
 import threading
+import types
 import warnings
 
 import pytest
 import torch
 from support import flat, needs_native
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +40,12 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
 def by_operator(args):
     found = torch.ops.fastseq.stack_forward.native(*args)
     return found if args[5] == "lstm" else found[:2]
+
+
+def test_no_question_runs_python():
+    assert all(isinstance(question, types.BuiltinFunctionType) for question in direct._questions()), (
+        "an interrupt would be raised in it, and lost"
+    )
 
 
 def test_it_is_on_with_this_torch():
@@ -340,3 +348,21 @@ def test_copies_of_a_used_layer():
             layer.weight_hh_l0.mul_(2)
             assert torch.equal(twin(x)[0], want)
             layer.weight_hh_l0.div_(2)
+
+
+@pytest.mark.parametrize("direct_too", [True, False])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRUCell", "LSTMCell"])
+def test_tangents_go_on_without_gradients(kind, direct_too, monkeypatch):
+    ours, theirs = (getattr(of, kind)(5, 7).double() for of in (fastseq.nn, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn((3, 5) if "Cell" in kind else (4, 3, 5), dtype=torch.float64)
+    if not direct_too:
+        for name in direct._NAMES:
+            monkeypatch.setattr(direct, name, None)
+
+    def tangent(layer):
+        with torch.no_grad(), forward_ad.dual_level():
+            found = layer(forward_ad.make_dual(x, x.cos()))
+            return forward_ad.unpack_dual(found if kind == "GRUCell" else found[0]).tangent
+
+    torch.testing.assert_close(tangent(ours), tangent(theirs))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import needs_native
 from test_direct import Counting, Dispatch, Functions
+from torch.autograd import forward_ad
 
 import fastseq
 from fastseq import ArgumentError, use_backend
@@ -385,3 +386,21 @@ def test_results_share_no_memory():
         for average in (True, False):
             found = [t for _ in range(2) for t in layer(x, x, x, average_attn_weights=average)]
             assert len({t.untyped_storage().data_ptr() for t in (*found, x)}) == 5
+
+
+def test_tangents_go_on_without_gradients():
+    q, k, v = call(dtype=torch.float64)[:3]
+    ours, theirs = (of.MultiheadAttention(16, 4, dtype=torch.float64) for of in (fastseq.nn, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 2, 16, dtype=torch.float64)
+
+    def tangent(f, x):
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+
+    for need in (False, True):
+        want = tangent(lambda x: theirs(x, x, x)[0], x)  # with weights: torch's fused kernel has no forward mode
+        torch.testing.assert_close(tangent(lambda x, need=need: ours(x, x, x, need_weights=need)[0], x), want)
+    want = tangent(lambda q: torch.softmax(q @ k.mT / 4, -1) @ v, q)
+    for f in (fastseq.attention, fastseq.scaled_dot_product_attention):
+        torch.testing.assert_close(tangent(lambda q, f=f: f(q, k, v), q), want)

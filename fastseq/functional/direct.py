@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastseq import auto, ops
 
@@ -16,6 +17,11 @@ TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
 ``_cdata`` and make tensors itself. With others the operators are called: slower by some microseconds, the same
 otherwise."""
+
+
+def forward_mode() -> bool:
+    """Whether tangents go along with tensors, which they do under ``torch.no_grad()`` too."""
+    return forward_ad._current_level >= 0
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
@@ -33,7 +39,7 @@ def _questions() -> tuple[Callable[[], object], ...]:
 
 def plain() -> bool:
     """Whether a tensor is no more than its numbers here and now."""
-    return not any(question() for question in _questions())
+    return not forward_mode() and not any(question() for question in _questions())
 
 
 def _bind() -> tuple[Callable[..., Any] | None, ...]:
@@ -43,7 +49,7 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
     import fastseq._native as native  # type: ignore[import-not-found]
 
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
-    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), auto.BF16_ROWS):
+    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS):
         return (None,) * len(_NAMES)
     address, shape, made, its = native.described(trial)
     if (address, shape) != (trial.data_ptr(), tuple(trial.shape)):

@@ -23,16 +23,20 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 def _plain(x: object) -> bool:
     """An ordinary CPU tensor, no gradient, no transform; for what the operators do not ask themselves."""
-    if torch.is_grad_enabled() or type(x) is not Tensor:
+    return type(x) is Tensor and x.is_cpu and _outside_of_modes()
+
+
+def _outside_of_modes() -> bool:
+    if torch.is_grad_enabled() or direct.forward_mode():
         return False
-    return x.is_cpu and not torch.is_autocast_enabled("cpu") and _transforms() is None
+    return not torch.is_autocast_enabled("cpu") and _transforms() is None
 
 
 def undisturbed() -> bool:
     """Whether tensors are no more than their numbers here and now: no gradient, transform or mode is on."""
     if direct.stack is not None:
         return direct.plain()
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and _transforms() is None
+    return _outside_of_modes()
 
 
 def stack(

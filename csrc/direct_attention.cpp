@@ -24,8 +24,8 @@ using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle b, At
                                     double beta, double alpha);
 using MmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
 
-// Set once by bind_attention(). in_proj_weight, in_proj_bias, bias_k; weight, bias.
-PyObject* names[5];
+// Set once by bind_attention(). in_proj_weight, in_proj_bias; weight, bias.
+PyObject* names[4];
 AddmmOut addmm_out;
 MmOut mm_out;
 
@@ -237,7 +237,7 @@ class Multihead {
  public:
   // False: something speaks against the short way. Arguments as `multihead` below.
   bool take(PyObject* const* args) {
-    if (!in_.take(args[0], names[0], names[1]) || !out_.take(args[1], names[3], names[4])) return false;
+    if (!in_.take(args[0], names[0], names[1]) || !out_.take(args[1], names[2], names[3])) return false;
     if (!query_.take(args[2]) || !key_.take(args[3]) || !value_.take(args[4]) || !bias_.take(args[5]) ||
         !mask_.take(args[6]))
       return false;
@@ -347,7 +347,7 @@ class Multihead {
 PyObject* multihead(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 12 || !addmm_out || !mm_out || !PyDict_Check(args[0]) || !PyDict_Check(args[1])) return decline();
   Multihead layer;
-  if (PyDict_GetItem(args[0], names[2]) || !nothing_speaks_against_it() || !layer.take(args)) return decline();
+  if (!nothing_speaks_against_it() || !layer.take(args)) return decline();
   PyObject* made = layer.run();
   return made ? made : decline();
 } catch (const std::exception&) {
@@ -355,8 +355,8 @@ PyObject* multihead(PyObject*, PyObject* const* args, Py_ssize_t count) try {
 }
 
 void bind_attention() {
-  const char* text[] = {"in_proj_weight", "in_proj_bias", "bias_k", "weight", "bias"};
-  for (int i = 0; i < 5; ++i)
+  const char* text[] = {"in_proj_weight", "in_proj_bias", "weight", "bias"};
+  for (int i = 0; i < 4; ++i)
     if (!names[i]) names[i] = PyUnicode_InternFromString(text[i]);
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {

@@ -12,6 +12,7 @@ import torch
 from support import needs_native
 from test_direct import Counting, Dispatch, Functions
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
 
 import fastseq
 from fastseq import ArgumentError, use_backend
@@ -312,6 +313,9 @@ def test_layers_that_are_no_plain_layer_take_the_slow_way(taken):
         pruned = make(16, 4).eval()
         pruned.out_proj.weight = torch.nn.Parameter(torch.randn(10, 16))
         pruned.out_proj.bias = torch.nn.Parameter(torch.randn(10))
+        masked, bent = (make(16, 4, add_bias_kv=True).eval() for _ in range(2))  # whose bias_k is a parameter no more
+        prune.random_unstructured(masked, "bias_k", 0.5)
+        parametrize.register_parametrization(bent, "bias_k", torch.nn.Softsign())
         mixed = make(16, 4).eval()
         mixed.out_proj.double()
         for layer, given in (
@@ -320,6 +324,8 @@ def test_layers_that_are_no_plain_layer_take_the_slow_way(taken):
             (make(16, 4, kdim=12, vdim=12).eval(), (x, y, y)),
             (make(16, 4, dropout=0.5), (x, x, x)),
             (other, (x, x, x)),
+            (masked, (x, x, x)),
+            (bent, (x, x, x)),
             (pruned, (x, x, x)),
             (plain, (x.transpose(0, 1).contiguous().transpose(0, 1),) * 3),
             (plain, (x[:, :0],) * 3),

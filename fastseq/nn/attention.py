@@ -121,6 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             or torch.compiler.is_compiling()
             or not backend.native_attention()
             or self.add_zero_attn
+            or self.bias_k is not None
             or (self.training and self.dropout > 0.0)
         ):
             return None

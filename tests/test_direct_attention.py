@@ -410,3 +410,16 @@ def test_tangents_go_on_without_gradients():
     want = tangent(lambda q: torch.softmax(q @ k.mT / 4, -1) @ v, q)
     for f in (fastseq.attention, fastseq.scaled_dot_product_attention):
         torch.testing.assert_close(tangent(lambda q, f=f: f(q, k, v), q), want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_pass_in_silence(capfd):
+    layer, x = fastseq.nn.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        nested = torch.nested.nested_tensor(list(x))
+        found = layer(nested, nested, nested, need_weights=False)[0]
+        torch.testing.assert_close(found.to_padded_tensor(0.0), layer(x, x, x, need_weights=False)[0])
+        heads = torch.nested.nested_tensor(list(x.view(2, 1, 5, 16)))
+        found = fastseq.scaled_dot_product_attention(heads, heads, heads)
+        torch.testing.assert_close(found.to_padded_tensor(0.0), fastseq.scaled_dot_product_attention(*[x[:, None]] * 3))
+    assert capfd.readouterr().err == ""

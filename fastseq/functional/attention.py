@@ -184,16 +184,16 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(query, key, key, attn_mask=torch.rand(5, 9) < 0.5).shape
         torch.Size([3, 4, 5, 16])
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if direct.attend is not None and dropout_p == 0.0 and not (is_causal and attn_mask is not None) and _infers():
         bias, mask = (None, attn_mask) if getattr(attn_mask, "dtype", None) is torch.bool else (attn_mask, None)
         o = direct.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
         if o is not None:
             return o
     names = ("query", "key", "value")
-    if isinstance(query, Tensor) and query.is_nested:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
     query, key, value = _autocast(query, key, value)
     checks_attention.check_tensors(names, query, key, value)
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:

@@ -123,13 +123,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             or self.add_zero_attn
             or self.bias_k is not None
             or (self.training and self.dropout > 0.0)
+            or query.is_nested
         ):
             return None
         mask = bias = None
         if is_causal and attn_mask is not None:
             is_causal, attn_mask = (False, attn_mask) if need_weights else (True, None)
         if key_padding_mask is not None or attn_mask is not None:
-            if query.is_nested or key.is_nested:
+            if key.is_nested:
                 return None
             batched = query.dim() == 3
             self._check(query, key, value, batched)

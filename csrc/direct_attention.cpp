@@ -289,6 +289,7 @@ class Multihead {
     });
     if (!enough) return nullptr;
     Object output(wrapped(y)), matrix(weights ? wrapped(*weights) : nullptr);
+    if (!output.get() || (weights && !matrix.get())) return nullptr;
     return PyTuple_Pack(2, output.get(), weights ? matrix.get() : Py_None);
   }
 

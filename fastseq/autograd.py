@@ -29,11 +29,16 @@ def functorch_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forward_mode() -> bool:
+    """Whether tangents go along with tensors, which they do under ``torch.no_grad()`` too."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def needs_reference() -> bool:
     """Whether a derivative is being taken that the fused operators do not have: forward mode, or a nested gradient."""
     if torch.compiler.is_compiling():
         return transform_is_traced()
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_mode():
         return True
     stack = torch._C._functorch.get_interpreter_stack()
     if stack is None:

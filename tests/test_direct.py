@@ -292,6 +292,17 @@ def test_swapped_and_replaced_weights_are_seen():
         assert layer(x.double())[0].any()
 
 
+def leaves_nothing_behind(rounds, things):
+    """Many calls leave neither a reference to what they were given nor new objects."""
+    rounds()
+    gc.collect()
+    counts, objects = [sys.getrefcount(t) for t in things], len(gc.get_objects())
+    rounds()
+    gc.collect()
+    assert [sys.getrefcount(t) for t in things] == counts
+    assert abs(len(gc.get_objects()) - objects) < 50
+
+
 def test_nothing_is_left_behind():
     args = arguments()
     names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
@@ -307,14 +318,8 @@ def test_nothing_is_left_behind():
                 direct.cell_layer(parameters, args[0][0], args[1][0], args[2][0], "lstm")
                 direct.cell(args[0][0], args[1][0], args[2][0], *args[3], None, None, "lstm")
 
-        rounds()
-        gc.collect()
         tensors = [args[0], args[1], args[2], *args[3], args[3], names, parameters, *names, "lstm"]
-        counts, objects = [sys.getrefcount(t) for t in tensors], len(gc.get_objects())
-        rounds()
-        gc.collect()
-        assert [sys.getrefcount(t) for t in tensors] == counts
-        assert abs(len(gc.get_objects()) - objects) < 50
+        leaves_nothing_behind(rounds, tensors)
 
 
 def test_threads_share_a_layer_while_its_weights_are_replaced():

@@ -4,13 +4,11 @@ its numbers."""
 from __future__ import annotations
 
 import copy
-import gc
-import sys
 
 import pytest
 import torch
 from support import needs_native
-from test_direct import Counting, Dispatch, Functions
+from test_direct import Counting, Dispatch, Functions, leaves_nothing_behind
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
@@ -376,14 +374,7 @@ def test_nothing_is_left_behind():
                 direct.multihead(own, own, x, x, x, None, None, 4, False, False, False, True)
                 direct.multihead(own, out, x, x, x, None, None, 5, False, False, False, True)
 
-        rounds()
-        gc.collect()
-        things = [*args[:5], x, own, out, *own.values(), *out.values()]
-        counts, objects = [sys.getrefcount(t) for t in things], len(gc.get_objects())
-        rounds()
-        gc.collect()
-        assert [sys.getrefcount(t) for t in things] == counts
-        assert abs(len(gc.get_objects()) - objects) < 50
+        leaves_nothing_behind(rounds, [*args[:5], x, own, out, *own.values(), *out.values()])
 
 
 def test_results_share_no_memory():

@@ -12,16 +12,12 @@ import torch
 from torch.autograd import forward_ad
 
 from fastseq import auto, ops
+from fastseq.autograd import forward_mode
 
 TESTED = ((2, 10), (2, 14))
 """Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
 ``_cdata`` and make tensors itself. With others the operators are called: slower by some microseconds, the same
 otherwise."""
-
-
-def forward_mode() -> bool:
-    """Whether tangents go along with tensors, which they do under ``torch.no_grad()`` too."""
-    return forward_ad._current_level >= 0
 
 
 def _questions() -> tuple[Callable[[], object], ...]:

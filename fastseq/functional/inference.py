@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastseq import auto, backend
+from fastseq.autograd import forward_mode
 from fastseq.functional import direct
 
 _stack = torch.ops.fastseq.stack_forward.native
@@ -27,7 +28,7 @@ def _plain(x: object) -> bool:
 
 
 def _outside_of_modes() -> bool:
-    if torch.is_grad_enabled() or direct.forward_mode():
+    if torch.is_grad_enabled() or forward_mode():
         return False
     return not torch.is_autocast_enabled("cpu") and _transforms() is None
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import autograd_layers
-from fastseq.autograd import apply, functorch_active
+from fastseq.autograd import apply, forward_mode, functorch_active
 from fastseq.autograd_layers import Kind, Layers
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def suits(name: str, x: Tensor, hidden: int) -> bool:
     """Whether a stack goes this way: what is traced, transformed or empty takes the scan, layer by layer."""
     if name != "native" or not x.is_cuda or 0 in (x.shape[0], x.shape[1], hidden):
         return False
-    return not (torch.compiler.is_compiling() or functorch_active() or torch.autograd.forward_ad._current_level >= 0)
+    return not (torch.compiler.is_compiling() or functorch_active() or forward_mode())
 
 
 def run(

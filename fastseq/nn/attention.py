@@ -61,23 +61,28 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Nested tensors go to torch's own forward, which takes them in inference only.
         """
-        done = self._infer(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )  # fmt: skip
-        if done is not None:
-            return done
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        batched = query.dim() == 3
-        self._check(query, key, value, batched)
         appended = (self.bias_k is not None) + self.add_zero_attn
         if is_causal and attn_mask is not None and not need_weights and not appended:
             attn_mask = None
         elif attn_mask is not None:
             is_causal = False
-        mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
+        batched = query.dim() == 3
+        mask = bias = None
+        masked = key_padding_mask is not None or attn_mask is not None
+        if masked:
+            self._check(query, key, value, batched)
+            mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
+        if not appended:
+            of = self.num_heads, self.batch_first, is_causal, need_weights, average_attn_weights
+            done = self._infer(query, key, value, bias, mask, *of)
+            if done is not None:
+                return done
+        if not masked:  # the native call has its own look at shapes
+            self._check(query, key, value, batched)
         q, k, v = self._project(query, key, value, batched)
         if appended:
             if is_causal:  # the limit holds for the keys that came, not for those appended
@@ -103,41 +108,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)
         return F.linear(o.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
 
-    def _infer(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def _infer(self, *arguments: object) -> tuple[Tensor, Tensor | None] | None:
         """The whole call by one native one, where nothing speaks against it; else None."""
         if (
             torch.is_grad_enabled()
             or direct.multihead is None
             or torch.compiler.is_compiling()
             or not backend.native_attention()
-            or self.add_zero_attn
-            or self.bias_k is not None
             or (self.training and self.dropout > 0.0)
-            or query.is_nested
         ):
             return None
-        mask = bias = None
-        if is_causal and attn_mask is not None:
-            is_causal, attn_mask = (False, attn_mask) if need_weights else (True, None)
-        if key_padding_mask is not None or attn_mask is not None:
-            if key.is_nested:
-                return None
-            batched = query.dim() == 3
-            self._check(query, key, value, batched)
-            mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
-        own, out = self._parameters, self._modules["out_proj"]._parameters  # type: ignore[union-attr]
-        of = self.num_heads, self.batch_first, is_causal, need_weights, average
-        return direct.multihead(own, out, query, key, value, bias, mask, *of)
+        out = self._modules["out_proj"]._parameters  # type: ignore[union-attr]
+        return direct.multihead(self._parameters, out, *arguments)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():

@@ -264,7 +264,7 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
   if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
-  bind_attention();
+  bind_multihead();
   for (Py_ssize_t i = 0; i < 4; ++i) Py_INCREF(args[i]);  // for as long as the process lives
   tensor_type = args[0], parameter_type = args[1], questions = args[2], forward_ad = args[3];
   Py_RETURN_TRUE;
@@ -297,6 +297,8 @@ PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr}
                                 {"planned", method(planned), METH_FASTCALL, nullptr},
                                 {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
                                 {"attend", method(attend), METH_FASTCALL, nullptr},
+                                {"attend_forward", method(attend_forward), METH_FASTCALL, nullptr},
+                                {"attend_backward", method(attend_backward), METH_FASTCALL, nullptr},
                                 {"multihead", method(multihead), METH_FASTCALL, nullptr},
                                 {"bind", method(bind), METH_FASTCALL, nullptr},
                                 {"described", method(described), METH_O, nullptr},

@@ -1,5 +1,5 @@
-// What the functions called straight from Python share (direct.cpp, direct_attention.cpp): Python objects into handles of
-// tensors, new tensors into Python objects, and the question whether a tensor is no more than its numbers.
+// What the functions called straight from Python share (direct*.cpp): Python objects into handles of tensors, new tensors
+// into Python objects, and the question whether a tensor is no more than its numbers.
 #pragma once
 #include <Python.h>
 
@@ -86,10 +86,11 @@ inline bool in_forward_mode() {
   return !level || PyLong_AsLong(level) >= 0;
 }
 
-inline bool nothing_speaks_against_it() {
+// The first question is whether gradients are on: they may be in a call that records them itself.
+inline bool nothing_speaks_against_it(bool records = false) {
   if (!questions || in_forward_mode()) return false;
   const Py_ssize_t count = PyTuple_Size(questions);
-  for (Py_ssize_t i = 0; i < count; ++i) {
+  for (Py_ssize_t i = records ? 1 : 0; i < count; ++i) {
     Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
     if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
   }
@@ -136,7 +137,10 @@ inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(ob
 
 // direct_attention.cpp
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* attend_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* attend_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
+// direct_multihead.cpp
 PyObject* multihead(PyObject*, PyObject* const* args, Py_ssize_t count);
-void bind_attention();
+void bind_multihead();
 
 }  // namespace fastseq

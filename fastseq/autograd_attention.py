@@ -54,14 +54,9 @@ class Attention(torch.autograd.Function):
         q, k, v, *optional = inputs
         d_o = torch.zeros_like(o) if d_o is None else d_o
         bias_grad = ctx.needs_input_grad[3]
-        arguments = (d_o, dlse, q, k, v, o, lse, *optional, *ctx.settings, bias_grad)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            grads = BACKWARD[ctx.backend](*arguments)
-        elif needs_reference():
-            grads = _gradient(d_o, dlse, q, k, v, optional, ctx.settings, bias_grad)
-        else:
-            grads = apply(AttentionGradient, *arguments, ctx.backend)
-        dq, dk, dv, dbias, dsinks = grads
+        dq, dk, dv, dbias, dsinks = gradient(
+            d_o, dlse, q, k, v, o, lse, optional, ctx.settings, bias_grad, ctx.backend
+        )  # fmt: skip
         return (
             dq,
             dk,
@@ -116,6 +111,28 @@ class AttentionGradient(torch.autograd.Function):
             found[place] = grad
         # The places of o, lse and mask between them, and all that follows sinks.
         return (*found[:5], None, None, found[5], None, found[6], *(None,) * (OPTIONAL - 3 + SETTINGS + 2))
+
+
+def gradient(
+    d_o: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    optional: Any,
+    settings: tuple,
+    bias_grad: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Results as ``ops.ATTENTION_BACKWARD``, differentiable where gradients are on."""
+    arguments = (d_o, dlse, q, k, v, o, lse, *optional, *settings, bias_grad)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return BACKWARD[backend](*arguments)
+    if needs_reference():
+        return _gradient(d_o, dlse, q, k, v, optional, settings, bias_grad)
+    return apply(AttentionGradient, *arguments, backend)
 
 
 def _gradient(

@@ -144,25 +144,28 @@ def test_attention_declines_whatever_is_not_plain():
     assert direct.attend(*args) is None, "gradients are on"
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Calls that went the short way, as they go."""
+def spied(monkeypatch, *names):
+    """A list of the functions of ``direct`` that did not decline, as they are called from now on."""
     calls: list[str] = []
 
-    def spied(name):
-        real = getattr(direct, name)
-
-        def spy(*args):
+    def spy(name, real):
+        def call(*args):
             found = real(*args)
             if found is not None:
                 calls.append(name)
             return found
 
-        return spy
+        return call
 
-    for name in ("attend", "multihead"):
-        monkeypatch.setattr(direct, name, spied(name))
+    for name in names:
+        monkeypatch.setattr(direct, name, spy(name, getattr(direct, name)))
     return calls
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Calls of inference that went the short way, as they go."""
+    return spied(monkeypatch, "attend", "multihead")
 
 
 def test_who_takes_the_short_way(taken):

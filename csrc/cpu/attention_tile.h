@@ -156,12 +156,17 @@ void deep_product(Operands<Op> x, long rows, int vectors, long depth) {
   }
 }
 
-// out[d][lane] = rows[lane][d] in the accumulator's type, for 64 lanes; those from `count` on are 0.
+// out[d][lane] = rows[lane][d] in the accumulator's type, 64 lanes a row; those from `count` on are 0 to the end of the
+// vector, and what follows is left as it was.
 template <class S>
 void pack_transposed(const S* rows, long stride, int count, long dim, Accumulator<S>* out) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
-  for (int lane = 0; lane < 64; lane += L) {
+  if (count == 1) {  // nothing to transpose
+    for (long d = 0; d < dim; ++d) store(out + d * 64, load_n(rows + d, 1));
+    return;
+  }
+  for (int lane = 0; lane < count; lane += L) {
     for (long d = 0; d < dim; d += L) {
       Vec<A> square[L];
       const int wide = int(least(L, dim - d));
@@ -186,7 +191,7 @@ void pack_transposed(const S* rows, long stride, int count, long dim, Accumulato
 inline void pack_transposed_pairs(const bf16* rows, long stride, int count, long dim, uint32_t* out) {
   constexpr int L = kLanes<float>;
   const long pairs = (dim + 1) / 2;
-  for (int lane = 0; lane < 64; lane += L) {
+  for (int lane = 0; lane < count; lane += L) {
     for (long d = 0; d < pairs; d += L) {
       Vec<float> square[L];  // only moved, never computed with
       const long wide = least(2 * L, dim - 2 * d);

@@ -12,7 +12,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from fastseq import auto, autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError
-from fastseq.functional import direct, eager_attention, pages
+from fastseq.functional import direct_attention, eager_attention, pages
+from fastseq.functional.direct_attention import scale_of, with_four_dimensions
 from fastseq.reference.attention import attention_weights
 
 
@@ -98,8 +99,8 @@ def attention(
     """
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
-    if short and direct.attend is not None and _infers():
-        o = direct.attend(q, k, v, bias, mask, scale, causal, align == "bottom_right", window, softcap, True)
+    if short:
+        o = direct_attention.attend(q, k, v, bias, mask, scale, causal, align == "bottom_right", window, softcap, True)
         if o is not None:
             return o
     q, k, v = _autocast(q, k, v)
@@ -124,10 +125,10 @@ def attention(
             checks_attention.check_lengths("lengths_k", lengths_k, q, shape[3])
         if bias is not None:
             checks_attention.check_pairs("bias", bias, q, shape, is_bool=False)
-            bias = _with_four_dimensions(bias)
+            bias = with_four_dimensions(bias)
         if mask is not None:
             checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
-            mask = _with_four_dimensions(mask)
+            mask = with_four_dimensions(mask)
     cu_seqlens_q, cu_seqlens_k = (None if c is None else c.to(torch.int32) for c in (cu_seqlens_q, cu_seqlens_k))
     lengths_q, lengths_k = (None if n is None else n.to(torch.int64) for n in (lengths_q, lengths_k))
     if sinks is not None:
@@ -188,11 +189,11 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if direct.attend is not None and dropout_p == 0.0 and not (is_causal and attn_mask is not None) and _infers():
+    if dropout_p == 0.0 and not (is_causal and attn_mask is not None):
         bias, mask = (None, attn_mask) if getattr(attn_mask, "dtype", None) is torch.bool else (attn_mask, None)
-        o = direct.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
-        if o is not None:
-            return o
+        done = direct_attention.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
+        if done is not None:
+            return done
     names = ("query", "key", "value")
     query, key, value = _autocast(query, key, value)
     checks_attention.check_tensors(names, query, key, value)
@@ -219,7 +220,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         is_bool = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
         checks_attention.check_pairs("attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]), is_bool)
-        attn_mask = _with_four_dimensions(attn_mask)
+        attn_mask = with_four_dimensions(attn_mask)
         bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
     o = _attend(
         query, key, value,
@@ -280,14 +281,9 @@ def attention_and_weights(
     )
     if name == "reference":
         return weights @ v, weights
-    bias, mask = (None if x is None else _with_four_dimensions(x) for x in (bias, mask))
+    bias, mask = map(with_four_dimensions, (bias, mask))
     arguments = (q, k, v, bias, mask, *(None,) * 6, seed, scale, causal, False, -1, -1, 0.0, dropout_p)
     return autograd_attention.run(name, arguments)[0], weights
-
-
-def _infers() -> bool:
-    """Whether this is inference that goes to the native kernels if it is on the CPU: the short way may be tried."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and backends.native_attention()
 
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
@@ -312,10 +308,6 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _seed(q: Tensor) -> Tensor:
     """The key of this call's dropout mask, from torch's default generator of q's device: no synchronisation."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-
-
-def _with_four_dimensions(x: Tensor) -> Tensor:
-    return x if x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
 def _four_dimensions(
@@ -380,7 +372,7 @@ def _attend(
 
     name = backends.resolve("attention", kind, device, reasons, backend)
     seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = scale_of(q, scale)
     if block_table is not None:
         if autograd_attention.reads_pages(name, q, k, v, bias, sinks, dropout_p):
             o, lse = torch.ops.fastseq.attention_paged.triton(

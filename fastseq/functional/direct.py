@@ -55,5 +55,8 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
     return tuple(getattr(native, name) for name in _NAMES)
 
 
-_NAMES = ("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged", "attend", "multihead")
-stack, layer, cell, cell_layer, plan, planned, unchanged, attend, multihead = _bind()
+_NAMES = (
+    "stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged",
+    "attend", "attend_forward", "attend_backward", "multihead",
+)  # fmt: skip
+stack, layer, cell, cell_layer, plan, planned, unchanged, attend, attend_forward, attend_backward, multihead = _bind()

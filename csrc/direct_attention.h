@@ -1,0 +1,100 @@
+// What the short ways into attention share (direct_attention.cpp, direct_multihead.cpp): tensors that are looked through
+// once, and the settings of a call.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/attention.h"
+#include "direct_objects.h"
+
+namespace fastseq {
+
+inline AttentionCall::Dtype attention_dtype(Dtype dtype) {
+  return dtype == Dtype::f64    ? AttentionCall::Dtype::f64
+         : dtype == Dtype::f32  ? AttentionCall::Dtype::f32
+         : dtype == Dtype::bf16 ? AttentionCall::Dtype::bf16
+                                : AttentionCall::Dtype::f16;
+}
+
+// An ordinary tensor on the CPU, looked through once and kept alive: other threads may run meanwhile.
+class Strided {
+ public:
+  // False: no ordinary tensor. None is no tensor, and fine.
+  bool take(PyObject* object) {
+    if (!object) return false;
+    Py_INCREF(object);
+    kept_.reset(object);
+    if (!borrowed_.take(object)) return false;
+    if (!given()) return true;
+    int64_t *its_sizes, *its_strides;
+    int32_t device;
+    rank = rank_of(handle());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle(), &its_sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle(), &its_strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle(), &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle(), &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle(), &device));
+    sizes = its_sizes, strides = its_strides;
+    return device == aoti_torch_device_type_cpu();
+  }
+  bool given() const { return borrowed_.impl; }
+  AtenTensorHandle handle() { return borrowed_.handle(); }
+  bool is(std::initializer_list<int64_t> shape) const {
+    bool same = rank == int64_t(shape.size());
+    for (int64_t i = 0; same && i < rank; ++i) same = sizes[i] == shape.begin()[i];
+    return same;
+  }
+  AttentionCall::View view() const { return {data, strides[0], strides[1], strides[2]}; }  // of four dimensions
+  bool has_unit_rows() const { return strides[rank - 1] == 1 || sizes[rank - 1] == 1; }
+
+  int64_t rank = 0;
+  const int64_t *sizes = nullptr, *strides = nullptr;
+  int32_t code = -1;
+  void* data = nullptr;
+
+ private:
+  Borrowed borrowed_;
+  Object kept_{nullptr};
+};
+
+// Exact types only: whatever else converts to them is for the careful way to judge.
+inline bool read(PyObject* object, bool& to) {
+  to = object == Py_True;
+  return to || object == Py_False;
+}
+inline bool read(PyObject* object, double& to) {
+  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
+  to = PyFloat_AsDouble(object);
+  return !PyErr_Occurred() && std::isfinite(to);
+}
+inline bool read(PyObject* object, long& to) {
+  if (!PyLong_CheckExact(object)) return false;
+  to = PyLong_AsLong(object);
+  return !PyErr_Occurred() && to >= -1;
+}
+
+inline double scale_of(int64_t dim) { return std::pow(double(dim), -0.5); }
+
+// Bias or mask, broadcast where it has a size of 1 or no such dimension.
+inline bool take_scores(const AttentionCall& call, const Strided& x, AttentionCall::Scores& to) {
+  if (!x.given()) return true;
+  const int64_t wanted[4] = {call.batch, call.heads_q, call.length_q, call.length_k}, missing = 4 - x.rank;
+  if (missing < 0) return false;
+  to.data = x.data;
+  for (int64_t i = 0; i < x.rank; ++i) {
+    if (x.sizes[i] != 1 && x.sizes[i] != wanted[missing + i]) return false;
+    to.stride[missing + i] = x.sizes[i] == 1 ? 0 : x.strides[i];
+  }
+  return true;
+}
+inline bool take_pairs(AttentionCall& call, Strided& bias, const Strided& mask, int32_t code) {
+  if (!take_scores(call, bias, call.bias) || !take_scores(call, mask, call.mask)) return false;
+  if (bias.given() && bias.code != code && bias.code != aoti_torch_dtype_float32()) return false;
+  if (bias.given()) call.bias_dtype = attention_dtype(dtype_of(bias.handle()));
+  return !mask.given() || mask.code == aoti_torch_dtype_bool();
+}
+
+// The call, into o, and into lse (contiguous) where it has memory; false where there was none for the kernel's scratch.
+bool attend_into(AttentionForward& call);
+
+}  // namespace fastseq

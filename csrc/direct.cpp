@@ -300,6 +300,8 @@ PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr}
                                 {"attend_forward", method(attend_forward), METH_FASTCALL, nullptr},
                                 {"attend_backward", method(attend_backward), METH_FASTCALL, nullptr},
                                 {"multihead", method(multihead), METH_FASTCALL, nullptr},
+                                {"multihead_forward", method(multihead_forward), METH_FASTCALL, nullptr},
+                                {"multihead_backward", method(multihead_backward), METH_FASTCALL, nullptr},
                                 {"bind", method(bind), METH_FASTCALL, nullptr},
                                 {"described", method(described), METH_O, nullptr},
                                 {nullptr, nullptr, 0, nullptr}};

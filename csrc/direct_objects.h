@@ -139,8 +139,10 @@ inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(ob
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* attend_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* attend_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
-// direct_multihead.cpp
+// direct_multihead.cpp, direct_multihead_gradient.cpp
 PyObject* multihead(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* multihead_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* multihead_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
 void bind_multihead();
 
 }  // namespace fastseq

@@ -57,6 +57,9 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
 
 _NAMES = (
     "stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged",
-    "attend", "attend_forward", "attend_backward", "multihead",
+    "attend", "attend_forward", "attend_backward", "multihead", "multihead_forward", "multihead_backward",
 )  # fmt: skip
-stack, layer, cell, cell_layer, plan, planned, unchanged, attend, attend_forward, attend_backward, multihead = _bind()
+(
+    stack, layer, cell, cell_layer, plan, planned, unchanged,
+    attend, attend_forward, attend_backward, multihead, multihead_forward, multihead_backward,
+) = _bind()  # fmt: skip

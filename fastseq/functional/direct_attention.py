@@ -46,7 +46,7 @@ def attend(
     return made[0]
 
 
-batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
 
 
 class Attended(torch.autograd.Function):
@@ -61,7 +61,7 @@ class Attended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple:
         saved = ctx.saved_tensors
-        if not (torch.compiler.is_compiling() or batched(d_o)):
+        if not (torch.compiler.is_compiling() or is_batched(d_o)):
             found = direct.attend_backward(d_o, saved, ctx.settings)  # type: ignore[misc]
             if found is not None:
                 return found

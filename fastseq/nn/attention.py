@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq import backend
 from fastseq.checks import ArgumentError, sizes
-from fastseq.functional import direct
-from fastseq.functional.attention import attention, attention_and_weights
+from fastseq.functional import multihead
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -76,50 +74,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         if masked:
             self._check(query, key, value, batched)
             mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
-        if not appended:
-            of = self.num_heads, self.batch_first, is_causal, need_weights, average_attn_weights
-            done = self._infer(query, key, value, bias, mask, *of)
+        dropout_p = self.dropout if self.training else 0.0
+        if not appended and dropout_p == 0.0:
+            done = multihead.short_way(
+                self._parameters, self._modules["out_proj"]._parameters,  # type: ignore[union-attr]
+                query, key, value, bias, mask, self.num_heads, self.batch_first, is_causal,
+                need_weights, average_attn_weights,
+            )  # fmt: skip
             if done is not None:
                 return done
         if not masked:  # the native call has its own look at shapes
             self._check(query, key, value, batched)
-        q, k, v = self._project(query, key, value, batched)
+        q, k, v = self._project(query, key, value)
         if appended:
             if is_causal:  # the limit holds for the keys that came, not for those appended
                 below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
                 mask, is_causal = below if mask is None else mask & below, False
             k, v, mask, bias = self._append(k, v, mask, bias, appended)
 
-        dropout_p = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            o, weights = attention_and_weights(
-                q, k, v, bias=bias, mask=mask, causal=is_causal, dropout_p=dropout_p
-            )  # fmt: skip
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
-        else:
-            o = attention(
-                q, k, v, bias=bias, mask=mask, causal=is_causal, align="top_left", dropout_p=dropout_p
-            )  # type: ignore[assignment]  # fmt: skip
-        if not batched:
-            o = o.squeeze(0).transpose(0, 1)  # [L,heads,D]
-        else:
-            o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)
-        return F.linear(o.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
-
-    def _infer(self, *arguments: object) -> tuple[Tensor, Tensor | None] | None:
-        """The whole call by one native one, where nothing speaks against it; else None."""
-        if (
-            torch.is_grad_enabled()
-            or direct.multihead is None
-            or torch.compiler.is_compiling()
-            or not backend.native_attention()
-            or (self.training and self.dropout > 0.0)
-        ):
-            return None
-        out = self._modules["out_proj"]._parameters  # type: ignore[union-attr]
-        return direct.multihead(self._parameters, out, *arguments)
+        return multihead.attend(
+            q, k, v, bias, mask, is_causal, dropout_p, batched, self.batch_first, need_weights, average_attn_weights,
+            self.out_proj.weight, self.out_proj.bias,
+        )  # fmt: skip
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -148,30 +124,26 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"got {sizes(query)} and {sizes(key)}"
             )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, ...]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k and v ``[N,heads,T,D]``: one product where the inputs are one tensor, two where key and value are."""
         bias, embed = self.in_proj_bias, self.embed_dim
         if self._qkv_same_embed_dim and query is key and key is value:
-            return self._heads(F.linear(query, self.in_proj_weight, bias), batched)
+            return self._heads(F.linear(query, self.in_proj_weight, bias))
         if self._qkv_same_embed_dim and key is value:
             w_q, w_kv = self.in_proj_weight.split((embed, 2 * embed))
             b_q, b_kv = (None, None) if bias is None else bias.split((embed, 2 * embed))
-            return *self._heads(F.linear(query, w_q, b_q), batched), *self._heads(F.linear(key, w_kv, b_kv), batched)
+            return *self._heads(F.linear(query, w_q, b_q)), *self._heads(F.linear(key, w_kv, b_kv))
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(
-            self._heads(F.linear(x, w, b), batched)[0]
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            self._heads(F.linear(x, w, b))[0] for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
 
-    def _heads(self, x: Tensor, batched: bool) -> tuple[Tensor, ...]:
-        """Views ``[N,heads,T,D]`` of one or more projections ``[...,E]`` that lie side by side."""
-        lead = x.shape[:-1] if batched else (x.shape[0], 1)
-        x = x.view(*lead, x.shape[-1] // self.embed_dim, self.num_heads, self.head_dim)
-        return x.permute((2, 0, 3, 1, 4) if batched and self.batch_first else (2, 1, 3, 0, 4)).unbind()
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return multihead.heads_of(x, self.embed_dim, self.num_heads, self.batch_first)
 
     def _masks(
         self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, query: Tensor, key: Tensor, batched: bool

@@ -97,8 +97,8 @@ def short_way(
 
 
 class Multihead(torch.autograd.Function):
-    """Output, and weights where they are needed, which are already computed, as a function of all that may learn. key and
-    value are None where they are what stands before them."""
+    """Output, and weights where they are needed, which are already computed, as a function of all that may learn.
+    key and value are None where they are what stands before them."""
 
     @staticmethod
     def forward(

@@ -21,7 +21,8 @@ otherwise."""
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
-    """What must all be false or None for a tensor to be no more than its numbers. The extension asks at each call."""
+    """What must all be false or None for a tensor to be no more than its numbers, first whether gradients are on. The
+    extension asks at each call."""
     return (
         torch.is_grad_enabled,
         torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
@@ -55,5 +56,11 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
     return tuple(getattr(native, name) for name in _NAMES)
 
 
-_NAMES = ("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged", "attend", "multihead")
-stack, layer, cell, cell_layer, plan, planned, unchanged, attend, multihead = _bind()
+_NAMES = (
+    *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
+    *("undisturbed", "layer_forward", "layer_gradient", "attend", "multihead"),
+)
+(
+    stack, layer, cell, cell_layer, plan, planned, unchanged,
+    undisturbed, layer_forward, layer_gradient, attend, multihead,
+) = _bind()  # fmt: skip

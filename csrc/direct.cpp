@@ -23,7 +23,6 @@ constexpr Py_ssize_t kMostWeights = 64;  // a larger stack gains nothing from th
 
 // Set once by bind(): interned names of attributes and parameters.
 PyObject *version_name, *cell_names[4];
-int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
 
 // Tensors that are kept alive: what they came from may change while other threads run.
 class BorrowedList {
@@ -296,6 +295,9 @@ PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr}
                                 {"plan", method(plan), METH_FASTCALL, nullptr},
                                 {"planned", method(planned), METH_FASTCALL, nullptr},
                                 {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
+                                {"undisturbed", undisturbed, METH_NOARGS, nullptr},
+                                {"layer_forward", method(layer_forward), METH_FASTCALL, nullptr},
+                                {"layer_gradient", method(layer_gradient), METH_FASTCALL, nullptr},
                                 {"attend", method(attend), METH_FASTCALL, nullptr},
                                 {"attend_forward", method(attend_forward), METH_FASTCALL, nullptr},
                                 {"attend_backward", method(attend_backward), METH_FASTCALL, nullptr},

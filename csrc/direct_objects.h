@@ -17,6 +17,8 @@ constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this:
 // torch.autograd.forward_ad. Interned names of attributes and parameters.
 inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *cdata_name, *is_neg_name, *level_name;
 
+inline int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
+
 using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
 inline Wrap wrap;
 
@@ -86,11 +88,11 @@ inline bool in_forward_mode() {
   return !level || PyLong_AsLong(level) >= 0;
 }
 
-// The first question is whether gradients are on: they may be in a call that records them itself.
-inline bool nothing_speaks_against_it(bool records = false) {
+// with_gradients: but for the first question, whether gradients are on.
+inline bool nothing_speaks_against_it(bool with_gradients = false) {
   if (!questions || in_forward_mode()) return false;
   const Py_ssize_t count = PyTuple_Size(questions);
-  for (Py_ssize_t i = records ? 1 : 0; i < count; ++i) {
+  for (Py_ssize_t i = with_gradients; i < count; ++i) {
     Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
     if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
   }
@@ -134,6 +136,11 @@ inline PyObject* decline() {
 }
 
 inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
+
+// direct_training.cpp
+PyObject* undisturbed(PyObject*, PyObject*);
+PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // direct_attention.cpp
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count);

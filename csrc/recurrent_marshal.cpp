@@ -2,28 +2,13 @@
 
 #include <cstdlib>
 #include <cstring>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "kept_memory.h"
 
 namespace fastseq {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-constexpr size_t kHugePage = size_t(2) << 20;
-
-// A fresh buffer faults at every page it touches for the first time: ask for large pages.
-void advise(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kHugePage) return;
-  uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
-  uintptr_t end = (uintptr_t(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 int32_t code_of(Dtype dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
@@ -74,11 +59,12 @@ static int64_t contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* s
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
   int64_t strides[4];
   const size_t bytes = size_t(contiguous_strides(sizes, rank, strides)) * bytes_of(dtype);
-  AtenTensorHandle handle;
+  AtenTensorHandle handle = kept_tensor(sizes, strides, rank, code_of(dtype), bytes);
+  if (handle) return torch::stable::Tensor(handle);
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor tensor(handle);
-  if (bytes >= 2 * kHugePage) advise(tensor.data_ptr(), bytes);
+  ask_for_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
@@ -158,7 +144,7 @@ void* Workspace::of(size_t bytes) {
     data_ = std::aligned_alloc(4096, size_ ? size_ : 4096);
     if (!data_) size_ = 0;
     STD_TORCH_CHECK(data_, "scan: cannot allocate ", bytes, " bytes of scratch");
-    advise(data_, size_);
+    ask_for_huge_pages(data_, size_);
   }
   return data_;
 }

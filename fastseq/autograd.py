@@ -111,17 +111,8 @@ class Scan(torch.autograd.Function):
         *inputs, lengths, reset, y, states, tape = ctx.saved_tensors
         grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
         need = ctx.needs_input_grad[:8]
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            found = fused_gradient(
-                grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
-            )
-        elif needs_reference():
-            found = reference_gradient(grads, inputs, lengths, reset, ctx.cell, ctx.reverse, need)
-        else:
-            found = apply(
-                ScanGradient, *grads, *inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need
-            )
-        return (*(g if n else None for g, n in zip(found, need, strict=True)), *(None,) * 5)
+        found = gradient(grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need)
+        return (*found, *(None,) * 5)
 
 
 class ScanGradient(torch.autograd.Function):
@@ -160,6 +151,31 @@ class ScanGradient(torch.autograd.Function):
         for place, grad in zip(places, vjp(tuple(g for g, n in zip(grads, ctx.need, strict=True) if n)), strict=True):
             found[place] = grad
         return tuple(found)
+
+
+def gradient(
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    states: Tensor | None,
+    tape: Tensor | None,
+    cell: str,
+    reverse: bool,
+    backend: str,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, None where not needed; differentiable in grad mode."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        found = fused_gradient(grads, inputs, lengths, reset, y, states, tape, cell, reverse, backend, need)
+    elif needs_reference():
+        found = reference_gradient(grads, inputs, lengths, reset, cell, reverse, need)
+    else:
+        found = apply(
+            ScanGradient, *grads, *inputs, lengths, reset, y, states, tape, cell, reverse, backend, need
+        )  # fmt: skip
+    return tuple(g if n else None for g, n in zip(found, need, strict=True))
 
 
 def fused_gradient(

@@ -80,6 +80,14 @@ def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) 
     check_like(name, state, x, "input is")
 
 
+def lstm_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """h and c of an LSTM's ``hx``: both or neither."""
+    h, c = (None, None) if hx is None else hx
+    if (h is None) != (c is None):
+        raise ArgumentError("hx must be a pair of tensors (h_0, c_0), got one None")
+    return h, c
+
+
 def check_lengths(lengths: Tensor, batch: int, steps: int, x: Tensor) -> None:
     """Valid steps of each row: int ``[B]``, each from 0 to T. Values are read only on the CPU, where that is free."""
     if not isinstance(lengths, Tensor):

@@ -21,7 +21,8 @@ otherwise."""
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
-    """What must all be false or None for a tensor to be no more than its numbers. The extension asks at each call."""
+    """What must all be false or None for a tensor to be no more than its numbers, first whether gradients are on. The
+    extension asks at each call."""
     return (
         torch.is_grad_enabled,
         torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
@@ -56,10 +57,12 @@ def _bind() -> tuple[Callable[..., Any] | None, ...]:
 
 
 _NAMES = (
-    "stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged",
-    "attend", "attend_forward", "attend_backward", "multihead", "multihead_forward", "multihead_backward",
-)  # fmt: skip
+    *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
+    *("undisturbed", "layer_forward", "layer_gradient"),
+    *("attend", "attend_forward", "attend_backward", "multihead", "multihead_forward", "multihead_backward"),
+)
 (
     stack, layer, cell, cell_layer, plan, planned, unchanged,
+    undisturbed, layer_forward, layer_gradient,
     attend, attend_forward, attend_backward, multihead, multihead_forward, multihead_backward,
 ) = _bind()  # fmt: skip

@@ -91,8 +91,9 @@ def short_way(
         return None
     b_in, b_out = parameters["in_proj_bias"], out["bias"]
     others = (bias, mask, made, (*settings, need_weights, average))
-    key, value = (None if key is query else key), (None if value is key else value)
-    done = _recorded(query, key, value, w_in, b_in, w_out, b_out, others)
+    done = _recorded(
+        query, None if key is query else key, None if value is key else value, w_in, b_in, w_out, b_out, others
+    )  # fmt: skip
     return done if need_weights else (done, None)
 
 

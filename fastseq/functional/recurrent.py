@@ -164,9 +164,7 @@ def lstm(
     Raises:
         ArgumentError, BackendError: as :func:`rnn`.
     """
-    h0, c0 = (None, None) if hx is None else hx
-    if (h0 is None) != (c0 is None):
-        raise checks.ArgumentError("hx must be a pair of tensors (h_0, c_0), got one None")
+    h0, c0 = checks.lstm_state(hx)
     stack = Stack(
         "lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected
     )  # fmt: skip
@@ -217,7 +215,7 @@ def lstm_cell(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input ``[B, I]`` or ``[I]``, hx a pair ``[B, H]`` or ``[H]``; returns ``(h, c)``."""
-    h, c = (None, None) if hx is None else hx
+    h, c = checks.lstm_state(hx)
     h, c = _cell("lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), backend)
     assert c is not None
     return h, c

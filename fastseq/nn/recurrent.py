@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, functional
-from fastseq.functional import direct, inference
+from fastseq.functional import direct, inference, training
 from fastseq.nn.compressed import CompressedWeights
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -62,10 +62,15 @@ class _Recurrent(_Compressible, nn.RNNBase):
             return self._call_packed(input, hx, lengths, reset, **extra)
         return self._function(input, hx, lengths=lengths, reset=reset, batch_first=self.batch_first, **extra)
 
-    def _infer(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
-        """The whole stack in one native call, where nothing speaks against it; else None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
+    def _short(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
+        """The whole stack in one native call, or one layer that is to be differentiated, where nothing speaks against
+        it; else None."""
+        if torch.compiler.is_compiling() or not backend.native_scan():
             return None
+        if torch.is_grad_enabled():
+            if self.num_layers != 1 or self.bidirectional or self.proj_size:
+                return None
+            return training.layer(input, h0, c0, self._weights(), cell, self.batch_first)
         if self.training and self.dropout:
             return None
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
@@ -159,7 +164,7 @@ class RNN(_Recurrent):
     ) -> tuple:
         """Returns ``(output, h_n)``."""
         if lengths is None and reset is None:
-            done = self._infer("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
+            done = self._short("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
@@ -208,7 +213,7 @@ class GRU(_Recurrent):
     ) -> tuple:
         """Returns ``(output, h_n)``."""
         if lengths is None and reset is None:
-            done = self._infer("gru" if self.reset_after else "gru_reset_before", input, hx, None)
+            done = self._short("gru" if self.reset_after else "gru_reset_before", input, hx, None)
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
@@ -248,9 +253,9 @@ class LSTM(_Recurrent):
         return_all_states: bool = False,
     ) -> tuple:
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
-        h0, c0 = (None, None) if hx is None else hx
+        h0, c0 = checks.lstm_state(hx)
         if lengths is None and reset is None and not return_all_states:
-            done = self._infer("lstm", input, h0, c0)
+            done = self._short("lstm", input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
@@ -258,11 +263,16 @@ class LSTM(_Recurrent):
 
 
 class _Cell(_Compressible):
-    def _infer(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
+    def _short(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
         """One step in one native call, where nothing speaks against it; else None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not backend.native_scan():
+        if torch.compiler.is_compiling() or not backend.native_scan():
             return None
         own = self._parameters  # asking the module for each takes longer than the arithmetic
+        if torch.is_grad_enabled():
+            if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
+                return None
+            present = [w for w in map(own.get, _CELL_WEIGHTS) if w is not None]
+            return training.layer(input, h, c, present, name, None)
         if self._compressed is None and direct.cell_layer is not None:
             done = direct.cell_layer(own, input, h, c, name)
             if done is not None:
@@ -283,7 +293,7 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
-        done = self._infer("rnn_" + self.nonlinearity, input, hx, None)
+        done = self._short("rnn_" + self.nonlinearity, input, hx, None)
         if done is not None:
             return done[0]
         return functional.rnn_cell(
@@ -317,7 +327,7 @@ class GRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
         name = "gru" if self.reset_after else "gru_reset_before"
-        done = self._infer(name, input, hx, None)
+        done = self._short(name, input, hx, None)
         if done is not None:
             return done[0]
         return functional.gru_cell(
@@ -330,8 +340,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
-        h, c = (None, None) if hx is None else hx
-        done = self._infer("lstm", input, h, c)
+        h, c = checks.lstm_state(hx)
+        done = self._short("lstm", input, h, c)
         if done is not None:
             return done[0], done[1]
         return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

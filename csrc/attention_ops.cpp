@@ -159,7 +159,7 @@ class Marshalled {
     }
     call.causal = x.causal, call.bottom_right = x.bottom_right;
     call.window_left = x.window_left, call.window_right = x.window_right;
-    call.threads = int(torch::stable::get_num_threads());
+    call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
   }
 
   // Keeps a contiguous copy alive as long as this.

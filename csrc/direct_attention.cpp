@@ -45,7 +45,7 @@ struct Heads {
     dtype = dtype_of(q.handle());
     call.dtype = attention_dtype(dtype);
     call.q = q.view(), call.k = k.view(), call.v = v.view();
-    call.threads = int(torch::stable::get_num_threads());
+    call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
     return true;
   }
 };

@@ -90,7 +90,7 @@ class Layer {
     call.heads_q = call.heads_k = heads_;
     call.dim = call.dim_v = E_ / heads_;
     call.scale = scale_of(call.dim), call.bottom_right = false;
-    call.threads = int(torch::stable::get_num_threads());
+    call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
     return take_pairs(call, bias_, mask_, query_.code);
   }
   int64_t products(const AttentionCall& call) const {

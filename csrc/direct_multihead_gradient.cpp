@@ -130,7 +130,7 @@ class MultiheadGradient : Layer {
     TORCH_ERROR_CODE_CHECK(mm_out(to.get(), a.get(), b));
   }
   void sum(const Tensor& x, long rows, long columns, void* to) const {
-    const ColumnSums sums{call_.dtype, x.data_ptr(), rows, columns, to, call_.threads};
+    const ColumnSums sums{call_.dtype, x.data_ptr(), rows, columns, to, int(torch::stable::get_num_threads())};
     FASTSEQ_DISPATCH(column_sums, sums);
   }
 

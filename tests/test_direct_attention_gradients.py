@@ -82,6 +82,27 @@ def test_gradients_against_the_reference_in_float64(dtype, taken):
             assert_within_budget(a, b, t)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limits", [{}, {"window": (3, -1)}, {"window": (3, -1), "align": "top_left"}], ids=str)
+def test_a_lone_query(limits, dtype):
+    """It has a kernel of its own, but for wide heads, far scores and masks: no less exact than the one for tiles."""
+    shapes = (2, 16, 16, 0.3), (9, 40, 7, 0.3), (150, 5, 64, 1.0), (9, 300, 16, 0.1), (9, 16, 16, 3.0), (3, 4, 4, 1e7)
+    for keys, dim, dim_v, scale in shapes:
+        tensors = [torch.randn(2, 3, *s).to(dtype).requires_grad_() for s in ((1, dim), (keys, dim), (keys, dim_v))]
+        d_o, dlse = torch.randn(2, 3, 1, dim_v).to(dtype), torch.randn(2, 3, 1)
+
+        def run(*tensors, mask=None, scale=scale, seeds=(d_o, dlse)):
+            o, lse = fastseq.attention(*tensors, **limits, mask=mask, scale=scale, return_lse=True)
+            return torch.autograd.grad((o, lse), tensors, [x.to(y.dtype) for x, y in zip(seeds, (o, lse), strict=True)])
+
+        with use_backend("native"):
+            found, peer = run(*tensors), run(*tensors, mask=torch.ones(1, keys, dtype=torch.bool))
+        with use_backend("reference"):
+            truth = run(*(x.detach().double().requires_grad_() for x in tensors))
+        for a, b, t in zip(found, peer, truth, strict=True):
+            assert_within_budget(a, b, t)
+
+
 def test_only_what_wants_a_gradient_has_one(taken):
     for wanted in itertools.product((True, False), repeat=3):
         tensors, options = leaves()

@@ -70,6 +70,12 @@ FASTSEQ_DECLARE(bool, attention_bias_gradient, (const AttentionBackward& call))
 
 constexpr long kDecodeQueries = 8;
 
+// Of the threads there are, those worth asking: a call of a few microseconds is over before a second one has begun.
+inline int worth_asking(const AttentionCall& call, int threads) {
+  const long products = call.batch * call.heads_q * call.length_q * call.length_k * (call.dim + call.dim_v);
+  return products < (1 << 16) ? 1 : threads;
+}
+
 inline bool run_attention(const AttentionForward& call) {
   return call.length_q <= kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, call)
                                          : FASTSEQ_DISPATCH(attention_forward, call);

@@ -4,7 +4,8 @@
 //
 // One thread has a head of K and V, with all the query heads that share it, and walks its query blocks in order, so dk
 // and dv are sums in a fixed order in memory that is its own. Where there are fewer heads than threads want, the key
-// blocks of a head are dealt out in turn, and the parts of dq are added up at the end, again in order.
+// blocks of a head are dealt out in turn, and the parts of dq are added up at the end, again in order. A lone query has a
+// kernel of its own, below.
 #include <atomic>
 
 #include "attention_gradient.h"
@@ -249,6 +250,86 @@ class Backward : Gradient<S> {
   double* dsink_parts_ = nullptr;  // [B, Hq]
 };
 
+// One query a head and nothing but limits: a tile of queries would be all padding. Lanes along the features, a key at a
+// time; what a key adds to dk and dv is all there is of them.
+template <class S>
+class LoneQuery {
+  using A = Accumulator<S>;
+  static constexpr int L = kLanes<A>, kVectors = 16;
+  using Row = Vec<A>[kVectors];
+
+ public:
+  explicit LoneQuery(const AttentionBackward& call) : call_(call), factor_(A(call.scale * kLog2e)) {}
+
+  bool fits() const {
+    const AttentionBackward& c = call_;
+    if (c.length_q != 1 || c.heads_q != c.heads_k || c.cu_q || c.lengths_q || c.lengths_k || c.bias.data ||
+        c.mask.data || c.sinks || c.alibi || c.softcap != 0 || c.dropout_p != 0 || c.dim > kVectors * L ||
+        c.dim_v > kVectors * L)
+      return false;
+    for (long head = 0; head < c.batch * c.heads_q; ++head) {
+      const A lse = *at<A>(c.lse, head / c.heads_q, head % c.heads_q, 0);
+      if (lse != A(-kInfinity) && !(__builtin_fabs(double(lse)) * kLog2e <= double(kFar<A>))) return false;
+    }
+    return true;
+  }
+  void run() const {
+    const long heads = call_.batch * call_.heads_q;
+    parallel(int(most(1, least(call_.threads, heads))), [&](const Team& team) {
+      const Share share = share_of(heads, team.rank, team.size);
+      for (long head = share.begin; head < share.end; ++head) compute(head / call_.heads_q, head % call_.heads_q);
+    });
+  }
+
+ private:
+  void compute(long b, long h) const {
+    const Sequence s(call_, b);
+    const long first = s.first_key(0), end = s.end_key(0), dim = call_.dim, dim_v = call_.dim_v;
+    const A lse = *at<A>(call_.lse, b, h, 0), scale = A(call_.scale);
+    Row q, d_o, o, dq;
+    read(at<S>(call_.q, b, h, 0), dim, q), read(at<S>(call_.d_o, b, h, 0), dim_v, d_o);
+    read(at<S>(call_.o, b, h, 0), dim_v, o);
+    const A delta = dot(d_o, o, dim_v) - (call_.dlse.data ? *at<A>(call_.dlse, b, h, 0) : A(0));
+    for (long n = 0; n * L < dim; ++n) dq[n] = Vec<A>{};
+    for (long j = 0; j < call_.length_k; ++j) {
+      S *const dk = at<S>(call_.dk, b, h, j), *const dv = at<S>(call_.dv, b, h, j);
+      A p = 0, ds = 0;
+      if (j >= first && j < end && lse != A(-kInfinity)) {
+        Row k, v;
+        read(at<S>(call_.k, b, h, j), dim, k), read(at<S>(call_.v, b, h, j), dim_v, v);
+        p = exp2<A, kFullDegree<A>>(splat<A>(dot(q, k, dim) * factor_ - lse * A(kLog2e)))[0];
+        ds = p == 0 ? 0 : p * (dot(d_o, v, dim_v) - delta) * scale;
+        for (long n = 0; n * L < dim; ++n) dq[n] += k[n] * ds;
+      }
+      write(dk, dim, q, ds), write(dv, dim_v, d_o, p);
+    }
+    write(at<S>(call_.dq, b, h, 0), dim, dq, 1);
+  }
+  static void read(const S* from, long dim, Row& to) {
+    for (long n = 0; n * L < dim; ++n) to[n] = load_n(from + n * L, int(least(L, dim - n * L)));
+  }
+  static A dot(const Row& x, const Row& y, long dim) {
+    Vec<A> sum{};
+    for (long n = 0; n * L < dim; ++n) sum += x[n] * y[n];
+    return sum_lanes<A>(sum);
+  }
+  static void write(S* to, long dim, const Row& x, A factor) {
+    for (long n = 0; n * L < dim; ++n)
+      store_n(to + n * L, factor == 0 ? Vec<A>{} : x[n] * factor, int(least(L, dim - n * L)));
+  }
+
+  const AttentionBackward& call_;
+  const A factor_;
+};
+
+template <class S>
+bool run(const AttentionBackward& call) {
+  const LoneQuery<S> lone(call);
+  if (!lone.fits()) return Backward<S>(call).run();
+  lone.run();
+  return true;
+}
+
 }  // namespace
 }  // namespace attention
 
@@ -256,13 +337,13 @@ bool attention_backward(const AttentionBackward& call) {
   using Dtype = AttentionCall::Dtype;
   switch (call.dtype) {
     case Dtype::f64:
-      return attention::Backward<double>(call).run();
+      return attention::run<double>(call);
     case Dtype::f32:
-      return attention::Backward<float>(call).run();
+      return attention::run<float>(call);
     case Dtype::bf16:
-      return attention::Backward<bf16>(call).run();
+      return attention::run<bf16>(call);
     case Dtype::f16:
-      return attention::Backward<f16>(call).run();
+      return attention::run<f16>(call);
   }
   return false;
 }

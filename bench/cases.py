@@ -320,9 +320,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass
 class RecurrentInputs:
-    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training; of a cell's h), all in the case's dtype; for
-    a cell without the leading 1 and T. ``state`` holds the weights under the layer's names, c0 is None but for an LSTM.
-    """
+    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training; of a cell's h), all in the case's dtype. Of
+    a cell without the leading 1 and T. ``state``: the weights under the layer's names; c0: None but for an LSTM."""
 
     x: Tensor
     h0: Tensor

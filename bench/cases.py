@@ -62,7 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Recurrent(Case):
-    """One layer over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that hands its state on.
+    """One layer over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that hands its state on;
+    a cell in training has a batch and one step.
 
     cell: ``rnn`` (tanh), ``gru``, ``gru_reset_before`` or ``lstm``; as_cell: the layer's RNNCell, GRUCell, LSTMCell.
     weights: the matrices have only numbers of this smaller type, in everybody's copy, and fastseq is patched to use it
@@ -81,6 +82,9 @@ class Recurrent(Case):
     def name(self) -> str:
         if self.mode == "step":
             return f"{self.cell}{'_cell' if self.as_cell else ''}-step-H{self.hidden}{self._suffix()}"
+        if self.as_cell:
+            shape = f"B{self.batch}-I{self.features}-H{self.hidden}"
+            return f"{self.cell}_cell-{self.mode}-{shape}{self._suffix()}"
         shape = f"T{self.steps}-B{self.batch}-I{self.features}-H{self.hidden}"
         return f"{self.cell}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
 
@@ -89,11 +93,12 @@ class Recurrent(Case):
 
     @property
     def group(self) -> str:
-        return f"{self.cell} {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
+        what = "cell training" if self.as_cell and self.training else self.mode
+        return f"{self.cell} {what} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
-        if self.mode == "step" or self.cell == "gru_reset_before":
+        if self.mode == "step" or self.as_cell or self.cell == "gru_reset_before":
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -195,6 +200,9 @@ RECURRENT_GRID = (
 
 STEP_HIDDEN = (64, 128, 512)
 
+CELL_GRID = ((1, 64, 64), (32, 256, 256))
+"""(B, I, H), in training"""
+
 ATTENTION_GRID = (
     ("dense", 8, 8, 8, 50, 50, 64, False),
     ("dense", 4, 8, 8, 200, 200, 64, True),
@@ -252,6 +260,9 @@ def _all() -> Iterator[Case]:
             for as_cell in (False, True):
                 for hidden in STEP_HIDDEN:
                     yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
+        for cell in ("rnn", "gru", "lstm"):
+            for shape_of_cell in CELL_GRID:
+                yield Recurrent("training", dtype, cell, 1, *shape_of_cell, as_cell=True)
         for mode in ("forward", "training"):
             for shape_of_attention in ATTENTION_GRID:
                 if not (shape_of_attention[0] == "decode" and mode == "training"):
@@ -309,8 +320,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass
 class RecurrentInputs:
-    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training), all in the case's dtype; for a cell
-    without the leading 1 and T. ``state`` holds the weights under the layer's names, c0 is None but for an LSTM."""
+    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training; of a cell's h), all in the case's dtype. Of
+    a cell without the leading 1 and T. ``state``: the weights under the layer's names; c0: None but for an LSTM."""
 
     x: Tensor
     h0: Tensor
@@ -359,7 +370,7 @@ def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
     h0 = torch.tanh(normal(*lead, case.batch, hidden))
     c0 = normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
     x = normal(case.batch, case.features) if case.as_cell else normal(case.steps, case.batch, case.features)
-    dy = normal(case.steps, case.batch, hidden) if case.training else torch.empty(0)
+    dy = normal(*(() if case.as_cell else (case.steps,)), case.batch, hidden) if case.training else torch.empty(0)
     state = {name + end: weight(*shape) for name, shape in shapes.items()}
     if case.weights:
         smaller = getattr(torch, case.weights)

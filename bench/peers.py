@@ -103,6 +103,10 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
     def train() -> Any:
         for leaf in leaves:
             leaf.grad = None
+        if case.as_cell:
+            state = layer(x, hx)
+            (state if c0 is None else state[0]).backward(dy)
+            return None, state
         y, h_n = layer(x, hx)
         y.backward(dy)
         return y, h_n

@@ -182,19 +182,20 @@ PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) try
   for (OptionalTensor* steps : {&dy, &x, &y}) layout.steps_in(*steps);
   for (OptionalTensor* state : {&dh_n, &dc_n, &h0, &c0}) layout.state_in(*state);
   const Py_ssize_t length = PyTuple_Size(args[0]);
+  const auto needed = [&](Py_ssize_t i) { return is_true(PyTuple_GetItem(args[0], i)); };
   bool with_weights = false;
-  for (Py_ssize_t i = 5; i < length; ++i) with_weights = with_weights || is_true(PyTuple_GetItem(args[0], i));
-  const bool with_dx = is_true(PyTuple_GetItem(args[0], 0)), with_biases = length > 7;
+  for (Py_ssize_t i = 5; i < length; ++i) with_weights = with_weights || needed(i);
+  const bool with_dx = needed(0), with_dh0 = h0 && needed(1), with_dc0 = c0 && needed(2), with_biases = length > 7;
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> made;
   compute(2 * products_of(*x, *weights[1]), [&] {
-    made = scan_gradient_cpu(dy, dh_n, dc_n, {}, *x, *weights[0], *weights[1], {}, h0, c0, {}, {}, *y, given[7], given[8],
-                             cell, false, with_dx, with_weights);
+    made = scan_gradient(dy, dh_n, dc_n, {}, *x, *weights[0], *weights[1], {}, h0, c0, {}, {}, *y, given[7], given[8],
+                         cell, false, with_dx, with_weights, with_dh0 || with_dc0);
   });
   auto& [dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden] = *made;
   Results results(length);
   results.add_if(with_dx, [&] { return layout.steps_out(dx); });
-  results.add_if(h0.has_value(), [&] { return layout.state_out(dh0); });
-  results.add_if(c0.has_value(), [&] { return layout.state_out(dc0); });
+  results.add_if(with_dh0, [&] { return layout.state_out(dh0); });
+  results.add_if(with_dc0, [&] { return layout.state_out(dc0); });
   results.add_none(), results.add_none();
   results.add(dw_ih), results.add(dw_hh);
   if (with_biases) results.add(db_ih), results.add(db_hh);

@@ -57,6 +57,18 @@ scan_gradient_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& tape, const std::string& cell,
                   bool reverse, bool with_dx, bool with_weights);
 
+// The same; with_starts: dh0 and dc0 are asked for.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+scan_gradient(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
+              const std::optional<torch::stable::Tensor>& dc_n, const std::optional<torch::stable::Tensor>& dstates,
+              const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
+              const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
+              const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
+              const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
+              const std::optional<torch::stable::Tensor>& states, const std::optional<torch::stable::Tensor>& tape,
+              const std::string& cell, bool reverse, bool with_dx, bool with_weights, bool with_starts);
+
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
     const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& mask,

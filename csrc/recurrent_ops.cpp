@@ -82,13 +82,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
   return {y, h_n, c_n, c_all, tape};
 }
 
-// scan_backward_cpu; `inner`: dgates goes no further than scan_gradient_cpu. As large as the tape, it would fault in all
-// its pages at every step of a training: then it lies in memory that the thread keeps.
+// scan_backward_cpu; `inner`: dgates goes no further than scan_gradient. As large as the tape, it would fault in all its
+// pages at every step of a training: then it lies in memory that the thread keeps. with_starts: dh0 and dc0 are asked for.
 static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
     const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse,
-    bool inner) {
+    bool inner, bool with_starts) {
   ScanBackward p{};
   p.cell = cell_of(cell.c_str());
   p.dtype = dtype_of(y.get());
@@ -119,15 +119,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
   thread_local Workspace gates;
   const bool kept = inner && size_t(p.T * p.B * G * p.H) * bytes_of(dtype) <= Workspace::kKept;
   Tensor dgates = kept ? gates.tensor({p.T, p.B, G * p.H}, dtype) : empty({p.T, p.B, G * p.H}, dtype);
-  Tensor dh0 = h0 ? empty({p.B, p.P}, dtype) : empty({0}, dtype);
+  const bool with_dh0 = h0 && with_starts, with_dc0 = c0 && with_starts;
+  Tensor dh0 = with_dh0 ? empty({p.B, p.P}, dtype) : empty({0}, dtype);
   Tensor dhidden = beside ? empty({p.T, p.B, beside}, dtype) : empty({0}, dtype);
-  Tensor dc0 = c0 ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
+  Tensor dc0 = with_dc0 ? empty({p.B, p.H}, dtype) : empty({0}, dtype);
   if (p.B > 0 && p.P > 0) {
     auto whole = [&](const Tensor& out, int64_t n) { return ScanView{out.data_ptr(), p.B * n, n, 1}; };
     p.dgates = whole(dgates, G * p.H);
     if (beside) p.dhidden = whole(dhidden, beside);
-    if (h0) p.dh0 = whole(dh0, p.P);
-    if (c0) p.dc0 = whole(dc0, p.H);
+    if (with_dh0) p.dh0 = whole(dh0, p.P);
+    if (with_dc0) p.dc0 = whole(dc0, p.H);
     p.workspace = scratch().of(FASTSEQ_DISPATCH(scan_backward_workspace, p));
     FASTSEQ_DISPATCH(scan_backward, p);
   }
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
     const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
-  return walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, false);
+  return walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, false,
+                   true);
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
@@ -181,13 +183,13 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
   return {dx, dw_ih, dw_hh, db_ih, db_hh};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_gradient_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_gradient(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
     const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
     const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
-    const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
+    const std::string& cell, bool reverse, bool with_dx, bool with_weights, bool with_starts) {
   auto [dgates, dhidden, dh0, dc0] =
-      walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true);
+      walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true, with_starts);
   if (!with_dx && !with_weights) {
     auto absent = [&] { return empty({0}, dtype_of(x.get())); };  // one each: results must not alias
     return {absent(), absent(), absent(), absent(), absent(), dh0, dc0, dhidden};
@@ -195,6 +197,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
   auto [dx, dw_ih, dw_hh, db_ih, db_hh] = scan_products_cpu(dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset,
                                                             cell, reverse, with_dx, with_weights);
   return {dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_gradient_cpu(
+    const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
+    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
+    const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
+    const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
+  return scan_gradient(dy, dh_n, dc_n, dstates, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell,
+                       reverse, with_dx, with_weights, true);
 }
 
 }  // namespace fastseq

@@ -275,7 +275,7 @@ def test_a_wanted_gradient_is_a_kind_of_attention():
 @needs_native
 @pytest.mark.parametrize("first", ["native", "torch"])
 def test_the_way_back_runs_where_the_way_there_did(first, monkeypatch):
-    monkeypatch.setitem(backend._NATIVE_FIRST, "scan", False)
+    monkeypatch.setattr(backend, "_NATIVE_FIRST", {"scan": False, "attention": False})
     x = torch.randn(4, 2, 8, 8, requires_grad=True)
     w = [torch.randn(24, 8), torch.randn(24, 8)]
     for op, call, gradient in (

@@ -20,6 +20,7 @@ BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops
 GRADIENT = {"native": torch.ops.fastseq.scan_gradient.native}
 
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its transform
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
 
 
 def functorch_active() -> bool:

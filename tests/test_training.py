@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import flat, needs_native
 from test_direct import MODES, Dispatch, Functions, leaves_nothing_behind
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
@@ -213,6 +214,37 @@ def test_a_question_in_the_walk_back_is_answered_too():
         found = torch.autograd.grad(y.sum(), leaves)
     assert "fastseq::scan_gradient" in {event.key for event in profile.key_averages()}
     assert same(found, want)
+
+
+@pytest.mark.parametrize("as_cell", [False, True])
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_gradients_of_many_outputs_at_once(mode, as_cell, capfd):
+    layer = build(mode, as_cell, dtype=torch.float64)
+    x = torch.randn(*(() if as_cell else (4,)), 3, 5, dtype=torch.float64, requires_grad=True)
+    y, leaves = call(layer, x, [])[0], [x, *layer.parameters()]
+    many = torch.randn(6, *y.shape, dtype=torch.float64)
+    each = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in many]
+    found = [torch.autograd.grad(y, leaves, many, retain_graph=True, is_grads_batched=True)]
+    found.append(torch.func.vmap(lambda d: torch.autograd.grad(y, leaves, d, retain_graph=True))(many))
+    for gradients in found:
+        for n, gradient in enumerate(gradients):
+            torch.testing.assert_close(gradient, torch.stack([e[n] for e in each]))
+    assert "Exception" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("as_cell", [False, True])
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_compiled_autograd(mode, as_cell):
+    layer = build(mode, as_cell, dtype=torch.float64)
+    x = torch.randn(*(() if as_cell else (4,)), 3, 5, dtype=torch.float64, requires_grad=True)
+    states = states_of(mode, layer, (3,) if as_cell else (1, 3), torch.float64)
+    leaves = [x, *states, *layer.parameters()]
+    want = torch.autograd.grad(sum(y.sin().sum() for y in call(layer, x, states)), leaves)
+    loss = sum(y.sin().sum() for y in call(layer, x, states))
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
 
 
 @pytest.mark.parametrize("as_cell", [False, True])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq import autograd_attention
+from fastseq.autograd import is_batched
 from fastseq.backend import native_attention
 from fastseq.functional import direct
 
@@ -44,9 +45,6 @@ def attend(
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return _recorded(q, k, v, (bias, mask, made, settings))
     return made[0]
-
-
-is_batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.grad(..., is_grads_batched=True)
 
 
 class Attended(torch.autograd.Function):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq.autograd import is_batched
 from fastseq.backend import native_attention
 from fastseq.functional import direct
 from fastseq.functional.attention import attention, attention_and_weights
-from fastseq.functional.direct_attention import is_batched
 
 
 def heads_of(x: Tensor, embed: int, heads: int, batch_first: bool) -> tuple[Tensor, ...]:

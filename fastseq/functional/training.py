@@ -42,10 +42,10 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         x, h0, c0, y, states, tape, *weights = ctx.saved_tensors
         need, cell, batch_first = ctx.needs_input_grad, ctx.cell, ctx.batch_first
-        dy, *more = grads
-        dh_n = None if batch_first is None else more.pop(0)
-        dc_n = more[0] if cell == "lstm" else None
-        if not torch.is_grad_enabled():
+        dy, dh_n = grads[0], None if batch_first is None else grads[1]
+        dc_n = grads[-1] if cell == "lstm" else None
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if plain and not any(d is not None and autograd.is_batched(d) for d in grads):
             found = direct.layer_gradient(  # type: ignore[misc]
                 need, dy, dh_n, dc_n, x, h0, c0, y, states, tape, cell, batch_first, weights[0], weights[1]
             )

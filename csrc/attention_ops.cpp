@@ -12,6 +12,7 @@
 
 #include "cpu/attention.h"
 #include "ops.h"
+#include "recurrent_marshal.h"
 
 namespace fastseq {
 namespace {
@@ -35,18 +36,12 @@ AttentionCall::Dtype dtype_of(const Tensor& x) {
   }
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
-  int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                 : dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                 : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                 : aoti_torch_dtype_float16();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  const Dtype dtype = type == ScalarType::Double     ? Dtype::f64
+                      : type == ScalarType::Float    ? Dtype::f32
+                      : type == ScalarType::BFloat16 ? Dtype::bf16
+                                                     : Dtype::f16;
+  return empty(sizes.data(), int64_t(sizes.size()), dtype);
 }
 
 std::vector<int64_t> sizes_of(const Tensor& x) {

@@ -49,10 +49,10 @@ Dtype weights_of(AtenTensorHandle w, Dtype beside) {
 size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// Strides of a contiguous tensor of up to four dimensions; returns its elements.
+// Strides of a contiguous tensor of up to four dimensions, as torch has them; returns its elements.
 static int64_t contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* strides) {
-  int64_t count = 1;
-  for (int64_t i = rank; i-- > 0; count *= sizes[i]) strides[i] = count > 0 ? count : 1;
+  int64_t count = 1, step = 1;
+  for (int64_t i = rank; i-- > 0; count *= sizes[i], step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
   return count;
 }
 

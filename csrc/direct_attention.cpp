@@ -25,7 +25,8 @@ struct Heads {
 
   // False: something speaks against the short way.
   bool take(PyObject* const* tensors, PyObject* const* settings, AttentionCall& call) {
-    if (!q.take(tensors[0]) || !k.take(tensors[1]) || !v.take(tensors[2]) || !bias.take(tensors[3]) || !mask.take(tensors[4]))
+    if (!q.take(tensors[0]) || !k.take(tensors[1]) || !v.take(tensors[2]) || !bias.take(tensors[3]) ||
+        !mask.take(tensors[4]))
       return false;
     if (q.rank != 4 || k.rank != 4 || v.rank != 4 || k.code != q.code || v.code != q.code) return false;
     call.batch = q.sizes[0], call.heads_q = q.sizes[1], call.length_q = q.sizes[2], call.dim = q.sizes[3];

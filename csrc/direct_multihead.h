@@ -34,8 +34,8 @@ class Unrecorded {
   const bool before_;
 };
 
-inline torch::stable::Tensor viewed(AtenTensorHandle x, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-              int64_t offset) {
+inline torch::stable::Tensor viewed(AtenTensorHandle x, std::initializer_list<int64_t> sizes,
+                                    std::initializer_list<int64_t> strides, int64_t offset) {
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(x, int64_t(sizes.size()), sizes.begin(), strides.begin(), offset, &made));

@@ -16,10 +16,15 @@ def sizes(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    """The dtypes the layers work in."""
+def check_tensor(name: str, tensor: object) -> None:
+    """A Tensor, whatever is in it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """The dtypes the layers work in."""
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ArgumentError(
             f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
@@ -72,8 +77,7 @@ def check_cell_input(x: Tensor, w_ih: Tensor) -> None:
 
 def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
     """An initial state of exactly this shape."""
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(state).__name__}")
+    check_tensor(name, state)
     if tuple(state.shape) != expected:
         what = "[num_layers * directions, batch, size] = " if len(expected) == 3 else ""
         raise ArgumentError(f"{name} must be {what}{list(expected)} for this input, got {sizes(state)}")

@@ -262,6 +262,9 @@ def test_bad_arguments_have_the_general_ways_messages(as_cell):
         layer(x[..., :4])
     with pytest.raises(fastseq.checks.ArgumentError, match="float64"):
         layer(x.double())
+    layer.requires_grad_(False)
+    with pytest.raises(TypeError, match="h_0 must be a Tensor"):
+        layer(x.detach(), ([0.0], [0.0]))
     cell = build("rnn_tanh", True)
     cell.bias_hh = None
     with pytest.raises(fastseq.checks.ArgumentError, match="come together"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastseq import auto, checks, ops, reference
 from fastseq import backend as backends
-from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference
+from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference, wants_gradient
 from fastseq.functional import eager, layers
 
 
@@ -234,6 +234,9 @@ def _cell(
     if len(present) not in (2, 4):
         raise checks.ArgumentError("b_ih and b_hh come together: give both or neither")
     stack = Stack(cell, has_biases=len(present) == 4)
+    for name, state in (("h_0" if cell == "lstm" else "hx", h), ("c_0", c)):
+        if state is not None:
+            checks.check_tensor(name, state)
     h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
     _, h_n, c_n, _ = run(stack, x.unsqueeze(0), h, c, present, None, None, False, backend)
     return h_n[0], None if c_n is None else c_n[0]
@@ -389,18 +392,11 @@ def scan(
     inputs = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset)
     if name == "reference" or needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
-    if functorch_active() or (torch.is_grad_enabled() and _wants_gradient(inputs[:8])):
+    if functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
         found = apply(Scan, *inputs, cell, reverse, name)
     else:
         found = FORWARD[name](*inputs, cell, reverse, False, want_states)
     return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
-
-
-def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    for t in tensors:  # noqa: SIM110 - a plain loop takes half the time of any() over a generator
-        if t is not None and t.requires_grad:
-            return True
-    return False
 
 
 def _reason(

@@ -189,7 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
     const std::string& cell, bool reverse, bool with_dx, bool with_weights, bool with_starts) {
   auto [dgates, dhidden, dh0, dc0] =
-      walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true, with_starts);
+      walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true,
+                with_starts);
   if (!with_dx && !with_weights) {
     auto absent = [&] { return empty({0}, dtype_of(x.get())); };  // one each: results must not alias
     return {absent(), absent(), absent(), absent(), absent(), dh0, dc0, dhidden};

@@ -66,15 +66,20 @@ def transform_is_traced() -> bool:
 transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def apply(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)`` for a Function without default arguments.
+def recorder(function: Any) -> Any:
+    """``function.apply`` of a Function without default arguments, outside of transforms.
 
     torch.autograd.Function's own inspects the signature of ``forward`` at every call, to bind defaults: that costs more
-    than a small layer's kernels. What it does besides is done here.
+    than a small layer's kernels.
     """
+    return super(torch.autograd.Function, function).apply
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)`` by way of :func:`recorder`. What torch's own does besides is done here."""
     if torch.compiler.is_compiling() or functorch_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*[_unwrap(a) if isinstance(a, Tensor) else a for a in args])
+    return recorder(function)(*[_unwrap(a) if isinstance(a, Tensor) else a for a in args])
 
 
 class Scan(torch.autograd.Function):

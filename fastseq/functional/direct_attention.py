@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq import autograd_attention
-from fastseq.autograd import is_batched
+from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
 from fastseq.functional import direct
 
@@ -73,7 +73,7 @@ class Attended(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-_recorded = super(torch.autograd.Function, Attended).apply
+_recorded = recorder(Attended)
 
 
 def with_four_dimensions(x: Tensor | None) -> Tensor | None:

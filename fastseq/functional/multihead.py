@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.autograd import is_batched
+from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
 from fastseq.functional import direct
 from fastseq.functional.attention import attention, attention_and_weights
@@ -135,7 +135,7 @@ class Multihead(torch.autograd.Function):
         return _general_gradient(ctx, saved, d_y, d_weights)
 
 
-_recorded = super(torch.autograd.Function, Multihead).apply
+_recorded = recorder(Multihead)
 
 
 def _general_gradient(ctx: Any, saved: tuple, d_y: Tensor | None, d_weights: Tensor | None) -> tuple:

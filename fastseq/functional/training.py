@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq import autograd, backend
+from fastseq import autograd
 from fastseq.functional import direct
 
 
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
         if x is None:
             return None
         if self.batch_first is None:
-            return x.view(1, -1, x.shape[-1]) if self.rank == 1 else x.unsqueeze(0)
+            return x[None, None] if self.rank == 1 else x.unsqueeze(0)
         return x.unsqueeze(1) if self.rank == 2 else x.transpose(0, 1) if self.batch_first else x
 
     def steps_out(self, x: Any) -> Any:
@@ -95,9 +95,7 @@ class Layout(NamedTuple):
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-
-# torch.autograd.Function's own `apply` inspects the signature of `forward` at every call; see autograd.apply.
-_apply = super(torch.autograd.Function, Layer).apply
+_apply = autograd.recorder(Layer)
 
 
 def layer(
@@ -109,10 +107,10 @@ def layer(
     batch_first: bool | None,
 ) -> tuple[Tensor, ...] | None:
     """y, h_n and an LSTM's c_n of a layer of one direction, to be differentiated; with ``batch_first`` None the new h
-    and c of a cell. None: take the general way."""
-    if direct.layer_forward is None or torch.compiler.is_compiling() or not backend.native_scan():
+    and c of a cell. None: take the general way. For a caller that has made sure of eager mode and the native scan."""
+    if direct.layer_forward is None or not direct.undisturbed():  # type: ignore[misc]
         return None
-    if not direct.undisturbed() or type(x) not in _TENSORS or len(weights) not in (2, 4):  # type: ignore[misc]
+    if type(x) not in _TENSORS or len(weights) not in (2, 4):
         return None
     if not autograd.wants_gradient((x, *weights, h0, c0)):
         return None

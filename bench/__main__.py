@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import inspect
 import pkgutil
@@ -201,4 +202,6 @@ def progress(count: int) -> Iterator[tuple[Callable[[Case], None], Callable[[Res
 
 
 if __name__ == "__main__":
+    if sys.stderr is not None:
+        faulthandler.enable()  # for its stack of signals: see fastseq/__main__.py
     raise SystemExit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import sys
 
@@ -31,6 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stderr is not None:
+        # It also gives signals a stack of their own. Matrix products of oneDNN before 3.11.2 (torch 2.11: 3.10) point
+        # the stack register into the heap: Ctrl-C in the middle of a torch.nn.LSTM would corrupt it now and then
+        # (github.com/uxlfoundation/oneDNN/issues/4845).
+        faulthandler.enable()
     try:
         status = main()
     except KeyboardInterrupt:

@@ -43,15 +43,18 @@ class Check:
     cases: tuple[int, int]
     sets: dict[str, list[str]] | None = None  # instruction sets of the check's own, with their flags
     kernels: str = ""  # how the names of the kernels' files begin
+    driver: list[str] = field(default_factory=list)  # the driver's own flags
+    like: str = ""  # the check that compiles sets without flags alike: they are compiled once
     link: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
-TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../../tests/sanitize/tile_model.h"', "-DWITHOUT_ATTENTION"]
 LINES = ["-g1", "-fno-omit-frame-pointer"]
+TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../../tests/sanitize/tile_model.h"']
+ADDRESS = ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CHECKS = {
     "address": Check(
-        ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ADDRESS,
         (400, 400),
         # Not detect_stack_use_after_return: GCC 12's does not align 64-byte vectors on its fake stack.
         environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
@@ -63,10 +66,12 @@ CHECKS = {
     ),
     # Any processor runs the model: beside it, vectors are the baseline set's. Attention does not use tiles.
     "tiles": Check(
-        ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *TILE_MODEL],
+        ADDRESS,
         (1600, 0),
-        sets={"baseline": [], "amx_bf16": []},
+        sets={"baseline": [], "amx_bf16": TILE_MODEL},
         kernels="recurrent_",
+        driver=[*TILE_MODEL, "-DWITHOUT_ATTENTION"],
+        like="address",
         environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
     ),
     "arm64": Check(["-O2"], (60, 60), link=["-static"]),
@@ -82,18 +87,18 @@ def usable_sets(sets: dict[str, list[str]], everything: bool) -> list[str]:
 
 
 def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, list[str]]) -> Path:
-    """Compiles the kernels and the driver into build/<name>/; returns the program."""
+    """Compiles the kernels and the driver under build/; returns the program."""
     folder = Path("build", name)
     base = [*compiler, *(f for f in setup.COMMON_FLAGS if not f.startswith("-O")), *check.flags]
     kernels = [path for path in setup.sources(f"csrc/cpu/{check.kernels}*.cpp") if path.name != "isa.cpp"]
-    units = [
-        setup.Unit(folder / isa / f"{path.stem}.o", path, [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"])
-        for isa, flags in sets.items()
-        for path in kernels
-    ]
+    units = []
+    for isa, flags in sets.items():
+        objects = Path("build", name if flags else check.like or name, isa)
+        command = [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
+        units += [setup.Unit(objects / f"{path.stem}.o", path, command) for path in kernels]
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in sets if isa != "baseline"]
     units += [
-        setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have])
+        setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have, *check.driver])
         for path in [Path("csrc/cpu/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
         if not (check.kernels and path.name == "attention.cpp")
     ]

@@ -44,18 +44,25 @@ Tensor seen_as(const Tensor& x, std::initializer_list<int64_t> sizes, std::initi
   return Tensor(made);
 }
 
-// How the caller lays out what the scan has as x and y [T, B, n] and states [B, n]. A layer: so, or [B, T, n] where
-// batch_first, or [T, n] of one sequence, and states [1, B, n], or [1, n]. A cell: [B, n] or [n], states alike.
+// How the caller lays out what the scan has as x and y [T, B, n] and states [B, n]. "scan": so. "layer": x as well, or
+// [T, n] of one sequence, and states [1, B, n], or [1, n]; "batch_first": but x [B, T, n]. "cell": [B, n] or [n], states
+// alike.
 struct Layout {
-  bool is_cell, batch_first;
+  bool is_scan, is_cell, batch_first;
   int64_t rank;  // of x
 
-  Layout(const OptionalTensor& x, PyObject* batch_first)
-      : is_cell(batch_first == Py_None), batch_first(batch_first == Py_True), rank(x->dim()) {}
-  bool is_known() const { return is_cell ? rank == 1 || rank == 2 : rank == 2 || rank == 3; }
+  Layout(const OptionalTensor& x, const std::string& name)
+      : is_scan(name == "scan"), is_cell(name == "cell"), batch_first(name == "batch_first"), rank(x->dim()),
+        is_layer_(batch_first || name == "layer") {}
+  bool is_known() const {
+    return is_scan ? rank == 3 : is_cell ? rank == 1 || rank == 2 : is_layer_ && (rank == 2 || rank == 3);
+  }
   // Whether these are laid out as x, or as states beside it.
   bool fits_steps(const OptionalTensor& x) const { return !x || x->dim() == rank; }
-  bool fits_state(const OptionalTensor& s) const { return !s || (s->dim() == rank && (is_cell || s->size(0) == 1)); }
+  bool fits_state(const OptionalTensor& s) const {
+    if (!s || is_scan) return !s || s->dim() == 2;
+    return s->dim() == rank && (is_cell || s->size(0) == 1);
+  }
 
   Tensor steps_in(const Tensor& x) const {
     if (is_cell && rank == 1) return seen_as(x, {1, 1, x.size(0)}, {x.stride(0), x.stride(0), x.stride(0)});
@@ -70,12 +77,13 @@ struct Layout {
     return batch_first ? swapped(x) : x;
   }
   Tensor state_in(const Tensor& s) const {
+    if (is_scan) return s;
     if (rank == 1) return seen_as(s, {1, s.size(0)}, {s.stride(0), s.stride(0)});
     return rank == 3 ? seen_as(s, {s.size(1), s.size(2)}, {s.stride(1), s.stride(2)}) : s;
   }
   Tensor state_out(const Tensor& s) const {
     if (rank == 1) return seen_as(s, {s.size(1)}, {s.stride(1)});
-    if (rank == 2) return s;
+    if (is_scan || rank == 2) return s;
     return seen_as(s, {1, s.size(0), s.size(1)}, {s.size(0) * s.stride(0), s.stride(0), s.stride(1)});
   }
   void steps_in(OptionalTensor& x) const {
@@ -86,6 +94,8 @@ struct Layout {
   }
 
  private:
+  bool is_layer_;
+
   static Tensor swapped(const Tensor& x) {
     return seen_as(x, {x.size(1), x.size(0), x.size(2)}, {x.stride(1), x.stride(0), x.stride(2)});
   }
@@ -133,17 +143,16 @@ PyObject* undisturbed(PyObject*, PyObject*) {
   return PyBool_FromLong(plain);
 }
 
-// layer_forward(input, h0, c0, cell, batch_first, w_ih, w_hh, b_ih, b_hh) -> (y, h_n, c_n, states, tape) or None: one layer
-// of one direction, input and states as torch.nn lays them out; batch_first None: a cell, whose h_n is y. None in place of
-// what there is not.
+// layer_forward(input, h0, c0, cell, layout, reverse, w_ih, w_hh, b_ih, b_hh) -> (y, h_n, c_n, states, tape) or None: one
+// layer of one direction, or a cell, whose h_n is y. None in place of what there is not.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 9 || !nothing_speaks_against_it()) return decline();
+  if (count != 10 || !nothing_speaks_against_it()) return decline();
   Operands given, weights;
-  if (!given.take(args, 3) || !weights.take(args + 5, 4)) return decline();
-  const char* cell = text_of(args[3]);
+  if (!given.take(args, 3) || !weights.take(args + 6, 4)) return decline();
+  const char *cell = text_of(args[3]), *name = text_of(args[4]);
   OptionalTensor &x = given[0], &h0 = given[1], &c0 = given[2];
-  if (!cell || !x || !weights[0] || !weights[1]) return decline();
-  const Layout layout(x, args[4]);
+  if (!cell || !name || !x || !weights[0] || !weights[1]) return decline();
+  const Layout layout(x, name);
   const bool lstm = cell_of(cell) == Cell::lstm;
   if (!layout.is_known() || !layout.fits_state(h0) || !layout.fits_state(c0)) return decline();
   if (lstm && h0.has_value() != c0.has_value()) return decline();
@@ -152,8 +161,8 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try 
   if (dtype_of(x->get()) == Dtype::bf16 && x->size(0) * x->size(1) > most_bf16_rows) return decline();
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>> made;
   compute(products_of(*x, *weights[1]), [&] {
-    made = scan_forward_cpu(*x, *weights[0], *weights[1], weights[2], weights[3], {}, h0, c0, {}, {}, cell, false, true,
-                            true);
+    made = scan_forward_cpu(*x, *weights[0], *weights[1], weights[2], weights[3], {}, h0, c0, {}, {}, cell,
+                            is_true(args[5]), true, true);
   });
   auto& [y, h_n, c_n, states, tape] = *made;
   Results results(5);
@@ -166,37 +175,37 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try 
   return decline();
 }
 
-// layer_gradient(need, dy, dh_n, dc_n, input, h0, c0, y, states, tape, cell, batch_first, w_ih, w_hh) -> gradients of
+// layer_gradient(need, dy, dh_n, dc_n, input, h0, c0, y, states, tape, cell, layout, reverse, w_ih, w_hh) -> gradients of
 // layer_forward's arguments (of biases if `need` has them), None where there is none, or None. need: whose gradient is
 // needed, in the same order.
 PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 14 || !PyTuple_Check(args[0]) || !nothing_speaks_against_it()) return decline();
+  if (count != 15 || !PyTuple_Check(args[0]) || !nothing_speaks_against_it()) return decline();
   Operands given, weights;
-  if (!given.take(args + 1, 9) || !weights.take(args + 12, 2)) return decline();
-  const char* cell = text_of(args[10]);
+  if (!given.take(args + 1, 9) || !weights.take(args + 13, 2)) return decline();
+  const char *cell = text_of(args[10]), *name = text_of(args[11]);
   OptionalTensor &dy = given[0], &dh_n = given[1], &dc_n = given[2], &x = given[3], &h0 = given[4], &c0 = given[5],
                  &y = given[6];
-  if (!cell || !x || !y || !weights[0] || !weights[1]) return decline();
-  const Layout layout(x, args[11]);
+  if (!cell || !name || !x || !y || !weights[0] || !weights[1]) return decline();
+  const Layout layout(x, name);
   if (!layout.fits_steps(dy) || !layout.fits_state(dh_n) || !layout.fits_state(dc_n)) return decline();
   for (OptionalTensor* steps : {&dy, &x, &y}) layout.steps_in(*steps);
   for (OptionalTensor* state : {&dh_n, &dc_n, &h0, &c0}) layout.state_in(*state);
   const Py_ssize_t length = PyTuple_Size(args[0]);
   const auto needed = [&](Py_ssize_t i) { return is_true(PyTuple_GetItem(args[0], i)); };
   bool with_weights = false;
-  for (Py_ssize_t i = 5; i < length; ++i) with_weights = with_weights || needed(i);
-  const bool with_dx = needed(0), with_dh0 = h0 && needed(1), with_dc0 = c0 && needed(2), with_biases = length > 7;
+  for (Py_ssize_t i = 6; i < length; ++i) with_weights = with_weights || needed(i);
+  const bool with_dx = needed(0), with_dh0 = h0 && needed(1), with_dc0 = c0 && needed(2), with_biases = length > 8;
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> made;
   compute(2 * products_of(*x, *weights[1]), [&] {
     made = scan_gradient(dy, dh_n, dc_n, {}, *x, *weights[0], *weights[1], {}, h0, c0, {}, {}, *y, given[7], given[8],
-                         cell, false, with_dx, with_weights, with_dh0 || with_dc0);
+                         cell, is_true(args[12]), with_dx, with_weights, with_dh0 || with_dc0);
   });
   auto& [dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden] = *made;
   Results results(length);
   results.add_if(with_dx, [&] { return layout.steps_out(dx); });
   results.add_if(with_dh0, [&] { return layout.state_out(dh0); });
   results.add_if(with_dc0, [&] { return layout.state_out(dc0); });
-  results.add_none(), results.add_none();
+  for (int i = 0; i < 3; ++i) results.add_none();  // of cell, layout and reverse
   results.add(dw_ih), results.add(dw_hh);
   if (with_biases) results.add(db_ih), results.add(db_hh);
   return results.done();

@@ -96,6 +96,53 @@ def test_the_general_ways_bits(mode, layout, dtype, monkeypatch):
             assert same(gradients, expected[1])
 
 
+def functions_of(found):
+    """The names of all Functions of our own behind these results."""
+    names, seen, left = [], set(), [t.grad_fn for t in found]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            left += [before for before, _ in node.next_functions]
+    return [name for name in names if name in ("LayerBackward", "ScanBackward")]
+
+
+STACKS = {
+    "two layers": {"num_layers": 2, "batch_first": True},
+    "both directions": {"bidirectional": True},
+    "all": {"num_layers": 3, "bidirectional": True, "bias": False, "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_of_a_stack_give_the_general_ways_bits(mode, stack, dtype, monkeypatch):
+    layer = build(mode, dtype=dtype, **STACKS[stack])
+    rows = layer.num_layers * (1 + layer.bidirectional)
+    x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
+    for states in (states_of(mode, layer, (rows, x.shape[1 - layer.batch_first]), dtype), []):
+        for outputs in (None, [0], [1]):
+            torch.manual_seed(1)
+            found, gradients = trained(layer, x, states, outputs=outputs)
+            assert functions_of(found) == rows * ["LayerBackward"]
+            torch.manual_seed(1)
+            expected = generally(monkeypatch, layer, x, states, outputs=outputs)
+            assert functions_of(expected[0]) == rows * ["ScanBackward"]
+            assert same(found, expected[0])
+            assert same(gradients, expected[1])
+
+
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_second_derivatives_of_both_directions(mode):
+    layer = build(mode, features=2, hidden=2, dtype=torch.float64, bidirectional=True)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    states = states_of(mode, layer, (2, 2), torch.float64)
+    assert "ScanBackward" not in functions_of(call(layer, x, states))
+    assert torch.autograd.gradgradcheck(lambda x, *states: tuple(call(layer, x, states)), (x, *states))
+
+
 @pytest.mark.parametrize("as_cell", [False, True])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gru_reset_before"])
 def test_torchs_gradients(mode, as_cell):
@@ -274,26 +321,26 @@ def test_bad_arguments_have_the_general_ways_messages(as_cell):
 def test_it_declines_what_is_not_fit(monkeypatch):
     x, w_ih, w_hh, b = torch.randn(4, 3, 5), torch.randn(68, 5), torch.randn(68, 17), torch.randn(68)
     h = torch.randn(1, 3, 17)
-    good = [x, h, h, "lstm", False, w_ih, w_hh, b, b]
+    good = [x, h, h, "lstm", "layer", False, w_ih, w_hh, b, b]
     assert direct.layer_forward(*good) is None, "gradients are on"
     with torch.no_grad():
         assert direct.layer_forward(*good) is not None
         for i, bad in (
             (0, None), (0, x[0, 0]), (0, x[:0]), (0, x.double()), (1, None), (1, h[0]), (1, h.expand(2, 3, 17)),
-            (2, h[..., 1:]), (3, "elman"), (3, "gru"), (3, 5), (4, None), (5, None), (5, w_ih[1:]), (6, w_hh[0]),
-            (6, w_hh[:0]), (7, b[1:]), (8, b.half()), (8, None),
+            (2, h[..., 1:]), (3, "elman"), (3, "gru"), (3, 5), (4, None), (4, "cell"), (4, "scan"), (4, "columns"),
+            (6, None), (6, w_ih[1:]), (7, w_hh[0]), (7, w_hh[:0]), (8, b[1:]), (9, b.half()), (9, None),
         ):  # fmt: skip
             given = [*good[:i], bad, *good[i + 1 :]]
-            if (i, bad) != (8, None):  # one bias alone is for the layers to refuse
+            if (i, bad) != (9, None):  # one bias alone is for the layers to refuse
                 assert direct.layer_forward(*given) is None, (i, bad)
         assert direct.layer_forward(*good[:-1]) is None
-        need = (True, True, True, False, False, True, True, True, True)
+        need = (True, True, True, False, False, False, True, True, True, True)
         y, h_n, c_n, states, tape = direct.layer_forward(*good)
-        walk = [need, y, h_n, c_n, x, h, h, y, states, tape, "lstm", False, w_ih, w_hh]
+        walk = [need, y, h_n, c_n, x, h, h, y, states, tape, "lstm", "layer", False, w_ih, w_hh]
         assert direct.layer_gradient(*walk) is not None
         for i, bad in (
             (0, None), (1, y[1:]), (1, y[0, 0]), (2, h_n[0]), (4, None), (7, None), (8, None), (9, tape[..., 1:]),
-            (10, 3), (12, None), (13, w_hh[1:]),
+            (10, 3), (11, "scan"), (11, 3), (13, None), (14, w_hh[1:]),
         ):  # fmt: skip
             assert direct.layer_gradient(*walk[:i], bad, *walk[i + 1 :]) is None, i
         assert direct.layer_gradient(*walk[1:]) is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastseq import auto, checks, ops, reference
 from fastseq import backend as backends
 from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference, wants_gradient
-from fastseq.functional import eager, layers
+from fastseq.functional import eager, layers, training
 
 
 class Stack(NamedTuple):
@@ -392,6 +392,12 @@ def scan(
     inputs = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset)
     if name == "reference" or needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
+    plain = lengths is None and reset is None and w_hr is None and not want_states
+    if plain and name == "native" and x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+        done = training.layer(x, h0, c0, weights, cell, "scan", reverse)
+        if done is not None:
+            return done[0], done[1], done[2] if cell == "lstm" else None, None
     if functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
         found = apply(Scan, *inputs, cell, reverse, name)
     else:

@@ -70,7 +70,8 @@ class _Recurrent(_Compressible, nn.RNNBase):
         if torch.is_grad_enabled():
             if self.num_layers != 1 or self.bidirectional or self.proj_size:
                 return None
-            return training.layer(input, h0, c0, self._weights(), cell, self.batch_first)
+            layout = "batch_first" if self.batch_first else "layer"
+            return training.layer(input, h0, c0, self._weights(), cell, layout)
         if self.training and self.dropout:
             return None
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
@@ -272,7 +273,7 @@ class _Cell(_Compressible):
             if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
                 return None
             present = [w for w in map(own.get, _CELL_WEIGHTS) if w is not None]
-            return training.layer(input, h, c, present, name, None)
+            return training.layer(input, h, c, present, name, "cell")
         if self._compressed is None and direct.cell_layer is not None:
             done = direct.cell_layer(own, input, h, c, name)
             if done is not None:

@@ -62,8 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Recurrent(Case):
-    """One layer over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that hands its state on;
-    a cell in training has a batch and one step.
+    """A layer, or a stack of them, over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that
+    hands its state on; a cell in training has a batch and one step.
 
     cell: ``rnn`` (tanh), ``gru``, ``gru_reset_before`` or ``lstm``; as_cell: the layer's RNNCell, GRUCell, LSTMCell.
     weights: the matrices have only numbers of this smaller type, in everybody's copy, and fastseq is patched to use it
@@ -77,6 +77,12 @@ class Recurrent(Case):
     hidden: int
     as_cell: bool = False
     weights: str = ""
+    layers: int = 1
+    directions: int = 1
+
+    @property
+    def stacked(self) -> bool:
+        return self.layers * self.directions > 1
 
     @property
     def name(self) -> str:
@@ -86,19 +92,21 @@ class Recurrent(Case):
             shape = f"B{self.batch}-I{self.features}-H{self.hidden}"
             return f"{self.cell}_cell-{self.mode}-{shape}{self._suffix()}"
         shape = f"T{self.steps}-B{self.batch}-I{self.features}-H{self.hidden}"
-        return f"{self.cell}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
+        if self.stacked:
+            shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
+        return f"{self.cell}{'_stack' * self.stacked}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
 
     def _weights(self, before: str) -> str:
         return f"{before}{DTYPES[self.weights]}{before}weights" if self.weights else ""
 
     @property
     def group(self) -> str:
-        what = "cell training" if self.as_cell and self.training else self.mode
+        what = "cell training" if self.as_cell and self.training else f"{'stack ' * self.stacked}{self.mode}"
         return f"{self.cell} {what} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
-        if self.mode == "step" or self.as_cell or self.cell == "gru_reset_before":
+        if self.mode == "step" or self.as_cell or self.stacked or self.cell == "gru_reset_before":
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -203,6 +211,9 @@ STEP_HIDDEN = (64, 128, 512)
 CELL_GRID = ((1, 64, 64), (32, 256, 256))
 """(B, I, H), in training"""
 
+STACK_GRID = ((1, 1, 64, 64, 2, 1), (50, 32, 128, 128, 2, 1), (100, 8, 40, 96, 2, 2))
+"""(T, B, I, H, layers, directions), in training"""
+
 ATTENTION_GRID = (
     ("dense", 8, 8, 8, 50, 50, 64, False),
     ("dense", 4, 8, 8, 200, 200, 64, True),
@@ -263,6 +274,8 @@ def _all() -> Iterator[Case]:
         for cell in ("rnn", "gru", "lstm"):
             for shape_of_cell in CELL_GRID:
                 yield Recurrent("training", dtype, cell, 1, *shape_of_cell, as_cell=True)
+            for t, b, i, h, layers, directions in STACK_GRID:
+                yield Recurrent("training", dtype, cell, t, b, i, h, layers=layers, directions=directions)
         for mode in ("forward", "training"):
             for shape_of_attention in ATTENTION_GRID:
                 if not (shape_of_attention[0] == "decode" and mode == "training"):
@@ -320,8 +333,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass
 class RecurrentInputs:
-    """x [T,B,I], h0 and c0 [1,B,H], dy [T,B,H] (gradient of y, in training; of a cell's h), all in the case's dtype. Of
-    a cell without the leading 1 and T. ``state``: the weights under the layer's names; c0: None but for an LSTM."""
+    """x [T,B,I], h0 and c0 [layers * directions,B,H], dy [T,B,directions * H] (gradient of y, in training; of a cell's
+    h), all in the case's dtype. Of a cell without the leading 1 and T. ``state``: the weights under the layer's names;
+    c0: None but for an LSTM."""
 
     x: Tensor
     h0: Tensor
@@ -356,7 +370,6 @@ def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
     """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
     rng, dtype, hidden = case.generator(), case.torch_dtype, case.hidden
     gates = {"rnn": 1, "lstm": 4}.get(case.cell, 3)
-    end = "" if case.as_cell else "_l0"
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng).to(dtype)
@@ -364,14 +377,20 @@ def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
     def weight(*shape: int) -> Tensor:
         return ((torch.rand(*shape, generator=rng) * 2 - 1) / hidden**0.5).to(dtype)
 
-    rows = gates * hidden
-    shapes = {"weight_ih": (rows, case.features), "weight_hh": (rows, hidden), "bias_ih": (rows,), "bias_hh": (rows,)}
-    lead = () if case.as_cell else (1,)
+    rows, width = gates * hidden, case.directions * hidden
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(case.layers):
+        for direction in range(case.directions):
+            end = "" if case.as_cell else f"_l{layer}{'_reverse' * direction}"
+            own = ((rows, width if layer else case.features), (rows, hidden), (rows,), (rows,))
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            shapes |= {name + end: shape for name, shape in zip(names, own, strict=True)}
+    lead = () if case.as_cell else (case.layers * case.directions,)
     h0 = torch.tanh(normal(*lead, case.batch, hidden))
     c0 = normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
     x = normal(case.batch, case.features) if case.as_cell else normal(case.steps, case.batch, case.features)
-    dy = normal(*(() if case.as_cell else (case.steps,)), case.batch, hidden) if case.training else torch.empty(0)
-    state = {name + end: weight(*shape) for name, shape in shapes.items()}
+    dy = normal(*(() if case.as_cell else (case.steps,)), case.batch, width) if case.training else torch.empty(0)
+    state = {name: weight(*shape) for name, shape in shapes.items()}
     if case.weights:
         smaller = getattr(torch, case.weights)
         state = {name: w.to(smaller).to(dtype) if w.dim() == 2 else w for name, w in state.items()}

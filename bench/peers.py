@@ -61,6 +61,8 @@ def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], 
     """The layer or cell of ``library`` (torch.nn or fastseq.nn) for this case, with the given weights."""
     kind = "GRU" if case.cell == "gru_reset_before" else case.cell.upper()
     options: dict[str, Any] = {"reset_after": False} if case.cell == "gru_reset_before" else {}
+    if case.stacked:
+        options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
     layer = getattr(library, kind + ("Cell" if case.as_cell else ""))(
         case.features, case.hidden, dtype=dtype, **options
     )

@@ -97,6 +97,14 @@ def test_every_quick_case_passes_its_check(name):
     assert result.entries["fastseq"].backend in fastseq.backends()
 
 
+def test_a_stack_passes_its_check_in_every_layer_and_direction():
+    case = cases.Recurrent("training", "float32", "lstm", 9, 3, 5, 17, layers=2, directions=2)
+    result = run.measure(case, [peers.OURS, peers.PEERS["torch"]], CHECK_ONLY, clock=False)
+    assert result.failed == [], [result.entries[who].reason for who in result.failed]
+    judge = check.Judge.of(case, run.make_inputs(case))
+    assert {"d_weight_hh_l1_reverse", "d_weight_ih_l0", "d_x", "h_n", "c_n"} <= judge.budget.keys()
+
+
 @needs_onnx
 @pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm", "rnn"])
 def test_onnx_runtime_agrees_with_our_float64_reference(cell):
@@ -260,7 +268,7 @@ def test_the_document_says_what_ran_where_and_how(tmp_path):
     assert case["name"] == SMALL
     assert case["shape"] == {
         "mode": "inference", "dtype": "float32", "cell": "rnn", "steps": 1, "batch": 1, "features": 64, "hidden": 64,
-        "as_cell": False, "weights": "",
+        "as_cell": False, "weights": "", "layers": 1, "directions": 1,
     }  # fmt: skip
     ours, theirs = case["contestants"]["fastseq"], case["contestants"]["torch"]
     assert ours["backend"] == "reference"

@@ -141,7 +141,14 @@ def test_ctrl_c_keeps_what_was_done(turn, text_file, tmp_path, monkeypatch, caps
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_real_ctrl_c_ends_with_status_130(tmp_path):
     command = [sys.executable, "-m", "fastseq", "demo", "--model", "lstm", "--steps", "100000", "--out", str(tmp_path)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     try:
         for line in child.stdout:
             if "fastseq.patch(model)" in line:

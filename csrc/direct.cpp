@@ -1,12 +1,12 @@
 // One step of a small model takes 1 us of arithmetic and, through an operator, 4 us of finding out what was called:
 // matching the schema, boxing each tensor, handing the lock over. These functions are handed the Python objects and
-// ask only what has an influence here. Where anything speaks against the short way they return None, and the caller
-// takes the operator, which has all the answers and all the messages.
+// ask only what has an influence here. They return None for a call that they do not take, and the caller takes the
+// operator, which has all the answers and all the messages.
 //
-// Two assumptions beyond torch's stable interface: a Tensor's attribute `_cdata` is the address of its TensorImpl, and an
-// at::Tensor, which an AtenTensorHandle points to, is one pointer to that; and THPVariable_Wrap, which torch exports
-// under a name that holds its signature, makes a Python object of one. fastseq/functional/direct.py turns this on only
-// for releases of torch with which it was tested, after a trial.
+// Three assumptions beyond torch's stable interface. A Tensor's attribute `_cdata` is the address of its TensorImpl, and
+// an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch keys
+// at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
+// of an at::TensorBase. fastseq/functional/direct.py tries each at import.
 #include <cstring>
 #include <vector>
 #if defined(__linux__)
@@ -76,7 +76,7 @@ PyObject* run(const StackCall& call) {
   Object y(make(layers.y_sizes, layers.rank(), layers.dtype(), to_y));
   Object h_n(make(layers.h_sizes, layers.rank(), layers.dtype(), to_h));
   Object c_n(lstm ? make(layers.c_sizes, layers.rank(), layers.dtype(), to_c) : nullptr);
-  if (!y.get() || !h_n.get() || (lstm && !c_n.get())) return decline();
+  if (!y.get() || !h_n.get() || (lstm && !c_n.get())) return nullptr;
   compute(layers.products(), [&] { layers.run(to_y, to_h, to_c); });
   return lstm ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
 }
@@ -115,23 +115,19 @@ PyObject* run_on(const BorrowedList& weights, const BorrowedList& scales, PyObje
 
 // stack(x, h0, c0, weights: list, scales: list, cell, num_layers, bidirectional, batch_first[, hidden, outputs])
 // -> (y, h_n[, c_n]) or None
-PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if ((count != 9 && count != 11) || !nothing_speaks_against_it()) return decline();
+PyObject* stack(PyObject* const* args, Py_ssize_t count) {
+  if ((count != 9 && count != 11) || !is_plain_call()) return decline();
   BorrowedList weights, scales;
   if (!weights.add_all(args[3]) || !scales.add_all(args[4])) return decline();
   return run_on(weights, scales, args, args + 5, count > 9 ? args + 9 : nullptr);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // layer(parameters: dict, names: list, x, h0, c0, cell, num_layers, bidirectional, batch_first): as `stack`, the weights
 // being the parameters; None too where these are not just the ones named, in their order.
-PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* layer(PyObject* const* args, Py_ssize_t count) {
   BorrowedList weights, scales;
-  if (count != 9 || !nothing_speaks_against_it() || !weights.add_named(args[0], args[1])) return decline();
+  if (count != 9 || !is_plain_call() || !weights.add_named(args[0], args[1])) return decline();
   return run_on(weights, scales, args + 2, args + 5, nullptr);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // What packed weights were made from, and the call that reads them, for the layers of one module.
@@ -156,7 +152,7 @@ Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointe
 
 // plan(sources, addresses, versions, isa, weights, scales, cell, num_layers, bidirectional, batch_first) -> plan or None:
 // the first four as `unchanged` has them, the others as `stack`.
-PyObject* plan(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* plan(PyObject* const* args, Py_ssize_t count) {
   if (count != 10 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) return decline();
   Plan* made = new Plan(args);
   PyObject* capsule = PyCapsule_New(made, kPlan, [](PyObject* object) { delete plan_of(object); });
@@ -164,13 +160,11 @@ PyObject* plan(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (!capsule || made->taken) return capsule;
   Py_DECREF(capsule);
   return decline();
-} catch (const std::exception&) {
-  return decline();
 }
 
 // planned(plan, parameters: dict, x, h0, c0, cell, num_layers, bidirectional, batch_first, hidden, outputs): as `stack`,
 // with the plan's weights; None too where one of the parameters, or an option, is no longer what the plan was made for.
-PyObject* planned(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* planned(PyObject* const* args, Py_ssize_t count) {
   if (count != 11) return decline();
   Plan* made = plan_of(args[0]);
   if (!made || !PyDict_Check(args[1]) || !same_isa(made->isa)) return decline();
@@ -182,10 +176,8 @@ PyObject* planned(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (PyDict_Size(args[1]) != length) return decline();
   for (; PyDict_Next(args[1], &position, &name, &tensor); ++i)
     if (i >= length || !is_still(tensor, made->sources, made->addresses, made->versions, i)) return decline();
-  if (!nothing_speaks_against_it()) return decline();
+  if (!is_plain_call()) return decline();
   return run_on(made->weights, made->scales, args + 2, args + 5, args + 9);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // One step of a cell; matrices packed for `hidden` units, or 0.
@@ -201,36 +193,32 @@ PyObject* run_cell(PyObject* const (&given)[9], PyObject* cell, int64_t hidden) 
   void *to_h, *to_c = nullptr;
   Object h_n(make(step.sizes, step.rank(), step.dtype(), to_h));
   Object c_n(lstm ? make(step.sizes, step.rank(), step.dtype(), to_c) : nullptr);
-  if (!h_n.get() || (lstm && !c_n.get())) return decline();
+  if (!h_n.get() || (lstm && !c_n.get())) return nullptr;
   compute(step.products(), [&] { step.run(to_h, to_c); });
   return lstm ? PyTuple_Pack(2, h_n.get(), c_n.get()) : PyTuple_Pack(1, h_n.get());
 }
 
 // cell(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell[, hidden]) -> (h_n[, c_n]) or None
-PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if ((count != 10 && count != 11) || !nothing_speaks_against_it()) return decline();
+PyObject* cell(PyObject* const* args, Py_ssize_t count) {
+  if ((count != 10 && count != 11) || !is_plain_call()) return decline();
   return run_cell({args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8]}, args[9],
                   count > 10 ? PyLong_AsLongLong(args[10]) : 0);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // cell_layer(parameters: dict, x, h, c, cell): as `cell`, the weights being the parameters; None too where one of the
 // four is not among them.
-PyObject* cell_layer(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 5 || !PyDict_Check(args[0]) || !nothing_speaks_against_it()) return decline();
+PyObject* cell_layer(PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 || !PyDict_Check(args[0]) || !is_plain_call()) return decline();
   PyObject* weights[4];
   for (int i = 0; i < 4; ++i)
     if (!(weights[i] = PyDict_GetItem(args[0], cell_names[i]))) return decline();
   return run_cell({args[1], args[2], args[3], weights[0], weights[1], weights[2], weights[3], Py_None, Py_None}, args[4],
                   0);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether each tensor is still its source,
 // and the instruction set is this one.
-PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   if (count != 5 || !PyList_Check(args[0])) return decline();
   const Py_ssize_t length = PyList_Size(args[0]);
   bool same = PyTuple_Size(args[1]) == length && same_isa(args[4]);
@@ -238,18 +226,20 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) try {
     same = is_still(PyList_GetItem(args[0], i), args[1], args[2], args[3], i);
   PyErr_Clear();
   return PyBool_FromLong(same);
-} catch (const std::exception&) {
-  return decline();
 }
 
-// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows) -> bool: False where torch has no
-// THPVariable_Wrap as we know it.
-PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3])) {
-    PyErr_SetString(PyExc_TypeError, "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows)");
+// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows, keys_offset, plain_keys: pair of int) -> bool: False
+// where torch has no THPVariable_Wrap as we know it.
+PyObject* bind(PyObject* const* args, Py_ssize_t count) {
+  if (count != 7 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[6])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows, keys_offset, "
+                    "plain_keys: tuple)");
     return nullptr;
   }
   most_bf16_rows = PyLong_AsLongLong(args[4]);
+  keys_offset = PyLong_AsLongLong(args[5]);
+  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[6], i));
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
@@ -261,7 +251,6 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!cell_names[i]) cell_names[i] = PyUnicode_InternFromString(names[i]);
   if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
-  if (!is_neg_name) is_neg_name = PyUnicode_InternFromString("is_neg");
   if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
   bind_multihead();
   for (Py_ssize_t i = 0; i < 4; ++i) Py_INCREF(args[i]);  // for as long as the process lives
@@ -269,11 +258,11 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// described(tensor) -> (address of its data, sizes, a new tensor of its kind, the address of that one's data): what the
-// assumptions above lead to, for a trial.
-PyObject* described(PyObject*, PyObject* tensor) try {
+// described(tensor) -> (address of its data, sizes, a new tensor of its kind, the address of that one's data), or None
+// where it is not an ordinary tensor: what the assumptions above lead to, for a trial.
+PyObject* described(PyObject* const* args, Py_ssize_t count) {
   Borrowed borrowed;
-  if (!tensor_type || tensor == Py_None || !borrowed.take(tensor)) return decline();
+  if (count != 1 || !tensor_type || args[0] == Py_None || !borrowed.take(args[0])) return decline();
   const int64_t rank = rank_of(borrowed.handle()), *sizes = sizes_of(borrowed.handle());
   Object shape(PyTuple_New(Py_ssize_t(rank)));
   for (int64_t i = 0; i < rank; ++i) PyTuple_SetItem(shape.get(), Py_ssize_t(i), PyLong_FromLongLong(sizes[i]));
@@ -282,30 +271,26 @@ PyObject* described(PyObject*, PyObject* tensor) try {
   Object address(PyLong_FromVoidPtr(data)), made(make(sizes, rank, dtype_of(borrowed.handle()), data));
   Object its(PyLong_FromVoidPtr(data));
   return PyTuple_Pack(4, address.get(), shape.get(), made.get(), its.get());
-} catch (const std::exception&) {
-  return decline();
 }
 
 }  // namespace
 
-PyMethodDef direct_methods[] = {{"stack", method(stack), METH_FASTCALL, nullptr},
-                                {"layer", method(layer), METH_FASTCALL, nullptr},
-                                {"cell_layer", method(cell_layer), METH_FASTCALL, nullptr},
-                                {"cell", method(cell), METH_FASTCALL, nullptr},
-                                {"plan", method(plan), METH_FASTCALL, nullptr},
-                                {"planned", method(planned), METH_FASTCALL, nullptr},
-                                {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
+PyMethodDef direct_methods[] = {method<stack>("stack"),
+                                method<layer>("layer"),
+                                method<cell_layer>("cell_layer"),
+                                method<cell>("cell"),
+                                method<plan>("plan"),
+                                method<planned>("planned"),
+                                method<unchanged>("unchanged"),
                                 {"undisturbed", undisturbed, METH_NOARGS, nullptr},
-                                {"layer_forward", method(layer_forward), METH_FASTCALL, nullptr},
-                                {"layer_gradient", method(layer_gradient), METH_FASTCALL, nullptr},
-                                {"attend", method(attend), METH_FASTCALL, nullptr},
-                                {"attend_forward", method(attend_forward), METH_FASTCALL, nullptr},
-                                {"attend_backward", method(attend_backward), METH_FASTCALL, nullptr},
-                                {"multihead", method(multihead), METH_FASTCALL, nullptr},
-                                {"multihead_forward", method(multihead_forward), METH_FASTCALL, nullptr},
-                                {"multihead_backward", method(multihead_backward), METH_FASTCALL, nullptr},
-                                {"bind", method(bind), METH_FASTCALL, nullptr},
-                                {"described", method(described), METH_O, nullptr},
+                                method<layer_forward>("layer_forward"),
+                                method<layer_gradient>("layer_gradient"),
+                                method<attend>("attend"),
+                                method<attend_forward>("attend_forward"),
+                                method<attend_backward>("attend_backward"),
+                                method<multihead>("multihead"),
+                                method<bind>("bind"),
+                                method<described>("described"),
                                 {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace fastseq

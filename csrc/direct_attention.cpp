@@ -23,7 +23,7 @@ struct Heads {
   Strided q, k, v, bias, mask;
   Dtype dtype;
 
-  // False: something speaks against the short way.
+  // False: the fast path does not take the call.
   bool take(PyObject* const* tensors, PyObject* const* settings, AttentionCall& call) {
     if (!q.take(tensors[0]) || !k.take(tensors[1]) || !v.take(tensors[2]) || !bias.take(tensors[3]) ||
         !mask.take(tensors[4]))
@@ -74,47 +74,41 @@ PyObject* run(PyObject* const* tensors, PyObject* const* settings, bool with_lse
   const int64_t sizes[4] = {call.batch, call.heads_q, call.length_q, call.dim_v};
   Object o(make(sizes, 4, given.dtype, call.o.data));
   Object lse(with_lse ? make(sizes, 3, accumulator_of(given.dtype), call.lse.data) : nullptr);
-  if (!o.get() || (with_lse && !lse.get())) return decline();
+  if (!o.get() || (with_lse && !lse.get())) return nullptr;
   call.o = contiguous_view(call.o.data, call.heads_q, call.length_q, call.dim_v);
-  bool enough = false;
-  compute(products(call), [&] { enough = attend_into(call); });
-  if (!enough) return decline();
+  compute(products(call), [&] { attend_into(call); });
   return with_lse ? PyTuple_Pack(2, o.get(), lse.get()) : o.release();
 }
 
 }  // namespace
 
-bool attend_into(AttentionForward& call) {
+void attend_into(AttentionForward& call) {
   if (!call.lse.data) {
     const size_t number = call.dtype == AttentionCall::Dtype::f64 ? 8 : 4;
     call.lse.data = denominators.of(size_t(call.batch * call.heads_q * call.length_q) * number);
   }
   call.lse = {call.lse.data, call.heads_q * call.length_q, call.length_q, 1};
-  return run_attention(call);
+  require_scratch(run_attention(call));
 }
 
 // attend(q, k, v, bias, mask, scale, causal, bottom_right, window, softcap, grouped) -> o or None: see Heads.
-PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != Heads::kTensors + Heads::kSettings || !nothing_speaks_against_it()) return decline();
+PyObject* attend(PyObject* const* args, Py_ssize_t count) {
+  if (count != Heads::kTensors + Heads::kSettings || !is_plain_call()) return decline();
   return run(args, args + Heads::kTensors, false);
-} catch (const std::exception&) {
-  return decline();
 }
 
 // attend_forward(q, k, v, bias, mask, settings: tuple) -> (o, lse) or None: as `attend`, and gradients may be on.
-PyObject* attend_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* attend_forward(PyObject* const* args, Py_ssize_t count) {
   PyObject* settings[Heads::kSettings];
   if (count != Heads::kTensors + 1 || !unpack(args[5], Heads::kSettings, settings)) return decline();
-  return nothing_speaks_against_it(true) ? run(args, settings, true) : decline();
-} catch (const std::exception&) {
-  return decline();
+  return is_plain_call(true) ? run(args, settings, true) : decline();
 }
 
 // attend_backward(d_o, (q, k, v, bias, mask, o, lse), settings: tuple) -> (dq, dk, dv, None) or None.
-PyObject* attend_backward(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+PyObject* attend_backward(PyObject* const* args, Py_ssize_t count) {
   PyObject *tensors[Heads::kTensors + 2], *settings[Heads::kSettings];
   if (count != 3 || !unpack(args[1], Heads::kTensors + 2, tensors) || !unpack(args[2], Heads::kSettings, settings) ||
-      !nothing_speaks_against_it())
+      !is_plain_call())
     return decline();
   Heads given;
   AttentionBackward call;
@@ -139,15 +133,12 @@ PyObject* attend_backward(PyObject*, PyObject* const* args, Py_ssize_t count) tr
   call.o = o.view(), call.lse = {lse.data, H * T, T, 1};
   Object dq(make(given.q.sizes, 4, given.dtype, call.dq.data)), dk(make(given.k.sizes, 4, given.dtype, call.dk.data)),
       dv(make(given.v.sizes, 4, given.dtype, call.dv.data));
-  if (!dq.get() || !dk.get() || !dv.get()) return decline();
+  if (!dq.get() || !dk.get() || !dv.get()) return nullptr;
   call.dq = contiguous_view(call.dq.data, H, T, call.dim);
   call.dk = contiguous_view(call.dk.data, call.heads_k, call.length_k, call.dim);
   call.dv = contiguous_view(call.dv.data, call.heads_k, call.length_k, D);
-  bool enough = false;
-  compute(3 * products(call), [&] { enough = FASTSEQ_DISPATCH(attention_backward, call); });
-  return enough ? PyTuple_Pack(4, dq.get(), dk.get(), dv.get(), Py_None) : decline();
-} catch (const std::exception&) {
-  return decline();
+  compute(3 * products(call), [&] { require_scratch(FASTSEQ_DISPATCH(attention_backward, call)); });
+  return PyTuple_Pack(4, dq.get(), dk.get(), dv.get(), Py_None);
 }
 
 }  // namespace fastseq

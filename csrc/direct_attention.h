@@ -1,5 +1,5 @@
-// What the short ways into attention share (direct_attention.cpp, direct_multihead.cpp): tensors that are looked through
-// once, and the settings of a call.
+// What the fast paths of attention share (direct_attention.cpp, direct_multihead.cpp): tensors whose facts are asked once,
+// and the settings of a call.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ inline AttentionCall::Dtype attention_dtype(Dtype dtype) {
                                 : AttentionCall::Dtype::f16;
 }
 
-// An ordinary tensor on the CPU, looked through once and kept alive: other threads may run meanwhile.
+// An ordinary tensor, its facts asked once, kept alive: other threads may run meanwhile.
 class Strided {
  public:
   // False: no ordinary tensor. None is no tensor, and fine.
@@ -27,15 +27,13 @@ class Strided {
     if (!borrowed_.take(object)) return false;
     if (!given()) return true;
     int64_t *its_sizes, *its_strides;
-    int32_t device;
     rank = rank_of(handle());
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle(), &its_sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle(), &its_strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle(), &code));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle(), &data));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle(), &device));
     sizes = its_sizes, strides = its_strides;
-    return device == aoti_torch_device_type_cpu();
+    return true;
   }
   bool given() const { return borrowed_.impl; }
   AtenTensorHandle handle() { return borrowed_.handle(); }
@@ -94,7 +92,12 @@ inline bool take_pairs(AttentionCall& call, Strided& bias, const Strided& mask, 
   return !mask.given() || mask.code == aoti_torch_dtype_bool();
 }
 
-// The call, into o, and into lse (contiguous) where it has memory; false where there was none for the kernel's scratch.
-bool attend_into(AttentionForward& call);
+// The call, into o, and into lse (contiguous) where it has memory.
+void attend_into(AttentionForward& call);
+
+// What a kernel returns: whether there was memory for its scratch.
+inline void require_scratch(bool enough) {
+  if (!enough) throw std::runtime_error("attention: out of memory for the kernel's scratch");
+}
 
 }  // namespace fastseq

@@ -3,6 +3,7 @@
 #pragma once
 #include <Python.h>
 
+#include <cstring>
 #include <exception>
 
 #include "direct.h"
@@ -12,10 +13,15 @@ namespace fastseq {
 
 constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this: let other threads run meanwhile
 
-// Set once by bind(): the exact types that are ordinary tensors, and questions that must all be answered with something
-// false. They run no Python code: an interrupt would be raised there, and lost. The names of the module
+// Set once by bind(): the exact types of ordinary tensors, and questions that must all be answered with something false.
+// They run no Python code: an interrupt would be raised there, and lost. The names of the module
 // torch.autograd.forward_ad. Interned names of attributes and parameters.
-inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *cdata_name, *is_neg_name, *level_name;
+inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *cdata_name, *level_name;
+
+// Also set by bind(): where a TensorImpl has its set of dispatch keys, and that set of an ordinary CPU tensor, made
+// outside and inside of inference mode.
+inline int64_t keys_offset;
+inline uint64_t plain_keys[2];
 
 inline int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
 
@@ -47,7 +53,10 @@ class Object {
 // A tensor borrowed from Python. impl is what an at::Tensor would hold: its address serves as a handle.
 struct Borrowed {
   void* impl = nullptr;
-  // False: not an ordinary tensor. None is no tensor, and fine.
+  // False: not an ordinary tensor. None is no tensor, and accepted. This is the one place that decides whether a tensor
+  // may be read past torch's dispatcher. Its dispatch keys answer for the device, the layout, the negative bit, zero
+  // tensors, names, wrappers of transforms and subclasses with a dispatch of their own; its type answers for subclasses
+  // with a torch function; its storage may have been freed.
   bool take(PyObject* object) {
     if (object == Py_None) return true;
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -55,29 +64,12 @@ struct Borrowed {
     Object address(PyObject_GetAttr(object, cdata_name));
     if (!address.get()) return false;
     impl = PyLong_AsVoidPtr(address.get());
-    return impl != nullptr && lies_in_memory() && is_as_it_lies(object);
+    return impl && has_plain_keys() && has_memory(handle());
   }
-  // Elements that strides lead to: neither a layout of another kind (oneDNN's, sparse ones), nor the zeros of forward
-  // mode, which have no memory.
-  bool lies_in_memory() {
-    static const int32_t strided = aoti_torch_layout_strided();
-    int32_t layout;
-    int64_t elements;
-    void* data;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle(), &layout));
-    if (layout != strided) return false;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle(), &data));
-    if (data) return true;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
-    return elements == 0;
-  }
-  // Not negated in the reader's mind, as the imaginary part of a conjugate is: such a view has strides of 2.
-  bool is_as_it_lies(PyObject* object) {
-    int64_t elements;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle(), &elements));
-    if (elements > 1 && is_contiguous(handle())) return true;
-    Object negative(PyObject_CallMethodObjArgs(object, is_neg_name, nullptr));
-    return negative.get() == Py_False;
+  bool has_plain_keys() const {
+    uint64_t keys;
+    std::memcpy(&keys, static_cast<const char*>(impl) + keys_offset, sizeof keys);
+    return keys == plain_keys[0] || keys == plain_keys[1];
   }
   AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
 };
@@ -89,7 +81,7 @@ inline bool in_forward_mode() {
 }
 
 // with_gradients: but for the first question, whether gradients are on.
-inline bool nothing_speaks_against_it(bool with_gradients = false) {
+inline bool is_plain_call(bool with_gradients = false) {
   if (!questions || in_forward_mode()) return false;
   const Py_ssize_t count = PyTuple_Size(questions);
   for (Py_ssize_t i = with_gradients; i < count; ++i) {
@@ -124,32 +116,46 @@ void compute(int64_t products, const Work& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
-template <class Function>
-PyCFunction method(Function function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
-// None in place of whatever went wrong.
+// None: the caller takes the general path, which has the checks and the messages.
 inline PyObject* decline() {
   PyErr_Clear();
   Py_RETURN_NONE;
+}
+
+// A function of the module: it declines arguments that do not fit. Any other failure is raised, for to decline it would
+// run the call a second time. A null result has its Python error set.
+using Body = PyObject* (*)(PyObject* const* args, Py_ssize_t count);
+template <Body body>
+PyObject* guarded(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return body(args, count);
+  } catch (const BadArgument&) {
+    return decline();
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <Body body>
+PyMethodDef method(const char* name) {
+  auto function = reinterpret_cast<void (*)()>(&guarded<body>);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
 }
 
 inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
 
 // direct_training.cpp
 PyObject* undisturbed(PyObject*, PyObject*);
-PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* layer_forward(PyObject* const* args, Py_ssize_t count);
+PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count);
 
 // direct_attention.cpp
-PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* attend_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* attend_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
-// direct_multihead.cpp, direct_multihead_gradient.cpp
-PyObject* multihead(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* multihead_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* multihead_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* attend(PyObject* const* args, Py_ssize_t count);
+PyObject* attend_forward(PyObject* const* args, Py_ssize_t count);
+PyObject* attend_backward(PyObject* const* args, Py_ssize_t count);
+// direct_multihead.cpp
+PyObject* multihead(PyObject* const* args, Py_ssize_t count);
 void bind_multihead();
 
 }  // namespace fastseq

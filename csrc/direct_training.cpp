@@ -113,7 +113,7 @@ class Results {
   void add_if(bool present, const Make& make) {
     present ? add(make()) : add_none();
   }
-  PyObject* done() { return failed_ ? decline() : tuple_.release(); }
+  PyObject* done() { return failed_ ? nullptr : tuple_.release(); }
 
  private:
   static PyObject* none() {
@@ -138,15 +138,15 @@ bool is_true(PyObject* object) { return PyObject_IsTrue(object) == 1; }
 
 // undisturbed() -> bool: whether tensors are no more than their numbers here and now, but for gradients.
 PyObject* undisturbed(PyObject*, PyObject*) {
-  const bool plain = nothing_speaks_against_it(true);
+  const bool plain = is_plain_call(true);
   PyErr_Clear();
   return PyBool_FromLong(plain);
 }
 
 // layer_forward(input, h0, c0, cell, layout, reverse, w_ih, w_hh, b_ih, b_hh) -> (y, h_n, c_n, states, tape) or None: one
 // layer of one direction, or a cell, whose h_n is y. None in place of what there is not.
-PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 10 || !nothing_speaks_against_it()) return decline();
+PyObject* layer_forward(PyObject* const* args, Py_ssize_t count) {
+  if (count != 10 || !is_plain_call()) return decline();
   Operands given, weights;
   if (!given.take(args, 3) || !weights.take(args + 6, 4)) return decline();
   const char *cell = text_of(args[3]), *name = text_of(args[4]);
@@ -171,15 +171,13 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) try 
   results.add_if(lstm, [&] { return layout.state_out(c_n); });
   results.add(states), results.add(tape);
   return results.done();
-} catch (const std::exception&) {
-  return decline();
 }
 
 // layer_gradient(need, dy, dh_n, dc_n, input, h0, c0, y, states, tape, cell, layout, reverse, w_ih, w_hh) -> gradients of
 // layer_forward's arguments (of biases if `need` has them), None where there is none, or None. need: whose gradient is
 // needed, in the same order.
-PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 15 || !PyTuple_Check(args[0]) || !nothing_speaks_against_it()) return decline();
+PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count) {
+  if (count != 15 || !PyTuple_Check(args[0]) || !is_plain_call()) return decline();
   Operands given, weights;
   if (!given.take(args + 1, 9) || !weights.take(args + 13, 2)) return decline();
   const char *cell = text_of(args[10]), *name = text_of(args[11]);
@@ -210,8 +208,6 @@ PyObject* layer_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) try
   results.add(dw_ih), results.add(dw_hh);
   if (with_biases) results.add(db_ih), results.add(db_hh);
   return results.done();
-} catch (const std::exception&) {
-  return decline();
 }
 
 }  // namespace fastseq

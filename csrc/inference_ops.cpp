@@ -28,7 +28,7 @@ ScanView matrix_view(const ScanForward& p, const char* name, AtenTensorHandle w,
 ScanView scales(const char* of, AtenTensorHandle given, int64_t rows) {
   if (!given) return {};
   ScanView out = view((std::string("scales of ") + of).c_str(), given, Dtype::f32, {rows});
-  STD_TORCH_CHECK(out.e == 1, "scan: scales of ", of, " must be contiguous");
+  FASTSEQ_CHECK(out.e == 1, "scan: scales of ", of, " must be contiguous");
   return out;
 }
 
@@ -42,27 +42,27 @@ Stack::Stack(const StackCall& call) : call_(call) {
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
   const int64_t rank = rank_of(call.x), *x = sizes_of(call.x);
-  STD_TORCH_CHECK(rank == 3 || rank == 2, "scan: x must be [T, B, I] or [T, I]");
+  FASTSEQ_CHECK(rank == 3 || rank == 2, "scan: x must be [T, B, I] or [T, I]");
   batched_ = rank == 3, swapped_ = batched_ && call.batch_first;
   gates_ = gates_of(p.cell), directions_ = call.bidirectional ? 2 : 1, rows_ = call.num_layers * directions_;
   width_ = rows_ > 0 ? call.weight_count / rows_ : 0;
-  STD_TORCH_CHECK(width_ >= 2 && width_ <= 5 && width_ * rows_ == call.weight_count,
+  FASTSEQ_CHECK(width_ >= 2 && width_ <= 5 && width_ * rows_ == call.weight_count,
                   "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
   biases_ = width_ >= 4, projected_ = width_ % 2 == 1;
   p.weights = weights_of(call.weights[0], p.dtype);
   scaled_ = p.weights == Dtype::i8;
-  STD_TORCH_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
+  FASTSEQ_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
                   "scan: scales must be one [rows] of each int8 matrix, and none without these");
-  STD_TORCH_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
+  FASTSEQ_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
   const bool packed = p.weights != p.dtype;
-  STD_TORCH_CHECK(packed == (call.hidden > 0 && call.outputs > 0),
+  FASTSEQ_CHECK(packed == (call.hidden > 0 && call.outputs > 0),
                   "scan: hidden and outputs go with packed weights, and these with them");
-  STD_TORCH_CHECK(packed || rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
+  FASTSEQ_CHECK(packed || rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
   const int64_t* w_hh = sizes_of(call.weights[1]);
   p.T = x[swapped_ ? 1 : 0], p.B = batched_ ? x[swapped_ ? 0 : 1] : 1, p.I = x[rank - 1];
   p.H = packed ? call.hidden : w_hh[0] / gates_, p.P = packed ? call.outputs : w_hh[1];
-  STD_TORCH_CHECK(p.T > 0, "scan: x has no time steps");
-  STD_TORCH_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+  FASTSEQ_CHECK(p.T > 0, "scan: x has no time steps");
+  FASTSEQ_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
 
   int64_t i = 0, j = 0;
   for (int64_t n = 0; n < rank - 1; ++n) y_sizes[i++] = x[n];
@@ -131,12 +131,12 @@ CellStep::CellStep(const CellCall& call) {
   const int64_t G = gates_of(p.cell), *x = sizes_of(call.x);
   p.weights = weights_of(call.w_ih, p.dtype);
   const bool packed = p.weights != p.dtype;
-  STD_TORCH_CHECK(packed == (call.hidden > 0), "scan: hidden goes with packed weights, and these with it");
-  STD_TORCH_CHECK((batched || rank_ == 1) && (packed || rank_of(call.w_hh) == 2),
+  FASTSEQ_CHECK(packed == (call.hidden > 0), "scan: hidden goes with packed weights, and these with it");
+  FASTSEQ_CHECK((batched || rank_ == 1) && (packed || rank_of(call.w_hh) == 2),
                   "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
-  STD_TORCH_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
+  FASTSEQ_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
   p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = packed ? call.hidden : sizes_of(call.w_hh)[1];
-  STD_TORCH_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
+  FASTSEQ_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
   p.w_ih = matrix_view(p, "w_ih", call.w_ih, G, p.H, p.I);
   p.w_hh = matrix_view(p, "w_hh", call.w_hh, G, p.H, p.H);
   p.s_ih = scales("w_ih", call.s_ih, G * p.H);
@@ -194,10 +194,11 @@ std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTenso
 // Element by element, as the layout says: done once, not in a call.
 Tensor pack_weights_cpu(const Tensor& w, int64_t gates, int64_t apart) {
   const Dtype dtype = weights_of(w.get(), Dtype::f32);
-  STD_TORCH_CHECK(dtype != Dtype::f32 && w.is_cpu() && w.dim() == 2,
+  FASTSEQ_CHECK(dtype != Dtype::f32 && w.is_cpu() && w.dim() == 2,
                   "pack_weights: w must be a matrix of bfloat16 or int8 on the CPU");
-  STD_TORCH_CHECK(gates > 0 && apart >= 0 && w.size(0) % (gates + apart) == 0,
+  FASTSEQ_CHECK(gates > 0 && apart >= 0 && w.size(0) % (gates + apart) == 0,
                   "pack_weights: w must have gates + apart blocks of rows, got ", w.size(0), " rows");
+  check_readable("w", w.get());
   const int64_t size = int64_t(bytes_of(dtype)), H = w.size(0) / (gates + apart), K = w.size(1);
   const ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), 4 / size};
   const int64_t words = layout.words(K), rows = layout.vectors(H) * words * (gates + apart);

@@ -25,7 +25,7 @@ Cell cell_of(const char* name) {
   if (!std::strcmp(name, "gru")) return Cell::gru;
   if (!std::strcmp(name, "gru_reset_before")) return Cell::gru_reset_before;
   if (!std::strcmp(name, "rnn_tanh")) return Cell::rnn_tanh;
-  STD_TORCH_CHECK(!std::strcmp(name, "rnn_relu"),
+  FASTSEQ_CHECK(!std::strcmp(name, "rnn_relu"),
                   "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
   return Cell::rnn_relu;
 }
@@ -36,13 +36,13 @@ Dtype dtype_of(AtenTensorHandle x) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
   for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
     if (code == code_of(dtype)) return dtype;
-  STD_TORCH_CHECK(false, "scan: the native kernels take float64, float32, bfloat16 and float16 tensors");
+  FASTSEQ_CHECK(false, "scan: the native kernels take float64, float32, bfloat16 and float16 tensors");
 }
 Dtype weights_of(AtenTensorHandle w, Dtype beside) {
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w, &code));
   if (code == code_of(beside)) return beside;
-  STD_TORCH_CHECK(beside == Dtype::f32 && (code == code_of(Dtype::bf16) || code == code_of(Dtype::i8)),
+  FASTSEQ_CHECK(beside == Dtype::f32 && (code == code_of(Dtype::bf16) || code == code_of(Dtype::i8)),
                   "scan: weights must be of x's dtype, or packed bfloat16 or int8 beside a float32 x");
   return code == code_of(Dtype::i8) ? Dtype::i8 : Dtype::bf16;
 }
@@ -69,6 +69,29 @@ torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
 }
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
   return empty(sizes.begin(), int64_t(sizes.size()), dtype);
+}
+
+bool has_memory(AtenTensorHandle x) {
+  int64_t bytes, offset, *sizes, *strides;
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x, &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x, &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
+  int64_t end = offset + 1;
+  for (int64_t i = 0, rank = rank_of(x); i < rank; ++i) {
+    if (sizes[i] == 0) return true;
+    end += (sizes[i] - 1) * strides[i];
+  }
+  return end * int64_t(aoti_torch_dtype_element_size(code)) <= bytes;
+}
+void check_readable(const char* name, AtenTensorHandle x) {
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &device));
+  FASTSEQ_CHECK(device == aoti_torch_device_type_cpu(), name, " must be on the CPU, as the other arguments are");
+  FASTSEQ_CHECK(has_memory(x), name, " has no memory for its elements: its storage was freed or made smaller "
+                "(untyped_storage().resize_); give it its memory back before the call");
 }
 
 int64_t rank_of(AtenTensorHandle x) {
@@ -101,9 +124,10 @@ ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initialize
   if (!fits) {
     std::string shape;
     for (int64_t size : expected) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    STD_TORCH_CHECK(false, "scan: ", name, " must be a CPU tensor of shape [", shape, "] and of x's dtype",
+    FASTSEQ_CHECK(false, "scan: ", name, " must be a CPU tensor of shape [", shape, "] and of x's dtype",
                     " (states, their gradient and scales: of the dtype computed in)");
   }
+  check_readable(name, x);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x, &strides));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(x, &data));
   ScanView out;
@@ -130,8 +154,9 @@ ScanView packed_view(const char* name, AtenTensorHandle x, Dtype dtype, int64_t 
   const int64_t* sizes = sizes_of(x);
   const bool fits = rank_of(x) == 3 && device == aoti_torch_device_type_cpu() && code == code_of(dtype) &&
                     sizes[0] == rows && sizes[1] == layout.lanes && sizes[2] == layout.word && is_contiguous(x);
-  STD_TORCH_CHECK(fits, "scan: ", name, " must come from pack_weights under this instruction set: ", gates,
+  FASTSEQ_CHECK(fits, "scan: ", name, " must come from pack_weights under this instruction set: ", gates,
                   " gates of ", H, " rows of ", K, " make [", rows, ", ", layout.lanes, ", ", layout.word, "]");
+  check_readable(name, x);
   return {data, 0, 0, 1};
 }
 

@@ -5,11 +5,29 @@
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/recurrent.h"
 
 namespace fastseq {
+
+// An argument that does not fit. What is called straight from Python (direct*.cpp) declines such a call, so that the
+// general path says what is wrong in the caller's terms; any other failure is raised.
+struct BadArgument : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw BadArgument(message.str());
+}
+#define FASTSEQ_CHECK(condition, ...) \
+  do { \
+    if (!(condition)) ::fastseq::refuse(__VA_ARGS__); \
+  } while (0)
 
 using Cell = ScanSizes::Cell;
 using Dtype = ScanSizes::Dtype;
@@ -39,6 +57,11 @@ ScanView offset(ScanView v, int64_t elements, Dtype dtype);
 
 // Checks a matrix that pack_weights packed for the instruction set in force: of `gates` blocks of H rows of K.
 ScanView packed_view(const char* name, AtenTensorHandle x, Dtype dtype, int64_t gates, int64_t H, int64_t K);
+
+// Whether a CPU tensor's storage holds all elements that its sizes and strides lead to. A freed one does not
+// (untyped_storage().resize_(0), as torch's FSDP does).
+bool has_memory(AtenTensorHandle x);
+void check_readable(const char* name, AtenTensorHandle x);  // throws unless it is on the CPU and has its memory
 
 int64_t rank_of(AtenTensorHandle x);
 const int64_t* sizes_of(AtenTensorHandle x);

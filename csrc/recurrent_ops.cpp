@@ -19,16 +19,18 @@ struct Common {
     s.reset = nullptr;
     if (given_lengths) {
       lengths = *given_lengths;
-      STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
+      FASTSEQ_CHECK(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
                           lengths->size(0) == s.B,
                       "scan: lengths must be an int64 CPU tensor of shape [", s.B, "]");
+      check_readable("lengths", lengths->get());
       if (s.B > 1 && lengths->stride(0) != 1) lengths = torch::stable::contiguous(*lengths);
       s.lengths = static_cast<const int64_t*>(lengths->data_ptr());
     }
     if (reset) {
-      STD_TORCH_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool && reset->dim() == 2 &&
+      FASTSEQ_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool && reset->dim() == 2 &&
                           reset->size(0) == s.T && reset->size(1) == s.B,
                       "scan: reset must be a bool CPU tensor of shape [", s.T, ", ", s.B, "]");
+      check_readable("reset", reset->get());
       s.reset = static_cast<const bool*>(reset->data_ptr());
       s.reset_t = reset->stride(0);
       s.reset_b = reset->stride(1);
@@ -48,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
   const bool lstm = p.cell == Cell::lstm;
-  STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, P]");
+  FASTSEQ_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, P]");
   p.T = x.size(0), p.B = x.size(1), p.I = x.size(2), p.H = w_hh.size(0) / G, p.P = w_hh.size(1);
-  STD_TORCH_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
-  STD_TORCH_CHECK(lstm || (!w_hr && !c0), "scan: only an LSTM has w_hr and c0");
+  FASTSEQ_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+  FASTSEQ_CHECK(lstm || (!w_hr && !c0), "scan: only an LSTM has w_hr and c0");
   Common common;
   common.fill(p, lengths, reset);
   const Dtype dtype = p.weights = p.dtype;
@@ -95,11 +97,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
   const bool lstm = p.cell == Cell::lstm;
-  STD_TORCH_CHECK((tape || G == 1) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");
-  STD_TORCH_CHECK(y.dim() == 3 && w_hh.dim() == 2, "scan: y must be [T, B, P] and w_hh [G*H, P]");
+  FASTSEQ_CHECK((tape || G == 1) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");
+  FASTSEQ_CHECK(y.dim() == 3 && w_hh.dim() == 2, "scan: y must be [T, B, P] and w_hh [G*H, P]");
   p.T = y.size(0), p.B = y.size(1), p.P = y.size(2), p.H = w_hh.size(0) / G;
-  STD_TORCH_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
-  STD_TORCH_CHECK(lstm || (!w_hr && !c0 && !dc_n && !dstates), "scan: only an LSTM has w_hr, c0, dc_n and dstates");
+  FASTSEQ_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
+  FASTSEQ_CHECK(lstm || (!w_hr && !c0 && !dc_n && !dstates), "scan: only an LSTM has w_hr, c0, dc_n and dstates");
   Common common;
   common.fill(p, lengths, reset);
   const Dtype dtype = p.dtype, accumulator = accumulator_of(dtype);
@@ -152,7 +154,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
   p.dtype = dtype_of(dgates.get());
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
-  STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && dgates.dim() == 3,
+  FASTSEQ_CHECK(x.dim() == 3 && y.dim() == 3 && dgates.dim() == 3,
                   "scan: x must be [T, B, I], y [T, B, P] and dgates [T, B, G*H]");
   p.T = x.size(0), p.B = x.size(1), p.I = x.size(2), p.P = y.size(2), p.H = dgates.size(2) / G;
   Common common;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,13 @@ def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:
     if x.shape[1 if batch_first and rank == 3 else 0] == 0:
         raise ArgumentError(f"input {sizes(x)} has no time steps; a sequence needs at least one")
     check_like("input", x, w_ih, "the weights are")
+
+
+def check_weights(weights: Sequence[Tensor], names: Sequence[str], x: Tensor) -> None:
+    """Every weight is of the input's dtype, on its device; ``names`` are those of one layer and direction."""
+    for n, weight in enumerate(weights):
+        if weight.dtype != x.dtype or weight.device != x.device:
+            check_like("input", x, weight, f"{names[n % len(names)]} is")
 
 
 def check_cell_input(x: Tensor, w_ih: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +24,24 @@ def define(
     for backend in backends:
         full = f"fastseq::{name}.{backend}"
         torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(full, fake)
+        torch.library.register_fake(full, _refusing_mixed_devices(fake))
         if rule is not None:
             torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))
+
+
+def _refusing_mixed_devices(fake: Callable) -> Callable:
+    """The fake kernel, which torch also calls when one argument alone is on the meta device: what it returns then would
+    be memory that nothing was written to."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        devices = dict.fromkeys(str(t.device) for t in tensors)
+        if "meta" in devices and len(devices) > 1:
+            raise RuntimeError(f"all tensors must be on one device, got some on {' and some on '.join(devices)}")
+        return fake(*args)
+
+    return checked
 
 
 def loop_over(op: Callable, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:

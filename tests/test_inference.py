@@ -9,7 +9,6 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import fastseq
 from fastseq import functional
-from fastseq.functional import direct, inference
 
 pytestmark = needs_native
 
@@ -30,14 +29,9 @@ LAYOUTS = [
 CELLS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("GRUCell", {}), ("GRUCell", {"reset_after": False})]
 
 
-@pytest.fixture(params=["direct", "operator"])
-def only_native_calls(request, monkeypatch):
-    """The general way is closed: what still answers came from one native call, of the kind that was asked for."""
-    if request.param == "operator":
-        for name in ("stack", "layer", "cell", "cell_layer"):
-            monkeypatch.setattr(direct, name, None)
-    else:
-        monkeypatch.setattr(inference, "_plain", lambda x: False)
+@pytest.fixture
+def only_native_calls(monkeypatch):
+    """The general path is closed: what still answers came from one native call."""
 
     def closed(*args, **kwargs):
         raise AssertionError("took the general way")

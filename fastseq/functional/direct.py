@@ -1,10 +1,11 @@
-"""The short way into the native kernels, past torch's operator dispatch: what a small model costs is mostly that.
+"""The fast path into the native kernels, past torch's dispatcher: what a small model costs is mostly that.
 
 Its functions are the compiled extension's (csrc/direct.cpp), or None where they must not be used.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,6 @@ from torch.autograd import forward_ad
 
 from fastseq import auto, ops
 from fastseq.autograd import forward_mode
-
-TESTED = ((2, 10), (2, 14))
-"""Releases of torch, from the first on and before the last, with which the extension may look behind a Tensor's
-``_cdata`` and make tensors itself. With others the operators are called: slower by some microseconds, the same
-otherwise."""
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
@@ -39,30 +35,78 @@ def plain() -> bool:
     return not forward_mode() and not any(question() for question in _questions())
 
 
-def _bind() -> tuple[Callable[..., Any] | None, ...]:
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if ops.NATIVE_MISSING is not None or not TESTED[0] <= release < TESTED[1]:
-        return (None,) * len(_NAMES)
+def _keys_offset() -> int | None:
+    """Where a TensorImpl has its set of dispatch keys, in bytes; None where no one place holds what torch tells of
+    these unlike tensors."""
+    x = torch.empty(2, 3)
+    samples = (
+        x, torch.nn.Parameter(x), torch.empty(2, dtype=torch.int64), torch._neg_view(x), torch.empty(2, device="meta"),
+        torch._efficientzerotensor(2, 3), x.to_sparse(), torch.zeros(2, dtype=torch.complex64).conj(),
+    )  # fmt: skip
+    memory = [(ctypes.c_uint64 * _IMPL_WORDS).from_address(sample._cdata) for sample in samples]
+    keys = [torch._C._dispatch_keys(sample).raw_repr() for sample in samples]
+    places = [i for i in range(_IMPL_WORDS) if all(m[i] == k for m, k in zip(memory, keys, strict=True))]
+    return 8 * places[0] if len(places) == 1 else None
+
+
+def _plain_keys() -> tuple[int, int]:
+    """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
+    with torch.inference_mode():
+        inside = torch.empty(1)
+    return tuple(torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(1), inside))  # type: ignore[return-value]
+
+
+def _bind() -> str | None:
+    """Tries what the extension assumes beyond torch's stable interface; None, or the first that does not hold."""
+    if ops.NATIVE_MISSING is not None:
+        return "the native kernels are missing"
     import fastseq._native as native  # type: ignore[import-not-found]
 
+    missing = [name for name in ("_dispatch_keys", "_is_any_autocast_enabled") if not hasattr(torch._C, name)]
+    if missing:
+        return f"torch._C.{missing[0]} is missing"
+    offset = _keys_offset()
+    if offset is None:
+        return "a tensor's dispatch keys are not found in its memory"
+    plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS
+    if not native.bind(*plain, offset, _plain_keys()):
+        return "torch does not export THPVariable_Wrap"
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
-    if not native.bind(torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS):
-        return (None,) * len(_NAMES)
-    address, shape, made, its = native.described(trial)
+    for other in (torch._neg_view(trial), torch.empty(2, device="meta"), torch._efficientzerotensor(4)[1:]):
+        if native.described(other) is not None:
+            return "a tensor that is more than its numbers is taken for an ordinary one"
+    address, shape, made, its = native.described(trial) or (None,) * 4
     if (address, shape) != (trial.data_ptr(), tuple(trial.shape)):
-        return (None,) * len(_NAMES)
+        return "a tensor's address and shape are not found"
     if type(made) is not torch.Tensor or (made.data_ptr(), made.shape, made.dtype) != (its, shape, trial.dtype):
-        return (None,) * len(_NAMES)
-    return tuple(getattr(native, name) for name in _NAMES)
+        return "a new tensor is not what it should be"
+    return None
 
+
+_IMPL_WORDS = 26
+"""Length of a TensorImpl in words of 8 bytes."""
+
+MISSING: str | None = _bind()
+"""None where the fast path is on; else which assumption does not hold. Calls then take the operators: slower by some
+microseconds, the same otherwise."""
 
 _NAMES = (
     *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
     *("undisturbed", "layer_forward", "layer_gradient"),
-    *("attend", "attend_forward", "attend_backward", "multihead", "multihead_forward", "multihead_backward"),
+    *("attend", "attend_forward", "attend_backward", "multihead"),
 )
+
+
+def _functions() -> tuple[Callable[..., Any] | None, ...]:
+    if MISSING is not None:
+        return (None,) * len(_NAMES)
+    import fastseq._native as native
+
+    return tuple(getattr(native, name) for name in _NAMES)
+
+
 (
     stack, layer, cell, cell_layer, plan, planned, unchanged,
     undisturbed, layer_forward, layer_gradient,
-    attend, attend_forward, attend_backward, multihead, multihead_forward, multihead_backward,
-) = _bind()  # fmt: skip
+    attend, attend_forward, attend_backward, multihead,
+) = _functions()  # fmt: skip

@@ -14,30 +14,12 @@ import torch
 from torch import Tensor
 
 from fastseq import auto, backend
-from fastseq.autograd import forward_mode
 from fastseq.functional import direct
-
-_stack = torch.ops.fastseq.stack_forward.native
-_cell = torch.ops.fastseq.cell_forward.native
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def _plain(x: object) -> bool:
-    """An ordinary CPU tensor, no gradient, no transform; for what the operators do not ask themselves."""
-    return type(x) is Tensor and x.is_cpu and _outside_of_modes()
-
-
-def _outside_of_modes() -> bool:
-    if torch.is_grad_enabled() or forward_mode():
-        return False
-    return not torch.is_autocast_enabled("cpu") and _transforms() is None
 
 
 def undisturbed() -> bool:
     """Whether tensors are no more than their numbers here and now: no gradient, transform or mode is on."""
-    if direct.stack is not None:
-        return direct.plain()
-    return _outside_of_modes()
+    return direct.stack is not None and direct.plain()
 
 
 def stack(
@@ -62,17 +44,9 @@ def stack(
         return None
     if x.dtype is torch.bfloat16 and x.numel() > auto.BF16_ROWS * x.shape[-1] and backend.forced() is None:
         return None  # AUTO has more than one answer here
-    if direct.stack is not None:
-        done = direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
-        if done is not None:
-            return done
-    if not _plain(x):
+    if direct.stack is None:
         return None
-    try:
-        done = _stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
-    except (RuntimeError, TypeError):
-        return None
-    return done if cell == "lstm" else done[:2]
+    return direct.stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
 
 
 def cell(
@@ -91,15 +65,7 @@ def cell(
     """
     if torch.compiler.is_compiling() or not backend.native_scan():
         return None
+    if direct.cell is None:
+        return None
     s_ih, s_hh = scales or (None, None)
-    if direct.cell is not None:
-        done = direct.cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)
-        if done is not None:
-            return done
-    if not _plain(x):
-        return None
-    try:
-        done = _cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)
-    except (RuntimeError, TypeError):
-        return None
-    return done if name == "lstm" else done[:1]
+    return direct.cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)

@@ -29,6 +29,12 @@ class Stack(NamedTuple):
     projected: bool = False
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the weights of one layer and direction are called."""
+        biases = ("bias_ih", "bias_hh") * self.has_biases
+        return ("weight_ih", "weight_hh", *biases, *("weight_hr",) * self.projected)
+
+    @property
     def directions(self) -> int:
         """1, or 2 where bidirectional."""
         return 2 if self.bidirectional else 1
@@ -259,6 +265,7 @@ def run(
         x, h0, c0, weights = eager.autocast(x, h0, c0, weights)
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)
+    checks.check_weights(weights, stack.names, x)
     unbatched = x.dim() == 2
     swap = stack.batch_first and not unbatched
     if reset is not None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq.checks import ArgumentError, sizes
 from fastseq.functional import multihead
+
+_PARAMETERS = (
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+)  # fmt: skip
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -76,7 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
         dropout_p = self.dropout if self.training else 0.0
         if not appended and dropout_p == 0.0:
-            done = multihead.short_way(
+            done = multihead.in_one_call(
                 self._parameters, self._modules["out_proj"]._parameters,  # type: ignore[union-attr]
                 query, key, value, bias, mask, self.num_heads, self.batch_first, is_causal,
                 need_weights, average_attn_weights,
@@ -85,6 +91,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 return done
         if not masked:  # the native call has its own look at shapes
             self._check(query, key, value, batched)
+        for name, parameter in self._every_parameter():
+            if parameter is not None and parameter.device != query.device:
+                raise ArgumentError(
+                    f"{name} is on {parameter.device} but query on {query.device}; move one with .to(device)"
+                )
         q, k, v = self._project(query, key, value)
         if appended:
             if is_causal:  # the limit holds for the keys that came, not for those appended
@@ -96,6 +107,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v, bias, mask, is_causal, dropout_p, batched, self.batch_first, need_weights, average_attn_weights,
             self.out_proj.weight, self.out_proj.bias,
         )  # fmt: skip
+
+    def _every_parameter(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from ((name, getattr(self, name)) for name in _PARAMETERS)
+        yield from (("out_proj.weight", self.out_proj.weight), ("out_proj.bias", self.out_proj.bias))
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():

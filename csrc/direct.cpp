@@ -3,9 +3,9 @@
 // ask only what has an influence here. They return None for a call that they do not take, and the caller takes the
 // operator, which has all the answers and all the messages.
 //
-// Three assumptions beyond torch's stable interface. A Tensor's attribute `_cdata` is the address of its TensorImpl, and
-// an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch keys
-// at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
+// Three assumptions beyond torch's stable interface. A Python Tensor has the address of its TensorImpl at a fixed place,
+// and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch
+// keys at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
 // of an at::TensorBase. fastseq/functional/direct.py tries each at import.
 #include <cstring>
 #include <vector>
@@ -90,8 +90,7 @@ bool same_isa(PyObject* name) {
 bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject* versions, Py_ssize_t i) {
   if (tensor != PyTuple_GetItem(sources, i)) return false;
   if (tensor == Py_None) return true;
-  Object cdata(PyObject_GetAttr(tensor, cdata_name));
-  void *impl = cdata.get() ? PyLong_AsVoidPtr(cdata.get()) : nullptr, *data = nullptr;
+  void *impl = impl_of(tensor), *data = nullptr;
   if (!impl) return false;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(&impl), &data));
   PyObject* version = PyTuple_GetItem(versions, i);
@@ -228,18 +227,19 @@ PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
-// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows, keys_offset, plain_keys: pair of int) -> bool: False
-// where torch has no THPVariable_Wrap as we know it.
+// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows, impl_offset, keys_offset, plain_keys: pair of int)
+// -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject* const* args, Py_ssize_t count) {
-  if (count != 7 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[6])) {
+  if (count != 8 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[7])) {
     PyErr_SetString(PyExc_TypeError,
-                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows, keys_offset, "
-                    "plain_keys: tuple)");
+                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows, impl_offset, "
+                    "keys_offset, plain_keys: tuple)");
     return nullptr;
   }
   most_bf16_rows = PyLong_AsLongLong(args[4]);
-  keys_offset = PyLong_AsLongLong(args[5]);
-  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[6], i));
+  impl_offset = PyLong_AsLongLong(args[5]);
+  keys_offset = PyLong_AsLongLong(args[6]);
+  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[7], i));
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
@@ -249,7 +249,6 @@ PyObject* bind(PyObject* const* args, Py_ssize_t count) {
   const char* names[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
   for (int i = 0; i < 4; ++i)
     if (!cell_names[i]) cell_names[i] = PyUnicode_InternFromString(names[i]);
-  if (!cdata_name) cdata_name = PyUnicode_InternFromString("_cdata");
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
   bind_multihead();

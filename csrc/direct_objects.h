@@ -16,11 +16,11 @@ constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this:
 // Set once by bind(): the exact types of ordinary tensors, and questions that must all be answered with something false.
 // They run no Python code: an interrupt would be raised there, and lost. The names of the module
 // torch.autograd.forward_ad. Interned names of attributes and parameters.
-inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *cdata_name, *level_name;
+inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *level_name;
 
-// Also set by bind(): where a TensorImpl has its set of dispatch keys, and that set of an ordinary CPU tensor, made
-// outside and inside of inference mode.
-inline int64_t keys_offset;
+// Also set by bind(): where a Python Tensor has the address of its TensorImpl, where that has its set of dispatch keys,
+// and this set of an ordinary CPU tensor, made outside and inside of inference mode.
+inline int64_t impl_offset, keys_offset;
 inline uint64_t plain_keys[2];
 
 inline int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
@@ -50,6 +50,12 @@ class Object {
   PyObject* object_;
 };
 
+inline void* impl_of(PyObject* tensor) {
+  void* impl;
+  std::memcpy(&impl, reinterpret_cast<const char*>(tensor) + impl_offset, sizeof impl);
+  return impl;
+}
+
 // A tensor borrowed from Python. impl is what an at::Tensor would hold: its address serves as a handle.
 struct Borrowed {
   void* impl = nullptr;
@@ -61,9 +67,7 @@ struct Borrowed {
     if (object == Py_None) return true;
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type && type != parameter_type) return false;
-    Object address(PyObject_GetAttr(object, cdata_name));
-    if (!address.get()) return false;
-    impl = PyLong_AsVoidPtr(address.get());
+    impl = impl_of(object);
     return impl && has_plain_keys() && has_memory(handle());
   }
   bool has_plain_keys() const {

@@ -58,6 +58,9 @@ def test_a_trial_that_fails_turns_it_off_and_says_which(monkeypatch):
         patched.delattr(torch._C, "_is_any_autocast_enabled")
         assert "_is_any_autocast_enabled" in direct._bind()
     with monkeypatch.context() as patched:
+        patched.setattr(direct, "_samples", lambda: ())
+        assert "address of a tensor" in direct._bind()
+    with monkeypatch.context() as patched:
         patched.setattr(direct, "_IMPL_WORDS", 4)
         assert "dispatch keys" in direct._bind()
     with monkeypatch.context() as patched:

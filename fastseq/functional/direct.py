@@ -6,10 +6,11 @@ Its functions are the compiled extension's (csrc/direct.cpp), or None where they
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq import auto, ops
@@ -35,25 +36,32 @@ def plain() -> bool:
     return not forward_mode() and not any(question() for question in _questions())
 
 
-def _keys_offset() -> int | None:
-    """Where a TensorImpl has its set of dispatch keys, in bytes; None where no one place holds what torch tells of
-    these unlike tensors."""
+def _offset(samples: Sequence[Tensor], words: int, address: Callable[[Tensor], int], value: Callable) -> int | None:
+    """The one place, in bytes, at which the memory at ``address`` of each sample, ``words`` words of 8 bytes, has the
+    sample's ``value``; None where there is none, or more than one."""
+    memory = [(ctypes.c_uint64 * words).from_address(address(sample)) for sample in samples]
+    places = [i for i in range(words) if all(m[i] == value(s) for m, s in zip(memory, samples, strict=True))]
+    return 8 * places[0] if len(places) == 1 else None
+
+
+def _samples() -> tuple[Tensor, ...]:
+    """Tensors of unlike dispatch keys."""
     x = torch.empty(2, 3)
-    samples = (
+    return (
         x, torch.nn.Parameter(x), torch.empty(2, dtype=torch.int64), torch._neg_view(x), torch.empty(2, device="meta"),
         torch._efficientzerotensor(2, 3), x.to_sparse(), torch.zeros(2, dtype=torch.complex64).conj(),
     )  # fmt: skip
-    memory = [(ctypes.c_uint64 * _IMPL_WORDS).from_address(sample._cdata) for sample in samples]
-    keys = [torch._C._dispatch_keys(sample).raw_repr() for sample in samples]
-    places = [i for i in range(_IMPL_WORDS) if all(m[i] == k for m, k in zip(memory, keys, strict=True))]
-    return 8 * places[0] if len(places) == 1 else None
+
+
+def _keys(x: Tensor) -> int:
+    return torch._C._dispatch_keys(x).raw_repr()
 
 
 def _plain_keys() -> tuple[int, int]:
     """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
     with torch.inference_mode():
         inside = torch.empty(1)
-    return tuple(torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(1), inside))  # type: ignore[return-value]
+    return _keys(torch.empty(1)), _keys(inside)
 
 
 def _bind() -> str | None:
@@ -65,11 +73,15 @@ def _bind() -> str | None:
     missing = [name for name in ("_dispatch_keys", "_is_any_autocast_enabled") if not hasattr(torch._C, name)]
     if missing:
         return f"torch._C.{missing[0]} is missing"
-    offset = _keys_offset()
-    if offset is None:
-        return "a tensor's dispatch keys are not found in its memory"
+    samples = _samples()
+    impl_offset = _offset(samples, torch.Tensor.__basicsize__ // 8, id, lambda x: x._cdata)
+    keys_offset = _offset(samples, _IMPL_WORDS, lambda x: x._cdata, _keys)
+    if impl_offset is None:
+        return "the address of a tensor's implementation is not found in its memory"
+    if keys_offset is None:
+        return "a tensor's dispatch keys are not found in its implementation's memory"
     plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS
-    if not native.bind(*plain, offset, _plain_keys()):
+    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys()):
         return "torch does not export THPVariable_Wrap"
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     for other in (torch._neg_view(trial), torch.empty(2, device="meta"), torch._efficientzerotensor(4)[1:]):

@@ -1,11 +1,16 @@
-// Inference of a whole stack of layers, or of one step of a cell, in one call: two ways in (an operator, and directly
-// from Python objects), one way through.
+// Inference of a whole stack of layers, or of one step of a cell, in one call. csrc/direct.cpp makes the call from Python
+// objects.
 #pragma once
 #include "recurrent_marshal.h"
 
 namespace fastseq {
 
-// Tensors are borrowed: they must outlive the call. h0 and c0 may be null: zeros.
+// Tensors are borrowed: they must outlive the call.
+//   x [T,B,I], batch_first [B,T,I], unbatched [T,I]; h0, c0 as torch.nn's hx, null for zeros; weights flat, in torch's
+//   order (biases and projections are told by their number). Beside a float32 x the matrices may be packed
+//   (pack_weights) bfloat16, or int8 with a float32 scale a row: then scales holds [G*H], [G*H] (and [P]) of w_ih, w_hh
+//   (and w_hr) in that order.
+// -> y, h_n, and c_n of an LSTM, as torch.nn lays them out
 struct StackCall {
   AtenTensorHandle x, h0, c0;
   const AtenTensorHandle* weights;  // flat, in torch's order

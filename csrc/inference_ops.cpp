@@ -1,4 +1,4 @@
-// torch.ops.fastseq.stack_forward.native and cell_forward.native.
+// Inference in one call (inference.h), and torch.ops.fastseq.pack_weights, which lays its weights down.
 #include "inference.h"
 #include "ops.h"
 
@@ -159,36 +159,6 @@ void CellStep::run(void* h_n, void* c_n) {
   p.y = p.h_n = ScanView{h_n, 0, p.H, 1};  // after one step they are the same
   if (lstm()) p.c_n = ScanView{c_n, 0, p.H, 1};
   run_forward(p);
-}
-
-std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const OptionalTensor& h0,
-                                                     const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                     const std::vector<Tensor>& scales, const std::string& cell,
-                                                     int64_t num_layers, bool bidirectional, bool batch_first,
-                                                     int64_t hidden, int64_t outputs) {
-  std::vector<AtenTensorHandle> handles;
-  for (const Tensor& w : weights) handles.push_back(w.get());
-  for (const Tensor& s : scales) handles.push_back(s.get());
-  const int64_t count = int64_t(weights.size());
-  const StackCall call{x.get(),  handle_of(h0), handle_of(c0), handles.data(), count, handles.data() + count,
-                       int64_t(scales.size()), cell.c_str(), num_layers, bidirectional, batch_first, hidden, outputs};
-  Stack stack(call);
-  Tensor y = empty(stack.y_sizes, stack.rank(), stack.dtype()), h_n = empty(stack.h_sizes, stack.rank(), stack.dtype());
-  Tensor c_n = stack.lstm() ? empty(stack.c_sizes, stack.rank(), stack.dtype()) : empty({0}, stack.dtype());
-  stack.run(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr());
-  return {y, h_n, c_n};
-}
-
-std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
-                                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                            const OptionalTensor& b_hh, const OptionalTensor& s_ih,
-                                            const OptionalTensor& s_hh, const std::string& cell, int64_t hidden) {
-  CellStep step({x.get(), handle_of(h), handle_of(c), w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh),
-                 handle_of(s_ih), handle_of(s_hh), cell.c_str(), hidden});
-  Tensor h_n = empty(step.sizes, step.rank(), step.dtype());
-  Tensor c_n = step.lstm() ? empty(step.sizes, step.rank(), step.dtype()) : empty({0}, step.dtype());
-  step.run(h_n.data_ptr(), c_n.data_ptr());
-  return {h_n, c_n};
 }
 
 // Element by element, as the layout says: done once, not in a call.

@@ -1,5 +1,5 @@
 // The Python module fastseq._native: importing it registers the CPU implementations with torch. Its functions are the
-// short way into inference (direct.cpp).
+// fast path past torch's dispatcher (direct.cpp).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -25,8 +25,6 @@ std::string native_isa(const std::string& name) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_forward.native", TORCH_BOX(&fastseq::scan_forward_cpu));
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
-  m.impl("stack_forward.native", TORCH_BOX(&fastseq::stack_forward_cpu));
-  m.impl("cell_forward.native", TORCH_BOX(&fastseq::cell_forward_cpu));
   m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
   m.impl("scan_gradient.native", TORCH_BOX(&fastseq::scan_gradient_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));

@@ -29,19 +29,6 @@ scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> stack_forward_cpu(
-    const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
-    const std::optional<torch::stable::Tensor>& c0, const std::vector<torch::stable::Tensor>& weights,
-    const std::vector<torch::stable::Tensor>& scales, const std::string& cell, int64_t num_layers, bool bidirectional,
-    bool batch_first, int64_t hidden, int64_t outputs);
-
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> cell_forward_cpu(
-    const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h,
-    const std::optional<torch::stable::Tensor>& c, const torch::stable::Tensor& w_ih,
-    const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& b_ih,
-    const std::optional<torch::stable::Tensor>& b_hh, const std::optional<torch::stable::Tensor>& s_ih,
-    const std::optional<torch::stable::Tensor>& s_hh, const std::string& cell, int64_t hidden);
-
 torch::stable::Tensor pack_weights_cpu(const torch::stable::Tensor& w, int64_t gates, int64_t apart);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,

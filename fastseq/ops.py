@@ -100,25 +100,6 @@ ATTENTION_PAGED = (
     "bool bottom_right, int window_left, int window_right, float softcap) -> (Tensor o, Tensor lse)"
 )
 
-# Inference of a whole stack on the CPU in one call, for models so small that calls are what they cost.
-#   x [T,B,I], batch_first [B,T,I], unbatched [T,I]; h0, c0 as torch.nn's hx or None for zeros; weights flat, in
-#   torch's order (biases and projections are told by their number); beside a float32 x the matrices may be packed
-#   (pack_weights) bfloat16, or int8 with a float32 scale a row: then scales holds [G*H], [G*H] (and [P]) of w_ih, w_hh
-#   (and w_hr) in that order. hidden and outputs: H and P of packed matrices, which do not tell them; else 0
-# -> y, h_n, c_n (empty unless LSTM), as torch.nn lays them out
-STACK_FORWARD = (
-    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor[] scales, str cell, int num_layers, "
-    "bool bidirectional, bool batch_first, int hidden=0, int outputs=0) -> (Tensor y, Tensor h_n, Tensor c_n)"
-)
-
-# Inference of one step of a cell on the CPU: x [B,I] or [I], h and c [B,H] or [H], None for zeros; s_ih and s_hh:
-# scales of int8 matrices, hidden: H of packed ones, as above.
-# -> the new h, the new c (empty unless LSTM)
-CELL_FORWARD = (
-    "(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? s_ih, "
-    "Tensor? s_hh, str cell, int hidden=0) -> (Tensor h_n, Tensor c_n)"
-)
-
 # A matrix [(gates + apart)*H, K] of bfloat16 or int8 as the kernels of this instruction set read it, for inference:
 # [vectors of H * words of K * gates, lanes, elements of a word of 4 bytes], then the same of the gates `apart`, which
 # are multiplied by themselves: n of gru_reset_before's w_hh.
@@ -196,25 +177,6 @@ def _fake_scan_gradient(
     )
 
 
-def _fake_stack_forward(
-    x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, hidden=0, outputs=0
-):  # fmt: skip
-    directions = 2 if bidirectional else 1
-    hidden, state = hidden or weights[1].shape[0] // GATES[cell], outputs or weights[1].shape[1]
-    batch = () if x.dim() == 2 else (x.shape[0 if batch_first else 1],)
-    rows = num_layers * directions
-    return (
-        x.new_empty(*x.shape[:-1], directions * state),
-        x.new_empty(rows, *batch, state),
-        x.new_empty(rows, *batch, hidden) if cell == "lstm" else x.new_empty(0),
-    )
-
-
-def _fake_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh, cell, hidden=0):
-    shape = (*x.shape[:-1], hidden or w_hh.shape[1])
-    return x.new_empty(shape), x.new_empty(shape if cell == "lstm" else 0)
-
-
 define(
     "scan_forward", SCAN_FORWARD, _fake_scan_forward,
     lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 1, *[None] * 4), (1, 0, 0, 1, 1)),
@@ -229,8 +191,6 @@ define(
 )  # fmt: skip
 define("layers_forward", LAYERS_FORWARD, fake_layers_forward, None, ("native",))
 define("layers_backward", LAYERS_BACKWARD, fake_layers_backward, None, ("native",))
-define("stack_forward", STACK_FORWARD, _fake_stack_forward, None, ("native",))
-define("cell_forward", CELL_FORWARD, _fake_cell_forward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
 define(

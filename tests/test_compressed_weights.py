@@ -101,19 +101,6 @@ def test_work_split_among_threads(kind, threads):
         assert_close_to_meaning(layer, kind, [(1, 1, 300), (3, 2, 300), (2, 33, 300)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_operators_and_direct_calls_are_one(kind, monkeypatch):
-    layer, cell = fastseq.nn.LSTM(17, 33, num_layers=2), fastseq.nn.LSTMCell(17, 33)
-    fastseq.patch(nn.ModuleList([layer, cell]), weights=kind)
-    x = torch.randn(3, 2, 17)
-    with torch.no_grad():
-        found = flat(layer(x)) + flat(cell(x[0]))
-        monkeypatch.setattr(direct, "stack", None)
-        monkeypatch.setattr(direct, "cell", None)
-        again = flat(layer(x)) + flat(cell(x[0]))
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-
-
 def test_the_copies_are_as_near_as_their_format_allows():
     weight = torch.randn(65, 129) * torch.logspace(-6, 6, 65)[:, None]
     weight[3] = 0
@@ -303,16 +290,17 @@ def test_the_general_ways_read_the_weights_themselves():
         torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], full)
 
 
-def test_operators_refuse_weights_they_cannot_read():
-    stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
+@torch.no_grad()
+def test_weights_that_cannot_be_read_are_declined():
     w = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
     pack = torch.ops.fastseq.pack_weights
     small = [pack(p.to(torch.int8), 3, 0) if p.dim() == 2 else p for p in w]
     half = [pack(p.to(torch.bfloat16), 3, 0) if p.dim() == 2 else p for p in w]
     x, scale = torch.randn(3, 2, 5), torch.ones(51)
-    assert stack(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0].shape == (3, 2, 17)
-    torch.library.opcheck(stack, (x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17))
-    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, "gru", 17))
+    y = direct.stack(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0]
+    assert y.shape == (3, 2, 17)
+    step = direct.cell(x[0], None, None, *small, scale, scale, "gru", 17)[0]
+    torch.testing.assert_close(step, y[0])
     sizes = (17, 17)
     bad = [
         (x, small, [], sizes),
@@ -335,12 +323,10 @@ def test_operators_refuse_weights_they_cannot_read():
         (x, [p.to(torch.bfloat16) if p.dim() == 2 else p for p in w], [], sizes),
     ]
     for given, weights, scales, hidden_and_outputs in bad:
-        with pytest.raises(RuntimeError, match="scan"):
-            stack(given, None, None, weights, scales, "gru", 1, False, False, *hidden_and_outputs)
-    with pytest.raises(RuntimeError, match="scales"):
-        cell(x[0], None, None, *small, None, None, "gru", 17)
-    with pytest.raises(RuntimeError, match="hidden"):
-        cell(x[0], None, None, *half, None, None, "gru")
+        arguments = (given, None, None, weights, scales, "gru", 1, False, False, *hidden_and_outputs)
+        assert direct.stack(*arguments) is None
+    assert direct.cell(x[0], None, None, *small, None, None, "gru", 17) is None
+    assert direct.cell(x[0], None, None, *half, None, None, "gru") is None
     for wrong in (w[0], torch.zeros(50, 5, dtype=torch.int8), torch.zeros(51, dtype=torch.int8)):
         with pytest.raises(RuntimeError, match="pack_weights"):
             pack(wrong, 3, 0)
@@ -380,10 +366,7 @@ def test_copies_follow_the_instruction_set():
         assert not torch.equal(full(x)[0], y), "the copies were not read"
 
 
-@pytest.mark.parametrize("by", ["the extension", "Python"])
-def test_a_change_is_noticed_by(by, monkeypatch):
-    if by == "Python":
-        monkeypatch.setattr(direct, "unchanged", None)
+def test_a_change_is_noticed():
     layer = fastseq.nn.GRU(5, 17, num_layers=2)
     fastseq.patch(layer, weights="bfloat16")
     x = torch.randn(3, 2, 5)

@@ -38,8 +38,19 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
 
 
 def by_operator(args):
-    found = torch.ops.fastseq.stack_forward.native(*args)
-    return found if args[5] == "lstm" else found[:2]
+    """What the general path gives: the scan's operator, layer by layer."""
+    x, h, c, weights, _, cell, num_layers, bidirectional, batch_first = args
+    rows = num_layers * (2 if bidirectional else 1)
+    width = len(weights) // rows
+    options = {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first}
+    options |= {"has_biases": width >= 4, "backend": "native"}
+    if cell == "lstm":
+        hx = None if h is None else (h, c)
+        y, last = fastseq.functional.lstm(x, hx, weights, projected=width % 2 == 1, **options)
+        return y, *last
+    if cell.startswith("gru"):
+        return fastseq.functional.gru(x, h, weights, reset_after=cell == "gru", **options)
+    return fastseq.functional.rnn(x, h, weights, nonlinearity=cell[4:], **options)
 
 
 def test_no_question_runs_python():

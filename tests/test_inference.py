@@ -149,39 +149,3 @@ def test_weights_changed_in_place_are_seen_at_once():
             torch.testing.assert_close(layer(x)[0], fastseq.functional.gru(x, None, layer._flat_weights)[0])
     assert not layer(x)[0].any()
     assert before.any()
-
-
-def test_opcheck():
-    layer = fastseq.nn.LSTM(5, 17, num_layers=2, bidirectional=True, proj_size=4)
-    w = [p.detach() for p in layer._flat_weights]
-    h, c = torch.randn(4, 3, 4), torch.randn(4, 3, 17)
-    stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), h, c, w, [], "lstm", 2, True, False))
-    torch.library.opcheck(stack, (torch.randn(3, 6, 5), None, None, w, [], "lstm", 2, True, True))
-    torch.library.opcheck(stack, (torch.randn(6, 5), None, None, w, [], "lstm", 2, True, False))
-    g = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, [], "gru", 1, False, False))
-    torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, None, None, "gru"))
-    torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], None, None, None, None, "gru_reset_before"))
-
-
-def test_operator_refuses_what_would_read_out_of_bounds():
-    stack = torch.ops.fastseq.stack_forward.native
-    w = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
-    x = torch.randn(6, 3, 5)
-    bad = [
-        (x[:, :, :4], None, w),
-        (x, torch.zeros(1, 2, 17), w),
-        (x, torch.zeros(1, 3, 16), w),
-        (x, None, w[:3]),
-        (x, None, [w[0], w[1].double(), *w[2:]]),
-        (x, None, [w[0], w[1], w[2][:-1], w[3]]),
-        (x[:0], None, w),
-        (x[0, 0], None, w),
-        (x.double(), None, w),
-    ]
-    for args in bad:
-        with pytest.raises(RuntimeError, match="scan"):
-            stack(args[0], args[1], None, args[2], [], "gru", 1, False, False)
-    with pytest.raises(RuntimeError, match="cell must be"):
-        stack(x, None, None, w, [], "elman", 1, False, False)

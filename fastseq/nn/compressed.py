@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from fastseq import backend, ops
-from fastseq.functional import direct, inference
+from fastseq.functional import direct
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""
@@ -30,8 +30,8 @@ def compress(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
 
 
 class Copies(NamedTuple):
-    """What the kernels read in place of a layer's weights, as ``ops.STACK_FORWARD`` has it. sizes: H and P, or zeros
-    where the weights are the layer's own."""
+    """What the kernels read in place of a layer's weights, as ``direct.stack`` takes it. sizes: H and P, or zeros where
+    the weights are the layer's own."""
 
     weights: list[Any]
     scales: list[Tensor]
@@ -50,20 +50,13 @@ class _Sources:
 
     def plan(self, copies: Copies, shape: tuple[Any, ...]) -> Any:
         """The copies as ``direct.planned`` takes them, or None where it cannot."""
-        if direct.plan is None or not copies.sizes[0]:
+        if not copies.sizes[0]:
             return None
         mine = (self.tensors, self.addresses, self.versions, self.isa)
-        return direct.plan(*mine, copies.weights, copies.scales, *shape)
+        return direct.plan(*mine, copies.weights, copies.scales, *shape)  # type: ignore[misc]
 
     def are_still(self, tensors: list[Tensor | None]) -> bool:
-        if direct.unchanged is not None:
-            return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)
-        if len(tensors) != len(self.tensors) or any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
-            return False
-        addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        versions = tuple(map(_version, tensors))
-        isa = torch.ops.fastseq.native_isa("")
-        return (addresses, versions, isa) == (self.addresses, self.versions, self.isa)
+        return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)  # type: ignore[misc]
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -104,7 +97,7 @@ class CompressedWeights:
         )
 
     def infer(self, layer: Any, x: Any, h0: Any, c0: Any, *shape: Any) -> tuple[Tensor, ...] | None:
-        """What ``inference.stack`` returns for a layer, from the copies of its weights; shape: its cell, num_layers,
+        """What ``direct.stack`` returns for a layer, from the copies of its weights; shape: its cell, num_layers,
         bidirectional and batch_first. For a layer that has asked whether the native kernels are in force."""
         plan = self._plan
         if plan is not None:
@@ -116,7 +109,7 @@ class CompressedWeights:
         copies = self.of(list(layer._parameters.values()), shape[0], layer._flat, shape)
         if copies is None:
             return None
-        return inference.stack(x, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)
+        return direct.stack(x, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)  # type: ignore[misc]
 
     def of(
         self,
@@ -137,7 +130,7 @@ class CompressedWeights:
         """
         made = self._made
         if made is None or not made[0].are_still(parameters):
-            if not backend.native_scan() or not inference.undisturbed():
+            if not backend.native_scan() or direct.stack is None or not direct.plain():
                 return None
             weights, rows = flat() if flat is not None else (parameters, 1)
             if not all(w is None or (type(w) in (Tensor, Parameter) and w.is_cpu) for w in weights):

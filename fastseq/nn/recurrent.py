@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, functional
-from fastseq.functional import direct, inference, training
+from fastseq.functional import direct, training
 from fastseq.nn.compressed import CompressedWeights
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 
-_NO_SCALES: list[Tensor] = []
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -77,11 +76,9 @@ class _Recurrent(_Compressible, nn.RNNBase):
         shape = cell, self.num_layers, self.bidirectional, self.batch_first
         if self._compressed is not None:
             return self._compressed.infer(self, input, h0, c0, *shape)
-        if direct.layer is not None:
-            done = direct.layer(self._parameters, self._flat_weights_names, input, h0, c0, *shape)
-            if done is not None:
-                return done
-        return inference.stack(input, h0, c0, self._weights(), _NO_SCALES, *shape)
+        if direct.layer is None:
+            return None
+        return direct.layer(self._parameters, self._flat_weights_names, input, h0, c0, *shape)
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
         raise NotImplementedError
@@ -274,19 +271,17 @@ class _Cell(_Compressible):
                 return None
             present = [w for w in map(own.get, _CELL_WEIGHTS) if w is not None]
             return training.layer(input, h, c, present, name, "cell")
-        if self._compressed is None and direct.cell_layer is not None:
-            done = direct.cell_layer(own, input, h, c, name)
-            if done is not None:
-                return done
+        if direct.cell is None or direct.cell_layer is None:
+            return None
+        if self._compressed is None:
+            return direct.cell_layer(own, input, h, c, name)
         if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
             return None
-        weights: list[Any] = [own[key] for key in _CELL_WEIGHTS]
-        if self._compressed is not None:
-            copies = self._compressed.of(weights, name)
-            if copies is None:
-                return None
-            return inference.cell(input, h, c, copies.weights, copies.scales, name, *copies.sizes[:1])
-        return inference.cell(input, h, c, weights, _NO_SCALES, name)
+        copies = self._compressed.of([own[key] for key in _CELL_WEIGHTS], name)
+        if copies is None:
+            return None
+        s_ih, s_hh = copies.scales or (None, None)
+        return direct.cell(input, h, c, *copies.weights, s_ih, s_hh, name, *copies.sizes[:1])
 
 
 class RNNCell(_Cell, nn.RNNCell):

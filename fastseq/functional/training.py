@@ -1,7 +1,7 @@
 """Training of one recurrent layer on the CPU: one native call forward and one back, with nothing between them.
 
-A step of a small model is mostly call overhead, in training too. The answer is None whenever a question remains, and the
-caller takes the general path, which checks everything.
+A step of a small model is mostly call overhead, in training too. The answer is None whenever a question remains, and
+the caller takes the general path, which checks everything.
 """
 
 from __future__ import annotations

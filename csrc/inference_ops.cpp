@@ -38,7 +38,7 @@ thread_local Workspace between[2];  // outputs of the layer before and of this o
 
 Stack::Stack(const StackCall& call) : call_(call) {
   ScanForward& p = p_;
-  p.cell = cell_of(call.cell);
+  p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
   const int64_t rank = rank_of(call.x), *x = sizes_of(call.x);
@@ -123,7 +123,7 @@ void Stack::run(void* y, void* h_n, void* c_n) {
 
 CellStep::CellStep(const CellCall& call) {
   ScanForward& p = p_;
-  p.cell = cell_of(call.cell);
+  p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
   rank_ = rank_of(call.x);
@@ -163,7 +163,7 @@ void CellStep::run(void* h_n, void* c_n) {
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const OptionalTensor& h0,
                                                      const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                     const std::vector<Tensor>& scales, const std::string& cell,
+                                                     const std::vector<Tensor>& scales, int64_t cell,
                                                      int64_t num_layers, bool bidirectional, bool batch_first,
                                                      int64_t hidden, int64_t outputs) {
   std::vector<AtenTensorHandle> handles;
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Opti
   for (const Tensor& s : scales) handles.push_back(s.get());
   const int64_t count = int64_t(weights.size());
   const StackCall call{x.get(),  handle_of(h0), handle_of(c0), handles.data(), count, handles.data() + count,
-                       int64_t(scales.size()), cell.c_str(), num_layers, bidirectional, batch_first, hidden, outputs};
+                       int64_t(scales.size()), cell_of(cell), num_layers, bidirectional, batch_first, hidden, outputs};
   Stack stack(call);
   Tensor y = empty(stack.y_sizes, stack.rank(), stack.dtype()), h_n = empty(stack.h_sizes, stack.rank(), stack.dtype());
   Tensor c_n = stack.lstm() ? empty(stack.c_sizes, stack.rank(), stack.dtype()) : empty({0}, stack.dtype());
@@ -182,9 +182,9 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward_cpu(const Tensor& x, const Opti
 std::tuple<Tensor, Tensor> cell_forward_cpu(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                                             const OptionalTensor& b_hh, const OptionalTensor& s_ih,
-                                            const OptionalTensor& s_hh, const std::string& cell, int64_t hidden) {
+                                            const OptionalTensor& s_hh, int64_t cell, int64_t hidden) {
   CellStep step({x.get(), handle_of(h), handle_of(c), w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh),
-                 handle_of(s_ih), handle_of(s_hh), cell.c_str(), hidden});
+                 handle_of(s_ih), handle_of(s_hh), cell_of(cell), hidden});
   Tensor h_n = empty(step.sizes, step.rank(), step.dtype());
   Tensor c_n = step.lstm() ? empty(step.sizes, step.rank(), step.dtype()) : empty({0}, step.dtype());
   step.run(h_n.data_ptr(), c_n.data_ptr());

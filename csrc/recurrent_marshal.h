@@ -7,16 +7,14 @@
 #include <optional>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/recurrent.h"
 
 namespace fastseq {
 
-using Cell = ScanSizes::Cell;
 using Dtype = ScanSizes::Dtype;
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
-Cell cell_of(const char* name);
-int gates_of(Cell cell);
 Dtype dtype_of(AtenTensorHandle x);                 // throws on one that the kernels do not take
 Dtype weights_of(AtenTensorHandle w, Dtype beside);  // of weights beside an x of that dtype; throws likewise
 size_t bytes_of(Dtype dtype);

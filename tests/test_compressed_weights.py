@@ -11,6 +11,7 @@ from support import flat, needs_native
 from torch import nn
 
 import fastseq
+from fastseq import ops
 from fastseq.functional import direct
 from fastseq.nn.compressed import KINDS, compress
 
@@ -310,9 +311,10 @@ def test_operators_refuse_weights_they_cannot_read():
     small = [pack(p.to(torch.int8), 3, 0) if p.dim() == 2 else p for p in w]
     half = [pack(p.to(torch.bfloat16), 3, 0) if p.dim() == 2 else p for p in w]
     x, scale = torch.randn(3, 2, 5), torch.ones(51)
-    assert stack(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0].shape == (3, 2, 17)
-    torch.library.opcheck(stack, (x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17))
-    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, "gru", 17))
+    whole = (x, None, None, small, [scale, scale], ops.NUMBER["gru"], 1, False, False, 17, 17)
+    assert stack(*whole)[0].shape == (3, 2, 17)
+    torch.library.opcheck(stack, whole)
+    torch.library.opcheck(cell, (x[0], None, None, *half, None, None, ops.NUMBER["gru"], 17))
     sizes = (17, 17)
     bad = [
         (x, small, [], sizes),
@@ -336,11 +338,11 @@ def test_operators_refuse_weights_they_cannot_read():
     ]
     for given, weights, scales, hidden_and_outputs in bad:
         with pytest.raises(RuntimeError, match="scan"):
-            stack(given, None, None, weights, scales, "gru", 1, False, False, *hidden_and_outputs)
+            stack(given, None, None, weights, scales, ops.NUMBER["gru"], 1, False, False, *hidden_and_outputs)
     with pytest.raises(RuntimeError, match="scales"):
-        cell(x[0], None, None, *small, None, None, "gru", 17)
+        cell(x[0], None, None, *small, None, None, ops.NUMBER["gru"], 17)
     with pytest.raises(RuntimeError, match="hidden"):
-        cell(x[0], None, None, *half, None, None, "gru")
+        cell(x[0], None, None, *half, None, None, ops.NUMBER["gru"])
     for wrong in (w[0], torch.zeros(50, 5, dtype=torch.int8), torch.zeros(51, dtype=torch.int8)):
         with pytest.raises(RuntimeError, match="pack_weights"):
             pack(wrong, 3, 0)

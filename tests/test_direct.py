@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
+from fastseq import ops
 from fastseq.functional import direct
 
 pytestmark = needs_native
@@ -38,7 +39,7 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
 
 
 def by_operator(args):
-    found = torch.ops.fastseq.stack_forward.native(*args)
+    found = torch.ops.fastseq.stack_forward.native(*args[:5], ops.NUMBER[args[5]], *args[6:])
     return found if args[5] == "lstm" else found[:2]
 
 

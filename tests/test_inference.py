@@ -8,7 +8,7 @@ from support import DTYPES, flat, needs_native
 from torch.nn.utils.parametrize import register_parametrization
 
 import fastseq
-from fastseq import functional
+from fastseq import functional, ops
 from fastseq.functional import direct, inference
 
 pytestmark = needs_native
@@ -162,13 +162,13 @@ def test_opcheck():
     w = [p.detach() for p in layer._flat_weights]
     h, c = torch.randn(4, 3, 4), torch.randn(4, 3, 17)
     stack, cell = torch.ops.fastseq.stack_forward.native, torch.ops.fastseq.cell_forward.native
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), h, c, w, [], "lstm", 2, True, False))
-    torch.library.opcheck(stack, (torch.randn(3, 6, 5), None, None, w, [], "lstm", 2, True, True))
-    torch.library.opcheck(stack, (torch.randn(6, 5), None, None, w, [], "lstm", 2, True, False))
+    torch.library.opcheck(stack, (torch.randn(6, 3, 5), h, c, w, [], ops.NUMBER["lstm"], 2, True, False))
+    torch.library.opcheck(stack, (torch.randn(3, 6, 5), None, None, w, [], ops.NUMBER["lstm"], 2, True, True))
+    torch.library.opcheck(stack, (torch.randn(6, 5), None, None, w, [], ops.NUMBER["lstm"], 2, True, False))
     g = [p.detach() for p in fastseq.nn.GRU(5, 17).parameters()]
-    torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, [], "gru", 1, False, False))
-    torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, None, None, "gru"))
-    torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], None, None, None, None, "gru_reset_before"))
+    torch.library.opcheck(stack, (torch.randn(6, 3, 5), None, None, g, [], ops.NUMBER["gru"], 1, False, False))
+    torch.library.opcheck(cell, (torch.randn(3, 5), torch.randn(3, 17), None, *g, None, None, ops.NUMBER["gru"]))
+    torch.library.opcheck(cell, (torch.randn(5), None, None, *g[:2], *(None,) * 4, ops.NUMBER["gru_reset_before"]))
 
 
 def test_operator_refuses_what_would_read_out_of_bounds():
@@ -188,6 +188,7 @@ def test_operator_refuses_what_would_read_out_of_bounds():
     ]
     for args in bad:
         with pytest.raises(RuntimeError, match="scan"):
-            stack(args[0], args[1], None, args[2], [], "gru", 1, False, False)
-    with pytest.raises(RuntimeError, match="cell must be"):
-        stack(x, None, None, w, [], "elman", 1, False, False)
+            stack(args[0], args[1], None, args[2], [], ops.NUMBER["gru"], 1, False, False)
+    for number in (-1, len(ops.GATES)):
+        with pytest.raises(RuntimeError, match=f"cell must be a number from 0 to 4 .*, not {number}"):
+            stack(x, None, None, w, [], number, 1, False, False)

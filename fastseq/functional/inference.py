@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import auto, backend
+from fastseq import auto, backend, ops
 from fastseq.autograd import forward_mode
 from fastseq.functional import direct
 
@@ -69,7 +69,7 @@ def stack(
     if not _plain(x):
         return None
     try:
-        done = _stack(x, h0, c0, weights, scales, cell, num_layers, bidirectional, batch_first, *sizes)
+        done = _stack(x, h0, c0, weights, scales, ops.NUMBER[cell], num_layers, bidirectional, batch_first, *sizes)
     except (RuntimeError, TypeError):
         return None
     return done if cell == "lstm" else done[:2]
@@ -99,7 +99,7 @@ def cell(
     if not _plain(x):
         return None
     try:
-        done = _cell(x, h, c, *weights, s_ih, s_hh, name, *sizes)
+        done = _cell(x, h, c, *weights, s_ih, s_hh, ops.NUMBER[name], *sizes)
     except (RuntimeError, TypeError):
         return None
     return done if name == "lstm" else done[:1]

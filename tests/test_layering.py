@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"functional"},
     {"nn", "patch"},
     {"fastseq"},
+    {"cli"},
     {"doctor", "demo", "__main__"},
 ]
 ALONE = {"reference", "kernels"}

@@ -23,11 +23,13 @@ import bench
 import fastseq
 from bench.cases import DTYPES, QUICK, Case, select
 from bench.peers import DEFAULT_PEERS, OURS, PEERS, Contestant
-from bench.report import Printer, cell, document, environment, plot, print_report, times, write_json
+from bench.report import Printer, cell, document, environment, plot, print_report, times, unwritable, write_json
 from bench.run import Options, Result, measure
+from fastseq import cli
+from fastseq.backend import forced
 
-REFUSED, USAGE, INTERRUPTED = 1, 2, 130
-"""Exit statuses: a wrong answer or a crash in some case; bad arguments; Ctrl-C."""
+REFUSED, USAGE, INTERRUPTED = 1, cli.USAGE, cli.INTERRUPTED
+"""Exit statuses: a wrong answer or a crash in some case; bad arguments, or a result that cannot be written; Ctrl-C."""
 
 
 def subcommands() -> dict[str, Callable[[list[str]], int]]:
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = select(arguments.case, arguments.dtype, arguments.quick)
         contestants = [OURS, *_peers(arguments.peer)]
         _can_write(arguments.json, arguments.plot)
+        forced()
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return USAGE
@@ -121,8 +124,8 @@ def _peers(names: Sequence[str] | None) -> list[Contestant]:
 def _can_write(json_path: Path | None, plot_path: Path | None) -> None:
     """Found out now and not after an hour."""
     for path in (json_path, plot_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+        if path is not None and (refusal := unwritable(path)):
+            raise ValueError(refusal)
     if plot_path is not None:
         try:
             from matplotlib.figure import Figure
@@ -158,11 +161,15 @@ def run(
                 results.append(measure(case, contestants, options))
                 done(results[-1])
                 if json_path is not None:
-                    write_json(json_path, document(results, options, len(results) == len(cases), environ))
+                    complete = len(results) == len(cases)
+                    write_json(json_path, document(results, options, complete, environ), last=complete)
     except KeyboardInterrupt:
         interrupted = True
         if json_path is not None:
             write_json(json_path, document(results, options, False, environ))
+    except cli.CannotWrite:
+        print_report(results, printer)  # what would be lost
+        raise
     print_report(results, printer)
     if plot_path is not None:
         plot(results, plot_path, f"fastseq on {environ['cpu']}, {options.threads} threads")
@@ -204,4 +211,4 @@ def progress(count: int) -> Iterator[tuple[Callable[[Case], None], Callable[[Res
 if __name__ == "__main__":
     if sys.stderr is not None:
         faulthandler.enable()  # for its stack of signals: see fastseq/__main__.py
-    raise SystemExit(main())
+    raise SystemExit(cli.run("python -m bench", main))

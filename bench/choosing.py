@@ -9,6 +9,7 @@ from bench import findings, speed_figures, study_figures
 from bench.cost import RECURRENT, WHOLE
 from bench.exhibits import Document, Exhibit, Results, commit_of, date_of, device_of, load, measured, on_gpu
 from bench.page import TEMPLATES
+from fastseq import cli
 from fastseq.demo import plots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def write(folder: Path, root: Path = ROOT) -> list[Path]:
     figures.mkdir(parents=True, exist_ok=True)
     known = facts(results)
     page = root / "docs" / "choosing.md"
-    page.write_text(text(results), encoding="utf-8")
+    cli.write_text(page, text(results))
     written = [page]
     with plots.style():
         for name in known["shown"]:

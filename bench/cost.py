@@ -25,7 +25,7 @@ from torch import nn
 
 import fastseq
 from bench import peak
-from bench.report import RESULTS
+from bench.report import RESULTS, unwritable
 from bench.resume import OtherStudy, Study, Unit
 from bench.run import time_in_turns
 
@@ -201,8 +201,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     path = options.json or RESULTS / f"{name.lower().replace(' ', '-')}-cost{'-quick' * options.quick}.json"
-    if not path.absolute().parent.is_dir():
-        parser.error(f"--json {path}: there is no folder {path.absolute().parent}")
+    if refusal := unwritable(path):
+        parser.error(f"--json {refusal}")
     torch.set_num_threads(options.threads)
     described = f"cpu, {options.threads} threads" if device.type == "cpu" else name
     protocol = quick(described) if options.quick else Protocol(described)

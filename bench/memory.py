@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench import learners, tasks
-from bench.report import RESULTS
+from bench.report import RESULTS, unwritable
 from bench.resume import OtherStudy, Study, Unit
 
 SOLVED, WINDOW = 0.99, 25
@@ -219,8 +219,8 @@ def main(argv: list[str]) -> int:
     path = options.json or RESULTS / f"cpu-memory-study{'-quick' * options.quick}.json"
     if seeds < 1 or options.threads < 1:
         parser.error("--seeds and --threads must be positive")
-    if not path.absolute().parent.is_dir():
-        parser.error(f"--json {path}: there is no folder {path.absolute().parent}")
+    if refusal := unwritable(path):
+        parser.error(f"--json {refusal}")
     torch.set_num_threads(options.threads)
     protocol = QUICK if options.quick else Protocol()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import times
+from fastseq import cli
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -68,5 +69,5 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench readme: {options.file}: {error}", file=sys.stderr)
         return 2
-    options.readme.write_text(f"{readme[:begin]}\n{text}\n{readme[end:]}")
+    cli.write_text(options.readme, f"{readme[:begin]}\n{text}\n{readme[end:]}")
     return 0

@@ -23,6 +23,7 @@ import torch
 
 from bench.peers import OURS, PEERS
 from bench.run import NOISY, Entry, Options, Result, Timing, geomean
+from fastseq import cli
 
 SCHEMA = 1
 """Version of the JSON document's layout."""
@@ -304,11 +305,19 @@ def _timing_document(timing: Timing) -> dict[str, Any]:
     return {name: value * 1e6 for name, value in seconds.items()} | {"rounds": timing.rounds, "inner": timing.inner}
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all: a run killed while writing leaves the file it wrote before."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    beside.replace(path)
+def unwritable(path: Path) -> str | None:
+    """Why no result can be written to a path, as far as it is known before the work; None where it can."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"{path}: there is no folder {folder}"
+    return f"{path}: this is a folder, expected a file" if path.is_dir() else None
+
+
+def write_json(path: Path, data: dict[str, Any], last: bool = True) -> None:
+    """Write a result file, by :func:`fastseq.cli.write_text`. Not the last of a run: into a file only, where the next
+    one takes its place."""
+    if last or cli.is_file(path):
+        cli.write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -342,7 +351,7 @@ def main(argv: list[str]) -> int:
         else:
             command = shlex.join(["python", "-m", "bench", "report", *argv])
             text = page.render(options.results, command)
-            options.out.write_text(text, encoding="utf-8")
+            cli.write_text(options.out, text)
             written = [options.out]
     except ImportError as error:
         print(f"python -m bench report needs the package {error.name}; pip install {error.name}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.report import environment, write_json
 from bench.run import Options
+from fastseq import cli
 
 Unit = Mapping[str, Any]
 """What tells a unit from all others: plain names and numbers."""
@@ -44,7 +45,7 @@ class Study:
             "protocol": self.protocol,
             "results": [],
         }
-        if path.exists() and not restart:
+        if path.is_file() and not restart:
             try:
                 found = json.loads(path.read_text())
                 same = found["command"] == command and found["protocol"] == self.protocol
@@ -65,7 +66,7 @@ class Study:
         """On disk when this returns, whole: a kill at any moment leaves the file as it was before or after."""
         self.results.append({"unit": dict(unit), "commit": self.environment["commit"], **measured})
         self.done[key(unit)] = self.results[-1]
-        write_json(self.path, self.document)
+        write_json(self.path, self.document, last=False)
 
     def run(self, plan: Sequence[Unit], measure: Callable[[Unit], dict[str, Any]]) -> bool:
         """Measure what is missing, in the order of ``plan``. False where Ctrl-C ended it."""
@@ -81,6 +82,8 @@ class Study:
                 progress.done()
         except KeyboardInterrupt:
             progress.end()
+            if not cli.is_file(self.path):  # nothing was written yet
+                write_json(self.path, self.document)
             print(f"interrupted; the same command goes on from here ({len(self.done)} units kept)", file=sys.stderr)
             return False
         progress.end()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import times
+from fastseq import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
@@ -131,6 +132,6 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench support: {error}", file=sys.stderr)
         return 2
-    options.readme.write_text(readme)
-    options.docs.write_text(docs)
+    cli.write_text(options.readme, readme)
+    cli.write_text(options.docs, docs)
     return 0

@@ -421,14 +421,14 @@ def main(argv: list[str]) -> int:
     environment = surroundings(options.device, None)
     tried: list[Candidate] = []
 
-    def write(complete: bool) -> None:
+    def write(complete: bool, last: bool = True) -> None:
         if options.out is not None:
             results = [{"role": c.role, "width": c.width, "in_force": not c.tile, **c.found} for c in tried]
-            write_json(options.out, {"environment": environment, "complete": complete, "results": results})
+            write_json(options.out, {"environment": environment, "complete": complete, "results": results}, last)
 
     def done(candidate: Candidate) -> None:
         tried.append(candidate)
-        write(False)
+        write(False, last=False)
 
     complete = interrupted = False
     try:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastseq
-from bench.report import environment, write_json
+from bench.report import environment, unwritable, write_json
 from bench.run import Options, time_in_turns
 
 MODELS = ("gru", "lstm")
@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.steps < 1 or options.width < 1 or options.threads < 1 or not options.min_time > 0:
         parser.error("--steps, --width, --threads and --min-time must be positive")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    if options.json is not None and (refusal := unwritable(options.json)):
+        parser.error(f"--json {refusal}")
     if options.grid:
         from bench.__main__ import main as bench
 

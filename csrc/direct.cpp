@@ -107,8 +107,8 @@ PyObject* run_on(const BorrowedList& weights, const BorrowedList& scales, PyObje
   if (states[0] == Py_None || !x.take(states[0]) || !h0.take(states[1]) || !c0.take(states[2])) return decline();
   const char* cell = text_of(shape[0]);
   if (!cell) return decline();
-  return run({x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, scales.handles, scales.count, cell,
-              PyLong_AsLongLong(shape[1]), PyObject_IsTrue(shape[2]) == 1, PyObject_IsTrue(shape[3]) == 1,
+  return run({x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, scales.handles, scales.count,
+              cell_of(cell), PyLong_AsLongLong(shape[1]), PyObject_IsTrue(shape[2]) == 1, PyObject_IsTrue(shape[3]) == 1,
               sizes ? PyLong_AsLongLong(sizes[0]) : 0, sizes ? PyLong_AsLongLong(sizes[1]) : 0});
 }
 
@@ -187,7 +187,7 @@ PyObject* run_cell(PyObject* const (&given)[9], PyObject* cell, int64_t hidden) 
   const char* name = text_of(cell);
   if (!name || !t[0].impl || !t[3].impl || !t[4].impl) return decline();
   CellStep step({t[0].handle(), t[1].handle(), t[2].handle(), t[3].handle(), t[4].handle(), t[5].handle(),
-                 t[6].handle(), t[7].handle(), t[8].handle(), name, hidden});
+                 t[6].handle(), t[7].handle(), t[8].handle(), cell_of(name), hidden});
   const bool lstm = step.lstm();
   void *to_h, *to_c = nullptr;
   Object h_n(make(step.sizes, step.rank(), step.dtype(), to_h));

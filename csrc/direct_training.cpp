@@ -153,6 +153,7 @@ PyObject* layer_forward(PyObject* const* args, Py_ssize_t count) {
   OptionalTensor &x = given[0], &h0 = given[1], &c0 = given[2];
   if (!cell || !name || !x || !weights[0] || !weights[1]) return decline();
   const Layout layout(x, name);
+  const int64_t number = int64_t(cell_of(cell));
   const bool lstm = cell_of(cell) == Cell::lstm, reverse = is_true(args[5]);
   if (!layout.is_known() || !layout.fits_state(h0) || !layout.fits_state(c0)) return decline();
   if (lstm && h0.has_value() != c0.has_value()) return decline();
@@ -161,7 +162,7 @@ PyObject* layer_forward(PyObject* const* args, Py_ssize_t count) {
   if (dtype_of(x->get()) == Dtype::bf16 && x->size(0) * x->size(1) > most_bf16_rows) return decline();
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>> made;
   compute(products_of(*x, *weights[1]), [&] {
-    made = scan_forward_cpu(*x, *weights[0], *weights[1], weights[2], weights[3], {}, h0, c0, {}, {}, cell, reverse,
+    made = scan_forward_cpu(*x, *weights[0], *weights[1], weights[2], weights[3], {}, h0, c0, {}, {}, number, reverse,
                             true, true);
   });
   auto& [y, h_n, c_n, states, tape] = *made;
@@ -197,7 +198,7 @@ PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count) {
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> made;
   compute(2 * products_of(*x, *weights[1]), [&] {
     made = scan_gradient(dy, dh_n, dc_n, {}, *x, *weights[0], *weights[1], {}, h0, c0, {}, {}, *y, given[7], given[8],
-                         cell, reverse, with_dx, with_weights, with_dh0 || with_dc0);
+                         int64_t(cell_of(cell)), reverse, with_dx, with_weights, with_dh0 || with_dc0);
   });
   auto& [dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden] = *made;
   Results results(length);

@@ -17,7 +17,7 @@ struct StackCall {
   int64_t weight_count;
   const AtenTensorHandle* scales;  // of int8 matrices, in their order; else none
   int64_t scale_count;
-  const char* cell;
+  Cell cell;
   int64_t num_layers;
   bool bidirectional, batch_first;
   int64_t hidden, outputs;  // H and P where the matrices are packed, which do not tell them; else 0
@@ -45,7 +45,7 @@ class Stack {
 
 struct CellCall {
   AtenTensorHandle x, h, c, w_ih, w_hh, b_ih, b_hh, s_ih, s_hh;
-  const char* cell;
+  Cell cell;
   int64_t hidden;  // H where the matrices are packed; else 0
 };
 

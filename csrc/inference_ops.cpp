@@ -38,7 +38,7 @@ thread_local Workspace between[2];  // outputs of the layer before and of this o
 
 Stack::Stack(const StackCall& call) : call_(call) {
   ScanForward& p = p_;
-  p.cell = cell_of(call.cell);
+  p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
   const int64_t rank = rank_of(call.x), *x = sizes_of(call.x);
@@ -123,7 +123,7 @@ void Stack::run(void* y, void* h_n, void* c_n) {
 
 CellStep::CellStep(const CellCall& call) {
   ScanForward& p = p_;
-  p.cell = cell_of(call.cell);
+  p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
   rank_ = rank_of(call.x);

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "arguments.h"
 #include "cpu/isa.h"
 #include "direct.h"
 #include "ops.h"
@@ -13,7 +14,8 @@ namespace fastseq {
 namespace {
 
 // Forces an instruction set of the CPU kernels ("": only asks) and returns the one in force.
-std::string native_isa(const std::string& name) {
+std::string native_isa(StringHandle wanted) {
+  const std::string name = take_text(wanted);
   STD_TORCH_CHECK(name.empty() || set_isa(name.c_str()), "native_isa: cannot use '", name,
                   "' here; expected 'auto' or one of: ", usable_isas());
   return isa_name(active_isa());

@@ -16,7 +16,7 @@ scan_forward_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& w_
                  const std::optional<torch::stable::Tensor>& b_ih, const std::optional<torch::stable::Tensor>& b_hh,
                  const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
                  const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
-                 const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse, bool save,
+                 const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse, bool save,
                  bool states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
@@ -27,7 +27,7 @@ scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& tape, const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
                   const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
                   const std::optional<torch::stable::Tensor>& lengths,
-                  const std::optional<torch::stable::Tensor>& reset, const std::string& cell, bool reverse);
+                  const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse);
 
 torch::stable::Tensor pack_weights_cpu(const torch::stable::Tensor& w, int64_t gates, int64_t apart);
 
@@ -41,7 +41,7 @@ scan_gradient_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
                   const std::optional<torch::stable::Tensor>& states,
-                  const std::optional<torch::stable::Tensor>& tape, const std::string& cell,
+                  const std::optional<torch::stable::Tensor>& tape, int64_t cell,
                   bool reverse, bool with_dx, bool with_weights);
 
 // The same; with_starts: dh0 and dc0 are asked for.
@@ -54,7 +54,7 @@ scan_gradient(const std::optional<torch::stable::Tensor>& dy, const std::optiona
               const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
               const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
               const std::optional<torch::stable::Tensor>& states, const std::optional<torch::stable::Tensor>& tape,
-              const std::string& cell, bool reverse, bool with_dx, bool with_weights, bool with_starts);
+              int64_t cell, bool reverse, bool with_dx, bool with_weights, bool with_starts);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,

@@ -1,7 +1,6 @@
 #include "recurrent_marshal.h"
 
 #include <cstdlib>
-#include <cstring>
 
 #include "kept_memory.h"
 
@@ -19,17 +18,6 @@ int32_t code_of(Dtype dtype) {
 thread_local Workspace workspace;
 
 }  // namespace
-
-Cell cell_of(const char* name) {
-  if (!std::strcmp(name, "lstm")) return Cell::lstm;
-  if (!std::strcmp(name, "gru")) return Cell::gru;
-  if (!std::strcmp(name, "gru_reset_before")) return Cell::gru_reset_before;
-  if (!std::strcmp(name, "rnn_tanh")) return Cell::rnn_tanh;
-  FASTSEQ_CHECK(!std::strcmp(name, "rnn_relu"),
-                  "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
-  return Cell::rnn_relu;
-}
-int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::rnn_tanh || cell == Cell::rnn_relu ? 1 : 3; }
 
 Dtype dtype_of(AtenTensorHandle x) {
   int32_t code;

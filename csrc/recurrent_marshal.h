@@ -5,36 +5,16 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/recurrent.h"
 
 namespace fastseq {
 
-// An argument that does not fit. What is called straight from Python (direct*.cpp) declines such a call, so that the
-// general path says what is wrong in the caller's terms; any other failure is raised.
-struct BadArgument : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw BadArgument(message.str());
-}
-#define FASTSEQ_CHECK(condition, ...) \
-  do { \
-    if (!(condition)) ::fastseq::refuse(__VA_ARGS__); \
-  } while (0)
-
-using Cell = ScanSizes::Cell;
 using Dtype = ScanSizes::Dtype;
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
-Cell cell_of(const char* name);
-int gates_of(Cell cell);
 Dtype dtype_of(AtenTensorHandle x);                 // throws on one that the kernels do not take
 Dtype weights_of(AtenTensorHandle w, Dtype beside);  // of weights beside an x of that dtype; throws likewise
 size_t bytes_of(Dtype dtype);

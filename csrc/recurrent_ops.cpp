@@ -43,9 +43,9 @@ struct Common {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const std::string& cell, bool reverse, bool save, bool states) {
+    int64_t cell, bool reverse, bool save, bool states) {
   ScanForward p{};
-  p.cell = cell_of(cell.c_str());
+  p.cell = cell_of(cell);
   p.dtype = dtype_of(x.get());
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
@@ -89,10 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
 static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse,
+    const Optional& c0, const Optional& lengths, const Optional& reset, int64_t cell, bool reverse,
     bool inner, bool with_starts) {
   ScanBackward p{};
-  p.cell = cell_of(cell.c_str());
+  p.cell = cell_of(cell);
   p.dtype = dtype_of(y.get());
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
@@ -140,17 +140,17 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> walk_back(
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
+    const Optional& c0, const Optional& lengths, const Optional& reset, int64_t cell, bool reverse) {
   return walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, false,
                    true);
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_products_cpu(
     const Tensor& dgates, const Tensor& dhidden, const Tensor& x, const Tensor& w_ih, const Tensor& y,
-    const Optional& tape, const Optional& h0, const Optional& lengths, const Optional& reset, const std::string& cell,
+    const Optional& tape, const Optional& h0, const Optional& lengths, const Optional& reset, int64_t cell,
     bool reverse, bool with_dx, bool with_weights) {
   ScanProducts p{};
-  p.cell = cell_of(cell.c_str());
+  p.cell = cell_of(cell);
   p.dtype = dtype_of(dgates.get());
   p.reverse = reverse;
   const int64_t G = gates_of(p.cell);
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
     const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
     const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
-    const std::string& cell, bool reverse, bool with_dx, bool with_weights, bool with_starts) {
+    int64_t cell, bool reverse, bool with_dx, bool with_weights, bool with_starts) {
   auto [dgates, dhidden, dh0, dc0] =
       walk_back(dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse, true,
                 with_starts);
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& x,
     const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& h0, const Optional& c0,
     const Optional& lengths, const Optional& reset, const Tensor& y, const Optional& states, const Optional& tape,
-    const std::string& cell, bool reverse, bool with_dx, bool with_weights) {
+    int64_t cell, bool reverse, bool with_dx, bool with_weights) {
   return scan_gradient(dy, dh_n, dc_n, dstates, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell,
                        reverse, with_dx, with_weights, true);
 }

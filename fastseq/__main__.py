@@ -7,6 +7,8 @@ import faulthandler
 import importlib
 import sys
 
+from fastseq import cli
+
 COMMANDS = {
     "doctor": "what works on this machine, what does not, and the command that mends it",
     "demo": "train small models on torch.nn and on fastseq, side by side",
@@ -37,8 +39,4 @@ if __name__ == "__main__":
         # the stack register into the heap: Ctrl-C in the middle of a torch.nn.LSTM would corrupt it now and then
         # (github.com/uxlfoundation/oneDNN/issues/4845).
         faulthandler.enable()
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+    sys.exit(cli.run("python -m fastseq", main))

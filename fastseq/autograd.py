@@ -105,7 +105,7 @@ class Scan(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         y, h_n, c_n, states, tape = FORWARD[backend](
-            x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, True, True
+            x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse, True, True
         )  # fmt: skip
         if cell == "lstm":
             return y, h_n, c_n, states, tape
@@ -210,11 +210,12 @@ def fused_gradient(
     flags = (need[0], need[1] or need[2] or need[3] or need[4])
     if backend in GRADIENT and y.device.type == "cpu":
         dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden = GRADIENT[backend](
-            *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell, reverse, *flags
-        )
+            *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape,
+            ops.NUMBER[cell], reverse, *flags,
+        )  # fmt: skip
     else:
         dgates, dhidden, dh0, dc0 = BACKWARD[backend](
-            *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+            *grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse
         )
         dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(
             dgates, dhidden, x, w_ih, y, tape, h0, lengths, reset, cell, reverse, *flags

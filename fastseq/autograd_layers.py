@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq import reference
+from fastseq import ops, reference
 
 FORWARD = torch.ops.fastseq.layers_forward.native
 BACKWARD = torch.ops.fastseq.layers_backward.native
@@ -25,6 +25,10 @@ class Kind(NamedTuple):
     num_layers: int
     bidirectional: bool
     has_biases: bool
+
+    def numbers(self) -> tuple[int, ...]:
+        """The same as the operators take it."""
+        return ops.NUMBER[self.cell], *self[1:]
 
 
 class Layers(torch.autograd.Function):
@@ -41,7 +45,7 @@ class Layers(torch.autograd.Function):
         kind: Kind,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, lengths, reset, *kind, True, True)
+        y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
         ctx.kind, ctx.counts = kind, (len(weights), len(ys), len(states))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, lengths, reset, y, *weights, *ys, *states, *tapes)
@@ -73,7 +77,7 @@ class Layers(torch.autograd.Function):
                 dstates = []
             dx, dh0, dc0, dweights = BACKWARD(
                 dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, [*ys, y], states, tapes,
-                *ctx.kind, wanted[0], any(wanted[3:]),
+                *ctx.kind.numbers(), wanted[0], any(wanted[3:]),
             )  # fmt: skip
             found = [dx, dh0, dc0, *(dweights or n * [None])]
         made = [g if w else None for g, w in zip(found, wanted, strict=True)]

@@ -24,8 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastseq import cli
+
 LAYERS = ("RNN", "GRU", "LSTM", "MultiheadAttention")
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
+REQUIRABLE = {"native": "cpu", "triton": "cuda"}
+"""What ``--require`` takes, and the device that it asks about."""
+
+LIBRARY = "_native.abi3.so"
 PATIENCE = 120.0
 """Seconds that one trial may take; the first includes importing torch on a busy machine."""
 
@@ -47,6 +53,12 @@ class Findings:
         rows = [row for device in self.table.values() for row in device.values()]
         return bool(rows) and all(row["auto"] is None for row in rows)
 
+    def lacks(self, backend: str) -> str | None:
+        """Why a backend of :data:`REQUIRABLE` does not run every layer on its device; None where it does."""
+        device = REQUIRABLE[backend]
+        reasons = [row[backend] for row in self.table.get(device, {}).values()] or [f"there is no device {device!r}"]
+        return next((reason for reason in reasons if reason is not None), None)
+
     def problem(self, what: str, mend: str) -> None:
         """Note something that is wrong or missing, and the command that mends it."""
         if not any(known["problem"] == what for known in self.problems):
@@ -56,19 +68,32 @@ class Findings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The doctor's options."""
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument(
+        "--require", choices=REQUIRABLE, metavar="BACKEND",
+        help="end with status 3 where this backend does not run every layer: native (on the CPU), triton (on a GPU)",
+    )  # fmt: skip
     parser.add_argument("--try", dest="cells", help=argparse.SUPPRESS)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Examine this machine and print what was found; returns 0 where the layers work here, else 1."""
+    """Examine this machine and print what was found.
+
+    Returns 0 where the layers work here, 1 where they do not, 3 where they do without the backend that was required.
+    """
     if options.cells:
         return _try_cells(json.loads(options.cells))
     findings = examine()
+    required = {options.require: findings.lacks(options.require)} if options.require else {}
     if options.json:
-        print(json.dumps({"works": findings.works, **vars(findings)}, indent=2))
+        print(json.dumps({"works": findings.works, "required": required, **vars(findings)}, indent=2))
     else:
         _print(findings)
-    return 0 if findings.works else 1
+        for backend, reason in required.items():
+            if reason is not None:
+                print(f"Required, and not here: {backend} on {REQUIRABLE[backend]}: {reason}")
+    if not findings.works:
+        return 1
+    return 0 if all(reason is None for reason in required.values()) else 3
 
 
 def examine() -> Findings:
@@ -121,6 +146,16 @@ def _fastseq() -> str:
     import fastseq
 
     return f"{fastseq.__version__} ({Path(fastseq.__file__).parent})"
+
+
+def _other_installation() -> Path | None:
+    """The folder of an installed fastseq that this one hides, as in a checkout after ``pip install .``."""
+    mine = Path(__file__).resolve().parent
+    for found in importlib.metadata.distributions(name="fastseq-kernels"):
+        folder = Path(str(found.locate_file("fastseq"))).resolve()
+        if folder != mine and (folder / "__init__.py").exists():
+            return folder
+    return None
 
 
 def _processor() -> str:
@@ -381,10 +416,16 @@ def _problems(findings: Findings, build: dict[str, Any]) -> None:
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         findings.problem(f"torch {torch.__version__} is too old", f"{pip} 'torch>=2.10'")
+    here, hidden = Path(__file__).resolve().parent, _other_installation()
+    elsewhere = f"cd /   # or any folder but {here.parent}, then the same command again"
+    if hidden is not None:
+        findings.problem(f"the package in {here} is used, and hides the installed one in {hidden}", elsewhere)
     if ops.NATIVE_MISSING is not None:
         reason = build.get("reasons", {}).get("cpu") or ops.NATIVE_MISSING
         mend = _install()
-        if findings.facts.get("C++ compiler", "").startswith("none"):
+        if hidden is not None and (hidden / LIBRARY).exists():
+            reason, mend = f"they are in the hidden package, {hidden}", elsewhere
+        elif findings.facts.get("C++ compiler", "").startswith("none"):
             mend = f"sudo apt install g++   # or your system's way, then: {mend}"
         findings.problem(f"the native CPU kernels are missing ({reason})", mend)
     if "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < _cores() // 2:
@@ -433,7 +474,7 @@ def _print(findings: Findings) -> None:
                     cells.append(f"{'BROKEN' if _broken(reason) else 'no'} [{notes.index(reason) + 1}]")
             rows.append([layer, *cells])
         print()
-        _table(rows)
+        cli.table(rows, {"works": "green", "BROKEN": "bold red", "no": "dim"})
         chosen = findings.runs_on.get(device, {})
         for text in dict.fromkeys(chosen.values()):
             print(f"{', '.join(layer for layer in chosen if chosen[layer] == text)}: {text}")
@@ -443,21 +484,9 @@ def _print(findings: Findings) -> None:
         print(f"[{i}] {note}")
     for entry in findings.problems:
         print(f"\nproblem: {entry['problem']}\n   mend: {entry['mend']}")
-    print("\nThe layers work here." if findings.works else "\nThe layers do NOT work here; see above.")
-
-
-def _table(rows: list[list[str]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
-    styles = {"works": "green", "BROKEN": "bold red", "no": "dim"}
-    for row in rows[1:]:
-        table.add_row(row[0], *(Text(cell, style=styles.get(cell.partition(" ")[0], "")) for cell in row[1:]))
-    Console(soft_wrap=True).print(table)
+    if not findings.works:
+        print("\nThe layers do NOT work here; see above.")
+    elif findings.facts.get("native kernels", "").startswith("missing"):
+        print("\nThe layers work here, but without the native kernels: torch's are used instead.")
+    else:
+        print("\nThe layers work here.")

@@ -18,6 +18,10 @@ from fastseq.ops_attention import (
     fake_attention_forward,
     fake_attention_paged,
 )
+from fastseq.ops_cells import CELLS
+from fastseq.ops_cells import GATES as GATES
+from fastseq.ops_cells import NUMBER as NUMBER
+from fastseq.ops_cells import TAPE as TAPE
 from fastseq.ops_define import BACKENDS as BACKENDS
 from fastseq.ops_define import define, fold_batch, loop_over
 from fastseq.ops_layers import (
@@ -29,12 +33,7 @@ from fastseq.ops_layers import (
     fake_layers_forward,
 )
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
-"""Number of gates G of each cell; rows of ``w_ih`` and ``w_hh`` are G blocks of H, in torch's order."""
-
-TAPE = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 4, "gru": 4, "gru_reset_before": 4}
-"""Blocks of H that the tape keeps a step: LSTM i,f,g,o; GRU r,z,n,q with q = W_hn h + b_hn (reset after the product)
-or q = r * h_prev (reset before it). An RNN needs only its output."""
+# `int cell`, here and below: a cell's number, NUMBER of its name.
 
 # One layer, one direction, all time steps.
 #   x [T,B,I], w_ih [G*H,I], w_hh [G*H,P], b_ih, b_hh [G*H], w_hr [P,H] (LSTM only), h0 [B,P], c0 [B,H] (LSTM only),
@@ -45,7 +44,7 @@ or q = r * h_prev (reset before it). An RNN needs only its output."""
 # From step lengths[b] on y is 0 and the state stands still; a reverse scan starts at lengths[b]-1.
 SCAN_FORWARD = (
     "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, str cell, bool reverse, bool save, bool states) "
+    "Tensor? lengths, Tensor? reset, int cell, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
@@ -57,7 +56,7 @@ SCAN_FORWARD = (
 #    of shape [0]. states and tape: as the forward pass gave them, or None in place of an empty one.
 SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
-    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, bool reverse) "
+    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, bool reverse) "
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
 )
 
@@ -66,7 +65,7 @@ SCAN_BACKWARD = (
 #    dh0, dc0, dhidden as SCAN_BACKWARD
 SCAN_GRADIENT = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor? states, Tensor? tape, str cell, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor? states, Tensor? tape, int cell, "
     "bool reverse, bool with_dx, bool with_weights) -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, "
     "Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dhidden)"
 )
@@ -131,14 +130,15 @@ def _fake_scan_forward(
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, save, states
 ):  # fmt: skip
     steps, batch = x.shape[0], x.shape[1]
-    hidden, lstm = w_hh.shape[0] // GATES[cell], cell == "lstm"
+    kind = CELLS[cell]
+    hidden, lstm = w_hh.shape[0] // kind.gates, kind.name == "lstm"
     absent = x.new_empty(0)
     return (
         x.new_empty(steps, batch, w_hh.shape[1]),
         x.new_empty(batch, w_hh.shape[1]),
         x.new_empty(batch, hidden) if lstm else absent,
         x.new_empty(steps, batch, hidden, dtype=accumulator(x.dtype)) if lstm and (save or states) else x.new_empty(0),
-        x.new_empty(steps, batch, TAPE[cell] * hidden) if save and TAPE[cell] else x.new_empty(0),
+        x.new_empty(steps, batch, kind.tape * hidden) if save and kind.tape else x.new_empty(0),
     )
 
 
@@ -146,9 +146,9 @@ def _fake_scan_backward(
     dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
 ):  # fmt: skip
     steps, batch = y.shape[0], y.shape[1]
-    hidden = w_hh.shape[0] // GATES[cell]
+    hidden = w_hh.shape[0] // CELLS[cell].gates
     dhidden = y.new_empty(0)
-    if cell == "gru":
+    if CELLS[cell].name == "gru":
         dhidden = y.new_empty(steps, batch, hidden)
     elif w_hr is not None:
         dhidden = y.new_empty(steps, batch, w_hr.shape[0])

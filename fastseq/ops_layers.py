@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops_cells import CELLS
+
 # x [T,B,I], T, B and H above 0; weights flat, in torch's order, no projection; h0, c0 [L*D,B,H] or None for zeros;
 # lengths int64 [B], reset bool [T,B]
 # -> y [T,B,D*H], h_n [L*D,B,H], c_n (empty unless LSTM); with save: the outputs of the layers below the last; a layer
 #    and direction at a time, states and tapes as SCAN_FORWARD has them. With states alone: the last layer's states.
 LAYERS_FORWARD = (
-    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, int num_layers, "
+    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int num_layers, "
     "bool bidirectional, bool has_biases, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] ys, Tensor[] states, Tensor[] tapes)"
 )
@@ -26,7 +28,7 @@ LAYERS_FORWARD = (
 # -> dx, dh0, dc0 (each empty where unwanted or absent), the gradients of weights (none unless with_weights)
 LAYERS_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, str cell, "
+    "Tensor? lengths, Tensor? reset, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, int cell, "
     "int num_layers, bool bidirectional, bool has_biases, bool with_dx, bool with_weights) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
@@ -48,7 +50,8 @@ def fake_layers_forward(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of :data:`LAYERS_FORWARD`."""
     steps, batch, hidden, directions = x.shape[0], x.shape[1], weights[1].shape[1], 2 if bidirectional else 1
-    rows, lstm = num_layers * directions, cell == "lstm"
+    rows, kind = num_layers * directions, CELLS[cell]
+    lstm = kind.name == "lstm"
 
     def y() -> Tensor:
         return x.new_empty(steps, batch, directions * hidden)
@@ -61,7 +64,7 @@ def fake_layers_forward(
         [y() for _ in range(num_layers - 1 if save else 0)],
         [x.new_empty((steps, batch, hidden) if lstm and (save or states) else 0, dtype=torch.float32 if lstm and
                      (save or states) else x.dtype) for _ in range(kept)],
-        [x.new_empty((steps, batch, 4 * hidden) if not cell.startswith("rnn") else 0) for _ in range(rows * save)],
+        [x.new_empty((steps, batch, kind.tape * hidden) if kind.tape else 0) for _ in range(rows * save)],
     )  # fmt: skip
 
 

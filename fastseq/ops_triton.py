@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops_cells import CELLS
+
 
 def interpreted() -> bool:
     """Whether this process runs Triton kernels under Triton's interpreter, on the CPU."""
@@ -45,13 +47,15 @@ def attention_reason(q: Tensor, v: Tensor) -> str | None:
 def _scan_forward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels import recurrent_launch
 
-    return recurrent_launch.scan_forward(*args)
+    *tensors, cell, reverse, save, states = args
+    return recurrent_launch.scan_forward(*tensors, CELLS[cell].name, reverse, save, states)
 
 
 def _scan_backward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels import recurrent_launch
 
-    return recurrent_launch.scan_backward(*args)
+    *tensors, cell, reverse = args
+    return recurrent_launch.scan_backward(*tensors, CELLS[cell].name, reverse)
 
 
 def _attention_forward(*args: Any) -> tuple[Tensor, ...]:

@@ -39,14 +39,14 @@ def options(name: str, steps: int, batch: int) -> tuple[Tensor | None, Tensor | 
 
 def forward(inputs, lengths, reset, cell: str, reverse: bool, save=True, states=True, backend="native"):
     op = operator("scan_forward", backend)
-    return op(*inputs, lengths, reset, cell, reverse, save, states)
+    return op(*inputs, lengths, reset, ops.NUMBER[cell], reverse, save, states)
 
 
 def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backend="native"):
     y, _, _, states, tape = out
     _, _, w_hh, _, _, w_hr, h0, c0 = inputs
     op = operator("scan_backward", backend)
-    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse)
+    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse)
 
 
 def budget_of(peer: Tensor, truth: Tensor, floor_ulps: float = 8) -> float:

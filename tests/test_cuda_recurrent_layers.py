@@ -209,7 +209,7 @@ def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, b
         expected = layer_by_layer(kind, x, h0, c0, weights, lengths, reset)
     for (order, number), windows in itertools.product(SCHEDULES, (1, 3)):
         with machine(role, blocks, 64, seed=number, schedule=order, windows=windows, walkers=2 * (role != "step")):
-            found = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind, False, False)
+            found = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), False, False)
         for ours, wanted in zip(found, expected, strict=False):
             assert torch.allclose(ours, wanted, rtol=0, atol=8 * torch.finfo(dtype).eps), (order, number, windows)
 
@@ -326,14 +326,14 @@ def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
     for bidirectional, save, states in itertools.product((False, True), repeat=3):
         kind = Kind(cell, 2, bidirectional, save)
         x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16)
-        given = (x, weights, h0, None if states else c0, None, None, *kind, save, states)
+        given = (x, weights, h0, None if states else c0, None, None, *kind.numbers(), save, states)
         with machine("cluster", 1, 64):
             y, h_n, _, ys, all_c, tapes = found = autograd_layers.FORWARD(*given)
             assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
             if save:
                 dc = c0 if states and cell == "lstm" else None
                 last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
-                given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind, states, True)
+                given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
                 assert shapes(autograd_layers.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 
@@ -379,11 +379,11 @@ def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> 
     found = []
     for windows in (1, 2, 7):
         with machine(role, 2, 64, windows=windows):
-            out = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind, True, True)
+            out = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
             y, h_n, c_n, _, states, tapes = out
             dc = torch.ones_like(c_n) if cell == "lstm" else None
             given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
-            back = autograd_layers.BACKWARD(*given, [y], states, tapes, *kind, False, True)
+            back = autograd_layers.BACKWARD(*given, [y], states, tapes, *kind.numbers(), False, True)
         found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])
     for other in found[1:]:
         for ours, whole in zip(other, found[0], strict=True):

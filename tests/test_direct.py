@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
+from fastseq import ops
 from fastseq.functional import direct
 
 pytestmark = needs_native

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastseq import auto, doctor, ops
+import fastseq
+from fastseq import auto, cli, doctor, ops
 from fastseq.__main__ import main
 
 
@@ -55,6 +58,65 @@ def test_the_exit_status_says_whether_the_layers_work(findings, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "BROKEN [1]" in printed
     assert "do NOT work" in printed
+
+
+def test_the_exit_status_says_whether_the_required_backend_is_there(findings, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    assert main(["doctor", "--require", "native"]) == (0 if ops.NATIVE_MISSING is None else 3)
+    row = {**dict.fromkeys(doctor.BACKENDS), "native": "the compiled extension is not installed"}
+    facts = {**findings.facts, "native kernels": "missing: there is no C++ compiler"}
+    bare = doctor.Findings(facts, {"cpu": dict.fromkeys(doctor.LAYERS, row)})
+    monkeypatch.setattr(doctor, "examine", lambda: bare)
+    capsys.readouterr()
+    assert main(["doctor"]) == 0
+    assert (
+        capsys.readouterr()
+        .out.rstrip()
+        .endswith("The layers work here, but without the native kernels: torch's are used instead.")
+    )
+    assert main(["doctor", "--require", "native"]) == 3
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("Required, and not here: native on cpu: the compiled extension is not installed")
+    assert main(["doctor", "--require", "native", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["required"] == {"native": "the compiled extension is not installed"}
+    assert main(["doctor", "--require", "triton"]) == 3  # there is no GPU in this table
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--require", "fortran"])
+
+
+def test_an_unbuilt_checkout_that_hides_the_installed_package_is_told(tmp_path):
+    """As in the folder of the sources after ``pip install .``: Python finds this folder's package first."""
+    site, checkout = tmp_path / "site", tmp_path / "checkout"
+    for folder in (site, checkout):
+        package = folder / "fastseq"
+        shutil.copytree(
+            Path(fastseq.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "_build.json", "kernels")
+        )
+    (site / "fastseq" / doctor.LIBRARY).write_bytes(b"")
+    record = site / "fastseq_kernels-0.1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: fastseq-kernels\nVersion: 0.1.0\n")
+    code = (
+        f"import sys; sys.path[1:1] = [{str(site)!r}]\n"
+        # An editable installation would lend the extension of another folder.
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]\n"
+        "from fastseq import doctor\n"
+        "tried = lambda cell: {'reason': 'missing' if cell[2] == 'native' else None}\n"
+        "doctor._try_all = lambda cells: {cell: tried(cell) for cell in cells}\n"
+        "from fastseq.__main__ import main\n"
+        "sys.exit(main(['doctor', '--require', 'native']))\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=environment)
+    assert done.returncode == 3, done.stderr
+    assert (
+        f"the package in {checkout / 'fastseq'} is used, and hides the installed one in {site / 'fastseq'}"
+        in done.stdout
+    )
+    assert f"the native CPU kernels are missing (they are in the hidden package, {site / 'fastseq'})" in done.stdout
+    assert f"mend: cd /   # or any folder but {checkout}" in done.stdout
+    assert "but without the native kernels" in done.stdout
 
 
 def test_a_broken_probe_is_shown_and_stops_nothing(monkeypatch):
@@ -129,7 +191,7 @@ def test_the_table_is_legible_with_and_without_rich(rich, monkeypatch, capsys):
         pytest.importorskip("rich")
     else:
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    doctor._table([["on cpu", "native"], ["GRU", "works"], ["MultiheadAttention", "no [1]"]])
+    cli.table([["on cpu", "native"], ["GRU", "works"], ["MultiheadAttention", "no [1]"]], {"works": "green"})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["on", "cpu", "native"], ["GRU", "works"], ["MultiheadAttention", "no", "[1]"]]
 

@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"functional"},
     {"nn", "patch"},
     {"fastseq"},
+    {"cli"},
     {"doctor", "demo", "__main__"},
 ]
 ALONE = {"reference", "kernels"}
@@ -142,7 +143,9 @@ CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 
-FACING_TORCH = {"ops.h", "recurrent_marshal.h", "kept_memory.h", "inference.h", "direct.h", "direct_objects.h"}
+FACING_TORCH = {
+    *("arguments.h", "ops.h", "recurrent_marshal.h", "kept_memory.h", "inference.h", "direct.h", "direct_objects.h")
+}
 """Headers of the operators and of the way past them."""
 
 

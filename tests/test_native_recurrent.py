@@ -235,7 +235,7 @@ def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, i
         x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
         if lengths is not None:  # padding may hold anything
             x = x.masked_fill((torch.arange(shape[0])[:, None] >= lengths)[:, :, None], float("nan"))
-        fixed = (*grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, plain, reverse)
+        fixed = (*grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, ops.NUMBER[plain], reverse)
         gradient = torch.ops.fastseq.scan_gradient.native
         found = gradient(*fixed, True, True)
         for name, f, w in zip(INPUTS[:5], found[:5], want, strict=False):
@@ -267,9 +267,10 @@ def test_absent_states_are_zeros(cell: str, option: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(back[:2], want[:2], strict=True))
         assert all(d.shape == (0,) for d in back[2:])
         x, w_ih, w_hh, _, _, w_hr = inputs[:6]
+        flags = (ops.NUMBER[plain], reverse, True, True)
         own, theirs = (
             torch.ops.fastseq.scan_gradient.native(
-                *grads, x, w_ih, w_hh, w_hr, *given[6:], lengths, reset, y, states, tape, plain, reverse, True, True
+                *grads, x, w_ih, w_hh, w_hr, *given[6:], lengths, reset, y, states, tape, *flags
             )
             for given in (absent, zeros)
         )
@@ -297,8 +298,9 @@ def test_an_empty_batch_gives_empty_results() -> None:
         assert back[2].shape == (0, 6)
         x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
         found = torch.ops.fastseq.scan_gradient.native(
-            *(None,) * 4, x, w_ih, w_hh, w_hr, h0, c0, None, None, out[0], out[3], out[4], cell, False, True, True
-        )
+            *(None,) * 4, x, w_ih, w_hh, w_hr, h0, c0, None, None, out[0], out[3], out[4],
+            ops.NUMBER[cell], False, True, True,
+        )  # fmt: skip
         assert found[0].shape == (4, 0, 5)
         assert all(not t.any() for t in found[1:])
 
@@ -323,5 +325,5 @@ def test_wrong_arguments_are_named() -> None:
         forward(inputs, torch.ones(2), None, "gru", False)
     with pytest.raises(RuntimeError, match="needs its tape"):
         backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
-    with pytest.raises(RuntimeError, match="cell must be"):
-        forward(inputs, None, None, "gru2", False)
+    with pytest.raises(RuntimeError, match="cell must be a number from 0 to 4 .*, not 5"):
+        torch.ops.fastseq.scan_forward.native(*inputs, None, None, 5, False, True, True)

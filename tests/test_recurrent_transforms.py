@@ -208,7 +208,8 @@ def test_opcheck(cell, kwargs, dtype):
     inputs = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
     lengths, reset = torch.tensor([3, 2]), torch.rand(3, 2) < 0.3
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
-    for options in ((None, None, cell, False), (lengths, reset, cell, True)):
+    number = ops.NUMBER[cell]
+    for options in ((None, None, number, False), (lengths, reset, number, True)):
         for save, states in ((False, False), (False, True), (True, True)):
             torch.library.opcheck(forward, (*inputs, *options, save, states))
         y, h_n, _, states, tape = forward(*inputs, *options, True, True)

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cells.h"
 #include "isa.h"
 
 namespace fastseq {
@@ -17,7 +18,6 @@ struct ScanView {
 };
 
 struct ScanSizes {
-  enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
   enum class Dtype : int { f64, f32, bf16, f16, i8 };  // of all but states and dstates, which have the accumulator's:
                                                        // float for the 16-bit ones; i8 is for weights only
   Cell cell;

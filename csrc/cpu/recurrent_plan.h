@@ -8,10 +8,7 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-using Cell = ScanSizes::Cell;
 using Dtype = ScanSizes::Dtype;
-
-constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell <= Cell::rnn_relu ? 1 : 3; }
 
 // Below this many multiplications a second thread costs more than it brings: a call, and a step with its barrier.
 constexpr long kParallelCall = 300000;

@@ -11,19 +11,17 @@
 #include <cstdint>
 #include <string>
 
+#include "cells.h"
 #include "primitives_types.cuh"
 
 namespace fastseq::cuda {
 
-enum class ScanCell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+using ScanCell = Cell;
 // tf32: float32 whose products with W_hh are single ones of TF32, not three that keep its digits.
 enum class ScanDtype : int { f32, bf16, f16, tf32 };
 enum class ScanRole : int { step, grid, cluster, cluster_barrier };
 constexpr bool in_cluster(ScanRole role) { return role == ScanRole::cluster || role == ScanRole::cluster_barrier; }
 
-constexpr int gates_of(ScanCell cell) {
-  return cell == ScanCell::lstm ? 4 : cell == ScanCell::gru || cell == ScanCell::gru_reset_before ? 3 : 1;
-}
 constexpr int bytes_of(ScanDtype dtype) { return dtype == ScanDtype::f32 || dtype == ScanDtype::tf32 ? 4 : 2; }
 
 // What both directions share. A launch walks the T steps from time `first` on of `total`; pointers are to all of them.

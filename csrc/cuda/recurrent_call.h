@@ -7,6 +7,7 @@
 #include <array>
 #include <deque>
 
+#include "arguments.h"
 #include "current.h"
 #include "recurrent_device.h"
 #include "recurrent_ops.h"
@@ -17,16 +18,6 @@ namespace fastseq::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = OptionalTensor;
-
-inline ScanCell cell_of(const std::string& name) {
-  if (name == "lstm") return ScanCell::lstm;
-  if (name == "gru") return ScanCell::gru;
-  if (name == "gru_reset_before") return ScanCell::gru_reset_before;
-  if (name == "rnn_tanh") return ScanCell::rnn_tanh;
-  STD_TORCH_CHECK(name == "rnn_relu",
-                  "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
-  return ScanCell::rnn_relu;
-}
 
 // ---- torch's operators that the stable ABI has no function for.
 
@@ -78,8 +69,8 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 class Call {
  public:
-  Call(const Tensor& like, const std::string& cell_name)
-      : cell(cell_of(cell_name)), dtype(dtype_of(like.scalar_type())), like_(like), current_(like) {}
+  Call(const Tensor& like, int64_t cell_number)
+      : cell(cell_of(cell_number)), dtype(dtype_of(like.scalar_type())), like_(like), current_(like) {}
 
   ScanCell cell;
   ScanDtype dtype;

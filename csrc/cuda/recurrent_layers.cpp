@@ -31,7 +31,7 @@ struct Layers {
   int64_t T, B, H, D, size;
   Tensors carry_h, carry_c, workspace;  // of a layer and direction, of a lane
 
-  Layers(const Tensor& x, const Tensors& given, const std::string& cell, int64_t num_layers, bool bidirectional,
+  Layers(const Tensor& x, const Tensors& given, int64_t cell, int64_t num_layers, bool bidirectional,
          bool has_biases, const Optional& lengths, const Optional& reset)
       : call(x, cell) {
     stack.layers = int(num_layers), stack.directions = bidirectional ? 2 : 1;
@@ -334,7 +334,7 @@ struct BackwardLayers : Layers {
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cuda(
     const Tensor& x, const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths,
-    const Optional& reset, const std::string& cell, int64_t num_layers, bool bidirectional, bool has_biases, bool save,
+    const Optional& reset, int64_t cell, int64_t num_layers, bool bidirectional, bool has_biases, bool save,
     bool with_states) {
   ForwardLayers a(x, weights, cell, num_layers, bidirectional, has_biases, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D;
@@ -368,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
 std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensors& dstates, const Tensor& x,
     const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const Optional& starts, const Tensors& ys, const Tensors& states, const Tensors& tapes, const std::string& cell,
+    const Optional& starts, const Tensors& ys, const Tensors& states, const Tensors& tapes, int64_t cell,
     int64_t num_layers, bool bidirectional, bool has_biases, bool with_dx, bool with_weights) {
   BackwardLayers a(x, weights, cell, num_layers, bidirectional, has_biases, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H;

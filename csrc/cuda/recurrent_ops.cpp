@@ -67,7 +67,7 @@ void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const std::string& cell, bool reverse, bool save, bool states) {
+    int64_t cell, bool reverse, bool save, bool states) {
   Call call(x, cell);
   check_cell(call.cell, w_hr, c0);
   const int64_t G = gates_of(call.cell);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, const std::string& cell, bool reverse) {
+    const Optional& c0, const Optional& lengths, const Optional& reset, int64_t cell, bool reverse) {
   Call call(y, cell);
   check_cell(call.cell, w_hr, c0);
   const int64_t G = gates_of(call.cell);
@@ -163,13 +163,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
 
 static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier"};  // as ScanRole has them
 
-std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t H, int64_t B,
-                         const std::vector<int64_t>& device) {
+std::string native_scan_plan(StringHandle cell, StringHandle dtype_name, bool backward, int64_t H, int64_t B,
+                             const std::vector<int64_t>& device) {
+  const std::string name = take_text(cell), dtype = take_text(dtype_name);
   const ScanDtype type = dtype == "bf16"   ? ScanDtype::bf16
                          : dtype == "fp16" ? ScanDtype::f16
                          : dtype == "tf32" ? ScanDtype::tf32
                                            : ScanDtype::f32;
-  const ScanProblem problem{cell_of(cell), type, backward, int(H), int(B)};
+  const ScanProblem problem{cell_of(name), type, backward, int(H), int(B)};
   ScanPlan plan;
   if (device.empty()) {
     plan = device_plan(kEmulated ? 0 : torch::stable::accelerator::getCurrentDeviceIndex(), problem);
@@ -188,7 +189,8 @@ std::string native_scan_plan(const std::string& cell, const std::string& dtype, 
   return line + (plan.reason.empty() ? "" : " reason=" + plan.reason);
 }
 
-std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows) {
+std::string native_scan_role(StringHandle name, int64_t blocks, int64_t threads, int64_t rows) {
+  const std::string role = take_text(name);
   const auto known = std::find(std::begin(kRoles), std::end(kRoles), role);
   STD_TORCH_CHECK(known != std::end(kRoles) || role.empty(),
                   "native_scan_role: step, grid, cluster, cluster_barrier or '', not ", role);

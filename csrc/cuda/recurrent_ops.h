@@ -17,20 +17,20 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 scan_forward_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
                   const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                   const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                  const OptionalTensor& reset, const std::string& cell, bool reverse, bool save, bool states);
+                  const OptionalTensor& reset, int64_t cell, bool reverse, bool save, bool states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 scan_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                    const OptionalTensor& dstates, const torch::stable::Tensor& y, const OptionalTensor& states,
                    const OptionalTensor& tape, const torch::stable::Tensor& w_hh, const OptionalTensor& w_hr,
                    const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                   const OptionalTensor& reset, const std::string& cell, bool reverse);
+                   const OptionalTensor& reset, int64_t cell, bool reverse);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>,
            std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>>
 layers_forward_cuda(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
                     const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                    const OptionalTensor& reset, const std::string& cell, int64_t num_layers, bool bidirectional,
+                    const OptionalTensor& reset, int64_t cell, int64_t num_layers, bool bidirectional,
                     bool has_biases, bool save, bool with_states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
@@ -40,7 +40,7 @@ layers_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const
                      const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
                      const OptionalTensor& starts, const std::vector<torch::stable::Tensor>& ys,
                      const std::vector<torch::stable::Tensor>& states, const std::vector<torch::stable::Tensor>& tapes,
-                     const std::string& cell, int64_t num_layers, bool bidirectional, bool has_biases, bool with_dx,
+                     int64_t cell, int64_t num_layers, bool bidirectional, bool has_biases, bool with_dx,
                      bool with_weights);
 
 // What of a stack of layers runs beside what: windows, lanes, and a piece of work a line.
@@ -49,9 +49,9 @@ std::string native_scan_schedule(bool backward, int64_t steps, int64_t layers, i
 // Fixes windows of time and lanes that walk instead of what would be chosen (0: that); forgotten at native_scan_role.
 int64_t native_scan_windows(int64_t windows, int64_t walkers);
 // The role of a scan and how it divides the work, as one line of name=number, and why no better one is taken.
-std::string native_scan_plan(const std::string& cell, const std::string& dtype, bool backward, int64_t hidden,
-                             int64_t batch, const std::vector<int64_t>& device);
+std::string native_scan_plan(StringHandle cell, StringHandle dtype, bool backward, int64_t hidden, int64_t batch,
+                             const std::vector<int64_t>& device);
 // Fixes a role and its shape instead of what the plan would choose ("", 0: the plan's own); returns the role.
-std::string native_scan_role(const std::string& role, int64_t blocks, int64_t threads, int64_t rows);
+std::string native_scan_role(StringHandle role, int64_t blocks, int64_t threads, int64_t rows);
 
 }  // namespace fastseq::cuda

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 import fastseq
+from fastseq import cli
+from fastseq.backend import forced
 from fastseq.demo import data, race
 from fastseq.demo.console import progress
 from fastseq.demo.models import KINDS, Kind
@@ -22,7 +24,6 @@ LONGEST = 45.0
 """Seconds that one model may train unless --steps was given, so that all three end within three minutes."""
 
 PROMPT = "def "
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +45,9 @@ def main(options: argparse.Namespace) -> int:
         device = _device(options.device)
         text = data.load(options.text, 2 * max(kind.length for kind in kinds))
         out = _folder(options.out)
-    except data.DataError as error:
-        print(f"fastseq demo: {error}", file=sys.stderr)
-        return 2
+        forced()
+    except (data.DataError, ValueError) as error:
+        return _refused(error)
     except KeyboardInterrupt:
         return _stopped("before any training")
     races: list[Race] = []
@@ -61,6 +62,8 @@ def main(options: argparse.Namespace) -> int:
                 _show(result, text, out, options.seed)
             if interrupted:
                 break
+    except fastseq.BackendError as error:  # FASTSEQ_BACKEND names one that cannot run here
+        return _refused(error)
     except KeyboardInterrupt:
         interrupted = True
     try:
@@ -143,7 +146,7 @@ def _show(result: Race, text: data.Text, out: Path, seed: int) -> None:
     bits = race.held_out_bits(result, text)
     written = race.write(result, text, PROMPT, 600, seed)
     path = out / f"sample-{result.kind.name}.txt"
-    path.write_text(written + "\n", encoding="utf-8")
+    cli.write_text(path, written + "\n")
     print(f"  {bits:.2f} bits a character on text it has not seen; it writes ({path}):")
     lines = [line[:100].rstrip() for line in written.splitlines() if len(line[:100].strip()) > 2]
     for line in lines[:5]:
@@ -179,7 +182,7 @@ def _save(races: list[Race], text: data.Text, out: Path, device: torch.device) -
         },
     }
     numbers, image = out / "results.json", out / "demo.png"
-    numbers.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    cli.write_text(numbers, json.dumps(record, indent=1) + "\n")
     print(f"\nnumbers: {numbers}")
     try:
         from fastseq.demo.picture import draw
@@ -192,9 +195,14 @@ def _save(races: list[Race], text: data.Text, out: Path, device: torch.device) -
         print(f"picture: none: {type(error).__name__}: {error}")
 
 
+def _refused(error: Exception) -> int:
+    print(f"fastseq demo: {error}", file=sys.stderr)
+    return cli.USAGE
+
+
 def _stopped(what: str) -> int:
     print(f"\nstopped by Ctrl-C; {what}", file=sys.stderr)
-    return INTERRUPTED
+    return cli.INTERRUPTED
 
 
 def _device(name: str) -> torch.device:

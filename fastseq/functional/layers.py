@@ -48,7 +48,7 @@ def run(
             found.append(apply(Layers, x, h, c, lengths, reset, kind, *own))
         else:
             y, h_n, c_n, _, states, _ = autograd_layers.FORWARD(
-                x, own, h, c, lengths, reset, *kind, False, want_states and n == last
+                x, own, h, c, lengths, reset, *kind.numbers(), False, want_states and n == last
             )
             found.append((y, h_n, c_n, *states) if stack.cell == "lstm" else (y, h_n))
         x = found[-1][0]

@@ -408,7 +408,7 @@ def scan(
     if functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
         found = apply(Scan, *inputs, cell, reverse, name)
     else:
-        found = FORWARD[name](*inputs, cell, reverse, False, want_states)
+        found = FORWARD[name](*inputs, ops.NUMBER[cell], reverse, False, want_states)
     return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
 
 

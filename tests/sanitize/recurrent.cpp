@@ -6,12 +6,12 @@
 namespace driver {
 namespace {
 
+using fastseq::Cell;
 using fastseq::ScanBackward;
 using fastseq::ScanForward;
 using fastseq::ScanProducts;
 using fastseq::ScanSizes;
 using fastseq::ScanView;
-using Cell = ScanSizes::Cell;
 
 constexpr const char* kCellNames[] = {"rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"};
 

@@ -52,7 +52,7 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
 // Rows must be contiguous: any other layout is rare and copied.
 Tensor with_unit_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
+  return x.stride(last) == 1 || x.size(last) <= 1 ? x : dense(x);
 }
 
 // [B,H,T,D], packed [total,H,D].
@@ -159,7 +159,7 @@ class Marshalled {
 
   // Keeps a contiguous copy alive as long as this.
   const Tensor& keep(const Tensor& x) {
-    kept_.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+    kept_.push_back(dense(x));
     return kept_.back();
   }
 

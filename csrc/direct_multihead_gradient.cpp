@@ -88,7 +88,7 @@ class MultiheadGradient : Layer {
     if (!is_contiguous(d_y_.handle())) {
       AtenTensorHandle same;
       TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(d_y_.handle(), &same));
-      copy = torch::stable::contiguous(Tensor(same));
+      copy = dense(Tensor(same));
     }
     const Tensor d_y = viewed(copy ? copy->get() : d_y_.handle(), {rows_q_, E_}, {E_, 1}, 0);
     if (made_[kDOutWeight])

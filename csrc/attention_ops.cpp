@@ -53,7 +53,7 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
 Tensor with_unit_rows(const char* name, const Tensor& x) {
   check_readable(name, x.get());
   const int64_t last = x.dim() - 1;
-  return x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
+  return x.stride(last) == 1 || x.size(last) <= 1 ? x : dense(x);
 }
 
 // [B,H,T,D], packed [total,H,D].
@@ -162,7 +162,7 @@ class Marshalled {
   // Keeps a contiguous copy alive as long as this.
   const Tensor& keep(const char* name, const Tensor& x) {
     check_readable(name, x.get());
-    kept_.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+    kept_.push_back(dense(x));
     return kept_.back();
   }
 

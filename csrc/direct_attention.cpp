@@ -127,7 +127,7 @@ PyObject* attend_backward(PyObject* const* args, Py_ssize_t count) {
   } else {
     AtenTensorHandle same;
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(d_o.handle(), &same));
-    copy = torch::stable::contiguous(Tensor(same));
+    copy = dense(Tensor(same));
     call.d_o = contiguous_view(copy->data_ptr(), H, T, D);
   }
   call.o = o.view(), call.lse = {lse.data, H * T, T, 1};

@@ -2,7 +2,9 @@
 
 #include <cstdlib>
 
-#include "kept_memory.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastseq {
 namespace {
@@ -37,18 +39,56 @@ Dtype weights_of(AtenTensorHandle w, Dtype beside) {
 size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// Strides of a contiguous tensor of up to four dimensions, as torch has them; returns its elements.
-static int64_t contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* strides) {
-  int64_t count = 1, step = 1;
-  for (int64_t i = rank; i-- > 0; count *= sizes[i], step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
-  return count;
+static void no_memory(double bytes) {
+  STD_TORCH_CHECK(false, "cannot allocate ", int64_t(bytes), " bytes of memory");
+}
+
+// A fresh buffer faults at every page it touches for the first time: asks for large pages.
+static void ask_for_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t(2) << 20;
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Throws where there is no memory for a large tensor. torch's function for that prints a C++ trace when it fails, and its
+// error does not say how much was wanted. Asking first costs about a microsecond: no page is touched.
+static void ask_for_memory(double bytes) {
+  constexpr double kLarge = 1 << 20, kMost = 1e18;
+  if (bytes < kLarge) return;
+  if (bytes >= kMost) no_memory(bytes);
+#if defined(__linux__)
+  // Past the C library, whose heap would be trimmed: the tensor would find pages that fault.
+  void* const pages = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages != MAP_FAILED) {
+    munmap(pages, size_t(bytes));
+    return;
+  }
+#endif
+  void* const data = std::malloc(size_t(bytes) + 64);
+  if (!data) no_memory(bytes);
+  std::free(data);
+}
+
+// Strides of a contiguous tensor of up to four dimensions, as torch has them; returns its bytes.
+static size_t contiguous_strides(const int64_t* sizes, int64_t rank, Dtype dtype, int64_t* strides) {
+  double bytes = double(bytes_of(dtype));
+  for (int64_t i = 0; i < rank; ++i) bytes *= double(sizes[i]);
+  ask_for_memory(bytes);
+  int64_t step = 1;
+  for (int64_t i = rank; i-- > 0; step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
+  return size_t(bytes);
 }
 
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
   int64_t strides[4];
-  const size_t bytes = size_t(contiguous_strides(sizes, rank, strides)) * bytes_of(dtype);
-  AtenTensorHandle handle = kept_tensor(sizes, strides, rank, code_of(dtype), bytes);
-  if (handle) return torch::stable::Tensor(handle);
+  const size_t bytes = contiguous_strides(sizes, rank, dtype, strides);
+  AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor tensor(handle);
@@ -91,6 +131,13 @@ const int64_t* sizes_of(AtenTensorHandle x) {
   int64_t* sizes;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &sizes));
   return sizes;
+}
+torch::stable::Tensor dense(const torch::stable::Tensor& x) {
+  if (x.is_contiguous()) return x;
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  ask_for_memory(double(x.numel()) * double(aoti_torch_dtype_element_size(code)));
+  return torch::stable::contiguous(x);
 }
 bool is_contiguous(AtenTensorHandle x) {
   bool result;
@@ -156,7 +203,7 @@ void* Workspace::of(size_t bytes) {
     size_ = (bytes + 4095) / 4096 * 4096;
     data_ = std::aligned_alloc(4096, size_ ? size_ : 4096);
     if (!data_) size_ = 0;
-    STD_TORCH_CHECK(data_, "scan: cannot allocate ", bytes, " bytes of scratch");
+    if (!data_) no_memory(double(bytes));
     ask_for_huge_pages(data_, size_);
   }
   return data_;
@@ -165,7 +212,7 @@ void* Workspace::of(size_t bytes) {
 torch::stable::Tensor Workspace::tensor(std::initializer_list<int64_t> sizes, Dtype dtype) {
   const int64_t rank = int64_t(sizes.size());
   int64_t strides[4];
-  void* data = of(size_t(contiguous_strides(sizes.begin(), rank, strides)) * bytes_of(dtype));
+  void* data = of(contiguous_strides(sizes.begin(), rank, dtype, strides));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, rank, sizes.begin(), strides, 0, code_of(dtype),
                                                             aoti_torch_device_type_cpu(), 0, &handle));

@@ -23,9 +23,11 @@ Dtype accumulator_of(Dtype dtype);
 inline AtenTensorHandle handle_of(const torch::stable::Tensor& x) { return x.get(); }
 inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get() : nullptr; }
 
-// A new contiguous CPU tensor of up to four dimensions, not initialised.
+// A new contiguous CPU tensor of up to four dimensions, not initialised. Throws where there is no memory.
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype);
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype);
+// A CPU tensor, or a contiguous copy of it where it is not contiguous. Throws likewise.
+torch::stable::Tensor dense(const torch::stable::Tensor& x);
 
 // Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e]. No tensor: an empty view.
 ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initializer_list<int64_t> sizes);

@@ -143,9 +143,7 @@ CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 
-FACING_TORCH = {
-    *("arguments.h", "ops.h", "recurrent_marshal.h", "kept_memory.h", "inference.h", "direct.h", "direct_objects.h")
-}
+FACING_TORCH = {"arguments.h", "ops.h", "recurrent_marshal.h", "inference.h", "direct.h", "direct_objects.h"}
 """Headers of the operators and of the way past them."""
 
 

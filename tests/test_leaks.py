@@ -83,3 +83,13 @@ def test_training_steps_of_a_packed_bidirectional_stack_keep_no_memory() -> None
         model.zero_grad()
 
     assert grows(step, 800) < 100, "bytes a step"
+
+
+def test_training_steps_of_attention_keep_no_memory() -> None:
+    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
+    lengths = torch.tensor([2])
+
+    def step() -> None:
+        torch.autograd.grad(fastseq.attention(q, k, v, softcap=3.0, lengths_k=lengths).sum(), (q, k, v))
+
+    assert grows(step, 800) < 100, "bytes a step"

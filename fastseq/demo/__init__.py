@@ -45,8 +45,8 @@ def main(options: argparse.Namespace) -> int:
         device = _device(options.device)
         text = data.load(options.text, 2 * max(kind.length for kind in kinds))
         out = _folder(options.out)
-        forced()
-    except (data.DataError, ValueError) as error:
+        _known_backend()
+    except data.DataError as error:
         return _refused(error)
     except KeyboardInterrupt:
         return _stopped("before any training")
@@ -203,6 +203,13 @@ def _refused(error: Exception) -> int:
 def _stopped(what: str) -> int:
     print(f"\nstopped by Ctrl-C; {what}", file=sys.stderr)
     return cli.INTERRUPTED
+
+
+def _known_backend() -> None:
+    try:
+        forced()
+    except ValueError as error:
+        raise data.DataError(str(error)) from None
 
 
 def _device(name: str) -> torch.device:

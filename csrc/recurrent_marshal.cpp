@@ -58,7 +58,12 @@ static int64_t contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* s
 
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
   int64_t strides[4];
-  const size_t bytes = size_t(contiguous_strides(sizes, rank, strides)) * bytes_of(dtype);
+  contiguous_strides(sizes, rank, strides);
+  return empty(sizes, strides, rank, dtype);
+}
+torch::stable::Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, Dtype dtype) {
+  size_t bytes = bytes_of(dtype);
+  for (int64_t i = 0; i < rank; ++i) bytes *= size_t(sizes[i]);
   AtenTensorHandle handle = kept_tensor(sizes, strides, rank, code_of(dtype), bytes);
   if (handle) return torch::stable::Tensor(handle);
   TORCH_ERROR_CODE_CHECK(

@@ -28,6 +28,8 @@ inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get()
 // A new contiguous CPU tensor of up to four dimensions, not initialised.
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype);
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype);
+// The same with strides of its own, which must be dense.
+torch::stable::Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, Dtype dtype);
 
 // Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e]. No tensor: an empty view.
 ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initializer_list<int64_t> sizes);

@@ -1,5 +1,5 @@
-"""Where results of attention lie in memory: o as q does, so that a user's transpose back is a view, and gradients as what
-they are the gradients of."""
+"""Where results of attention lie in memory: o as q does, so that a user's transpose back is a view; a gradient as its
+input does."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_packed_sequences_keep_their_layout(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_dense_where_the_query_is_not(backend):
-    """The order of the dimensions is kept, gaps and repetitions are not; the features of a row are neighbours always."""
+    """The order of dimensions is kept, gaps and repetitions are not; the features of a row are always adjacent."""
     rows = torch.randn(2, 18, 8, 16)
     queries = {
         "sliced": (rows[:, ::2, ::2].transpose(1, 2), (576, 16, 64, 1)),

@@ -145,7 +145,7 @@ def native_scan() -> bool:
 def native_attention() -> bool:
     """Whether attention on the CPU does, likewise."""
     ours = _NATIVE_FIRST["attention"] and (_override is None or _override == "native") and _decisions is None
-    return ours and not context_parallel()
+    return ours and (F.scaled_dot_product_attention is _SDPA or not context_parallel())
 
 
 _SDPA = F.scaled_dot_product_attention

@@ -151,18 +151,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._heads(F.linear(x, w, b))[0] for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
 
-    def _own(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _own(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Copies of the inputs that a weight's gradient will be multiplied with. torch's layer transposes an input that
         is ``batch_first``, which copies it too, so the caller may change the input in place before the backward."""
-        weights = (self.in_proj_weight,) * 3
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        copies: dict[tuple[int, bool], Tensor] = {}
-        for x, w in zip((query, key, value), weights, strict=True):
-            place = id(x), w.requires_grad
-            if place not in copies:
-                copies[place] = x.clone() if w.requires_grad else x
-        return [copies[id(x), w.requires_grad] for x, w in zip((query, key, value), weights, strict=True)]
+            return tuple(x.clone() if w.requires_grad else x for x, w in zip((query, key, value), weights, strict=True))
+        if not self.in_proj_weight.requires_grad:
+            return query, key, value
+        own_query = query.clone()
+        own_key = own_query if key is query else key.clone()
+        return own_query, own_key, own_key if value is key else value.clone()
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         return multihead.heads_of(x, self.embed_dim, self.num_heads, self.batch_first)

@@ -77,13 +77,17 @@ def attention(
         backend: ``reference``, ``torch``, ``native`` or ``triton``; by default the one in force.
 
     Returns:
-        o ``[B, Hq, Tq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype; with ``return_lse`` also lse ``[B, Hq, Tq]``
+        o ``[B, Hq, Tq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype, dense, its dimensions in memory in the order
+        of q's (features innermost), so that ``o.transpose(1, 2).view(B, Tq, Hq * Dv)`` works where q was made by
+        ``x.view(B, Tq, Hq, D).transpose(1, 2)``; with ``return_lse`` also lse ``[B, Hq, Tq]``
         (packed ``[Hq, total_q]``), float32, float64 for float64; −inf where a row sees neither key nor sink. Both
         have gradients, to any order.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.
-        BackendError: the backend that was named cannot do this.
+        BackendError: the backend that was named cannot do this; or torch's ``context_parallel`` is on.
+
+    Under autocast q, k and v take its dtype; bias, sinks and alibi_slopes of the other 16-bit dtype take float32.
 
     Example:
         >>> q, k, v = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
@@ -171,14 +175,15 @@ def scaled_dot_product_attention(
         key: ``[..., H, S, E]``; leading dimensions broadcast with query's.
         value: ``[..., H, S, Ev]``.
         attn_mask: broadcastable to ``[..., Hq, L, S]``; bool (True: may look), or floating (query's dtype or float32)
-            and added to the scores.
+            and added to the scores. Under autocast it may be of either 16-bit dtype.
         dropout_p: chance of each weight to be dropped, in [0, 1]; applied whenever it is not 0.
         is_causal: key j is visible to query i where j <= i, counted from the top left. Not together with attn_mask.
         scale: 1 / sqrt(E) by default.
         enable_gqa: H may be a divisor of Hq; each of its heads then serves Hq / H of query's.
 
     Returns:
-        ``[..., Hq, L, Ev]`` in query's dtype. Nested tensors are given to torch's own function.
+        ``[..., Hq, L, Ev]`` in query's dtype, its dimensions in memory in the order of query's. Nested tensors are
+        given to torch's own function, and so is a call inside of torch's ``context_parallel`` that names no backend.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_layout.h"
 #include "cpu/attention.h"
 #include "ops.h"
 #include "recurrent_marshal.h"
@@ -47,6 +48,13 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
 std::vector<int64_t> sizes_of(const Tensor& x) {
   auto sizes = x.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+// A result of x's dtype and of these sizes, in the order of x's dimensions.
+Tensor empty_as(const Tensor& x, const std::vector<int64_t>& sizes) {
+  int64_t strides[kMostDimensions];
+  strides_as(x.dim(), x.sizes().data(), x.strides().data(), sizes.data(), strides);
+  return empty(sizes.data(), strides, x.dim(), fastseq::dtype_of(x.get()));
 }
 
 // Rows must be contiguous: any other layout is rare and copied.
@@ -248,7 +256,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   in.fill(call, options);
   std::vector<int64_t> o_sizes = sizes_of(q);
   o_sizes.back() = call.dim_v;
-  Tensor o = empty(o_sizes, q.scalar_type());
+  Tensor o = empty_as(q, o_sizes);
   Tensor lse = empty(in.row_sizes(), call.dtype == AttentionCall::Dtype::f64 ? ScalarType::Double : ScalarType::Float);
   call.o = view_of(o, in.packed), call.lse = row_view_of(lse, in.packed);
   if (leaves_rows(in, call)) {
@@ -285,8 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
                     "attention: the gradient of lse must be as lse");
     call.dlse = row_view_of(in.keep("dlse", *dlse), in.packed);
   }
-  Tensor dq = empty(sizes_of(q), q.scalar_type()), dk = empty(sizes_of(k), q.scalar_type()),
-         dv = empty(sizes_of(v), q.scalar_type());
+  Tensor dq = empty_as(q, sizes_of(q)), dk = empty_as(k, sizes_of(k)), dv = empty_as(v, sizes_of(v));
   call.dq = view_of(dq, in.packed), call.dk = view_of(dk, in.packed), call.dv = view_of(dv, in.packed);
   const bool is_empty = lse.numel() == 0;  // no sequence, head or query
   if (leaves_rows(in, call)) torch::stable::zero_(dq);

@@ -72,10 +72,9 @@ PyObject* run(PyObject* const* tensors, PyObject* const* settings, bool with_lse
   AttentionForward call;
   if (!given.take(tensors, settings, call)) return decline();
   const int64_t sizes[4] = {call.batch, call.heads_q, call.length_q, call.dim_v};
-  Object o(make(sizes, 4, given.dtype, call.o.data));
+  Object o(make_as(given.q, sizes, given.dtype, call.o));
   Object lse(with_lse ? make(sizes, 3, accumulator_of(given.dtype), call.lse.data) : nullptr);
   if (!o.get() || (with_lse && !lse.get())) return nullptr;
-  call.o = contiguous_view(call.o.data, call.heads_q, call.length_q, call.dim_v);
   compute(products(call), [&] { attend_into(call); });
   return with_lse ? PyTuple_Pack(2, o.get(), lse.get()) : o.release();
 }
@@ -131,12 +130,10 @@ PyObject* attend_backward(PyObject* const* args, Py_ssize_t count) {
     call.d_o = contiguous_view(copy->data_ptr(), H, T, D);
   }
   call.o = o.view(), call.lse = {lse.data, H * T, T, 1};
-  Object dq(make(given.q.sizes, 4, given.dtype, call.dq.data)), dk(make(given.k.sizes, 4, given.dtype, call.dk.data)),
-      dv(make(given.v.sizes, 4, given.dtype, call.dv.data));
+  Object dq(make_as(given.q, given.q.sizes, given.dtype, call.dq)),
+      dk(make_as(given.k, given.k.sizes, given.dtype, call.dk)),
+      dv(make_as(given.v, given.v.sizes, given.dtype, call.dv));
   if (!dq.get() || !dk.get() || !dv.get()) return nullptr;
-  call.dq = contiguous_view(call.dq.data, H, T, call.dim);
-  call.dk = contiguous_view(call.dk.data, call.heads_k, call.length_k, call.dim);
-  call.dv = contiguous_view(call.dv.data, call.heads_k, call.length_k, D);
   compute(3 * products(call), [&] { require_scratch(FASTSEQ_DISPATCH(attention_backward, call)); });
   return PyTuple_Pack(4, dq.get(), dk.get(), dv.get(), Py_None);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention_layout.h"
 #include "cpu/attention.h"
 #include "direct_objects.h"
 
@@ -54,6 +55,15 @@ class Strided {
   Borrowed borrowed_;
   Object kept_{nullptr};
 };
+
+// A new tensor of these sizes, of four dimensions that lie in memory as x's do; and its view.
+inline PyObject* make_as(const Strided& x, const int64_t* sizes, Dtype dtype, AttentionCall::View& view) {
+  int64_t strides[kMostDimensions];
+  strides_as(4, x.sizes, x.strides, sizes, strides);
+  const torch::stable::Tensor tensor = empty(sizes, strides, 4, dtype);
+  view = {tensor.data_ptr(), strides[0], strides[1], strides[2]};
+  return wrapped(tensor);
+}
 
 // Exact types only: whatever else converts to them is for the careful way to judge.
 inline bool read(PyObject* object, bool& to) {

@@ -75,19 +75,27 @@ static void ask_for_memory(double bytes) {
   std::free(data);
 }
 
-// Strides of a contiguous tensor of up to four dimensions, as torch has them; returns its bytes.
-static size_t contiguous_strides(const int64_t* sizes, int64_t rank, Dtype dtype, int64_t* strides) {
+// Bytes of a tensor of these sizes, which there is memory for.
+static size_t bytes_for(const int64_t* sizes, int64_t rank, Dtype dtype) {
   double bytes = double(bytes_of(dtype));
   for (int64_t i = 0; i < rank; ++i) bytes *= double(sizes[i]);
   ask_for_memory(bytes);
+  return size_t(bytes);
+}
+
+// Strides of a contiguous tensor of up to four dimensions, as torch has them.
+static void contiguous_strides(const int64_t* sizes, int64_t rank, int64_t* strides) {
   int64_t step = 1;
   for (int64_t i = rank; i-- > 0; step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
-  return size_t(bytes);
 }
 
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype) {
   int64_t strides[4];
-  const size_t bytes = contiguous_strides(sizes, rank, dtype, strides);
+  contiguous_strides(sizes, rank, strides);
+  return empty(sizes, strides, rank, dtype);
+}
+torch::stable::Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, Dtype dtype) {
+  const size_t bytes = bytes_for(sizes, rank, dtype);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, code_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
@@ -212,7 +220,10 @@ void* Workspace::of(size_t bytes) {
 torch::stable::Tensor Workspace::tensor(std::initializer_list<int64_t> sizes, Dtype dtype) {
   const int64_t rank = int64_t(sizes.size());
   int64_t strides[4];
-  void* data = of(contiguous_strides(sizes.begin(), rank, dtype, strides));
+  contiguous_strides(sizes.begin(), rank, strides);
+  size_t bytes = bytes_of(dtype);
+  for (int64_t size : sizes) bytes *= size_t(size);
+  void* data = of(bytes);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, rank, sizes.begin(), strides, 0, code_of(dtype),
                                                             aoti_torch_device_type_cpu(), 0, &handle));

@@ -26,6 +26,8 @@ inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get()
 // A new contiguous CPU tensor of up to four dimensions, not initialised. Throws where there is no memory.
 torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype);
 torch::stable::Tensor empty(const int64_t* sizes, int64_t rank, Dtype dtype);
+// The same with strides of its own, which must be dense.
+torch::stable::Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t rank, Dtype dtype);
 // A CPU tensor, or a contiguous copy of it where it is not contiguous. Throws likewise.
 torch::stable::Tensor dense(const torch::stable::Tensor& x);
 

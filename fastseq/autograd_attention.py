@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import ops
+from fastseq import ops, ops_attention
 from fastseq.autograd import apply, functorch_active, needs_reference
 from fastseq.reference.attention import attention as reference_attention
 
@@ -169,14 +169,15 @@ def call_reference(
     bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The reference with the operator's argument list."""
-    return reference_attention(
+    """The reference with the operator's argument list, and o in memory as q is."""
+    o, lse = reference_attention(
         q, k, v,
         bias=bias, mask=mask, sinks=sinks, alibi_slopes=alibi_slopes, lengths_q=lengths_q, lengths_k=lengths_k,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed, scale=scale, causal=causal,
         bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap,
         dropout_p=dropout_p,
     )  # fmt: skip
+    return ops_attention.laid_out_as(q, o), lse
 
 
 def run(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:

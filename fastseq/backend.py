@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import torch
+import torch.nn.functional as F
 
 from fastseq import auto, ops, ops_triton
 
@@ -143,7 +144,45 @@ def native_scan() -> bool:
 
 def native_attention() -> bool:
     """Whether attention on the CPU does, likewise."""
-    return _NATIVE_FIRST["attention"] and (_override is None or _override == "native") and _decisions is None
+    ours = _NATIVE_FIRST["attention"] and (_override is None or _override == "native") and _decisions is None
+    return ours and (F.scaled_dot_product_attention is _SDPA or not context_parallel())
+
+
+_SDPA = F.scaled_dot_product_attention
+
+
+def context_parallel() -> bool:
+    """Whether torch's ``context_parallel`` is on: tensors are shards then of a longer sequence, and torch has put a
+    function of its own in the place of its attention."""
+    current = F.scaled_dot_product_attention
+    if current is _SDPA:
+        return False
+    return (getattr(current, "__module__", None) or "").startswith("torch.distributed.tensor.experimental")
+
+
+def check_not_context_parallel() -> None:
+    """Refuses to attend to the keys of one shard alone."""
+    if context_parallel():
+        raise BackendError(
+            "inside torch's context_parallel q, k and v are shards of the sequence, and fastseq's kernels do not "
+            "exchange them: call torch.nn.functional.scaled_dot_product_attention or "
+            "fastseq.scaled_dot_product_attention there, without naming a backend"
+        )
+
+
+def explain_native(op: str, attempt: Callable[..., object], *args: object) -> None:
+    """Where explain() listens, which turns the native calls of whole layers off: makes this one after all, and says so
+    if it takes the arguments (a result that is not None)."""
+    global _decisions
+    if _decisions is None:
+        return
+    listening, _decisions = _decisions, None
+    try:
+        done = attempt(*args)
+    finally:
+        _decisions = listening
+    if done is not None:
+        _explain(auto.row("cpu", op), "cpu", lambda n: operator_reason(n, "cpu", op), None)
 
 
 class _Explained(Exception):
@@ -171,7 +210,8 @@ def _explain(row: auto.Row, device: str, reasons: Callable[[str], str | None], a
 
 
 def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str:
-    """Say which backend a call would run on, and why the others would not. Nothing is computed.
+    """Say which backend a call would run on, and why the others would not. Nothing is computed; but a whole
+    MultiheadAttention is run, where only its native call can tell whether it takes the arguments.
 
     A call that wants gradients may run elsewhere than the same under ``torch.no_grad()``: ask as you would call.
 

@@ -6,9 +6,11 @@ Attention is called for single tokens, so the checks are plain conditions: a mes
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,11 +21,55 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
 
+_MASK = "use mask= (bool, True: may look) or bias= (floating, added to the scores)"
+_HEADS = "leave it out: heads of k and v that are fewer than q's are shared"
+MEANT_FOR_ATTENTION = {
+    "attn_mask": _MASK,
+    "attn_bias": "use bias=",
+    "is_causal": 'use causal=, and align="top_left" for the alignment of torch\'s is_causal',
+    "dropout": "use dropout_p=",
+    "enable_gqa": _HEADS,
+    "num_kv_heads": _HEADS,
+    "key_padding_mask": "use lengths_k=, or mask=~key_padding_mask[:, None, None, :]",
+    "need_weights": "use fastseq.nn.MultiheadAttention, which returns the weights",
+    "softmax_scale": "use scale=",
+    "window_size": "use window=",
+    "logits_soft_cap": "use softcap=",
+    "key_lengths": "use lengths_k=",
+}
+"""What users of torch, and of other attention packages, type for a keyword of ``attention``."""
+MEANT_FOR_TORCH = {
+    "mask": "use attn_mask=",
+    "bias": "use attn_mask=",
+    "attn_bias": "use attn_mask=",
+    "causal": "use is_causal=",
+    "dropout": "use dropout_p=",
+    "key_padding_mask": "use attn_mask=~key_padding_mask[:, None, None, :]",
+    **dict.fromkeys(("window", "softcap", "sinks", "lengths_k", "cu_seqlens_q", "backend"), "use fastseq.attention"),
+}
+"""Likewise for a keyword of ``scaled_dot_product_attention``."""
+
+
+def refuse_keyword(function: str, unknown: Mapping[str, Any], meant: Mapping[str, str]) -> NoReturn:
+    """Python's own error for a keyword that there is not, with the one that was meant."""
+    name = next(iter(unknown))
+    hint = f"; {meant[name]}" if name in meant else ""
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def hide_unknown(function: Callable) -> None:
+    """Leaves ``**unknown``, which is there to be refused, out of what ``help`` and ``inspect`` show."""
+    shown = inspect.signature(function)
+    kept = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = shown.replace(parameters=kept)  # type: ignore[attr-defined]
+
+
 def check_tensors(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
     """Three floating tensors of one dtype on one device."""
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        check_strided(name, x)
     dtype, device = q.dtype, q.device
     if dtype not in FLOATS:
         raise ArgumentError(
@@ -36,6 +82,19 @@ def check_tensors(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) 
             raise ArgumentError(f"{name} is {x.dtype} but {names[0]} is {dtype}; convert one with .to(dtype)")
         if x.device != device:
             raise ArgumentError(f"{name} is on {x.device} but {names[0]} on {device}; move one with .to(device)")
+
+
+def check_strided(name: str, x: Tensor) -> None:
+    """An ordinary dense tensor without names."""
+    if x.is_nested:
+        raise ArgumentError(f"{name} must be a dense tensor, got a nested one; pad it with .to_padded_tensor(0)")
+    if x.layout is not torch.strided:
+        raise ArgumentError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with .to_dense()")
+    if not torch.compiler.is_compiling() and x.has_names():
+        raise ArgumentError(
+            f"{name} has named dimensions {tuple(x.names)}, which attention does not carry on; "
+            "drop them with .rename(None)"
+        )
 
 
 def check_sizes(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -185,6 +244,7 @@ def check_paged(
 def _check_integers(name: str, x: Any, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be an integer Tensor, got {type(x).__name__}; use torch.tensor({name})")
+    check_strided(name, x)
     if x.dtype not in INTEGERS:
         raise ArgumentError(f"{name} must be int32 or int64, got {x.dtype}; convert it with .to(torch.int32)")
     _check_device(name, x, q)
@@ -211,6 +271,7 @@ def check_pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...], is_bool: b
     """A mask or a bias: something for each pair of query and key, broadcastable to ``shape``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    check_strided(name, x)
     if is_bool and x.dtype != torch.bool:
         raise ArgumentError(
             f"{name} must be bool (True: may look), got {x.dtype}; convert it with .bool(), or give it as bias= if it "
@@ -237,6 +298,7 @@ def check_per_head(name: str, x: Any, q: Tensor, heads: int) -> None:
     """One floating number a query head."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor [Hq], got {type(x).__name__}")
+    check_strided(name, x)
     if x.dtype not in (q.dtype, torch.float32):
         raise ArgumentError(f"{name} must be {q.dtype} as q, or torch.float32, got {x.dtype}")
     _check_device(name, x, q)

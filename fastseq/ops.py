@@ -75,7 +75,8 @@ SCAN_GRADIENT = (
 #   alibi_slopes float32 [Hq], lengths_q, lengths_k int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
 #   scores s = scale * q k^T; softcap * tanh(s / softcap); + bias; - alibi * |i + shift - j|; then mask and limits
 #   shift = 0, or Tk - Tq where bottom_right; a window of -1 has no limit
-# -> o as q with Dv features, lse float32 (float64 for float64) [B,Hq,Tq], packed [Hq,total]
+# -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)
+#    [B,Hq,Tq], packed [Hq,total]
 _ATTENTION_OPTIONS = (
     "Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? lengths_q, Tensor? lengths_k, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, bool bottom_right, "
@@ -83,7 +84,7 @@ _ATTENTION_OPTIONS = (
 )
 ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor o, Tensor lse)"
 
-# -> dq, dk, dv, dbias (shape and dtype of bias, summed over what was broadcast; empty unless bias_grad),
+# -> dq, dk, dv (in memory as q, k, v), dbias (shape and dtype of bias, summed over what was broadcast; empty unless bias_grad),
 #    dsinks (empty without sinks)
 ATTENTION_BACKWARD = (
     f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ATTENTION_OPTIONS}, "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastseq.ops_define import loop_over
 
@@ -14,13 +15,27 @@ _BIAS, _MASK, _SINKS, _ALIBI, _LENGTHS_Q, _LENGTHS_K, _CU_SEQLENS_Q, _CU_SEQLENS
 _DROPOUT_P = 15
 
 
+def empty_as(x: Tensor, features: int) -> Tensor:
+    """A result [...,features] that lies in memory as x does: see kernels/attention_layout.py."""
+    from fastseq.kernels.attention_layout import empty_as
+
+    return empty_as(x, features)
+
+
+def laid_out_as(x: Tensor, result: Tensor) -> Tensor:
+    """The result, copied where it does not lie in memory as x does."""
+    from fastseq.kernels.attention_layout import laid_out_as
+
+    return laid_out_as(x, result)
+
+
 def fake_attention_forward(
     q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
 ):  # fmt: skip
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(rows, dtype=accumulator)
+    return empty_as(q, v.shape[-1]), q.new_empty(rows, dtype=accumulator)
 
 
 def fake_attention_backward(
@@ -28,7 +43,7 @@ def fake_attention_backward(
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, bias_grad,
 ):  # fmt: skip
     return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *(empty_as(x, x.shape[-1]) for x in (q, k, v)),
         bias.new_empty(bias.shape) if bias_grad else q.new_empty(0),
         q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
     )

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from . import attention, attention_backward, attention_bias, attention_decode, tuning_attention
+from .attention_layout import empty_as
 from .attention_problem import HALF_WIDEST, INTERPRETED, NARROWEST, PROGRAMS, Problem, power_of_two, with_unit_rows
 from .attention_problem import unsupported as unsupported
 from .attention_tiles import ROW_BLOCK as _ROW_BLOCK
@@ -230,7 +231,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
 
 def fill(x: Problem, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse of a problem."""
-    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    o = empty_as(q, v.shape[-1])
     lse = torch.empty(row_sizes(x), dtype=torch.float32, device=q.device)
     if not x.empty:
         run(plan_forward(x, o, lse), q.device)
@@ -280,7 +281,7 @@ def backward(
 
 def allocate(x: Problem, bias_grad: bool, empty: Callable[..., Tensor] = torch.empty) -> Gradients:
     device = x.q.device
-    dq, dk, dv = (empty(t.shape, dtype=x.dtype, device=device) for t in (x.q, x.k, x.v))
+    dq, dk, dv = (empty_as(t, t.shape[-1], empty) for t in (x.q, x.k, x.v))
     size = (x.length_q // ROW_BLOCK + x.batch + 1 if x.packed else -(-x.length_q // ROW_BLOCK)) * ROW_BLOCK
     log, delta = (empty((*row_sizes(x)[:-1], size), dtype=torch.float32, device=device) for _ in range(2))
     sinks = bias = None

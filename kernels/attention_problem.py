@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from . import tuning_attention
+from .attention_layout import laid_out_as
 from .attention_scores import Call
 from .attention_tiles import Pages, Pairs, View, hidden
 from .precision import one_tf32_product
@@ -252,7 +253,7 @@ class Problem:
 
 
 def with_unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else laid_out_as(x, x)
 
 
 def power_of_two(n: int) -> int:

@@ -157,7 +157,7 @@ class Arguments:
 
 def forward_arguments(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Arguments, Tensor, Tensor]:
     x = Arguments(q, k, v, *options)
-    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    o = ops_attention.empty_as(q, v.shape[-1])
     lse = torch.empty((q.shape[1], q.shape[0]) if x.packed else q.shape[:3], dtype=torch.float32)
     x.add(view(o, x.packed))
     x.add(row_view(lse, x.packed))
@@ -226,7 +226,7 @@ def backward_arguments(
         x.add(view(rows, x.packed))
     x.add(row_view(lse.contiguous(), x.packed))
     x.add(row_view(None if dlse is None else dlse.contiguous(), x.packed))
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = (ops_attention.empty_as(t, t.shape[-1]) for t in (q, k, v))
     for gradient in (dq, dk, dv):
         x.add(view(gradient, x.packed))
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad else torch.empty(0, dtype=q.dtype)

@@ -16,6 +16,7 @@ from devices import COUNTS, operator
 from support import assert_within_budget, error
 from torch import Tensor
 
+from fastseq.kernels.attention_layout import empty_as
 from fastseq.reference.attention import attention as reference
 from fastseq.reference.random import keep_mask
 
@@ -132,6 +133,7 @@ def assert_right(
     # Where lse takes part, the peer is the reference in q's dtype: eager torch has no lse to differentiate.
     peer_o, _, peer_grads = gradients(reference if with_dlse else eager, q, k, v, options, None, d_o, dlse)
     assert_within_budget(o, peer_o, true_o, "o")
+    assert_lies_as(q, o, "o")
 
     assert torch.equal(lse.isinf(), true_lse.isinf()), "lse: -inf in other places than the truth"
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -150,11 +152,20 @@ def assert_right(
         floor = (8 if half else 64) * torch.finfo(q.dtype).eps * max(1.0, float(truth.abs().max())) * math.sqrt(terms)
         budget = 2 * error(peer, truth) + (floor if got.dtype == q.dtype else max(floor, 1e-6))
         assert error(got, truth) <= budget, f"{name}: error {error(got, truth):.3g} over the budget of {budget:.3g}"
+    for name, x, got in zip(("dq", "dk", "dv"), (q, k, v), grads, strict=False):
+        assert_lies_as(x, got, name)
     if not repeat:
         return
     again = backward(d_o, dlse, q, k, v, o, lse, options, backend)
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "another gradient the second time"
     assert all(torch.equal(a, b) for a, b in zip((o, lse), forward(q, k, v, options, backend), strict=True))
+
+
+def assert_lies_as(x: Tensor, result: Tensor, name: str) -> None:
+    """The result's dimensions are in memory in the order of x's. A single row has no stride that matters."""
+    like = empty_as(x, result.shape[-1])
+    strides = [[s for n, s in zip(y.shape, y.stride(), strict=True) if n > 1] for y in (result, like)]
+    assert strides[0] == strides[1], f"{name} has strides {result.stride()} beside {x.stride()}"
 
 
 def dense(shape=DENSE, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -21,6 +22,8 @@ def t(*shape, **kwargs):
 Q, K, V = t(2, 4, 5, 8), t(2, 2, 7, 8), t(2, 2, 7, 6)
 PACKED = (t(6, 4, 8), t(9, 2, 8), t(9, 2, 6))
 CU_Q, CU_K = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+LENGTHS = torch.tensor([1, 2])
+NESTED = torch.nested.nested_tensor([torch.tensor([1]), torch.tensor([2])], layout=torch.jagged)
 CU = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K}
 
 DENSE = [
@@ -73,6 +76,19 @@ DENSE = [
     (PACKED, {**CU, "mask": torch.ones(1).bool()}, r"mask cannot be given with cu_seqlens"),
     (PACKED, {**CU, "lengths_k": CU_K}, r"lengths_k cannot be given with cu_seqlens"),
     ((PACKED[0], PACKED[1], PACKED[2][:8]), CU, r"k and v must have the same length"),
+    ((Q, K.to_sparse(), V), {}, r"k must be a dense tensor, got layout torch.sparse_coo; .*to_dense"),
+    ((Q, K, V), {"lengths_k": LENGTHS.to_sparse()}, r"lengths_k must be a dense tensor, got layout torch.sparse_coo"),
+    ((Q, K, V), {"lengths_q": NESTED}, r"lengths_q must be a dense tensor, got a nested one"),
+    (PACKED, {**CU, "cu_seqlens_k": CU_K.to_sparse()}, r"cu_seqlens_k must be a dense tensor"),
+    (PACKED, {**CU, "cu_seqlens_q": NESTED}, r"cu_seqlens_q must be a dense tensor, got a nested one"),
+    ((Q, K, V), {"mask": torch.ones(5, 7).bool().to_sparse()}, r"mask must be a dense tensor"),
+    ((Q, K, V), {"bias": torch.ones(5, 7).to_sparse()}, r"bias must be a dense tensor"),
+    ((Q, K, V), {"sinks": t(4).to_sparse()}, r"sinks must be a dense tensor"),
+    ((Q, K, V), {"attn_mask": t(5, 7)}, r"unexpected keyword argument 'attn_mask'; use mask= .* or bias="),
+    ((Q, K, V), {"is_causal": True}, r"unexpected keyword argument 'is_causal'; use causal=, and align=\"top_left\""),
+    ((Q, K, V), {"dropout": 0.1}, r"unexpected keyword argument 'dropout'; use dropout_p="),
+    ((Q, K, V), {"enable_gqa": True}, r"unexpected keyword argument 'enable_gqa'; leave it out: heads .* are shared"),
+    ((Q, K, V), {"colour": 1}, r"attention\(\) got an unexpected keyword argument 'colour'$"),
 ]  # fmt: skip
 
 
@@ -97,6 +113,11 @@ TORCH = [
     ((t(3, 4), t(5, 4), t(5, 4)), {"scale": math.inf}, r"scale must be a finite number"),
     ((t(3, 4), t(5, 4).half(), t(5, 4)), {}, r"key is torch.float16 but query is torch.float32"),
     (([1.0], t(5, 4), t(5, 4)), {}, r"query must be a Tensor, got list"),
+    ((t(3, 4).to_sparse(), t(5, 4), t(5, 4)), {}, r"query must be a dense tensor, got layout torch.sparse_coo"),
+    (THREE, {"attn_mask": t(3, 5).to_sparse()}, r"attn_mask must be a dense tensor"),
+    (THREE, {"mask": t(3, 5)}, r"unexpected keyword argument 'mask'; use attn_mask="),
+    (THREE, {"causal": True}, r"unexpected keyword argument 'causal'; use is_causal="),
+    (THREE, {"colour": 1}, r"scaled_dot_product_attention\(\) got an unexpected keyword argument 'colour'$"),
 ]  # fmt: skip
 
 
@@ -114,12 +135,20 @@ LAYER = [
     ((X, t(7, 3, 12), t(7, 3, 12)), {}, r"query and key must have the same batch, dimension 1 with batch_first=False"),
     ((X[:, 0], M, M), {}, r"query, key and value must all be 3-D, or 2-D"),
     ((X[None], M, M), {}, r"query, key and value must all be 3-D"),
-    ((X, M, M), {"key_padding_mask": torch.zeros(7, 2).bool()}, r"key_padding_mask must be \[2, 7\], got \[7, 2\]"),
+    ((X, M, M), {"key_padding_mask": torch.zeros(7, 2).bool()}, r"key_padding_mask must be \[N, S\] = \[2, 7\], got"),
     ((X, M, M), {"key_padding_mask": torch.zeros(2, 7).int()}, r"key_padding_mask must be bool .* got torch.int32"),
     ((X, M, M), {"key_padding_mask": [[True]]}, r"key_padding_mask must be a Tensor, got list"),
-    ((X, M, M), {"attn_mask": t(7, 5)}, r"attn_mask must be \[5, 7\] or \[6, 5, 7\], got \[7, 5\]"),
-    ((X, M, M), {"attn_mask": t(2, 5, 7)}, r"attn_mask must be \[5, 7\] or \[6, 5, 7\], got \[2, 5, 7\]"),
+    (
+        (X, M, M),
+        {"attn_mask": t(7, 5)},
+        r"attn_mask must be \[L, S\] = \[5, 7\] or \[N \* heads, L, S\] = \[6, 5, 7\], got \[7",
+    ),
+    ((X, M, M), {"attn_mask": t(2, 5, 7)}, r"attn_mask must be \[L, S\] = \[5, 7\] or .* got \[2, 5, 7\]"),
     ((X, M, M), {"attn_mask": t(5, 7).double()}, r"bias must be torch.float32"),
+    ((X, M, M), {"attn_mask": t(5, 7).to_sparse()}, r"attn_mask must be a dense tensor, got layout torch.sparse_coo"),
+    ((None, None, None), {}, r"query must be a Tensor, got NoneType"),
+    ((X, None, M), {}, r"key must be a Tensor, got NoneType"),
+    ((X, M, [1.0]), {}, r"value must be a Tensor, got list"),
 ]
 
 
@@ -128,6 +157,34 @@ LAYER = [
 def test_bad_argument_of_the_layer_is_named(inputs, options, message, need_weights):
     with pytest.raises((ArgumentError, TypeError), match=message):
         MultiheadAttention(12, 3)(*inputs, need_weights=need_weights, **options)
+
+
+def test_masks_of_one_unbatched_sequence_are_named_by_their_dimensions():
+    x = t(5, 12)
+    with pytest.raises(ArgumentError, match=r"key_padding_mask must be \[S\] = \[5\], got \[1, 5\]"):
+        MultiheadAttention(12, 3)(x, x, x, key_padding_mask=torch.zeros(1, 5).bool())
+
+
+@pytest.mark.parametrize("function", [attention, scaled_dot_product_attention])
+def test_keywords_that_are_refused_are_not_shown(function):
+    shown = inspect.signature(function).parameters.values()
+    assert all(p.kind is not p.VAR_KEYWORD for p in shown)
+
+
+@pytest.mark.filterwarnings("ignore:Named tensors")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_of_dimensions_are_refused_rather_than_lost(backend):
+    """As by torch's attention, which has no rule for them."""
+    named = Q.rename("batch", "heads", "time", "features")
+    with use_backend(backend):
+        for inputs in ((named, K, V), (Q, K.rename("batch", "heads", "time", "features"), V)):
+            with pytest.raises(ArgumentError, match=r"[qk] has named dimensions .*'features'.*rename\(None\)"):
+                attention(*inputs, dropout_p=0.5)
+        with pytest.raises(ArgumentError, match="query has named dimensions"):
+            scaled_dot_product_attention(named, Q, Q, dropout_p=0.5)
+        x = X.rename("time", "batch", "features")
+        with pytest.raises(RuntimeError, match="named tensors"):
+            MultiheadAttention(12, 3, dropout=0.5)(x, x, x)
 
 
 def test_heads_must_divide_the_features():

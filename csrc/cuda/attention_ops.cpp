@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../attention_layout.h"
 #include "attention.h"
 #include "current.h"
 #include "settings.h"
@@ -135,6 +136,18 @@ class Marshalled {
   }
   // Scratch or a result on q's device.
   Tensor empty(const Sizes& sizes, ScalarType type) const { return torch::stable::new_empty(q, sizes, type); }
+  // A result of x's dtype and of these sizes, in the order of x's dimensions.
+  static Tensor empty_as(const Tensor& x, const Sizes& sizes) {
+    int64_t strides[kMostDimensions];
+    strides_as(x.dim(), x.sizes().data(), x.strides().data(), sizes.data(), strides);
+    int32_t dtype, device;
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides, dtype, device,
+                                                    x.get_device_index(), &made));
+    return Tensor(made);
+  }
   float* scratch(const Sizes& sizes, bool zero = false) {
     const Tensor made =
         zero ? torch::stable::new_zeros(q, sizes, ScalarType::Float) : empty(sizes, ScalarType::Float);
@@ -200,7 +213,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
                 {bias, mask, sinks, alibi, lengths_q, lengths_k, cu_q, cu_k, seed, scale, causal, bottom_right,
                  window_left, window_right, softcap, dropout_p},
                 call);
-  const Tensor o = in.empty(in.o_sizes(), q.scalar_type()), lse = in.empty(in.row_sizes(), ScalarType::Float);
+  const Tensor o = in.empty_as(q, in.o_sizes()), lse = in.empty(in.row_sizes(), ScalarType::Float);
   call.o = view_of(o, in.packed), call.lse = row_view_of(lse, in.packed);
   if (lse.numel() == 0) return {o, lse};
   prepare(call);
@@ -231,8 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   call.d_o = in.given(d_o, "o's gradient", in.o_sizes(), q.scalar_type(), false);
   call.lse = in.given(lse, "lse", in.row_sizes(), ScalarType::Float, true);
   if (dlse) call.dlse = in.given(*dlse, "lse's gradient", in.row_sizes(), ScalarType::Float, true);
-  const Tensor dq = in.empty(sizes_of(q), q.scalar_type()), dk = in.empty(sizes_of(k), q.scalar_type()),
-               dv = in.empty(sizes_of(v), q.scalar_type());
+  const Tensor dq = in.empty_as(q, sizes_of(q)), dk = in.empty_as(k, sizes_of(k)), dv = in.empty_as(v, sizes_of(v));
   call.dq = view_of(dq, in.packed), call.dk = view_of(dk, in.packed), call.dv = view_of(dv, in.packed);
   const bool with_bias = bias && bias_grad;
   Tensor dbias = in.empty(with_bias ? sizes_of(*bias) : Sizes{0}, (with_bias ? *bias : q).scalar_type());

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastseq import auto, autograd_attention, checks_attention, ops_attention, ops_triton
 from fastseq import backend as backends
@@ -39,6 +39,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale + bias) v; Vaswani et al. 2017.
 
@@ -76,13 +77,17 @@ def attention(
         backend: ``reference``, ``torch``, ``native`` or ``triton``; by default the one in force.
 
     Returns:
-        o ``[B, Hq, Tq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype; with ``return_lse`` also lse ``[B, Hq, Tq]``
+        o ``[B, Hq, Tq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype, dense, its dimensions in memory in the order
+        of q's (features innermost), so that ``o.transpose(1, 2).view(B, Tq, Hq * Dv)`` works where q was made by
+        ``x.view(B, Tq, Hq, D).transpose(1, 2)``; with ``return_lse`` also lse ``[B, Hq, Tq]``
         (packed ``[Hq, total_q]``), float32, float64 for float64; −inf where a row sees neither key nor sink. Both
         have gradients, to any order.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.
-        BackendError: the backend that was named cannot do this.
+        BackendError: the backend that was named cannot do this; or torch's ``context_parallel`` is on.
+
+    Under autocast q, k and v take its dtype; bias, sinks and alibi_slopes of the other 16-bit dtype take float32.
 
     Example:
         >>> q, k, v = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
@@ -97,13 +102,15 @@ def attention(
         >>> attention(q[:, :, :1], pool_k, pool_v, block_table=table, lengths_k=torch.tensor([37, 5])).shape
         torch.Size([2, 8, 1, 16])
     """
+    if unknown:
+        checks_attention.refuse_keyword("attention", unknown, checks_attention.MEANT_FOR_ATTENTION)
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
         o = direct_attention.attend(q, k, v, bias, mask, scale, causal, align == "bottom_right", window, softcap, True)
         if o is not None:
             return o
-    q, k, v = _autocast(q, k, v)
+    q, k, v, bias, sinks, alibi_slopes = _autocast(q, k, v, bias, sinks, alibi_slopes)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if block_table is not None:
@@ -157,6 +164,7 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, argument for argument.
 
@@ -167,14 +175,15 @@ def scaled_dot_product_attention(
         key: ``[..., H, S, E]``; leading dimensions broadcast with query's.
         value: ``[..., H, S, Ev]``.
         attn_mask: broadcastable to ``[..., Hq, L, S]``; bool (True: may look), or floating (query's dtype or float32)
-            and added to the scores.
+            and added to the scores. Under autocast it may be of either 16-bit dtype.
         dropout_p: chance of each weight to be dropped, in [0, 1]; applied whenever it is not 0.
         is_causal: key j is visible to query i where j <= i, counted from the top left. Not together with attn_mask.
         scale: 1 / sqrt(E) by default.
         enable_gqa: H may be a divisor of Hq; each of its heads then serves Hq / H of query's.
 
     Returns:
-        ``[..., Hq, L, Ev]`` in query's dtype. Nested tensors are given to torch's own function.
+        ``[..., Hq, L, Ev]`` in query's dtype, its dimensions in memory in the order of query's. Nested tensors are
+        given to torch's own function, and so is a call inside of torch's ``context_parallel`` that names no backend.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit; the message names the argument.
@@ -185,6 +194,9 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(query, key, key, attn_mask=torch.rand(5, 9) < 0.5).shape
         torch.Size([3, 4, 5, 16])
     """
+    if unknown:
+        meant = checks_attention.MEANT_FOR_TORCH
+        checks_attention.refuse_keyword("scaled_dot_product_attention", unknown, meant)
     if isinstance(query, Tensor) and query.is_nested:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -194,8 +206,12 @@ def scaled_dot_product_attention(
         done = direct_attention.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
         if done is not None:
             return done
+    if backends.context_parallel() and backends.forced() in (None, "torch"):
+        return F.scaled_dot_product_attention(  # which is torch's distributed one there
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     names = ("query", "key", "value")
-    query, key, value = _autocast(query, key, value)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     checks_attention.check_tensors(names, query, key, value)
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, (query, key, value), strict=True))
@@ -206,9 +222,9 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if is_causal:
             raise ArgumentError("attn_mask must not be given with is_causal=True; put the causal limit into the mask")
-        if isinstance(attn_mask, CausalBias):
-            is_causal, bottom_right = True, attn_mask.variant == CausalVariant.LOWER_RIGHT
-            attn_mask = None
+        limit = _causal_limit(attn_mask)
+        if limit is not None:
+            is_causal, bottom_right, attn_mask = True, limit == "LOWER_RIGHT", None
     shape = None
     if not (
         query.dim() == key.dim() == value.dim() == 4
@@ -256,22 +272,24 @@ def attention_and_weights(
     Raises:
         ArgumentError, BackendError: as :func:`attention`.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v, bias = _autocast(q, k, v, bias)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     checks_attention.check_dense(q, k, v)
     checks_attention.check_numbers(None, 0.0, dropout_p)
+    backends.check_not_context_parallel()
     shape = (*q.shape[:3], k.shape[2])
     if bias is not None:
         checks_attention.check_pairs("bias", bias, q, shape, is_bool=False)
     if mask is not None:
         checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
-    name = backends.resolve(
-        "attention",
-        "",
-        auto.device_key(q.device),
-        lambda n: None if n in ("reference", "torch") else _operator_reason(n, q, v),
-        backends.forced(backend) or "torch",
-    )
+    named = backends.forced(backend) is not None
+
+    def reasons(name: str) -> str | None:
+        if name in ("reference", "torch"):
+            return None
+        return _operator_reason(name, q, v) if named else "its kernels do not return the weights (need_weights=True)"
+
+    name = backends.resolve("attention", "", auto.device_key(q.device), reasons, backend)
     if name == "torch":
         return eager_attention.attention_and_weights(q, k, v, bias, mask, causal, dropout_p)
     seed = _seed(q) if dropout_p > 0.0 else None
@@ -296,13 +314,26 @@ def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     return reason
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In autocast's dtype where it is on, as autocast does for torch's own attention."""
+def _autocast(q: Tensor, k: Tensor, v: Tensor, *added: Tensor | None) -> tuple[Any, ...]:
+    """q, k and v in autocast's dtype where it is on, as autocast does for torch's own attention. What is added to the
+    scores, which need not have q's dtype, is widened to float32: rounded to autocast's dtype, as torch does, a mask of
+    finfo(float32).min would be -inf."""
     if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
+        return q, k, v, *added
     dtype = torch.get_autocast_dtype(q.device.type)
-    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
-    return q, k, v
+    cast = (x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
+    halves = {torch.bfloat16, torch.float16} - {dtype}
+    return *cast, *(x.float() if isinstance(x, Tensor) and x.dtype in halves else x for x in added)
+
+
+def _causal_limit(mask: object) -> str | None:
+    """The variant's name of a ``torch.nn.attention.bias.CausalBias``; None of anything else. Its module, which imports
+    torch._dynamo, is imported only for masks that may be one."""
+    if type(mask) is Tensor or not hasattr(mask, "variant"):
+        return None
+    from torch.nn.attention.bias import CausalBias
+
+    return mask.variant.name if isinstance(mask, CausalBias) else None
 
 
 def _seed(q: Tensor) -> Tensor:
@@ -352,6 +383,7 @@ def _attend(
     scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend, block_table=None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
+    backends.check_not_context_parallel()
     device, kind = auto.device_key(q.device), ""
     if device in auto.ATTENTION_KINDS:
         kind = auto.attention_kind(
@@ -390,3 +422,7 @@ def _attend(
         return eager_attention.attention(*arguments)
     o, lse = autograd_attention.run(name, arguments)
     return (o, lse) if return_lse else o
+
+
+checks_attention.hide_unknown(attention)
+checks_attention.hide_unknown(scaled_dot_product_attention)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq import ops_attention
 from fastseq.autograd import functorch_active, needs_reference
 from fastseq.autograd_attention import call_reference
 from fastseq.reference.attention import dense_positions, visible_pairs
@@ -71,7 +72,7 @@ def attention(
         dropout_p=dropout_p,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210 - it may be a traced SymBool
     )
     if (
         o.requires_grad
@@ -82,7 +83,7 @@ def attention(
     ):
         settings = (scale, plain_causal, bottom_right, -1, -1, 0.0, 0.0)
         o = _SecondDerivative.apply(o, q, k, v, attn_mask, settings)
-    return o if empty is None else o.masked_fill(empty, 0.0)
+    return ops_attention.laid_out_as(q, o if empty is None else o.masked_fill(empty, 0.0))
 
 
 def attention_and_weights(

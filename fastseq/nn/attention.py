@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.checks import ArgumentError, sizes
+from fastseq.backend import explain_native
+from fastseq.checks import ArgumentError, check_tensor, sizes
+from fastseq.checks_attention import check_strided
 from fastseq.functional import multihead
 
 _PARAMETERS = (
@@ -65,6 +67,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Nested tensors go to torch's own forward, which takes them in inference only.
         """
+        if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+            for name, x in (("query", query), ("key", key), ("value", value)):
+                check_tensor(name, x)
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -80,15 +85,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         if masked:
             self._check(query, key, value, batched)
             mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
+        if batched and self.batch_first and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            query, key, value = self._own(query, key, value)
         dropout_p = self.dropout if self.training else 0.0
         if not appended and dropout_p == 0.0:
-            done = multihead.in_one_call(
+            arguments = (
                 self._parameters, self._modules["out_proj"]._parameters,  # type: ignore[union-attr]
                 query, key, value, bias, mask, self.num_heads, self.batch_first, is_causal,
                 need_weights, average_attn_weights,
             )  # fmt: skip
+            done = multihead.in_one_call(*arguments)
             if done is not None:
                 return done
+            explain_native("attention", multihead.in_one_call, *arguments)
         if not masked:  # the native call has its own look at shapes
             self._check(query, key, value, batched)
         for name, parameter in self._every_parameter():
@@ -157,6 +166,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._heads(F.linear(x, w, b))[0] for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
 
+    def _own(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Copies of the inputs that a weight's gradient will be multiplied with. torch's layer transposes an input that
+        is ``batch_first``, which copies it too, so the caller may change the input in place before the backward."""
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return tuple(x.clone() if w.requires_grad else x for x, w in zip((query, key, value), weights, strict=True))
+        if not self.in_proj_weight.requires_grad:
+            return query, key, value
+        own_query = query.clone()
+        own_key = own_query if key is query else key.clone()
+        return own_query, own_key, own_key if value is key else value.clone()
+
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         return multihead.heads_of(x, self.embed_dim, self.num_heads, self.batch_first)
 
@@ -170,11 +191,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks: list[Tensor] = []
         biases: list[Tensor] = []
 
-        def place(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], view: tuple[int, ...]) -> None:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-            if tuple(x.shape) not in shapes:
-                raise ArgumentError(f"{name} must be {' or '.join(str(list(s)) for s in shapes)}, got {sizes(x)}")
+        def place(name: str, x: Tensor, shapes: dict[str, tuple[int, ...]], view: tuple[int, ...]) -> None:
+            check_tensor(name, x)
+            check_strided(name, x)
+            if tuple(x.shape) not in shapes.values():
+                expected = " or ".join(f"{layout} = {list(shape)}" for layout, shape in shapes.items())
+                raise ArgumentError(f"{name} must be {expected}, got {sizes(x)}")
             if x.device != query.device:
                 raise ArgumentError(f"{name} is on {x.device} but query on {query.device}; move it with .to(device)")
             if x.dtype == torch.bool:
@@ -187,11 +209,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 )
 
         if key_padding_mask is not None:
-            shape = (batch, keys) if batched else (keys,)
-            place("key_padding_mask", key_padding_mask, (shape,), (batch, 1, 1, keys))
+            name, shape = ("[N, S]", (batch, keys)) if batched else ("[S]", (keys,))
+            place("key_padding_mask", key_padding_mask, {name: shape}, (batch, 1, 1, keys))
         if attn_mask is not None:
             flat = isinstance(attn_mask, Tensor) and attn_mask.dim() == 2
-            shapes = ((queries, keys), (batch * heads, queries, keys))
+            shapes = {"[L, S]": (queries, keys), "[N * heads, L, S]": (batch * heads, queries, keys)}
             place("attn_mask", attn_mask, shapes, (1 if flat else batch, 1 if flat else heads, queries, keys))
         mask = masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
         bias = biases[0] + biases[1] if len(biases) == 2 else biases[0] if biases else None

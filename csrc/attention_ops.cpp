@@ -151,9 +151,12 @@ class Marshalled {
       check_number(call.sinks_dtype, call.dtype, "sinks");
     }
     if (x.alibi) {
-      FASTSEQ_CHECK(x.alibi->scalar_type() == ScalarType::Float && x.alibi->dim() == 1 && x.alibi->size(0) == heads_q,
-                      "attention: alibi_slopes must be float32 of shape [", heads_q, "]");
-      call.alibi = static_cast<const float*>(keep("alibi_slopes", *x.alibi).data_ptr());
+      const bool wide = x.alibi->scalar_type() == ScalarType::Double && call.dtype == AttentionCall::Dtype::f64;
+      FASTSEQ_CHECK((wide || x.alibi->scalar_type() == ScalarType::Float) && x.alibi->dim() == 1 &&
+                        x.alibi->size(0) == heads_q,
+                    "attention: alibi_slopes must be float32 (or float64 as q) of shape [", heads_q, "]");
+      call.alibi = keep("alibi_slopes", *x.alibi).data_ptr();
+      call.alibi_dtype = wide ? AttentionCall::Dtype::f64 : AttentionCall::Dtype::f32;
     }
     call.scale = x.scale, call.softcap = x.softcap, call.dropout_p = x.dropout_p;
     if (x.dropout_p > 0) {
@@ -301,8 +304,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   const bool with_bias = bias && bias_grad;
   Tensor dbias = empty(with_bias ? sizes_of(*bias) : std::vector<int64_t>{0}, (with_bias ? *bias : q).scalar_type());
   Tensor dsinks = empty(sinks ? sizes_of(*sinks) : std::vector<int64_t>{0}, (sinks ? *sinks : q).scalar_type());
+  const Tensor row_numbers = empty({with_bias ? 2 * lse.numel() : 0}, rows);
   if (with_bias) {
     torch::stable::zero_(dbias);
+    call.rows = row_numbers.data_ptr();
     call.dbias = dbias.data_ptr();
     for (int64_t i = 0; i < 4; ++i) call.bias_size[i] = dbias.size(i);
   }

@@ -19,6 +19,7 @@ from fastseq.checks import ArgumentError, sizes, values_visible
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+_EVERYWHERE = 2**62  # a side of a window from here on limits nothing, and 2**63 is no integer of an operator
 
 
 _MASK = "use mask= (bool, True: may look) or bias= (floating, added to the scores)"
@@ -347,4 +348,5 @@ def check_window(window: Any) -> tuple[int, int]:
             f"window must be a pair (left, right) of integers, each -1 for no limit or at least 0, got {window!r}; "
             "the last n keys up to the query itself are (n - 1, 0)"
         )
-    return window[0], window[1]
+    left, right = (-1 if side >= _EVERYWHERE else side for side in window)
+    return left, right

@@ -12,9 +12,11 @@ from itertools import compress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from devices import COUNTS, operator
 from support import assert_within_budget, error
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastseq.kernels.attention_layout import empty_as
 from fastseq.reference.attention import attention as reference
@@ -65,9 +67,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if x["causal"]:
         visible = visible & (j <= diagonal)
     if x["window_left"] >= 0:
-        visible = visible & (j >= diagonal - x["window_left"])
+        visible = visible & (diagonal - j <= x["window_left"])
     if x["window_right"] >= 0:
-        visible = visible & (j <= diagonal + x["window_right"])
+        visible = visible & (j - diagonal <= x["window_right"])
     scores = q @ k.transpose(-2, -1) * x["scale"]
     if x["softcap"] > 0:
         scores = x["softcap"] * torch.tanh(scores / x["softcap"])
@@ -113,6 +115,40 @@ def gradients(function: Any, q, k, v, options: Options, dtype: torch.dtype | Non
         loss = loss + (lse.where(real, 0) * dlse.to(lse.dtype).where(real, 0)).sum()
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return o.detach(), None if lse is None else lse.detach(), grads
+
+
+def operator_gradients(q, k, v, options: Options, d_o: Tensor, backend: str) -> list[Tensor]:
+    """The operators' gradients of q, k, v, bias and sinks (those that there are)."""
+    o, lse = forward(q, k, v, options, backend)
+    found = backward(d_o, None, q, k, v, o, lse, options, backend)
+    return list(compress(found, [True] * 3 + [options.get(name) is not None for name in ("bias", "sinks")]))
+
+
+def math_path(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None,
+              bias: Tensor | None = None, **_: Any) -> Tensor:  # fmt: skip
+    if causal:
+        shape = (q.shape[2], k.shape[2])
+        mask = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask if bias is None else bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def in_own_dtype(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return reference(q, k, v, **options)[0]
+
+
+def assert_as_good_as(peer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str) -> None:
+    """Gradients of q, k, v, and of a bias and sinks where there are any, within the budget; the same bits twice."""
+    options = {"scale": q.shape[-1] ** -0.5, **options}
+    d_o = torch.randn(*q.shape[:-1], v.shape[-1], dtype=torch.float32).to(q.dtype)
+    *_, truth = gradients(reference, q, k, v, options, torch.float64, d_o, None)
+    *_, theirs = gradients(peer, q, k, v, options, None, d_o, None)
+    ours = operator_gradients(q, k, v, options, d_o, backend)
+    names = ["dq", "dk", "dv", *(f"d{name}" for name in ("bias", "sinks") if options.get(name) is not None)]
+    for name, got, other, true in zip(names, ours, theirs, truth, strict=True):
+        assert_within_budget(got, other, true, name, floor_ulps=32 if name in ("dbias", "dsinks") else 4)
 
 
 def assert_right(

@@ -296,6 +296,43 @@ def test_the_same_call_gives_the_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(first, run(backend, inputs, options), strict=True))
 
 
+LIMITS = [(sys.maxsize, 2), (2, sys.maxsize), (sys.maxsize, sys.maxsize), (2**62, 0), (0, 2**63), (2**70, 2**70)]
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", LIMITS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_side_of_a_window_may_be_any_whole_number(backend, window, causal, align):
+    """A side as long as any sequence limits nothing, as -1 does."""
+    for queries, keys in ((1, 9), (9, 33), (33, 9)):
+        inputs = qkv(queries=queries, keys=keys)
+        options = {"causal": causal, "align": align}
+        same = tuple(-1 if side > 100 else side for side in window)
+        for got, want in zip(
+            run(backend, inputs, {**options, "window": window}),
+            run(backend, inputs, {**options, "window": same}),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+        with torch.no_grad(), use_backend(backend):
+            got = attention(*inputs, **options, window=window)
+            torch.testing.assert_close(got, attention(*inputs, **options, window=same))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [1, 5, 17])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_slopes_of_alibi_keep_the_precision_of_the_call(backend, queries, dtype):
+    q, k, v = qkv(queries=queries)
+    slopes = torch.rand(4, dtype=torch.float64).to(dtype)
+    distance = (torch.arange(queries)[:, None] + 33 - queries - torch.arange(33)).abs()
+    bias = -slopes.double()[:, None, None] * distance
+    want = run("reference", (q, k, v), {"bias": bias})[:-1]
+    for got, true in zip(run(backend, (q, k, v), {"alibi_slopes": slopes}), want, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-13)
+
+
 # Layouts.
 
 

@@ -224,3 +224,15 @@ def test_dropout_scales_what_it_keeps_and_leaves_lse():
     torch.testing.assert_close(dropped[kept], plain[kept] / 0.75)
     none, _ = attention(q, k, v, scale=1.0, dropout_p=1.0, seed=torch.tensor([1]))
     assert torch.equal(none, torch.zeros_like(none))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_as_wide_as_an_integer_is_no_limit(causal):
+    q, k, v = draw(1, 2, 5, 3), draw(1, 2, 8, 3), draw(1, 2, 8, 3)
+    widest = 2**63 - 1
+    for wide, same in (((widest, widest), (-1, -1)), ((2, widest), (2, -1)), ((widest, 1), (-1, 1))):
+        results = [
+            attention(q, k, v, scale=1.0, causal=causal, window_left=left, window_right=right)
+            for left, right in (wide, same)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

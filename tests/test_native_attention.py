@@ -158,6 +158,22 @@ def test_dropout_keeps_what_the_reference_keeps_and_leaves_lse(queries: int, isa
     assert not forward(q, k, v, {**options, "dropout_p": 1.0})[0].any()
 
 
+@pytest.mark.parametrize("queries", [1, 2, 40])
+@pytest.mark.parametrize("side", [2**40 + 1, 2**62, 2**63 - 1])
+def test_a_window_of_any_size_is_no_limit(side: int, queries: int, isa: str) -> None:
+    q, k, v = dense((1, 2, 2, queries, 70, 16, 16))
+    for other in (-1, 3, side):
+        for causal in (False, True):
+            for sides in ((side, other), (other, side)):
+                left, right = (-1 if n == side else n for n in sides)
+                options = {"causal": causal, "bottom_right": queries != 2}
+                given = {**options, "window_left": sides[0], "window_right": sides[1]}
+                same = {**options, "window_left": left, "window_right": right}
+                o, lse = forward(q, k, v, given)
+                assert all(torch.equal(a, b) for a, b in zip((o, lse), forward(q, k, v, same), strict=True))
+                assert_right(q, k, v, given, repeat=False)
+
+
 def test_empty_inputs() -> None:
     for shape in [(0, 2, 1, 5, 7, 8, 8), (2, 2, 1, 0, 7, 8, 8), (2, 2, 1, 5, 0, 8, 8), (2, 2, 1, 50, 0, 8, 8)]:
         q, k, v = dense(shape)

@@ -28,7 +28,7 @@ struct AttentionCall {
     long stride[4] = {};
   };
 
-  Dtype dtype, bias_dtype = Dtype::f32, sinks_dtype = Dtype::f32;
+  Dtype dtype, bias_dtype = Dtype::f32, sinks_dtype = Dtype::f32, alibi_dtype = Dtype::f32;
   long batch, heads_q, heads_k;
   long length_q, length_k;  // of every sequence; packed: of the longest
   long dim, dim_v;
@@ -38,7 +38,7 @@ struct AttentionCall {
   Scores bias;                                             // bias_dtype
   Scores mask;                                             // bytes, not 0: may look
   const void* sinks = nullptr;                             // sinks_dtype [Hq]
-  const float* alibi = nullptr;                            // [Hq]
+  const void* alibi = nullptr;                             // alibi_dtype [Hq]: float, or double with dtype f64
   double scale, softcap = 0, dropout_p = 0;
   uint64_t seed = 0;
   bool causal = false, bottom_right = true;
@@ -57,6 +57,8 @@ struct AttentionBackward : AttentionCall {
   View dq, dk, dv;  // dtype
   void* dbias = nullptr;  // bias_dtype, contiguous, of the bias's own sizes
   long bias_size[4] = {};
+  void* rows = nullptr;  // with dbias: room for two numbers (float, double for f64) a row [B,Hq,Tq,2], which the pass over
+                         // dq, dk and dv leaves for that over dbias
   void* dsinks = nullptr;  // sinks_dtype [Hq]
 };
 

@@ -6,6 +6,9 @@
 // and dv are sums in a fixed order in memory that is its own. Where there are fewer heads than threads want, the key
 // blocks of a head are dealt out in turn, and the parts of dq are added up at the end, again in order. A lone query has a
 // kernel of its own, below.
+//
+// A block of queries meets its keys twice, for the sums that make its rows' share and rest and for the gradients: its tiles
+// stay in memory in between, or, where the keys are dealt out, are computed again.
 #include <atomic>
 
 #include "attention_gradient.h"
@@ -42,17 +45,25 @@ class Backward : Gradient<S> {
     Arena counting;
     Scratch(*this, counting);
     const long parts = splits_ > 1 ? splits_ * call.heads_q * rows_ * width : 0;
+    const long row_parts = splits_ > 1 ? splits_ * call.heads_q * rows_ * 2 : 0;
     const long sinks = call.dsinks ? call.batch * call.heads_q : 0;
-    Memory memory(counting.used() * threads + (parts * long(sizeof(A)) + sinks * 8 + 128));
+    Memory memory(counting.used() * threads + ((parts + row_parts) * long(sizeof(A)) + sinks * 8 + 192));
     if (!memory.data) return false;
     Arena shared(memory.data + counting.used() * threads);
-    dq_parts_ = shared.take<A>(parts), dsink_parts_ = shared.take<double>(sinks);
-    std::atomic<long> next{0};
+    dq_parts_ = shared.take<A>(parts), row_parts_ = shared.take<A>(row_parts), dsink_parts_ = shared.take<double>(sinks);
+    std::atomic<long> next{0}, next_weighed{0};
     parallel(threads, [&](const Team& team) {
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
-      for (long item; (item = next.fetch_add(1, std::memory_order_relaxed)) < heads * splits_;)
-        compute(item / splits_ / call.heads_k, item / splits_ % call.heads_k, item % splits_, scratch);
+      const auto each_item = [&](std::atomic<long>& counter, auto work) {
+        for (long item; (item = counter.fetch_add(1, std::memory_order_relaxed)) < heads * splits_;)
+          work(item / splits_ / call.heads_k, item / splits_ % call.heads_k, item % splits_);
+      };
+      if (splits_ > 1) {
+        each_item(next_weighed, [&](long b, long hk, long split) { weigh_rows(b, hk, split, scratch); });
+        team.sync();
+      }
+      each_item(next, [&](long b, long hk, long split) { compute(b, hk, split, scratch); });
       if (splits_ == 1 && !call.dsinks) return;
       team.sync();
       if (splits_ > 1) add_parts(team);
@@ -62,15 +73,23 @@ class Backward : Gradient<S> {
   }
 
  private:
+  // A tile that a block of queries has met, as visibility() left it.
+  struct Met {
+    long j, j0, j1;
+    Seen seen;
+  };
   struct Scratch {
     Queries queries;
-    Tile tile;
+    Tile tile;   // with room for all keys where they are not dealt out
+    Met* met;
     A *dq, *dk = nullptr, *dv = nullptr;  // [64, width], [Tk, width], [Tk, width_v]
     Copy *k = nullptr, *v = nullptr;      // [Tk, copied row]
     uint32_t* k_pairs = nullptr;          // [Tk / 2, width]
 
-    Scratch(const Backward& g, Arena& arena) : queries(g, arena), tile(g, arena) {
+    Scratch(const Backward& g, Arena& arena)
+        : queries(g, arena), tile(g, arena, g.splits_ > 1 ? 0 : round_up(g.call.length_k, 2)) {
       const long keys = round_up(g.call.length_k, 2);
+      met = arena.take<Met>(g.splits_ > 1 ? 1 : (keys + kGradientKeys / 2 - 1) / (kGradientKeys / 2) + 1);
       dq = arena.take<A>(kQueries * g.width);
       if (!g.direct_k_) dk = arena.take<A>(keys * g.width);
       if (!g.direct_v_) dv = arena.take<A>(keys * g.width_v);
@@ -79,6 +98,46 @@ class Backward : Gradient<S> {
       if (kDot) k_pairs = arena.take<uint32_t>(keys / 2 * g.width);
     }
   };
+
+  // Keys and values of a split's tiles, where the products find them.
+  Keys prepare(const Sequence& s, long b, long hk, long split, long step, Scratch& x) const {
+    for (long j = split * step; j < s.tk; j += splits_ * step)
+      this->keys(s, b, hk, j, least(j + step, s.tk), x.k ? x.k + j * this->k_copy_row() : nullptr,
+                 x.v ? x.v + j * this->v_copy_row() : nullptr);
+    return whole(s, b, hk, x);
+  }
+
+  // each(j, j0, j1, seen, tile) for the tiles of a split's keys that a block of queries sees: j is where the tile begins,
+  // `tile` its place, all in one or (`apart`) each its own.
+  template <class Each>
+  void each_tile(const Sequence& s, long b, long split, bool apart, Scratch& x, const Each& each) const {
+    const Queries& q = x.queries;
+    const long step = gradient_keys(s.tk);
+    const long first = s.first_key(q.i0), last = q.count ? s.end_key(q.i0 + q.count - 1) : 0;
+    for (long j = (first / step / splits_ * splits_ + split) * step; j < last; j += splits_ * step) {
+      long j0 = j, j1 = least(j + step, s.tk);
+      const Tile tile = x.tile.at(apart ? j : 0);
+      const Seen seen = visibility(call, s, b, q.h, q.i0, q.count, Op::depth, j0, j1, tile.words);
+      if (seen != Seen::none) each(j, j0, j1, seen, tile);
+    }
+  }
+
+  // What a split's keys add to the sums of all rows.
+  void weigh_rows(long b, long hk, long split, Scratch& x) const {
+    const Sequence s(call, b);
+    const Keys keys = prepare(s, b, hk, split, gradient_keys(s.tk), x);
+    for (long h = hk * group; h < (hk + 1) * group; ++h)
+      for (long i0 = 0; i0 < s.rows; i0 += kQueries) {
+        this->load_queries(s, b, h, i0, false, x.queries);
+        each_tile(s, b, split, false, x, [&](long, long j0, long j1, Seen seen, const Tile& tile) {
+          this->weigh(s, b, x.queries, keys, 0, j0, j1, seen, tile);
+        });
+        for (long i = 0; i < x.queries.count; ++i) {
+          A* const out = row_part(split, h, (call.cu_q ? s.q_row : b * call.length_q) + i0 + i);
+          out[0] = x.queries.sum[i], out[1] = x.queries.dot[i];
+        }
+      }
+  }
 
   void compute(long b, long hk, long split, Scratch& x) const {
     const Sequence s(call, b);
@@ -92,32 +151,48 @@ class Backward : Gradient<S> {
         for (long d = 0; d < width; d += L) store(dk + i * dk_row + d, Vec<A>{});
         for (long d = 0; d < width_v; d += L) store(dv + i * dv_row + d, Vec<A>{});
       }
-      this->keys(s, b, hk, j, end, x.k ? x.k + j * this->k_copy_row() : nullptr,
-                 x.v ? x.v + j * this->v_copy_row() : nullptr);
       if constexpr (kDot) {
         interleave_rows(at<S>(call.k, b, hk, s.k_row + j), call.k.row, end - j, (end - j + 1) / 2, call.dim, width,
                         x.k_pairs + j / 2 * width);
       }
     }
-    const Keys keys = whole(s, b, hk, x);
+    const Keys keys = prepare(s, b, hk, split, step, x);
+    Queries& q = x.queries;
     for (long h = hk * group; h < (hk + 1) * group; ++h) {
       double dsink = 0;
       for (long i0 = 0; i0 < s.rows; i0 += kQueries) {
-        this->load_queries(s, b, h, i0, true, x.queries);
-        dsink += x.queries.dsink;
+        this->load_queries(s, b, h, i0, true, q);
         bool begun = false;
-        const long first = s.first_key(i0), last = x.queries.count ? s.end_key(i0 + x.queries.count - 1) : 0;
-        long j = (first / step / splits_ * splits_ + split) * step;
-        for (; j < last; j += splits_ * step) {
-          long j0 = j, j1 = least(j + step, s.tk);
-          const Seen seen =
-              visibility(call, s, b, h, i0, x.queries.count, Op::depth, j0, j1, x.tile.words);
-          if (seen == Seen::none) continue;
-          this->template differentiate<false>(s, b, x.queries, keys, 0, j0, j1, seen, x.tile);
-          accumulate(s, x, keys, j0, j1, seen == Seen::all ? nullptr : x.tile.words, dk + j0 * dk_row, dk_row,
-                     dv + j0 * dv_row, dv_row, begun);
+        const auto differentiate = [&](long j0, long j1, Seen seen, const Tile& tile) {
+          const uint64_t* words = seen == Seen::all ? nullptr : tile.words;
+          this->template differentiate<false>(q, words, j0, j1 - j0, tile);
+          accumulate(s, x, tile, keys, j0, j1, words, dk + j0 * dk_row, dk_row, dv + j0 * dv_row, dv_row, begun);
           begun = true;
+        };
+        if (splits_ == 1) {
+          long count = 0;
+          each_tile(s, b, split, true, x, [&](long j, long j0, long j1, Seen seen, const Tile& tile) {
+            this->weigh(s, b, q, keys, 0, j0, j1, seen, tile);
+            x.met[count++] = {j, j0, j1, seen};
+          });
+          this->settle(s, b, q);
+          for (long n = 0; n < count; ++n)
+            differentiate(x.met[n].j0, x.met[n].j1, x.met[n].seen, x.tile.at(x.met[n].j));
+        } else {
+          for (long i = 0; i < q.count; ++i)
+            for (long n = 0; n < splits_; ++n) {
+              const A* in = row_part(n, h, (call.cu_q ? s.q_row : b * call.length_q) + i0 + i);
+              q.sum[i] += in[0], q.dot[i] += in[1];
+            }
+          this->settle(s, b, q);
+          each_tile(s, b, split, false, x, [&](long, long j0, long j1, Seen seen, const Tile& tile) {
+            this->weigh(s, b, q, keys, 0, j0, j1, seen, tile);
+            differentiate(j0, j1, seen, tile);
+          });
         }
+        if (kDot && begun) add_carry(at<S>(call.k, b, hk, s.k_row), q, x.dq);
+        dsink += q.dsink;
+        if (call.rows && split == 0) this->remember(b, q);
         write_dq(s, b, h, i0, split, begun ? x.dq : nullptr);
       }
       if (call.dsinks && split == 0) dsink_parts_[b * call.heads_q + h] = dsink;
@@ -147,13 +222,13 @@ class Backward : Gradient<S> {
   }
 
   // The three products of one tile; dk and dv point at key j0.
-  void accumulate(const Sequence& s, Scratch& x, const Keys& keys, long j0, long j1, const uint64_t* words, A* dk,
+  void accumulate(const Sequence& s, Scratch& x, const Tile& tile, const Keys& keys, long j0, long j1, const uint64_t* words, A* dk,
                   long dk_row, A* dv, long dv_row, bool begun) const {
     const Queries& q = x.queries;
     const long n = j1 - j0;
     constexpr long size = kDot ? sizeof(S) : sizeof(A);
-    const char* p = kDot ? reinterpret_cast<const char*>(x.tile.p) : reinterpret_cast<const char*>(x.tile.scores);
-    const char* ds = kDot ? reinterpret_cast<const char*>(x.tile.ds) : reinterpret_cast<const char*>(x.tile.dp);
+    const char* p = kDot ? reinterpret_cast<const char*>(tile.p) : reinterpret_cast<const char*>(tile.scores);
+    const char* ds = kDot ? reinterpret_cast<const char*>(tile.ds) : reinterpret_cast<const char*>(tile.dp);
     const Operands<Op> to_dv{p, kQueries * size, long(sizeof(Element)), q.d_o_rows, q.d_o_row, dv, dv_row};
     const Operands<Op> to_dk{ds, kQueries * size, long(sizeof(Element)), q.q_rows, q.q_row, dk, dk_row};
     const auto by_keys = [&](long row, long rows, int begin, int end) {
@@ -176,7 +251,7 @@ class Backward : Gradient<S> {
     } else {
       k_row = keys.k_row / long(sizeof(A)), k_rows = reinterpret_cast<const Element*>(keys.k) + j0 * k_row;
     }
-    const Operands<Op> to_dq{kDot ? reinterpret_cast<const char*>(x.tile.ds_pairs) : ds, long(sizeof(Element)),
+    const Operands<Op> to_dq{kDot ? reinterpret_cast<const char*>(tile.ds_pairs) : ds, long(sizeof(Element)),
                              kQueries * long(sizeof(Element)), k_rows, k_row, x.dq, width};
     const auto by_queries = [&](int row, int rows, long first, long end) {
       const long k0 = first / Op::depth, depth = most(0, (end + Op::depth - 1) / Op::depth - k0);
@@ -194,6 +269,15 @@ class Backward : Gradient<S> {
     }
   }
 
+  void add_carry(const S* k, const Queries& q, A* dq) const {
+    for (int i = 0; i < q.count; ++i) {
+      const S* row = k + q.carrier[i] * call.k.row;
+      for (long d = 0; d < width; d += L)
+        store(dq + i * width + d,
+              load(dq + i * width + d) + load_n(row + d, int(least(L, call.dim - d))) * q.carry[i]);
+    }
+  }
+
   // dq is what there is of the block's gradient; null: nothing, which is 0.
   void write_dq(const Sequence& s, long b, long h, long i0, long split, const A* dq) const {
     const long rows = least(kQueries, s.rows - i0), counted = dq ? most(0, least(rows, s.tq - i0)) : 0;
@@ -208,6 +292,9 @@ class Backward : Gradient<S> {
   }
   static void write_row(S* out, const A* in, long dim) {
     for (long d = 0; d < dim; d += L) store_n(out + d, in ? load(in + d) : Vec<A>{}, int(least(L, dim - d)));
+  }
+  A* row_part(long split, long h, long row) const {
+    return row_parts_ + ((split * call.heads_q + h) * rows_ + row) * 2;
   }
   A* part(long split, long h, long row) const {
     return dq_parts_ + ((split * call.heads_q + h) * rows_ + row) * width;
@@ -247,11 +334,12 @@ class Backward : Gradient<S> {
   const bool direct_k_, direct_v_;
   long splits_ = 1, rows_ = 0;
   A* dq_parts_ = nullptr;         // [splits, Hq, rows, width]
+  A* row_parts_ = nullptr;        // [splits, Hq, rows, 2]
   double* dsink_parts_ = nullptr;  // [B, Hq]
 };
 
 // One query a head and nothing but limits: a tile of queries would be all padding. Lanes along the features, a key at a
-// time; what a key adds to dk and dv is all there is of them.
+// time; what a key adds to dk and dv is all there is of them. The softmax is made anew, as a row's scores are few.
 template <class S>
 class LoneQuery {
   using A = Accumulator<S>;
@@ -263,45 +351,61 @@ class LoneQuery {
 
   bool fits() const {
     const AttentionBackward& c = call_;
-    if (c.length_q != 1 || c.heads_q != c.heads_k || c.cu_q || c.lengths_q || c.lengths_k || c.bias.data ||
-        c.mask.data || c.sinks || c.alibi || c.softcap != 0 || c.dropout_p != 0 || c.dim > kVectors * L ||
-        c.dim_v > kVectors * L)
-      return false;
-    for (long head = 0; head < c.batch * c.heads_q; ++head) {
-      const A lse = *at<A>(c.lse, head / c.heads_q, head % c.heads_q, 0);
-      if (lse != A(-kInfinity) && !(__builtin_fabs(double(lse)) * kLog2e <= double(kFar<A>))) return false;
-    }
-    return true;
+    return c.length_q == 1 && c.heads_q == c.heads_k && !c.cu_q && !c.lengths_q && !c.lengths_k && !c.bias.data &&
+           !c.mask.data && !c.sinks && !c.alibi && c.softcap == 0 && c.dropout_p == 0 && c.scale > 0 &&
+           c.dim <= kVectors * L && c.dim_v <= kVectors * L;
   }
-  void run() const {
-    const long heads = call_.batch * call_.heads_q;
-    parallel(int(most(1, least(call_.threads, heads))), [&](const Team& team) {
+  bool run() const {
+    const long heads = call_.batch * call_.heads_q, row = round_up(call_.length_k, 64);
+    const int threads = int(most(1, least(call_.threads, heads)));
+    Memory memory(threads * 2 * row * long(sizeof(A)));
+    if (!memory.data) return false;
+    parallel(threads, [&](const Team& team) {
       const Share share = share_of(heads, team.rank, team.size);
-      for (long head = share.begin; head < share.end; ++head) compute(head / call_.heads_q, head % call_.heads_q);
+      A* const p = reinterpret_cast<A*>(memory.data) + team.rank * 2 * row;
+      for (long head = share.begin; head < share.end; ++head)
+        compute(head / call_.heads_q, head % call_.heads_q, p, p + row);
     });
+    return true;
   }
 
  private:
-  void compute(long b, long h) const {
+  // p and dp: room for a number of each key; dp is less delta.
+  void compute(long b, long h, A* p, A* dp) const {
     const Sequence s(call_, b);
     const long first = s.first_key(0), end = s.end_key(0), dim = call_.dim, dim_v = call_.dim_v;
-    const A lse = *at<A>(call_.lse, b, h, 0), scale = A(call_.scale);
+    const A scale = A(call_.scale), hidden = A(-kInfinity);
     Row q, d_o, o, dq;
     read(at<S>(call_.q, b, h, 0), dim, q), read(at<S>(call_.d_o, b, h, 0), dim_v, d_o);
     read(at<S>(call_.o, b, h, 0), dim_v, o);
-    const A delta = dot(d_o, o, dim_v) - (call_.dlse.data ? *at<A>(call_.dlse, b, h, 0) : A(0));
+    const A delta = dot(d_o, o, dim_v);
     for (long n = 0; n * L < dim; ++n) dq[n] = Vec<A>{};
+    A top = hidden;
+    for (long j = 0; j < round_up(call_.length_k, L); ++j) {
+      p[j] = hidden, dp[j] = 0;
+      if (j < first || j >= end) continue;
+      Row k, v;
+      read(at<S>(call_.k, b, h, j), dim, k), read(at<S>(call_.v, b, h, j), dim_v, v);
+      p[j] = dot(q, k, dim), dp[j] = dot(d_o, v, dim_v) - delta;
+      top = p[j] > top ? p[j] : top;
+    }
+    const Vec<A> base = splat(top == hidden ? A(0) : top), zero{};
+    Vec<A> sums = zero, dots = zero;
+    for (long j = 0; j < call_.length_k; j += L) {
+      const Vec<A> weight = exp2<A, kFullDegree<A>>((load(p + j) - base) * factor_);
+      sums += weight, dots += weight == A(0) ? zero : weight * load(dp + j);
+      store(p + j, weight);
+    }
+    const A sum = sum_lanes<A>(sums), share = sum == 0 ? A(0) : 1 / sum;
+    const A rest = sum_lanes<A>(dots) * share - (call_.dlse.data ? *at<A>(call_.dlse, b, h, 0) : A(0));
     for (long j = 0; j < call_.length_k; ++j) {
-      S *const dk = at<S>(call_.dk, b, h, j), *const dv = at<S>(call_.dv, b, h, j);
-      A p = 0, ds = 0;
-      if (j >= first && j < end && lse != A(-kInfinity)) {
-        Row k, v;
-        read(at<S>(call_.k, b, h, j), dim, k), read(at<S>(call_.v, b, h, j), dim_v, v);
-        p = exp2<A, kFullDegree<A>>(splat<A>(dot(q, k, dim) * factor_ - lse * A(kLog2e)))[0];
-        ds = p == 0 ? 0 : p * (dot(d_o, v, dim_v) - delta) * scale;
+      const A weight = p[j] * share, ds = weight == 0 ? A(0) : weight * (dp[j] - rest) * scale;
+      if (weight != 0) {
+        Row k;
+        read(at<S>(call_.k, b, h, j), dim, k);
         for (long n = 0; n * L < dim; ++n) dq[n] += k[n] * ds;
       }
-      write(dk, dim, q, ds), write(dv, dim_v, d_o, p);
+      write(at<S>(call_.dk, b, h, j), dim, q, ds), write(at<S>(call_.dv, b, h, j), dim_v, d_o, weight);
     }
     write(at<S>(call_.dq, b, h, 0), dim, dq, 1);
   }
@@ -325,9 +429,7 @@ class LoneQuery {
 template <class S>
 bool run(const AttentionBackward& call) {
   const LoneQuery<S> lone(call);
-  if (!lone.fits()) return Backward<S>(call).run();
-  lone.run();
-  return true;
+  return lone.fits() ? lone.run() : Backward<S>(call).run();
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ class BiasGradient : Gradient<S> {
     A* sum;  // [keys or 1, 64]
     Copy *k = nullptr, *v = nullptr;
 
-    Scratch(const BiasGradient& g, Arena& arena) : queries(g, arena), tile(g, arena) {
+    Scratch(const BiasGradient& g, Arena& arena) : queries(g, arena), tile(g, arena, 0) {
       sum = arena.take<A>((g.by_key_ ? g.step_ : 1) * kQueries);
       if (g.copy_k) k = arena.take<Copy>(g.step_ * g.k_copy_row());
       if (g.copy_v) v = arena.take<Copy>(g.step_ * g.v_copy_row());
@@ -80,6 +80,7 @@ class BiasGradient : Gradient<S> {
       for (long h = heads.begin; h < heads.end; ++h) {
         for (long i0 = rows.begin; i0 < least(rows.end, s.tq); i0 += kQueries) {
           this->load_queries(s, b, h, i0, false, x.queries);
+          this->recall(b, x.queries);
           for (long j = columns.begin; j < least(columns.end, s.tk); j += step_) add(s, b, h, j, x);
         }
       }
@@ -106,7 +107,8 @@ class BiasGradient : Gradient<S> {
         visibility(call, s, b, h, x.queries.i0, x.queries.count, Op::depth, j0, j1, x.tile.words);
     if (seen == Seen::none) return;
     const Keys keys = this->keys(s, b, h / group, j, least(j + step_, s.tk), x.k, x.v);
-    this->template differentiate<true>(s, b, x.queries, keys, j, j0, j1, seen, x.tile);
+    this->weigh(s, b, x.queries, keys, j, j0, j1, seen, x.tile);
+    this->template differentiate<true>(x.queries, seen == Seen::all ? nullptr : x.tile.words, j0, j1 - j0, x.tile);
     for (long i = 0; i < j1 - j0; ++i) {
       A* const sum = x.sum + (by_key_ ? (j0 - j + i) * kQueries : 0);
       for (int l = 0; l < x.queries.vectors * L; l += L)

@@ -230,7 +230,7 @@ class Decode {
   void score(const Sequence& s, long b, long h, long i, long j0, long n, A* scores, A* bias) const {
     const A hidden = A(-kInfinity);
     if (!scoring_.plain) {
-      const A cap = A(call_.softcap), alibi = call_.alibi ? A(call_.alibi[h]) : A(0);
+      const A cap = A(call_.softcap), alibi = slope_of<S>(call_, h);
       const bool is_float = call_.bias_dtype == AttentionCall::Dtype::f32;
       const long* step = call_.bias.stride;
       const long start = b * step[0] + h * step[1] + i * step[2] + j0 * step[3];

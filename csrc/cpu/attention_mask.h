@@ -25,8 +25,8 @@ struct Sequence {
     const long keys = call.cu_k ? call.cu_k[b + 1] - k_row : call.length_k;
     tk = call.lengths_k ? least(keys, long(call.lengths_k[b])) : keys;
     shift = call.bottom_right ? tk - tq : 0;
-    left = call.window_left >= 0 ? call.window_left : kUnlimited;
-    right = call.window_right >= 0 ? call.window_right : kUnlimited;
+    left = call.window_left >= 0 ? least(call.window_left, kUnlimited) : kUnlimited;  // sums with positions must not
+    right = call.window_right >= 0 ? least(call.window_right, kUnlimited) : kUnlimited;  // overflow
     if (call.causal) right = least(right, 0);
   }
   // Query i looks at keys [first_key(i), end_key(i)), mask aside; both grow with i.

@@ -18,6 +18,13 @@ FASTSEQ_INLINE void write_number(void* data, bool is_float, long i, Accumulator<
     static_cast<S*>(data)[i] = narrow<S>(value);
 }
 
+// ALiBi's slope of a head, 0 where there are none.
+template <class S>
+FASTSEQ_INLINE Accumulator<S> slope_of(const AttentionCall& call, long h) {
+  if (!call.alibi) return 0;
+  return read_number<Accumulator<S>>(call.alibi, call.alibi_dtype == AttentionCall::Dtype::f32, h);
+}
+
 // 2^(score * factor - top * factor) is one instruction and exp2, but the rounding of top * factor comes into it. From
 // this exponent on that is no longer small, and may overflow, as it does where a mask's "hidden" is the least finite
 // number and a query sees nothing else: then the difference of scores is taken first.
@@ -80,7 +87,7 @@ class Scoring {
   void run(const Block<A>& x, const Sequence& s, long h, long i0, long j0, const A* bias, A* max, A* slope) const {
     const Vec<A> hidden = splat<A>(A(-kInfinity));
     const A scale = A(call_.scale), cap = A(call_.softcap), inverse_cap = cap != 0 ? 1 / cap : 0;
-    const A alibi = call_.alibi ? A(call_.alibi[h]) : 0;
+    const A alibi = slope_of<S>(call_, h);
     for (int v = 0; v < x.vectors; ++v) {
       Vec<A> top = hidden;
       const Vec<A> place = lane_numbers<A>() + A(i0 + v * L + s.shift);

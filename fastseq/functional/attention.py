@@ -143,7 +143,7 @@ def attention(
     if alibi_slopes is not None:
         checks_attention.check_per_head("alibi_slopes", alibi_slopes, q, q.shape[1])
         checks_attention.check_alibi(alibi_slopes)
-        alibi_slopes = alibi_slopes.to(torch.float32)
+        alibi_slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
     checks_attention.check_numbers(scale, softcap, dropout_p)
     bottom_right = checks_attention.check_align(align)
     left, right = checks_attention.check_window(window)

@@ -86,14 +86,15 @@ def visible_pairs(
 ) -> Tensor | None:
     """Which key each query may look at: bool that broadcasts to [B,Hq,Tq,Tk]; None: every one at all of them."""
     diagonal = at.i + at.shift
+    ahead = at.j - diagonal  # a difference of positions cannot overflow, whatever the sides of the window
     limits = [
         at.row_is_real,
         None if at.column_is_real is None else at.column_is_real.transpose(-2, -1),
         at.same_sequence,
         mask,
-        at.j <= diagonal if causal else None,
-        at.j >= diagonal - window_left if window_left >= 0 else None,
-        at.j <= diagonal + window_right if window_right >= 0 else None,
+        ahead <= 0 if causal else None,
+        ahead >= -window_left if window_left >= 0 else None,
+        ahead <= window_right if window_right >= 0 else None,
     ]
     visible = None
     for limit in limits:

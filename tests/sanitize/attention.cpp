@@ -138,7 +138,7 @@ struct Problem {
     if (!bias.absent()) call.bias = scores(bias.data(), bias_size);
     if (mask) call.mask = scores(mask.get(), mask_size);
     if (!sinks.absent()) call.sinks = sinks.data();
-    if (!alibi.absent()) call.alibi = static_cast<const float*>(alibi.data());
+    if (!alibi.absent()) call.alibi = alibi.data();
     call.threads = threads;
   }
 
@@ -158,7 +158,7 @@ struct Problem {
                                               : FASTSEQ_DISPATCH(attention_forward, forward);
     Outputs out = {{"o", o}, {"lse", lse, true}};
 
-    Array dq(dtype, q.size()), dk(dtype, k.size()), dv(dtype, v.size()), dbias, dsinks;
+    Array dq(dtype, q.size()), dk(dtype, k.size()), dv(dtype, v.size()), dbias, dsinks, rows;
     AttentionBackward backward{};
     fill(backward);
     backward.o = forward.o, backward.lse = forward.lse;
@@ -172,6 +172,8 @@ struct Problem {
       dbias = Array(bias_dtype, bias.size());
       std::memset(dbias.data(), 0, size_t(bias.size()) * size_of(bias_dtype));  // as the kernel asks
       backward.dbias = dbias.data();
+      rows = Array(accumulator_of(dtype), 2 * lse.size());
+      backward.rows = rows.data();
       for (int i = 0; i < 4; ++i) backward.bias_size[i] = long(bias_size[i]);
     }
     done = done && FASTSEQ_DISPATCH(attention_backward, backward);

@@ -121,6 +121,29 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, x: Tensor) -> None:
             )
 
 
+def check_batch_sizes(batch_sizes: Tensor, x: Tensor, lengths: Tensor | None, reset: Tensor | None) -> None:
+    """Sequences of each step of the packed batch x ``[rows, I]``, as a PackedSequence has them: int64 ``[T]``."""
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes must be an int64 Tensor [T], got {type(batch_sizes).__name__}")
+    if lengths is not None or reset is not None:
+        raise ArgumentError("batch_sizes stands in place of lengths and reset: give it alone")
+    if x.dim() != 2:
+        raise ArgumentError(f"input must be packed, [rows, I], where batch_sizes is given, got {x.dim()}-D {sizes(x)}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
+        raise ArgumentError(
+            "batch_sizes must be int64 [T] on the CPU, as a PackedSequence has it, "
+            f"got {batch_sizes.dtype} {sizes(batch_sizes)} on {batch_sizes.device}"
+        )
+    if torch.jit.is_tracing() or not values_visible(batch_sizes):
+        return
+    falls = not bool((batch_sizes[1:] > batch_sizes[:-1]).any())
+    if not falls or int(batch_sizes[-1]) < 1 or int(batch_sizes.sum()) != x.shape[0]:
+        raise ArgumentError(
+            "batch_sizes must not grow from step to step, must end with at least 1, and must add up to the input's "
+            f"{x.shape[0]} rows; take data and batch_sizes from torch.nn.utils.rnn.pack_sequence"
+        )
+
+
 def check_reset(reset: Tensor, x: Tensor) -> None:
     """Where the state is cleared: bool, shaped as the input's time and batch."""
     if not isinstance(reset, Tensor):

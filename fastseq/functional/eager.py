@@ -37,11 +37,15 @@ def torch_stack(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     lengths: Tensor | None,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the whole stack through torch: x ``[T, B, I]`` to y, h_n, c_n."""
+    """Run the whole stack through torch: x ``[T, B, I]`` to y, h_n, c_n; x and y ``[rows, N]`` with batch_sizes."""
     function = getattr(torch._VF, _TORCH[stack.cell])
     state = h0 if c0 is None else (h0, c0)
     tail = (stack.has_biases, stack.num_layers, stack.dropout, stack.training, stack.bidirectional)
+    if batch_sizes is not None:
+        y, *last = function(x, batch_sizes, state, list(weights), *tail)
+        return y, last[0], last[1] if c0 is not None else None
     if lengths is None:
         y, *last = function(x, state, list(weights), *tail, False)
         return y, last[0], last[1] if c0 is not None else None

@@ -12,7 +12,9 @@ from torch import Tensor
 from fastseq import auto, checks, ops, reference
 from fastseq import backend as backends
 from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference, wants_gradient
-from fastseq.functional import eager, layers, training
+from fastseq.functional import eager, layers, packed, training
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Stack(NamedTuple):
@@ -39,9 +41,11 @@ class Stack(NamedTuple):
         """1, or 2 where bidirectional."""
         return 2 if self.bidirectional else 1
 
-    def of(
-        self, weights: Sequence[Tensor], index: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def hidden(self, weights: Sequence[Tensor]) -> int:
+        """Units of a layer and direction."""
+        return weights[1].shape[0] // ops.GATES[self.cell]
+
+    def of(self, weights: Sequence[Tensor], index: int) -> Weights:
         """w_ih, w_hh, b_ih, b_hh, w_hr of the ``index``-th layer and direction; None for those absent."""
         width = 2 + 2 * self.has_biases + self.projected
         w = weights[index * width : (index + 1) * width]
@@ -63,6 +67,7 @@ def rnn(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman RNN, h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); Elman 1990.
@@ -75,6 +80,8 @@ def rnn(
         nonlinearity: phi, ``"tanh"`` or ``"relu"``.
         lengths: int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state stands still.
         reset: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[T]`` unbatched): the state is cleared before a step.
+        batch_sizes: int64 ``[T]`` on the CPU, in place of lengths and reset: the input is packed, ``[rows, I]``, as the
+            data of a ``PackedSequence`` with these batch_sizes, and so is the output.
         backend: overrides the choice of backend for this call.
 
     Returns:
@@ -95,7 +102,7 @@ def rnn(
     stack = Stack(
         f"rnn_{nonlinearity}", num_layers, has_biases, dropout, training, bidirectional, batch_first
     )  # fmt: skip
-    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend)
+    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)
     return y, h_n
 
 
@@ -113,6 +120,7 @@ def gru(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit; Cho et al. 2014. Gates r, z and candidate n, h_t = z * h_{t-1} + (1 - z) * n.
@@ -120,7 +128,7 @@ def gru(
     Args:
         reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
             n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
-        input, hx, weights, lengths, reset, backend and the rest: as :func:`rnn`, with w_ih ``[3H, I]``,
+        input, hx, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[3H, I]``,
             w_hh ``[3H, H]``, blocks r, z, n.
 
     Returns:
@@ -131,7 +139,7 @@ def gru(
     """
     cell = "gru" if reset_after else "gru_reset_before"
     stack = Stack(cell, num_layers, has_biases, dropout, training, bidirectional, batch_first)
-    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend)
+    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)
     return y, h_n
 
 
@@ -149,6 +157,7 @@ def lstm(
     projected: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
     return_all_states: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
@@ -160,8 +169,8 @@ def lstm(
         hx: ``(h_0, c_0)``, ``[num_layers * directions, B, P]`` and ``[num_layers * directions, B, H]``, or None.
         projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
         return_all_states: also return every c_t of the last layer.
-        input, weights, lengths, reset, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``, w_hh ``[4H, P]``,
-            blocks i, f, g, o.
+        input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
+            w_hh ``[4H, P]``, blocks i, f, g, o.
 
     Returns:
         The output ``[T, B, directions * P]`` and ``(h_n, c_n)``; with ``return_all_states`` also c
@@ -174,7 +183,7 @@ def lstm(
     stack = Stack(
         "lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected
     )  # fmt: skip
-    y, h_n, c_n, states = run(stack, input, h0, c0, weights, lengths, reset, return_all_states, backend)
+    y, h_n, c_n, states = run(stack, input, h0, c0, weights, lengths, reset, return_all_states, backend, batch_sizes)
     assert c_n is not None
     return (y, (h_n, c_n), states) if states is not None else (y, (h_n, c_n))
 
@@ -258,6 +267,7 @@ def run(
     reset: Tensor | None,
     want_states: bool,
     backend: str | None,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the arguments, choose the backend, run the stack; y, h_n, c_n and all c_t come laid out as the input."""
     w_ih, w_hh = weights[0], weights[1]
@@ -266,8 +276,8 @@ def run(
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)
     checks.check_weights(weights, stack.names, x)
-    unbatched = x.dim() == 2
-    swap = stack.batch_first and not unbatched
+    unbatched = x.dim() == 2 and batch_sizes is None
+    swap = stack.batch_first and x.dim() == 3
     if reset is not None:
         checks.check_reset(reset, x)
     if unbatched:
@@ -276,7 +286,11 @@ def run(
     elif swap:
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
-    steps, batch = x.shape[0], x.shape[1]
+    if batch_sizes is not None:
+        checks.check_batch_sizes(batch_sizes, x, lengths, reset)
+        steps, batch = batch_sizes.shape[0], packed.sequences(batch_sizes)
+    else:
+        steps, batch = x.shape[0], x.shape[1]
     if lengths is not None:
         if unbatched and isinstance(lengths, Tensor):
             lengths = lengths.reshape(-1)
@@ -284,7 +298,7 @@ def run(
         lengths = lengths.to(torch.int64)
 
     lstm = stack.cell == "lstm"
-    hidden = w_hh.shape[0] // ops.GATES[stack.cell]
+    hidden = stack.hidden(weights)
     rows = stack.num_layers * stack.directions
     h0 = _given("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
     c0 = _given("c_0", c0, rows, batch, hidden, x, unbatched)
@@ -293,19 +307,18 @@ def run(
         name = "native"
     else:
         device = auto.device_key(x.device)
-        kind = auto.scan_kind(device, stack.cell, x.dtype, steps, batch, x.shape[2], hidden, rows, lengths is not None)
-        name = backends.resolve(
-            "scan", kind, device, lambda n: _reason(n, stack, x, lengths, reset, want_states), backend
-        )
+        ends = lengths if batch_sizes is None else batch_sizes
+        kind = auto.scan_kind(device, stack.cell, x.dtype, steps, batch, x.shape[-1], hidden, rows, ends is not None)
+        name = backends.resolve("scan", kind, device, lambda n: _reason(n, stack, x, ends, reset, want_states), backend)
     if name == "torch":
         h0 = x.new_zeros(rows, batch, w_hh.shape[1]) if h0 is None else h0
         c0 = x.new_zeros(rows, batch, hidden) if lstm and c0 is None else c0
-        y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths)
+        y, h_n, c_n = eager.torch_stack(stack, x, h0, c0, weights, lengths, batch_sizes)
         states = None
-    elif layers.suits(name, x, hidden):
-        y, h_n, c_n, states = layers.run(stack, x, h0, c0, weights, lengths, reset, want_states)
+    elif batch_sizes is not None:
+        y, h_n, c_n, states = _packed(name, stack, x, h0, c0, weights, batch_sizes, want_states)
     else:
-        y, h_n, c_n, states = _layers(name, stack, x, h0, c0, weights, lengths, reset, want_states)
+        y, h_n, c_n, states = _padded(name, stack, x, h0, c0, weights, lengths, reset, want_states)
     if want_states and states is not None:
         states = states.to(y.dtype)
     if unbatched:
@@ -326,7 +339,7 @@ def _given(
     return state.unsqueeze(1) if unbatched else state
 
 
-def _layers(
+def _padded(
     name: str,
     stack: Stack,
     x: Tensor,
@@ -337,42 +350,92 @@ def _layers(
     reset: Tensor | None,
     want_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Layer after layer, both directions of each, dropout between layers."""
+    """A stack over x ``[T, B, I]``: in one call where the backend takes it whole, else layer after layer."""
+    if layers.suits(name, x, stack.hidden(weights)):
+        return layers.run(stack, x, h0, c0, weights, lengths, reset, want_states)
+    ys, h_n, c_n, states = _layers(name, stack, [x], h0, c0, weights, [lengths], reset, want_states)
+    return ys[0], h_n, c_n, states[0]
+
+
+def _packed(
+    name: str,
+    stack: Stack,
+    data: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor,
+    want_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A stack over the data of a packed batch, in as few padded parts as its memory allows; y and c_t packed too."""
+    parts = packed.cut(data, batch_sizes)
+    xs, sizes = zip(*packed.pad(parts, data), strict=True)
+    lengths = [None if n is None else n.to(data.device) for n in sizes]
+    ys: Sequence[Tensor]
+    states: Sequence[Tensor | None]
+    if len(parts) == 1:
+        one, h_n, c_n, all_c = _padded(name, stack, xs[0], h0, c0, weights, lengths[0], None, want_states)
+        ys, states = [one], [all_c]
+    else:
+        ys, h_n, c_n, states = _layers(name, stack, xs, h0, c0, weights, lengths, None, want_states)
+
+    def pack(values: Sequence[Tensor | None]) -> Tensor | None:
+        rows = [part.pack(v, n) for part, v, n in zip(parts, values, sizes, strict=True) if v is not None]
+        return torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
+
+    y = pack(ys)
+    assert y is not None
+    return y, h_n, c_n, pack(states)
+
+
+def _layers(
+    name: str,
+    stack: Stack,
+    xs: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Sequence[Tensor | None],
+    reset: Tensor | None,
+    want_states: bool,
+) -> tuple[Sequence[Tensor], Tensor, Tensor | None, Sequence[Tensor | None]]:
+    """Layer after layer, both directions of each, dropout between layers; over the parts ``xs`` of a batch."""
     rows = stack.num_layers * stack.directions
     h_start, c_start = (rows * [None] if s is None else s.unbind(0) for s in (h0, c0))
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
-    states: list[Tensor | None] = []
+    states: list[Sequence[Tensor | None]] = []
     for layer in range(stack.num_layers):
-        outputs: list[Tensor] = []
+        outputs: list[Sequence[Tensor]] = []
         states = []
         last = layer == stack.num_layers - 1
         for direction in range(stack.directions):
             index = layer * stack.directions + direction
-            y, h, c, all_c = scan(
-                name,
-                x,
-                *stack.of(weights, index),
-                h_start[index],
-                c_start[index],
-                lengths,
-                reset,
-                stack.cell,
-                direction == 1,
-                want_states and last,
-            )
-            outputs.append(y)
+            walk = _walk(name, stack.of(weights, index), reset, stack.cell, direction == 1, want_states and last)
+            ys, h, c, all_c = packed.chain(walk, xs, lengths, h_start[index], c_start[index], direction == 1)
+            outputs.append(ys)
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
                 states.append(all_c)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        xs = [_beside(parts) for parts in zip(*outputs, strict=True)]
         if stack.dropout and stack.training and not last:
-            x = F.dropout(x, stack.dropout, True)
-    all_states = None
-    if want_states and states[0] is not None:
-        all_states = torch.cat(states, -1) if len(states) > 1 else states[0]  # type: ignore[arg-type]
-    return x, _stacked(h_n), _stacked(c_n) if c_n else None, all_states
+            xs = [F.dropout(x, stack.dropout, True) for x in xs]
+    all_states: Sequence[Tensor | None] = [None] * len(xs)
+    if want_states and states and states[0][0] is not None:
+        all_states = [_beside(parts) for parts in zip(*states, strict=True)]
+    return xs, _stacked(h_n), _stacked(c_n) if c_n else None, all_states
+
+
+def _walk(
+    name: str, weights: Weights, reset: Tensor | None, cell: str, reverse: bool, want_states: bool
+) -> packed.Walk:
+    """The scan of one layer and direction, as :func:`packed.chain` calls it."""
+    return lambda x, lengths, h, c: scan(name, x, *weights, h, c, lengths, reset, cell, reverse, want_states)
+
+
+def _beside(directions: Sequence[Tensor]) -> Tensor:
+    return directions[0] if len(directions) == 1 else torch.cat(list(directions), -1)
 
 
 def _stacked(states: list[Tensor]) -> Tensor:

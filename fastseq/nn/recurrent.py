@@ -95,22 +95,17 @@ class _Recurrent(_Compressible, nn.RNNBase):
     def _call_packed(
         self, packed: PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
-        """A PackedSequence is a padded batch with lengths, sorted by length."""
+        """A PackedSequence is data with batch_sizes; its states are sorted by length, as its sequences are."""
         if lengths is not None or reset is not None:
             raise checks.ArgumentError("lengths= and reset= go with a Tensor input; a PackedSequence has its lengths")
         data, batch_sizes, order, back = packed
-        padded, sizes = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.shape[0])
         if order is not None and hx is not None:
             hx = _permute(hx, order)
-        y, last, *states = self._function(padded, hx, lengths=sizes.to(data.device), batch_first=False, **extra)
+        y, last, *states = self._function(data, hx, batch_sizes=batch_sizes, batch_first=False, **extra)
         if back is not None:
             last = _permute(last, back)
-
-        def pack(values: Tensor) -> PackedSequence:
-            flat, _ = torch._VF._pack_padded_sequence(values, sizes, False)
-            return PackedSequence(flat, batch_sizes, order, back)
-
-        return (pack(y), last, *(pack(s) for s in states))
+        y, *states = (PackedSequence(rows, batch_sizes, order, back) for rows in (y, *states))
+        return (y, last, *states)
 
 
 def _permute(hx: Any, order: Tensor) -> Any:

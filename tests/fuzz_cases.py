@@ -37,7 +37,7 @@ YES, NO, SELDOM, RARELY = [True, False], [False, True], [False, False, False, Tr
 CHOICES: dict[str, dict[str, list[Any]]] = {
     "all": {
         "seed": list(range(256)), "dtype": ["float32", "float64", "bfloat16", "float16"], "training": YES,
-        "mode": ["grad", "grad", "no_grad", "inference_mode"], "used": ["all", "first", "last"],
+        "mode": ["grad", "grad", "grad", "no_grad", "inference_mode"], "used": ["all", "first", "last"],
     },
     "recurrent": {
         "cell": list(CELLS), "T": SIZES, "B": SIZES, "I": SIZES, "H": SIZES, "bias": YES, "unbatched": SELDOM, "hx": NO,
@@ -121,6 +121,7 @@ def draw_recurrent(case: Case, one_of: OneOf, topic: str, empty: bool) -> None:
     elif layer and not case["unbatched"] and case["context"] != "compile" and one_of(*SELDOM):
         case["lengths"] = [one_of(*range(1, case["T"] + 1)) for _ in range(min(case["B"], 8))]
         case["B"], case["T"] = len(case["lengths"]), max(case["lengths"])
+        case["padded"] = topic == "freed" or one_of(*NO)  # torch's packing reads freed memory itself
     if topic == "aliases":
         case["hx"], case["P"], case["aliases"] = True, 0, {}
         if not lstm or one_of(*NO):
@@ -141,7 +142,7 @@ def draw_attention(case: Case, one_of: OneOf, choose: Callable[[str], None], top
         case |= {"G": 1, "S": case["L"], "Dv": case["D"]}
         case["aliases"] = draw_aliases(one_of, "q", "k", "v")
     if empty:
-        case[one_of(*(["heads", "D"] if sdpa else []), "B", "L", "S", "Dv")] = 0
+        case[one_of(*(["heads", "heads", "D"] if sdpa else []), "B", "L", "S", "Dv")] = 0
     pairs = one_of(None, None, *PAIRS)
     if sdpa:
         if case["dims"] < 4:

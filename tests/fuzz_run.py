@@ -26,7 +26,7 @@ from fuzz_cases import Case, argument_shapes, make_module, make_others, make_ten
 from support import error, fill_new_memory_with_junk, flat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 
@@ -73,9 +73,13 @@ def make_call(case: Case, side: str) -> tuple[Callable[..., Any], dict[str, Tens
 def call_recurrent(
     case: Case, side: str, module: Any, x: Tensor, h: Tensor | None = None, c: Tensor | None = None
 ) -> Any:
-    if "lengths" in case:
-        x = pack_padded_sequence(x, case["lengths"], case["batch_first"], enforce_sorted=False)
-    return module(x, h if c is None else (h, c))
+    hx, first = h if c is None else (h, c), case.get("batch_first", False)
+    if "lengths" not in case:
+        return module(x, hx)
+    if case["padded"] and side == "ours":
+        return module(x, hx, lengths=torch.tensor(case["lengths"], device=x.device))
+    y, last = module(pack_padded_sequence(x, case["lengths"], first, enforce_sorted=False), hx)
+    return (pad_packed_sequence(y, first)[0], last) if case["padded"] else (y, last)
 
 
 def call_multihead(
@@ -228,7 +232,9 @@ def compare(case: Case, ours: Answer, torchs: Answer, truth: Answer) -> list[Fau
             # exp carries the rounding of a score, which is a few times larger than 1, over to its weight.
             floor = 8.0 * case.get("layers", 1) if "cell" in case and o.dtype.itemsize > 2 else 16.0
             if name in ("mask", "bias"):  # a sum over what it is broadcast along
-                floor *= max(1.0, case["B"] * case["heads"] * case["G"] * case["L"] * case["S"] / o.numel()) ** 0.5
+                floor *= (
+                    max(1.0, case["B"] * case["heads"] * case["G"] * case["L"] * case["S"] / max(1, o.numel())) ** 0.5
+                )
             faults += compare_values(case, "gradient", what, o, t, truth.gradients[name], floor, scale)
     return faults
 
@@ -310,7 +316,8 @@ class Runner:
             if "faults" in reply:
                 return [tuple(fault) for fault in reply["faults"]]
             if "died" in reply:  # where torch's own call ends the process, ours has been made before, and did not
-                return [("died", f"the process ended, status {reply['died']}")] if stage == "ours" else []
+                own = stage == "ours" or reply["died"] > 0
+                return [("died", f"the process ended, status {reply['died']}")] if own else []
             stage = reply["stage"]
 
     def close(self) -> None:

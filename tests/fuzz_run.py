@@ -160,7 +160,7 @@ def transformed(case: Case, side: str, call: Callable[..., Any], given: dict[str
     if case["context"] == "vmap":
         pair = torch.stack([given[first], 0.5 * given[first]])
         if side == "ours":
-            return tuple(flat(torch.func.vmap(lambda x: call(**{**given, first: x}))(pair)))
+            return torch.func.vmap(lambda x: tuple(flat(call(**{**given, first: x}))))(pair)
         results = [flat(call(**{**given, first: x})) for x in pair]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     if case["context"] == "compile" and side == "ours":
@@ -254,14 +254,14 @@ def compare_form(what: str, ours: Tensor, torchs: Tensor) -> list[Fault]:
 
 
 def compare_layout(case: Case, o: Tensor, torchs: Tensor) -> list[Fault]:
-    """The output of attention lies in memory as torch's, or as q does without gaps."""
+    """The output of attention lies in memory as torch's, or as q does: without gaps, and its features side by side."""
     q = make_call(case, "ours")[1]["q"]
-    order = sorted((d for d in range(q.dim()) if q.shape[d] > 1), key=q.stride)
+    order = sorted((d for d in range(q.dim() - 1) if q.shape[d] > 1), key=q.stride)
     strides = [q.stride(d) for d in order]
     if o.numel() == 0 or o.stride() == torchs.stride() or o.dim() != q.dim() or len({0, *strides}) <= len(strides):
         return []
     step = 1
-    for d in [d for d in range(q.dim()) if d not in order] + order:
+    for d in [o.dim() - 1, *(d for d in range(o.dim() - 1) if d not in order), *order]:
         if o.shape[d] > 1 and o.stride(d) != step:
             return [
                 ("layout", f"o {list(o.shape)} has strides {o.stride()}, torch's {torchs.stride()}, q's {q.stride()}")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import devices
 import pytest
 import torch
 import without_hypothesis
+from support import fill_new_memory_with_junk
 
 import fastseq
 from fastseq import ops
@@ -45,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kernels", default="triton", choices=("triton", "native"),
         help="whose GPU kernels are tested with --device cuda; native: CUDA C++",
     )  # fmt: skip
+    parser.addoption("--fuzz-seed", default=0, type=int, help="what tests/test_fuzz.py draws from")
+    parser.addoption("--fuzz-examples", default=0, type=int, help="calls that each of its tests draws; 0: few")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,18 +133,10 @@ def settings_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def poison() -> Iterator[None]:
-    """Fills all memory that torch hands out on the CPU with junk: what a kernel reads or returns unwritten shows.
-
-    Done by the allocator's own debug switch, the one place that the outputs of native kernels go through too:
-    torch.utils.deterministic.fill_uninitialized_memory covers torch.empty alone. The junk is 0x7fedbeef over and over,
-    a NaN in float32, a NaN in every second element of 16 bits, and 1.7e308 in float64.
-    """
-    libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    switch = ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
-    switch.value = True
-    assert torch.empty(3, device="cpu").isnan().all(), "the allocator does not poison"
+    """Fills all memory that torch hands out on the CPU with junk."""
+    fill_new_memory_with_junk(True)
     yield
-    switch.value = False
+    fill_new_memory_with_junk(False)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,18 @@ NATIVE = pytest.param("native", marks=needs_native)
 BACKENDS = ["reference", "torch", NATIVE]
 CELLS = list(ops.GATES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def fill_new_memory_with_junk(on: bool) -> None:
+    """Has torch fill all memory that it hands out on the CPU: what a kernel reads or returns unwritten shows.
+
+    Done by the allocator's own debug switch, the one place that the outputs of native kernels go through too:
+    torch.utils.deterministic.fill_uninitialized_memory covers torch.empty alone. The junk is 0x7fedbeef over and over,
+    a NaN in float32, a NaN in every second element of 16 bits, and 1.7e308 in float64.
+    """
+    libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = on
+    assert not on or torch.empty(3, device="cpu").isnan().all(), "the allocator does not poison"
 
 
 def error(got: Tensor, truth: Tensor) -> float:

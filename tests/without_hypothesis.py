@@ -41,4 +41,5 @@ def install() -> None:
     """Make ``import hypothesis`` find this."""
     module, strategies = ModuleType("hypothesis"), _Strategies("hypothesis.strategies")
     vars(module).update(given=_skipped, settings=settings, strategies=strategies, __file__=__file__)
+    vars(module).update(seed=_skipped, HealthCheck=())
     sys.modules.update({"hypothesis": module, "hypothesis.strategies": strategies})

@@ -84,8 +84,8 @@ _ATTENTION_OPTIONS = (
 )
 ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor o, Tensor lse)"
 
-# -> dq, dk, dv (in memory as q, k, v), dbias (shape and dtype of bias, summed over what was broadcast; empty unless bias_grad),
-#    dsinks (empty without sinks)
+# -> dq, dk, dv (in memory as q, k, v), dbias (shape and dtype of bias, summed over what was broadcast; empty unless
+#    bias_grad), dsinks (empty without sinks)
 ATTENTION_BACKWARD = (
     f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ATTENTION_OPTIONS}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"

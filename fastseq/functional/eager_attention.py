@@ -71,13 +71,14 @@ def attention(
         dropout_p=dropout_p,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),  # while torch.jit.trace runs, a size is a Tensor
     )
     if (
         o.requires_grad
         and dropout_p == 0.0
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and not functorch_active()
     ):
         settings = (scale, plain_causal, bottom_right, -1, -1, 0.0, 0.0)

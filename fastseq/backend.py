@@ -99,7 +99,10 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
         if reason is not None:
             raise BackendError(f"backend {named!r} cannot run this {op}: {reason}")
         return named
-    for name in auto.row(device, op, kind).order:
+    order = auto.row(device, op, kind).order
+    if tracing():  # what torch's own layers do can be saved, loaded without this package, and differentiated
+        order = ("torch", *order)
+    for name in order:
         reason = reasons(name)
         if reason is None:
             return name
@@ -135,6 +138,11 @@ def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
 _NATIVE_FIRST = {
     op: ops.NATIVE_MISSING is None and auto.row("cpu", op).order[0] == "native" for op in ("scan", "attention")
 }
+
+
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` records this call."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def native_scan() -> bool:

@@ -79,6 +79,7 @@ def attention(
         and dropout_p == 0.0
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and not functorch_active()
     ):
         settings = (scale, plain_causal, bottom_right, -1, -1, 0.0, 0.0)

@@ -303,7 +303,8 @@ def run(
     h0 = _given("h_0" if lstm else "hx", h0, rows, batch, w_hh.shape[1], x, unbatched)
     c0 = _given("c_0", c0, rows, batch, hidden, x, unbatched)
 
-    if backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and backends.native_scan():
+    usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
+    if usual and backends.native_scan():
         name = "native"
     else:
         device = auto.device_key(x.device)
@@ -468,7 +469,9 @@ def scan(
         done = training.layer(x, h0, c0, weights, cell, "scan", reverse)
         if done is not None:
             return done[0], done[1], done[2] if cell == "lstm" else None, None
-    if functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
+    if backends.tracing():  # a trace holds no Function of Python's, and must be the same with gradients and without
+        found = FORWARD[name](*inputs, cell, reverse, False, want_states)
+    elif functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
         found = apply(Scan, *inputs, cell, reverse, name)
     else:
         found = FORWARD[name](*inputs, ops.NUMBER[cell], reverse, False, want_states)

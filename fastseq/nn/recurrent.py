@@ -58,7 +58,8 @@ class _Recurrent(_Compressible, nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
         if isinstance(input, PackedSequence):
-            return self._call_packed(input, hx, lengths, reset, **extra)
+            call = self._call_packed_in_eager if torch.compiler.is_compiling() else self._call_packed
+            return call(input, hx, lengths, reset, **extra)
         return self._function(input, hx, lengths=lengths, reset=reset, batch_first=self.batch_first, **extra)
 
     def _short(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
@@ -106,6 +107,16 @@ class _Recurrent(_Compressible, nn.RNNBase):
             last = _permute(last, back)
         y, *states = (PackedSequence(rows, batch_sizes, order, back) for rows in (y, *states))
         return (y, last, *states)
+
+    @torch._disable_dynamo  # as torch.compiler.disable, but imports the compiler at the first call only
+    def _call_packed_in_eager(self, *args: Any, **kwargs: Any) -> tuple:
+        """torch.compile breaks its graph here, as at torch.nn's layers: sizes depend on what batch_sizes holds.
+
+        Its tracer fails in ``pad_packed_sequence``, which a model calls next. torch.nn's layers hide that, as the whole
+        function that calls one runs in eager mode; here the graph is told to break there too.
+        """
+        torch._dynamo.disallow_in_graph(torch._VF._pad_packed_sequence)
+        return self._call_packed(*args, **kwargs)
 
 
 def _permute(hx: Any, order: Tensor) -> Any:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from devices import COUNTS, operator
+from fastseq.kernels.attention_layout import empty_as
 from support import assert_within_budget, error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastseq.kernels.attention_layout import empty_as
 from fastseq.reference.attention import attention as reference
 from fastseq.reference.random import keep_mask
 

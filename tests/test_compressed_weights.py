@@ -11,7 +11,6 @@ from support import flat, needs_native
 from torch import nn
 
 import fastseq
-from fastseq import ops
 from fastseq.functional import direct
 from fastseq.nn.compressed import KINDS, compress
 

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
-from fastseq import ops
 from fastseq.functional import direct
 
 pytestmark = needs_native

@@ -325,5 +325,5 @@ def test_wrong_arguments_are_named() -> None:
         forward(inputs, torch.ones(2), None, "gru", False)
     with pytest.raises(RuntimeError, match="needs its tape"):
         backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
-    with pytest.raises(RuntimeError, match="cell must be a number from 0 to 4 .*, not 5"):
+    with pytest.raises(RuntimeError, match=r"cell must be a number from 0 to 4 .*, not 5"):
         torch.ops.fastseq.scan_forward.native(*inputs, None, None, 5, False, True, True)

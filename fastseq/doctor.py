@@ -108,6 +108,7 @@ def examine() -> Findings:
         "threads": _threads,
         "native kernels": lambda: _native(build),
         "instruction sets": lambda: _instruction_sets(build),
+        "fast path": _fast_path,
         "CUDA kernels": lambda: _cuda_kernels(build),
         "Triton": _triton,
         "GPU": _gpu,
@@ -198,6 +199,12 @@ def _native(build: dict[str, Any]) -> str:
         return f"loaded; built with {compiler}, torch {build.get('torch') or 'unknown'}"
     reason = build.get("reasons", {}).get("cpu") or ops.NATIVE_MISSING
     return f"missing: {reason}"
+
+
+def _fast_path() -> str:
+    from fastseq.functional import direct
+
+    return "on" if direct.MISSING is None else f"off, so small calls take some microseconds more: {direct.MISSING}"
 
 
 def _instruction_sets(build: dict[str, Any]) -> str:

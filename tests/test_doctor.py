@@ -34,7 +34,17 @@ def test_every_layer_works_on_the_backends_of_this_machine(findings):
 
 
 def test_the_facts_are_there(findings):
-    for name in ("Python", "torch", "threads", "native kernels", "instruction sets", "Triton", "GPU", "C++ compiler"):
+    for name in (
+        "Python",
+        "torch",
+        "threads",
+        "native kernels",
+        "instruction sets",
+        "fast path",
+        "Triton",
+        "GPU",
+        "C++ compiler",
+    ):
         assert findings.facts[name]
         assert "cannot tell" not in findings.facts[name]
 

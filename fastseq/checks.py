@@ -24,6 +24,14 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """A tensor on the CPU whose storage was not freed, of those that have one."""
+    if type(tensor) is Tensor and tensor.is_cpu and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        raise ArgumentError(
+            f"{name} {sizes(tensor)} has no memory: its storage was freed (untyped_storage().resize_(0))"
+        )
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """The dtypes the layers work in."""
     check_tensor(name, tensor)

@@ -426,8 +426,8 @@ def calls_of(kept):
         given[place] = kept(given[place])
         return lambda: fastseq.attention(**given, **options)
 
-    def multihead(place):
-        module = fastseq.nn.MultiheadAttention(8, 2)
+    def multihead(place, **options):
+        module = fastseq.nn.MultiheadAttention(8, 2, **options)
         given = [torch.randn(5, 3, 8) for _ in range(3)]
         if place in ("query", "key", "value"):
             n = ("query", "key", "value").index(place)
@@ -449,6 +449,7 @@ def calls_of(kept):
         found[f"attention-lse-{place}"] = attend(place, return_lse=True)
     for place in ("query", "key", "value", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
         found[f"MultiheadAttention-{place}"] = multihead(place)
+        found[f"MultiheadAttention-batch-first-{place}"] = multihead(place, batch_first=True)
     return found
 
 

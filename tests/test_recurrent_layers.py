@@ -473,3 +473,14 @@ def test_parametrised_and_pruned_weights_are_used(name):
             torch.testing.assert_close(layer(x)[0], plain(x)[0])
             layer.register_parameter("own", nn.Parameter(torch.zeros(())))
             torch.testing.assert_close(layer(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_a_cell_without_inputs_has_gradients(name):
+    ours, theirs = getattr(fastseq.nn, name)(0, 7), getattr(torch.nn, name)(0, 7)
+    theirs.load_state_dict(ours.state_dict())
+    h = torch.randn(3, 7)
+    for cell in (ours, theirs):
+        cell(torch.zeros(3, 0), (h, h) if name == "LSTMCell" else h)[0].square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

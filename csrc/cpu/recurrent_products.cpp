@@ -93,7 +93,7 @@ struct Products {
     columns = G * p.H;
     depth = whole_terms<E>(columns);
     threads = p.T * p.B * columns * (p.I + p.P) < kParallelCall ? 1 : p.threads;
-    const bool before = p.cell == Cell::gru_reset_before, weights = p.dw_ih.data;
+    const bool before = p.cell == Cell::gru_reset_before, weights = p.db_ih.data;  // dw_ih has no elements where I is 0
     width[from_x] = p.I, width[from_h] = p.P, width[from_q] = before ? p.H : 0;
     jobs = 0;
     if (p.cell == Cell::gru) {
@@ -135,7 +135,7 @@ struct Products {
     parallel(threads, [this](const Team& team) {
       [[maybe_unused]] MatrixScope scope;
       if (p.dx.data) input_gradient(team);
-      if (p.dw_ih.data) weight_gradients(team);
+      if (p.db_ih.data) weight_gradients(team);
     });
   }
 

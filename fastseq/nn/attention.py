@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
-from fastseq.checks import ArgumentError, check_tensor, sizes
+from fastseq.checks import ArgumentError, check_memory, check_tensor, sizes
 from fastseq.checks_attention import check_strided
 from fastseq.functional import multihead
 
@@ -85,7 +86,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if masked:
             self._check(query, key, value, batched)
             mask, bias = self._masks(key_padding_mask, attn_mask, query, key, batched)
-        if batched and self.batch_first and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (
+            batched
+            and self.batch_first
+            and torch.is_grad_enabled()
+            and not functorch_active()
+            and not torch.compiler.is_compiling()
+        ):
             query, key, value = self._own(query, key, value)
         dropout_p = self.dropout if self.training else 0.0
         if not appended and dropout_p == 0.0:
@@ -169,14 +176,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _own(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Copies of the inputs that a weight's gradient will be multiplied with. torch's layer transposes an input that
         is ``batch_first``, which copies it too, so the caller may change the input in place before the backward."""
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return tuple(x.clone() if w.requires_grad else x for x, w in zip((query, key, value), weights, strict=True))
-        if not self.in_proj_weight.requires_grad:
-            return query, key, value
-        own_query = query.clone()
-        own_key = own_query if key is query else key.clone()
-        return own_query, own_key, own_key if value is key else value.clone()
+        if self._qkv_same_embed_dim:
+            learns = (self.in_proj_weight.requires_grad,) * 3
+        else:
+            learns = tuple(w.requires_grad for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        copies: dict[int, Tensor] = {}
+        for name, x, wanted in zip(("query", "key", "value"), (query, key, value), learns, strict=True):
+            if wanted and id(x) not in copies:
+                check_memory(name, x)  # torch's clone would end the process
+                copies[id(x)] = x.clone()
+        return tuple(copies[id(x)] if wanted else x for x, wanted in zip((query, key, value), learns, strict=True))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         return multihead.heads_of(x, self.embed_dim, self.num_heads, self.batch_first)

@@ -48,22 +48,15 @@ def grows(call: Callable[[], object], times: int) -> float:
 def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
     number = ops.NUMBER[cell]
     inputs = cell_inputs(cell, 1, 1, 2, 3)
-    x, w_ih, w_hh, b_ih, b_hh, _, h0, c0 = inputs
+    x, w_ih, w_hh, _, _, _, h0, c0 = inputs
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
     y, _, _, states, tape = forward(*inputs, None, None, number, False, True, True)
     grads = (torch.ones_like(y), None, None, None)
-    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     calls: dict[str, Callable[[], object]] = {
         "scan_forward": lambda: forward(*inputs, None, None, number, False, True, True),
         "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, None, None, number, False),
         "scan_gradient": lambda: torch.ops.fastseq.scan_gradient.native(
             *grads, x, w_ih, w_hh, None, h0, c0, None, None, y, states, tape, number, False, True, True
-        ),
-        "stack_forward": lambda: torch.ops.fastseq.stack_forward.native(
-            x, None, None, weights, [], number, 1, False, False
-        ),
-        "cell_forward": lambda: torch.ops.fastseq.cell_forward.native(
-            x[0], h0, c0, w_ih, w_hh, b_ih, b_hh, None, None, number
         ),
     }
     kept = {name: grows(call, 4000) for name, call in calls.items()}

@@ -64,8 +64,9 @@ def cut(data: Tensor, batch_sizes: Tensor) -> list[Part]:
         batch = sizes[borders[-1]]
         if 2 * size <= batch and (batch - size) * (steps - step) > FEW_ROWS:
             borders.append(step)
+    values = batch_sizes.numpy()  # a slice of the tensor would be a wrapper under torch.func, which cannot be packed by
     return [
-        Part(sum(sizes[start:end]), batch_sizes[start:end], sizes[start] == sizes[end - 1])
+        Part(sum(sizes[start:end]), torch.from_numpy(values[start:end]), sizes[start] == sizes[end - 1])
         for start, end in zip(borders, [*borders[1:], steps], strict=True)
     ]
 

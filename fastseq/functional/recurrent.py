@@ -470,7 +470,7 @@ def scan(
         if done is not None:
             return done[0], done[1], done[2] if cell == "lstm" else None, None
     if backends.tracing():  # a trace holds no Function of Python's, and must be the same with gradients and without
-        found = FORWARD[name](*inputs, cell, reverse, False, want_states)
+        found = FORWARD[name](*inputs, ops.NUMBER[cell], reverse, False, want_states)
     elif functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
         found = apply(Scan, *inputs, cell, reverse, name)
     else:

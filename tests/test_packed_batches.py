@@ -128,16 +128,19 @@ def test_second_derivatives_of_a_skewed_pack(name, kwargs):
 
 @needs_native
 @pytest.mark.usefixtures("_cut_early")
-def test_torch_func_differentiates_a_skewed_pack():
+@pytest.mark.parametrize("kind", SKEWED)
+def test_torch_func_differentiates_a_pack(kind):
     lstm = fastseq.nn.LSTM(5, 7, bidirectional=True).double()
-    batch = skewed(SKEWED["halves"])
+    batch = skewed(SKEWED[kind])
 
-    def loss(parameters):
-        return torch.func.functional_call(lstm, parameters, (batch,))[0].data.square().sum()
+    def loss(parameters, data):
+        packed = PackedSequence(data, *batch[1:])
+        return torch.func.functional_call(lstm, parameters, (packed,))[0].data.square().sum()
 
-    parameters = dict(lstm.named_parameters())
-    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
-    for a, b in zip(torch.func.grad(loss)(parameters).values(), expected, strict=True):
+    parameters, data = dict(lstm.named_parameters()), batch.data.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(parameters, data), [*parameters.values(), data])
+    found, of_data = torch.func.grad(loss, argnums=(0, 1))(parameters, data)
+    for a, b in zip([*found.values(), of_data], expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

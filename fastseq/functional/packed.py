@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.autograd import functorch_active
+
 FEW_ROWS = 256
 """Padding so many rows costs less than one more call."""
 
@@ -33,13 +35,25 @@ class Part(NamedTuple):
         steps = self.batch_sizes.shape[0]
         if self.even:
             return data.unflatten(0, (steps, -1)), None
+        if functorch_active():  # torch's own reads batch_sizes through a pointer, which no wrapper has
+            sizes = self.batch_sizes.tolist()
+            lengths = torch.tensor([sum(size > b for size in sizes) for b in range(sizes[0])])
+            padded = data.new_zeros(steps * sizes[0], data.shape[1]).index_copy(0, self.places(), data)
+            return padded.unflatten(0, (steps, -1)), lengths
         return torch._VF._pad_packed_sequence(data, self.batch_sizes, False, 0.0, steps)
 
     def pack(self, padded: Tensor, lengths: Tensor | None) -> Tensor:
         """``[t, b, N]`` as rows of data again."""
         if lengths is None:
             return padded.flatten(0, 1)
+        if functorch_active():
+            return padded.flatten(0, 1).index_select(0, self.places())
         return torch._VF._pack_padded_sequence(padded, lengths, False)[0]
+
+    def places(self) -> Tensor:
+        """Where each row of the data lies in ``[t * b, N]``."""
+        sizes = self.batch_sizes.tolist()
+        return torch.tensor([step * sizes[0] + row for step, size in enumerate(sizes) for row in range(size)])
 
 
 def sequences(batch_sizes: Tensor) -> int:
@@ -64,9 +78,8 @@ def cut(data: Tensor, batch_sizes: Tensor) -> list[Part]:
         batch = sizes[borders[-1]]
         if 2 * size <= batch and (batch - size) * (steps - step) > FEW_ROWS:
             borders.append(step)
-    values = batch_sizes.numpy()  # a slice of the tensor would be a wrapper under torch.func, which cannot be packed by
     return [
-        Part(sum(sizes[start:end]), torch.from_numpy(values[start:end]), sizes[start] == sizes[end - 1])
+        Part(sum(sizes[start:end]), batch_sizes[start:end], sizes[start] == sizes[end - 1])
         for start, end in zip(borders, [*borders[1:], steps], strict=True)
     ]
 

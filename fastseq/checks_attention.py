@@ -135,7 +135,7 @@ def check_heads(heads_q: int, heads_k: int, heads_v: int) -> None:
     """Query heads share key heads in equal groups."""
     if heads_k != heads_v:
         raise ArgumentError(f"k and v must have the same number of heads, got {heads_k} and {heads_v}")
-    if heads_k == 0 or heads_q % heads_k != 0:
+    if heads_q % heads_k != 0 if heads_k else heads_q != 0:
         raise ArgumentError(
             f"the heads of k and v must divide those of q, got {heads_k} and {heads_q}; "
             "with grouped heads each of k's serves the same number of q's"

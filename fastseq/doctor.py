@@ -216,7 +216,7 @@ def _instruction_sets(build: dict[str, Any]) -> str:
         return "none"
     text = f"running {torch.ops.fastseq.native_isa('')}; built {', '.join(build.get('instruction_sets', []))}"
     if "amx_bf16" in build.get("instruction_sets", []):
-        text += " (amx_bf16 has run on a model of its tiles only, and waits to be named)"
+        text += " (amx_bf16 has not been timed, so select it explicitly)"
     left_out = [f"{name} left out: {reason}" for name, reason in build.get("instruction_sets_left_out", {}).items()]
     return "; ".join([text, *left_out])
 

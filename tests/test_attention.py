@@ -512,3 +512,16 @@ def test_backend_argument_goes_before_the_context(backend):
         attention(q, k, v)
     with use_backend("triton"):
         assert attention(q, k, v, backend=backend).shape == q.shape
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_heads_give_no_elements(backend, grad):
+    q = torch.zeros(2, 0, 4, 8, requires_grad=grad)
+    k = torch.zeros(2, 0, 5, 8, requires_grad=grad)
+    for attend in (attention, scaled_dot_product_attention):
+        with use_backend(backend):
+            o = attend(q, k, k)
+        assert o.shape == q.shape
+        if grad:
+            assert [g.shape for g in torch.autograd.grad(o.sum(), (q, k))] == [q.shape, k.shape]

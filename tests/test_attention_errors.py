@@ -177,14 +177,16 @@ def test_names_of_dimensions_are_refused_rather_than_lost(backend):
     """As by torch's attention, which has no rule for them."""
     named = Q.rename("batch", "heads", "time", "features")
     with use_backend(backend):
-        for inputs in ((named, K, V), (Q, K.rename("batch", "heads", "time", "features"), V)):
-            with pytest.raises(ArgumentError, match=r"[qk] has named dimensions .*'features'.*rename\(None\)"):
-                attention(*inputs, dropout_p=0.5)
-        with pytest.raises(ArgumentError, match="query has named dimensions"):
-            scaled_dot_product_attention(named, Q, Q, dropout_p=0.5)
+        for options in ({}, {"dropout_p": 0.5}):  # on the fast path, and off it
+            for inputs in ((named, K, V), (Q, K.rename("batch", "heads", "time", "features"), V)):
+                with pytest.raises(ArgumentError, match=r"[qk] has named dimensions .*'features'.*rename\(None\)"):
+                    attention(*inputs, **options)
+            with pytest.raises(ArgumentError, match="query has named dimensions"):
+                scaled_dot_product_attention(named, Q, Q, **options)
         x = X.rename("time", "batch", "features")
-        with pytest.raises(RuntimeError, match="named tensors"):
-            MultiheadAttention(12, 3, dropout=0.5)(x, x, x)
+        for dropout in (0.0, 0.5):
+            with pytest.raises(RuntimeError, match="named tensors"):
+                MultiheadAttention(12, 3, dropout=dropout)(x, x, x)
 
 
 def test_heads_must_divide_the_features():

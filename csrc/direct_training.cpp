@@ -111,7 +111,7 @@ class Results {
   void add_none() { put(none()); }
   template <class Make>
   void add_if(bool present, const Make& make) {
-    present ? add(make()) : add_none();
+    put(present ? wrapped(make()) : none());  // present: even without elements
   }
   PyObject* done() { return failed_ ? nullptr : tuple_.release(); }
 

@@ -203,6 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         def place(name: str, x: Tensor, shapes: dict[str, tuple[int, ...]], view: tuple[int, ...]) -> None:
             check_tensor(name, x)
             check_strided(name, x)
+            check_memory(name, x)
             if tuple(x.shape) not in shapes.values():
                 expected = " or ".join(f"{layout} = {list(shape)}" for layout, shape in shapes.items())
                 raise ArgumentError(f"{name} must be {expected}, got {sizes(x)}")

@@ -145,6 +145,27 @@ def test_nested_parallel_regions_give_a_team_of_one():
     )
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts a process's threads as Linux lists them")
+def test_a_call_asks_for_no_thread_that_has_nothing_to_do_at_a_step():
+    """One row with few units is one thread's work at every step: another would only be waited for."""
+    run_python(
+        """
+        import os, torch, fastseq
+
+        torch.set_num_threads(2)
+        torch.set_grad_enabled(False)
+        small, large = fastseq.nn.RNN(128, 128), fastseq.nn.LSTM(256, 256)
+        count = lambda: len(os.listdir("/proc/self/task"))
+        x, wide = torch.randn(100, 1, 128), torch.randn(100, 1, 256)
+        before = count()
+        small(x)
+        assert count() == before, "a second thread was asked"
+        large(wide)
+        assert count() == before + 1, "no second thread was asked where there is work for it"
+        """
+    )
+
+
 @pytest.mark.parametrize("threads", ["2", "4"])
 def test_oversubscribed_machine_moves_on(threads):
     """Several processes with more threads than cores: a barrier that never yields would crawl past the timeout."""

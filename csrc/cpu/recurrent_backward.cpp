@@ -35,7 +35,7 @@ struct Backward {
     Hp = Hv * L, Pp = Pv * L;
     K = padded<A>(G * p.H);
     packed = p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
-    int threads = threads_for(p);
+    int threads = threads_for(p, sizeof(E));
     bool lstm = p.cell == Cell::lstm, proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
@@ -53,7 +53,7 @@ struct Backward {
   }
 
   void run() {
-    int threads = threads_for(p);
+    int threads = threads_for(p, sizeof(E));
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
     switch (p.cell) {
       case Cell::rnn_tanh: return on_threads<Thread<Cell::rnn_tanh>>(threads, *this);

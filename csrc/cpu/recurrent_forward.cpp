@@ -63,7 +63,7 @@ struct Forward {
     once = !kPrepared && p.T == 1 && !packed_x && !packed_h && !p.w_hr.data && p.cell != Cell::gru_reset_before &&
            !p.lengths && !p.reset;
 
-    int threads = threads_for(p), ways = unit_ways(p, threads, sizeof(Panel<S, W>));
+    int threads = threads_for(p, sizeof(Panel<S, W>)), ways = unit_ways(p, threads, sizeof(Panel<S, W>));
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
     rows = rows < 1 ? 1 : rows;
     long row_bytes = long(sizeof(A)) * (G * Hp / ways) + long(sizeof(E)) * p.I;
@@ -117,7 +117,7 @@ struct Forward {
   }
 
   void run() {
-    int threads = threads_for(p);
+    int threads = threads_for(p, sizeof(Panel<S, W>));
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
     switch (p.cell) {
       case Cell::rnn_tanh: return on_threads<Thread<Cell::rnn_tanh>>(threads, *this);

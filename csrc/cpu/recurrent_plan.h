@@ -16,12 +16,6 @@ constexpr long kParallelStep = 12000;
 // What of a core's own cache the weights of every step may fill before they are divided among cores instead.
 constexpr long kCacheBytes = 640 << 10;
 
-inline int threads_for(const ScanSizes& s) {
-  const long weights = (s.I + s.P) * s.H * gates_of(s.cell);
-  const long work = (s.T * s.B + 1) * weights;  // to read them costs about as much as a row does
-  return s.threads <= 1 || work < kParallelCall ? 1 : s.threads;
-}
-
 // How many threads share the units of the same rows of the batch; the rows are divided among such groups. Rows alone
 // need no barrier, but each thread then walks through all weights at every step, for few rows.
 inline int unit_ways(const ScanSizes& s, int threads, long element) {
@@ -40,6 +34,16 @@ inline int unit_ways(const ScanSizes& s, int threads, long element) {
     if ((rows <= 1 || spills || evener) && worth) ways = w;
   }
   return ways;
+}
+
+// The threads that have something to do at every step, or one for a call that is too small. Each thread that is asked
+// is waited for, which on a busy machine takes milliseconds.
+inline int threads_for(const ScanSizes& s, long element) {
+  const long weights = (s.I + s.P) * s.H * gates_of(s.cell);
+  const long work = (s.T * s.B + 1) * weights;  // to read them costs about as much as a row does
+  if (s.threads <= 1 || work < kParallelCall) return 1;
+  const long useful = (s.B < 1 ? 1 : s.B) * unit_ways(s, s.threads, element);
+  return useful < s.threads ? int(useful) : s.threads;
 }
 
 // One thread's part: rows [row0, row1) of the batch, and a share of any number of unit vectors.

@@ -358,13 +358,14 @@ def test_strided_input_and_expanded_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_runs_in_its_dtype(backend):
-    layer = fastseq.nn.GRU(5, 7)
+@pytest.mark.parametrize(("name", "dtype"), [("LSTM", torch.bfloat16), ("GRU", torch.float32)])
+def test_autocast_runs_in_its_dtype_or_in_the_states(name, dtype, backend):
+    layer = getattr(fastseq.nn, name)(5, 7)
     x = torch.randn(4, 3, 5)
     with fastseq.use_backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
         y, _ = layer(x)
     y.float().sum().backward()
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert layer.weight_ih_l0.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.05)
 
@@ -484,3 +485,37 @@ def test_a_cell_without_inputs_has_gradients(name):
         cell(torch.zeros(3, 0), (h, h) if name == "LSTMCell" else h)[0].square().sum().backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+AUTOCAST = [
+    ("RNN", {}), ("GRU", {}), ("GRU", {"bidirectional": True, "num_layers": 2}), ("LSTM", {}),
+    ("LSTM", {"proj_size": 3, "bidirectional": True}), ("RNNCell", {}), ("GRUCell", {}), ("LSTMCell", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [None, torch.float32, "autocast's"], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, "autocast's", torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "options"), AUTOCAST, ids=str)
+def test_autocast_gives_torchs_dtypes_and_takes_the_states_back(name, options, given, state, dtype):
+    given, state = (dtype if kind == "autocast's" else kind for kind in (given, state))
+    state = torch.float64 if state is not None and given is torch.float64 else state
+    parameters = torch.float64 if given is torch.float64 else torch.float32
+    ours, theirs = (getattr(of, name)(4, 6, dtype=parameters, **options) for of in (fastseq.nn, nn))
+    cell = name.endswith("Cell")
+    x, hx = torch.randn(*((3, 4) if cell else (5, 3, 4))).to(given), None
+    if state is not None:
+        rows = () if cell else (options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1),)
+        h, c = (torch.zeros(*rows, 3, size, dtype=state) for size in (options.get("proj_size", 6), 6))
+        hx = (h, c) if name.startswith("LSTM") else h
+    for grad in (True, False):
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+            found = ours(x, hx)
+            try:
+                want = theirs(x, hx)
+            except RuntimeError:  # oneDNN has no LSTM of float16 on most chips
+                assert dtype is torch.float16
+                continue
+            if dtype is torch.bfloat16 or name != "LSTM" or options:  # torch's LSTM of float16 depends on the chip
+                assert [t.dtype for t in flat(found)] == [t.dtype for t in flat(want)]
+            ours(x, found if cell else found[1])

@@ -59,11 +59,31 @@ def torch_stack(
     return y, last[0][:, back], last[1][:, back] if c0 is not None else None
 
 
-def autocast(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
-    """Everything in autocast's dtype, as autocast does for torch's own recurrent layers."""
+def autocast_dtype(stack: Stack, x: Tensor, h0: Tensor | None, c0: Tensor | None, packed: bool) -> torch.dtype:
+    """The dtype that a layer or cell computes in under autocast: autocast's, but where torch's returns a wider one.
+
+    On the CPU torch has no fused GRU, no fused cell of gates, and no fused LSTM of a packed batch. It makes their
+    products in autocast's dtype and the rest in the state's, so a float32 state stays float32.
+    """
     dtype = torch.get_autocast_dtype(x.device.type)
+    lstm = stack.cell == "lstm" and not stack.projected
+    if x.device.type == "cpu" and (stack.cell.startswith("gru") or (lstm and (stack.is_cell or packed))):
+        for state in (x if h0 is None else h0, x if c0 is None and h0 is None else c0):
+            dtype = carried_dtype(dtype, state)
+    return dtype
+
+
+def carried_dtype(dtype: torch.dtype, state: Tensor | None) -> torch.dtype:
+    """The dtype of a state that starts as ``state`` and meets products of ``dtype``; float64 is the caller's."""
+    if state is None or not state.is_floating_point() or state.dtype == torch.float64:
+        return dtype
+    return torch.promote_types(dtype, state.dtype)
+
+
+def autocast(
+    dtype: torch.dtype, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """Everything in ``dtype``, as autocast does for torch's own recurrent layers; float64 stays."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

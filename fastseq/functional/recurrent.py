@@ -29,6 +29,7 @@ class Stack(NamedTuple):
     bidirectional: bool = False
     batch_first: bool = False
     projected: bool = False
+    is_cell: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -248,7 +249,7 @@ def _cell(
     present = [w for w in weights if w is not None]
     if len(present) not in (2, 4):
         raise checks.ArgumentError("b_ih and b_hh come together: give both or neither")
-    stack = Stack(cell, has_biases=len(present) == 4)
+    stack = Stack(cell, has_biases=len(present) == 4, is_cell=True)
     for name, state in (("h_0" if cell == "lstm" else "hx", h), ("c_0", c)):
         if state is not None:
             checks.check_tensor(name, state)
@@ -271,8 +272,12 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the arguments, choose the backend, run the stack; y, h_n, c_n and all c_t come laid out as the input."""
     w_ih, w_hh = weights[0], weights[1]
+    c_dtype: torch.dtype | None = None
     if not w_ih.is_meta and torch.is_autocast_enabled(w_ih.device.type):  # autocast knows no meta device
-        x, h0, c0, weights = eager.autocast(x, h0, c0, weights)
+        if stack.projected and w_ih.device.type == "cpu":  # torch's c is not projected, and so stays as it came
+            c_dtype = eager.carried_dtype(torch.get_autocast_dtype("cpu"), x if c0 is None else c0)
+        dtype = eager.autocast_dtype(stack, x, h0, c0, batch_sizes is not None)
+        x, h0, c0, weights = eager.autocast(dtype, x, h0, c0, weights)
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)
     checks.check_weights(weights, stack.names, x)
@@ -322,6 +327,8 @@ def run(
         y, h_n, c_n, states = _padded(name, stack, x, h0, c0, weights, lengths, reset, want_states)
     if want_states and states is not None:
         states = states.to(y.dtype)
+    if c_dtype is not None and c_n is not None and c_n.dtype != torch.float64:
+        c_n = c_n.to(c_dtype)
     if unbatched:
         y, h_n = y.squeeze(1), h_n.squeeze(1)
         c_n, states = (None if s is None else s.squeeze(1) for s in (c_n, states))

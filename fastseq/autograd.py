@@ -6,6 +6,7 @@ matrix product each for the whole sequence: the backend's own where it has them,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,46 @@ def apply(function: Any, *args: Any) -> Any:
     return recorder(function)(*[_unwrap(a) if isinstance(a, Tensor) else a for a in args])
 
 
+@functools.lru_cache
+def values_read(
+    cell: str, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
+) -> tuple[bool, ...]:
+    """Of which of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 and y the fused gradient reads the values. As with torch's
+    layers, the others may be changed in place before the backward pass."""
+    gru = cell.startswith("gru")
+    w_hh = not one_step or need_h0 or cell == "gru_reset_before"
+    y = not one_step or cell.startswith("rnn")
+    return need_w_ih, need_x, w_hh, False, False, True, gru or need_w_hh, True, y
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None], read: Sequence[bool]) -> None:
+    """Save for the backward pass the tensors that are read there, and keep the others aside, for second derivatives.
+    No output may be among those."""
+    kept: list[Tensor | None] = []
+    aside: list[tuple[int, Tensor, int | None]] = []
+    for n, t in enumerate(tensors):
+        if t is None or read[n]:
+            kept.append(t)
+        else:
+            kept.append(None)
+            aside.append((n, t, None if t.is_inference() else t._version))
+    ctx.save_for_backward(*kept)
+    ctx.aside = aside
+
+
+def saved(ctx: Any) -> list[Any]:
+    """The tensors that :func:`save` was given."""
+    tensors = list(ctx.saved_tensors)
+    for n, tensor, version in ctx.aside:
+        if torch.is_grad_enabled() and version is not None and tensor._version != version:
+            raise RuntimeError(
+                f"a tensor {list(tensor.shape)} that a second derivative needs was modified by an inplace operation: "
+                f"it is at version {tensor._version}, expected {version}; give the layer a clone of it"
+            )
+        tensors[n] = tensor
+    return tensors
+
+
 class Scan(torch.autograd.Function):
     """One layer, one direction, on an operator backend. Arguments and results as ``ops.SCAN_FORWARD``, without the
     results that are empty: y, h_n; then an LSTM's c_n and states; then the tape, but for an RNN."""
@@ -113,20 +154,47 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.cell, ctx.reverse, ctx.backend = inputs
-        tape = output[-1] if len(output) > 2 else None
-        if tape is not None:
-            ctx.mark_non_differentiable(tape)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[0], output[3] if len(output) > 3 else None, tape)
+        ctx.save_for_backward(*_context(ctx, inputs, output))
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
-        *inputs, lengths, reset, y, states, tape = ctx.saved_tensors
-        grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
-        need = ctx.needs_input_grad[:8]
-        found = gradient(grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need)
-        return (*found, *(None,) * 5)
+        return _scan_backward(ctx, ctx.saved_tensors, results)
+
+
+class EagerScan(Scan):
+    """:class:`Scan` outside of transforms and torch.compile, which see saved tensors only. It saves what its backward
+    pass reads."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, lengths, reset, y, states, tape = _context(ctx, inputs, output)
+        assert y is not None
+        need = ctx.needs_input_grad
+        *read, read_y = values_read(ctx.cell, y.shape[0] == 1, *need[:3], need[6])
+        y = y if read_y else y.detach()  # else the result would hold its own graph
+        save(ctx, (*tensors, lengths, reset, y, states, tape), (*read, True, True, read_y, True, True))
+
+    @staticmethod
+    def backward(ctx: Any, *results: Tensor | None) -> tuple:
+        return _scan_backward(ctx, saved(ctx), results)
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple) -> tuple[Tensor | None, ...]:
+    """Settles what a scan's gradient needs besides tensors; returns these: the inputs, y, states, tape."""
+    *tensors, ctx.cell, ctx.reverse, ctx.backend = inputs
+    tape = output[-1] if len(output) > 2 else None
+    if tape is not None:
+        ctx.mark_non_differentiable(tape)
+    ctx.set_materialize_grads(False)
+    return *tensors, output[0], output[3] if len(output) > 3 else None, tape
+
+
+def _scan_backward(ctx: Any, tensors: Sequence[Any], results: Sequence[Tensor | None]) -> tuple:
+    *inputs, lengths, reset, y, states, tape = tensors
+    grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
+    need = ctx.needs_input_grad[:8]
+    found = gradient(grads, inputs, lengths, reset, y, states, tape, ctx.cell, ctx.reverse, ctx.backend, need)
+    return (*found, *(None,) * 5)
 
 
 class ScanGradient(torch.autograd.Function):

@@ -103,16 +103,42 @@ def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) 
 
 def lstm_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     """h and c of an LSTM's ``hx``: both or neither."""
-    h, c = (None, None) if hx is None else hx
+    if hx is None:
+        return None, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        got = f"one Tensor {sizes(hx)}" if isinstance(hx, Tensor) else type(hx).__name__
+        got += f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+        raise ArgumentError(f"hx of an LSTM must be a pair of tensors (h_0, c_0), got {got}; give both states")
+    h, c = hx
     if (h is None) != (c is None):
         raise ArgumentError("hx must be a pair of tensors (h_0, c_0), got one None")
     return h, c
+
+
+def check_layers(num_layers: int, directions: int, weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """There are as many weights as the layer's attributes say."""
+    expected = num_layers * directions * len(names)
+    if len(weights) != expected:
+        raise ArgumentError(
+            f"num_layers = {num_layers} in {directions} direction{'s' * (directions > 1)} needs {expected} weights "
+            f"({', '.join(names)} each), but there are {len(weights)}; these attributes are set when a layer is made: "
+            "make a new one to change them"
+        )
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """One block of memory: neither sparse nor nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested Tensor" if tensor.is_nested else f"a Tensor of layout {tensor.layout}"
+        mend = "torch.nested.to_padded_tensor" if tensor.is_nested else ".to_dense()"
+        raise ArgumentError(f"{name} must be a dense Tensor, got {kind}; convert it with {mend}")
 
 
 def check_lengths(lengths: Tensor, batch: int, steps: int, x: Tensor) -> None:
     """Valid steps of each row: int ``[B]``, each from 0 to T. Values are read only on the CPU, where that is free."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be an int64 Tensor [B], got {type(lengths).__name__}; use torch.tensor(lengths)")
+    check_dense("lengths", lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ArgumentError(f"lengths must hold integers, got {lengths.dtype}; convert with .long()")
     if lengths.dim() != 1 or lengths.shape[0] != batch:
@@ -156,6 +182,7 @@ def check_reset(reset: Tensor, x: Tensor) -> None:
     """Where the state is cleared: bool, shaped as the input's time and batch."""
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset must be a bool Tensor, got {type(reset).__name__}")
+    check_dense("reset", reset)
     if reset.dtype != torch.bool:
         raise ArgumentError(
             f"reset must be bool (True clears the state before that step), got {reset.dtype}; convert with .bool()"

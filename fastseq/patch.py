@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: fast.LSTMCell,
     nn.MultiheadAttention: fast.MultiheadAttention,
 }
+_KIND_OF: dict[object, str] = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.qint8: "int8"}
 _RECURRENT = tuple(ours for ours in TO_FASTSEQ.values() if ours is not fast.MultiheadAttention)
 TO_TORCH = {ours: theirs for theirs, ours in TO_FASTSEQ.items()}
 
@@ -74,6 +76,16 @@ class Report:
     def __bool__(self) -> bool:
         return bool(self.changed)
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(f"a Report is not a model: {self._mend()}")
+
+    def __getattr__(self, name: str) -> NoReturn:  # of what it does not have, as a model's train or parameters
+        raise AttributeError(f"a Report has no attribute {name!r}: {self._mend()}", name=name, obj=self)
+
+    @staticmethod
+    def _mend() -> str:
+        return "fastseq.patch and unpatch change the model in place; call them without assigning, and use the model"
+
     def __str__(self) -> str:
         head = f"fastseq.{self.action}: {_count(len(self.changed))} changed, {len(self.left)} left"
         if self.already:
@@ -86,7 +98,7 @@ class Report:
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
 
-def patch(model: nn.Module, *, weights: str | None = None) -> Report:
+def patch(model: nn.Module, *, weights: str | torch.dtype | None = None) -> Report:
     """Make every ``torch.nn`` RNN, GRU, LSTM, cell and MultiheadAttention inside ``model`` run on fastseq, in place.
 
     Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
@@ -98,10 +110,11 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
         model: any module.
         weights: None: the kernels read the model's own weights. ``"bfloat16"`` or ``"int8"`` (a scale a row): without
             gradients, the recurrent layers and cells read copies of their float32 matrices that are half or a quarter
-            the size; inputs, states, biases and the arithmetic stay float32. For models that stream a step at a time
-            and are bound by reading weights. The float32 weights stay in the model, serve in training, with
-            ``lengths`` or ``reset``, for a PackedSequence and under torch.compile, and are what a state_dict holds; the
-            copies follow their changes (an optimizer's step, ``load_state_dict``, any operation in place or
+            the size (``torch.bfloat16``, ``torch.int8`` and ``torch.qint8`` say the same); inputs, states, biases and
+            the arithmetic stay float32. For models that stream a step at a time and are bound by reading weights. The
+            float32 weights stay in the model, serve in training, with ``lengths`` or ``reset``, for a PackedSequence
+            and under torch.compile, and are what a state_dict holds; the copies follow their changes (an optimizer's
+            step, ``load_state_dict``, any operation in place or
             assignment), save those written through ``.data`` or ``.numpy()``, from another process, or into tensors
             made in ``inference_mode``: patch again after those.
 
@@ -119,6 +132,7 @@ def patch(model: nn.Module, *, weights: str | None = None) -> Report:
         fastseq.patch: 1 layer changed, 0 left
           changed  1  torch.nn.LSTM -> fastseq.nn.LSTM
     """
+    weights = _KIND_OF.get(weights, weights)
     if weights is not None and weights not in KINDS:
         accepted = ", ".join(map(repr, (None, *KINDS)))
         raise ValueError(f"weights: got {weights!r}, accepted is one of {accepted}")

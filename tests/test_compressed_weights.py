@@ -408,3 +408,14 @@ def test_copies_wait_until_they_are_of_use():
         assert layer._compressed.nbytes == 0
         layer(x)
     assert layer._compressed.nbytes > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, "bfloat16"), (torch.int8, "int8"), (torch.qint8, "int8")], ids=str
+)
+def test_a_dtype_names_the_weights_too(dtype, kind):
+    layer = torch.nn.LSTM(3, 4)
+    fastseq.patch(layer, weights=dtype)
+    assert f"weights={kind!r}" in repr(layer)
+    with pytest.raises(ValueError, match=r"weights: got torch\.float16"):
+        fastseq.patch(layer, weights=torch.float16)

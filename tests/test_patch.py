@@ -369,3 +369,14 @@ def test_only_modules_are_taken(action):
         action(nn.GRU)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
         action(3)
+
+
+def test_a_report_taken_for_the_model_says_that_patch_works_in_place():
+    for report in (fastseq.patch(nn.LSTM(3, 4)), fastseq.unpatch(nn.LSTM(3, 4))):
+        with pytest.raises(TypeError, match="change the model in place"):
+            report(torch.randn(2, 1, 3))
+        for name in ("train", "parameters", "state_dict"):
+            with pytest.raises(AttributeError, match=f"no attribute '{name}'.*in place"):
+                getattr(report, name)
+        assert not hasattr(report, "eval")
+        assert pickle.loads(pickle.dumps(report)) == copy.deepcopy(report) == report

@@ -30,6 +30,19 @@ LAYER_CASES = {
     "lengths shape": (lambda m: m(x, lengths=torch.tensor([1, 1])), r"lengths must be \[batch\] = \[3\], got \[2\]"),
     "lengths dtype": (lambda m: m(x, lengths=torch.ones(3)), "lengths must hold integers, got torch.float32"),
     "lengths device": (lambda m: m(x, lengths=torch.ones(3, dtype=torch.long, device="meta")), "lengths is on meta"),
+    "lengths sparse": (
+        lambda m: m(x, lengths=torch.tensor([4, 1, 1]).to_sparse()),
+        r"lengths must be a dense Tensor, got a Tensor of layout torch.sparse_coo; convert it with .to_dense\(\)",
+    ),
+    "lengths sparse, unbatched": (
+        lambda m: m(x[:, 0], lengths=torch.tensor([4]).to_sparse()),
+        "lengths must be a dense Tensor",
+    ),
+    "lengths nested": (
+        lambda m: m(x, lengths=torch.nested.nested_tensor([torch.tensor([4, 1]), torch.tensor([1])])),
+        "lengths must be a dense Tensor, got a nested Tensor; convert it with torch.nested.to_padded_tensor",
+    ),
+    "reset sparse": (lambda m: m(x, reset=torch.ones(4, 3).bool().to_sparse()), "reset must be a dense Tensor"),
     "reset shape": (lambda m: m(x, reset=torch.zeros(3, 4).bool()), r"reset must be shaped.*\[4, 3\], got \[3, 4\]"),
     "reset dtype": (lambda m: m(x, reset=torch.zeros(4, 3)), "reset must be bool.*got torch.float32"),
     "packed with lengths": (
@@ -53,6 +66,25 @@ def test_layer_says_what_is_wrong(case, name):
         call(layer)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     assert layer(x)[0].isfinite().all()  # and the layer works on
+
+
+@pytest.mark.parametrize("state", [h, torch.zeros(2, 3, 7), (h,), (h, h, h)], ids=["tensor", "two", "one", "three"])
+def test_an_lstms_hx_must_be_a_pair(state):
+    for layer, of in ((fastseq.nn.LSTM(5, 7), x), (fastseq.nn.LSTMCell(5, 7), x[0])):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(ArgumentError, match=r"a pair of tensors.*got"):
+                layer(of, state)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_num_layers_cannot_change_after_construction(name):
+    for before, after in ((1, 2), (2, 1), (2, 3)):
+        layer = getattr(fastseq.nn, name)(5, 7, num_layers=before)
+        layer.num_layers = after
+        for gradients in (True, False):
+            message = f"num_layers = {after}.*needs {4 * after} weights.*there are {4 * before}"
+            with torch.set_grad_enabled(gradients), pytest.raises(ArgumentError, match=message):
+                layer(x)
 
 
 def test_argument_error_is_caught_by_handlers_written_for_torch():

@@ -106,7 +106,7 @@ def functions_of(found):
             seen.add(node)
             names.append(node.name())
             left += [before for before, _ in node.next_functions]
-    return [name for name in names if name in ("LayerBackward", "ScanBackward")]
+    return [name for name in names if name in ("LayerBackward", "EagerScanBackward")]
 
 
 STACKS = {
@@ -130,7 +130,7 @@ def test_layers_of_a_stack_give_the_general_ways_bits(mode, stack, dtype, monkey
             assert functions_of(found) == rows * ["LayerBackward"]
             torch.manual_seed(1)
             expected = generally(monkeypatch, layer, x, states, outputs=outputs)
-            assert functions_of(expected[0]) == rows * ["ScanBackward"]
+            assert functions_of(expected[0]) == rows * ["EagerScanBackward"]
             assert same(found, expected[0])
             assert same(gradients, expected[1])
 
@@ -140,7 +140,7 @@ def test_second_derivatives_of_both_directions(mode):
     layer = build(mode, features=2, hidden=2, dtype=torch.float64, bidirectional=True)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     states = states_of(mode, layer, (2, 2), torch.float64)
-    assert "ScanBackward" not in functions_of(call(layer, x, states))
+    assert "EagerScanBackward" not in functions_of(call(layer, x, states))
     assert torch.autograd.gradgradcheck(lambda x, *states: tuple(call(layer, x, states)), (x, *states))
 
 
@@ -440,3 +440,67 @@ def test_a_forked_process_trains_too():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         """
     )
+
+
+def masked_rollout(cell, steps=3):
+    """The gradients of a rollout that clears the states of finished episodes in place."""
+    torch.manual_seed(3)
+    x, h = torch.randn(steps, 3, 5, dtype=torch.float64, requires_grad=True), None
+    loss = torch.zeros((), dtype=torch.float64)
+    for step in x:
+        h = cell(step, h)
+        states = h if isinstance(h, tuple) else (h,)
+        loss = loss + sum(s.clone().sin().sum() for s in states)
+        for s in states:
+            s[1] = 0
+    return torch.autograd.grad(loss, [x, *cell.parameters()])
+
+
+@pytest.mark.parametrize("way", ["direct", "general", "compiled"])
+@pytest.mark.parametrize("mode", ["gru", "lstm"])
+def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
+    ours, theirs = (build(mode, True, of, dtype=torch.float64) for of in (fastseq.nn, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    want = masked_rollout(theirs)
+    if way == "general":
+        monkeypatch.setattr(direct, "layer_forward", None)
+    found = masked_rollout(torch.compile(ours, backend="aot_eager") if way == "compiled" else ours)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("as_cell", [False, True])
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell, general, monkeypatch):
+    if general:
+        monkeypatch.setattr(direct, "layer_forward", None)
+    layer, x = build(mode, as_cell), torch.randn(*(() if as_cell else (4,)), 3, 5)
+
+    def gradients(changed):
+        y, leaves = call(layer, x, [])[0], [p for p in layer.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for t in changed:
+                t.mul_(1)
+        return torch.autograd.grad(y.sum(), leaves)
+
+    named = {name.removesuffix("_l0"): p for name, p in layer.named_parameters()}
+    want = gradients([])
+    assert same(gradients([named["bias_ih"], named["bias_hh"], named["weight_ih"]]), want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients([x])
+    named["weight_ih"].requires_grad_(False)
+    want = gradients([])
+    assert same(gradients([x]), want)
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_a_second_derivative_refuses_what_was_changed_in_place(general, monkeypatch):
+    if general:
+        monkeypatch.setattr(direct, "layer_forward", None)
+    layer, x = build("lstm", dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = layer(x)[0]
+    with torch.no_grad():
+        layer.bias_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="second derivative needs was modified"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

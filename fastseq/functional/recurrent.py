@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastseq import auto, checks, ops, reference
 from fastseq import backend as backends
-from fastseq.autograd import FORWARD, Scan, apply, functorch_active, needs_reference, wants_gradient
+from fastseq.autograd import FORWARD, EagerScan, Scan, apply, functorch_active, needs_reference, wants_gradient
 from fastseq.functional import eager, layers, packed, training
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -281,6 +281,7 @@ def run(
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)
     checks.check_weights(weights, stack.names, x)
+    checks.check_layers(stack.num_layers, stack.directions, weights, stack.names)
     unbatched = x.dim() == 2 and batch_sizes is None
     swap = stack.batch_first and x.dim() == 3
     if reset is not None:
@@ -298,6 +299,7 @@ def run(
         steps, batch = x.shape[0], x.shape[1]
     if lengths is not None:
         if unbatched and isinstance(lengths, Tensor):
+            checks.check_dense("lengths", lengths)
             lengths = lengths.reshape(-1)
         checks.check_lengths(lengths, batch, steps, x)
         lengths = lengths.to(torch.int64)
@@ -479,7 +481,8 @@ def scan(
     if backends.tracing():  # a trace holds no Function of Python's, and must be the same with gradients and without
         found = FORWARD[name](*inputs, ops.NUMBER[cell], reverse, False, want_states)
     elif functorch_active() or (torch.is_grad_enabled() and wants_gradient(inputs[:8])):
-        found = apply(Scan, *inputs, cell, reverse, name)
+        function = Scan if torch.compiler.is_compiling() or functorch_active() else EagerScan
+        found = apply(function, *inputs, cell, reverse, name)
     else:
         found = FORWARD[name](*inputs, ops.NUMBER[cell], reverse, False, want_states)
     return found[:4] if cell == "lstm" else (found[0], found[1], None, None)

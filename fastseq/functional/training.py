@@ -41,13 +41,21 @@ class Layer(torch.autograd.Function):
             return None
         *results, states, tape = made
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, made[0], states, tape, *weights)
+        y = made[0]
+        one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
+        need = ctx.needs_input_grad
+        r_x, r_w_ih, r_w_hh, _, _, _, r_h0, r_c0, r_y = autograd.values_read(
+            cell, one_step, need[0], need[6], need[7], need[1]
+        )
+        y = y if r_y else y.detach()  # else the result would hold its own graph
+        read = (r_x, r_h0, r_c0, r_y, True, True, r_w_ih, r_w_hh, False, False)
+        autograd.save(ctx, (x, h0, c0, y, states, tape, *weights), read)
         ctx.cell, ctx.layout, ctx.reverse = cell, layout, reverse
         return tuple(t for t in results if t is not None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        x, h0, c0, y, states, tape, *weights = ctx.saved_tensors
+        x, h0, c0, y, states, tape, *weights = autograd.saved(ctx)
         need, cell, layout, reverse = ctx.needs_input_grad, ctx.cell, ctx.layout, ctx.reverse
         dy, dh_n = grads[0], None if layout == "cell" else grads[1]
         dc_n = grads[-1] if cell == "lstm" else None

@@ -45,7 +45,8 @@ def wants_gradient(tensors: Sequence[Any]) -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether a derivative is being taken that the fused operators do not have: forward mode, or a nested gradient."""
+    """Whether a transform is active that the fused operators do not have: forward mode, a nested gradient, or
+    functionalization, which takes no Function."""
     if torch.compiler.is_compiling():
         return transform_is_traced()
     if forward_mode():
@@ -55,7 +56,7 @@ def needs_reference() -> bool:
         return False
     kinds = [level.key() for level in stack]
     transform = torch._C._functorch.TransformType
-    return transform.Jvp in kinds or kinds.count(transform.Grad) > 1
+    return transform.Jvp in kinds or transform.Functionalize in kinds or kinds.count(transform.Grad) > 1
 
 
 def transform_is_traced() -> bool:
@@ -249,6 +250,8 @@ def gradient(
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, None where not needed; differentiable in grad mode."""
+    if need[5] and grads[0] is None and grads[1] is None and y.shape[0] == 1:
+        need = (*need[:5], False, *need[6:])  # the c of one step does not depend on w_hr
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         found = fused_gradient(grads, inputs, lengths, reset, y, states, tape, cell, reverse, backend, need)
     elif needs_reference():
@@ -292,7 +295,7 @@ def fused_gradient(
     if w_hr is not None and need[5]:
         assert states is not None and tape is not None  # noqa: PT018
         o = tape[..., 3 * states.shape[-1] :]
-        dw_hr = dhidden.flatten(0, 1).t() @ (o * torch.tanh(states).to(o.dtype)).flatten(0, 1)
+        dw_hr = _rows(dhidden).t() @ _rows(o * torch.tanh(states).to(o.dtype))
     return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
 
 
@@ -342,14 +345,14 @@ def torch_products(
 ) -> tuple[Tensor | None, ...]:
     """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_gradient``."""
     dx = dw_ih = dw_hh = db_ih = db_hh = None
-    flat = dgates.flatten(0, 1)
+    flat = _rows(dgates)
     if with_dx:
-        dx = (flat @ w_ih).unflatten(0, dgates.shape[:2])
+        dx = (flat @ w_ih).reshape(x.shape)
     if with_weights:
         if lengths is not None:  # the padding may hold anything, and 0 * NaN is NaN
             steps = torch.arange(x.shape[0], device=x.device)
             x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
-        dw_ih = flat.t() @ x.flatten(0, 1)
+        dw_ih = flat.t() @ _rows(x)
         dw_hh = _dw_hh(dgates, dhidden, y, tape, h0, lengths, reset, cell, reverse)
         db_ih = db_hh = flat.sum(0)
         if cell == "gru":
@@ -382,7 +385,7 @@ def _dw_hh(
             later, before = d[:-1], y[1:]
         else:
             first, later, before = d[0], d[1:], y[:-1]
-        return torch.addmm(first.t() @ start, later.flatten(0, 1).t(), before.flatten(0, 1))
+        return torch.addmm(first.t() @ start, _rows(later).t(), _rows(before))
 
     if cell not in ("gru", "gru_reset_before"):
         return product(dgates)
@@ -392,8 +395,13 @@ def _dw_hh(
     else:
         assert tape is not None
         q = tape[..., 3 * hidden :]  # r * h_prev
-        candidate = dgates[..., 2 * hidden :].flatten(0, 1).t() @ q.flatten(0, 1)
+        candidate = _rows(dgates[..., 2 * hidden :]).t() @ _rows(q)
     return torch.cat((product(dgates[..., : 2 * hidden]), candidate))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[T, B, N]`` as ``[T * B, N]``; of flatten, the vmap of ``is_grads_batched`` knows nothing."""
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
 def _at(values: Tensor, steps: Tensor) -> Tensor:

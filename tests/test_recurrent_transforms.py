@@ -237,3 +237,71 @@ def test_state_of_a_layer_can_be_detached_and_carried():
         hx = tuple(s.detach() for s in hx)
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces), whole)
+
+
+FUNCTIONS = {
+    **{name: (name, {}, (3, 2, 4)) for name in ("RNN", "GRU", "LSTM")},
+    **{name: (name, {}, (2, 4)) for name in ("RNNCell", "GRUCell", "LSTMCell")},
+    "projected": ("LSTM", {"proj_size": 3}, (3, 2, 4)),
+    "stack": ("GRU", {"num_layers": 2, "bidirectional": True}, (3, 2, 4)),
+}
+
+
+def output_of(name, kwargs, shape):
+    layer = getattr(fastseq.nn, name)(4, 6, **kwargs).double()
+    return layer, lambda x: flat(layer(x))[0], torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("name", "kwargs", "shape"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functionalize(name, kwargs, shape, grad):
+    layer, f, x = output_of(name, kwargs, shape)
+    with torch.set_grad_enabled(grad):
+        y = torch.func.functionalize(f)(x)
+    torch.testing.assert_close(y, f(x))
+    if grad:
+        for a, b in zip(*(torch.autograd.grad(v.sum(), layer.parameters()) for v in (y, f(x))), strict=True):
+            torch.testing.assert_close(a, b)
+    gradient = torch.func.functionalize(torch.func.grad(lambda x: f(x).sum()))(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda x: f(x).sum())(x))
+
+
+def test_functionalize_of_attention():
+    q = torch.randn(1, 2, 5, 4)
+    y = torch.func.functionalize(lambda q: fastseq.attention(q, q, q, causal=True))(q)
+    torch.testing.assert_close(y, fastseq.attention(q, q, q, causal=True))
+
+
+@pytest.mark.parametrize("library", ["kernel's products", "torch's products"])
+@pytest.mark.parametrize(("name", "kwargs", "shape"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_vectorized_jacobians(name, kwargs, shape, library, monkeypatch):
+    if library == "torch's products":  # those of a backend that has no gradient in one call
+        monkeypatch.setattr("fastseq.autograd.GRADIENT", {})
+        monkeypatch.setattr("fastseq.functional.direct.layer_gradient", lambda *_: None)
+    layer, f, x = output_of(name, kwargs, shape)
+    want = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), want)
+
+    def of_weights(*weights):
+        return flat(torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,)))[0]
+
+    names, weights = zip(*((n, p.detach()) for n, p in layer.named_parameters()), strict=True)
+    found = torch.autograd.functional.jacobian(of_weights, weights, vectorize=True)
+    for a, b in zip(found, torch.autograd.functional.jacobian(of_weights, weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_a_projection_without_influence_has_torchs_gradient(kwargs, which, steps):
+    found = []
+    for library in (torch.nn, fastseq.nn):
+        torch.manual_seed(0)
+        layer = library.LSTM(4, 6, proj_size=3, **kwargs)
+        flat(layer(torch.randn(steps, 2, 4)))[which].square().sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)

@@ -105,7 +105,8 @@ def lstm_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
     """h and c of an LSTM's ``hx``: both or neither."""
     if hx is None:
         return None, None
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+    stacked = isinstance(hx, Tensor) and hx.dim() > 0 and hx.shape[0] == 2  # which unpacks, as torch's layers do
+    if not stacked and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
         got = f"one Tensor {sizes(hx)}" if isinstance(hx, Tensor) else type(hx).__name__
         got += f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
         raise ArgumentError(f"hx of an LSTM must be a pair of tensors (h_0, c_0), got {got}; give both states")

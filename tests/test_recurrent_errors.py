@@ -68,7 +68,7 @@ def test_layer_says_what_is_wrong(case, name):
     assert layer(x)[0].isfinite().all()  # and the layer works on
 
 
-@pytest.mark.parametrize("state", [h, torch.zeros(2, 3, 7), (h,), (h, h, h)], ids=["tensor", "two", "one", "three"])
+@pytest.mark.parametrize("state", [h, (h,), (h, h, h)], ids=["tensor", "one", "three"])
 def test_an_lstms_hx_must_be_a_pair(state):
     for layer, of in ((fastseq.nn.LSTM(5, 7), x), (fastseq.nn.LSTMCell(5, 7), x[0])):
         for gradients in (True, False):

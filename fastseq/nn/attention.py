@@ -177,7 +177,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Copies of the inputs that a weight's gradient will be multiplied with. torch's layer transposes an input that
         is ``batch_first``, which copies it too, so the caller may change the input in place before the backward."""
         if self._qkv_same_embed_dim:
-            learns = (self.in_proj_weight.requires_grad,) * 3
+            learns: tuple[bool, ...] = (self.in_proj_weight.requires_grad,) * 3
         else:
             learns = tuple(w.requires_grad for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
         copies: dict[int, Tensor] = {}

@@ -165,6 +165,7 @@ class OnlyMemoryAndViews(TorchDispatchMode):
         "zeros",
         "view",
         "transpose",
+        "permute",
         "expand",
         "detach",
         "alias",

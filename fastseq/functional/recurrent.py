@@ -100,11 +100,8 @@ def rnn(
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     checks.check_nonlinearity(nonlinearity)
-    stack = Stack(
-        f"rnn_{nonlinearity}", num_layers, has_biases, dropout, training, bidirectional, batch_first
-    )  # fmt: skip
-    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)
-    return y, h_n
+    stack = Stack(f"rnn_{nonlinearity}", num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    return run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)[:2]
 
 
 def gru(
@@ -140,8 +137,7 @@ def gru(
     """
     cell = "gru" if reset_after else "gru_reset_before"
     stack = Stack(cell, num_layers, has_biases, dropout, training, bidirectional, batch_first)
-    y, h_n, _, _ = run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)
-    return y, h_n
+    return run(stack, input, hx, None, weights, lengths, reset, False, backend, batch_sizes)[:2]
 
 
 def lstm(
@@ -181,9 +177,7 @@ def lstm(
         ArgumentError, BackendError: as :func:`rnn`.
     """
     h0, c0 = checks.lstm_state(hx)
-    stack = Stack(
-        "lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected
-    )  # fmt: skip
+    stack = Stack("lstm", num_layers, has_biases, dropout, training, bidirectional, batch_first, projected)
     y, h_n, c_n, states = run(stack, input, h0, c0, weights, lengths, reset, return_all_states, backend, batch_sizes)
     assert c_n is not None
     return (y, (h_n, c_n), states) if states is not None else (y, (h_n, c_n))

@@ -270,7 +270,7 @@ def run(
     if not w_ih.is_meta and torch.is_autocast_enabled(w_ih.device.type):  # autocast knows no meta device
         if stack.projected and w_ih.device.type == "cpu":  # torch's c is not projected, and so stays as it came
             c_dtype = eager.carried_dtype(torch.get_autocast_dtype("cpu"), x if c0 is None else c0)
-        dtype = eager.autocast_dtype(stack, x, h0, c0, batch_sizes is not lengths)  # packed, or as if
+        dtype = eager.autocast_dtype(stack, x, h0, c0, not (batch_sizes is lengths is None))
         x, h0, c0, weights = eager.autocast(dtype, x, h0, c0, weights)
         w_ih, w_hh = weights[0], weights[1]
     checks.check_input(x, w_ih, stack.batch_first)

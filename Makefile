@@ -30,7 +30,7 @@ test: build
 
 # The Triton kernels under Triton's interpreter, on the CPU. Its products are numpy's: one thread each is fastest.
 test-interpreted: build
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) $(if $(findstring tests/,$(ARGS)),,tests/test_triton_*_interpreted.py) $(ARGS)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) $(if $(findstring tests/,$(ARGS)),,tests/*/test_triton_*_interpreted.py) $(ARGS)
 
 test-full: build
 	$(PYTEST) -m full $(ARGS)

@@ -3,8 +3,8 @@
 FASTSEQ_BUILD says how much: ``auto`` (all that can be built; never fails), ``cpu``, ``cuda`` (fail if that cannot be
 built) or ``none``. What was built, and why the rest was not, goes into ``fastseq/_build.json`` for the doctor.
 
-Every kernel source of csrc/cpu is compiled once per instruction set, the sources that talk to torch once, and all of it
-is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
+Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
+it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
 serves every later version of both. CUDA sources go into a second file, ``fastseq/_native_cuda.abi3.so``: the first one
 must load under a torch without CUDA. Objects are kept in build/native and compiled again only when their command line,
 their source or a header changed.
@@ -211,6 +211,11 @@ def sources(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
 
 
+def object_of(source: Path, variant: str) -> Path:
+    """Where the object of a source under csrc is kept. Its name has the whole path: files of two folders share a name."""
+    return OBJECTS / variant / f"{'-'.join(source.parts[1:])}.o"
+
+
 def cpu_compiler() -> tuple[list[str], str]:
     """The C++ compiler's command and its version line."""
     named = os.environ.get("CXX")
@@ -255,7 +260,7 @@ def build_cpu(report: Report) -> Path:
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
 
     units: dict[str, list[Unit]] = {}
-    kernels = [path for path in sources("csrc/cpu/*.cpp") if path.name != "isa.cpp"]
+    kernels = sources("csrc/*/cpu/*.cpp")
     for isa, flags in ISAS[machine].items():
         flags = [*KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
         try:
@@ -267,15 +272,15 @@ def build_cpu(report: Report) -> Path:
             say(f"without the {isa} kernels: {error}")
             continue
         report.instruction_sets.append(isa)
-        units[isa] = [Unit(OBJECTS / isa / f"{path.stem}.o", path, [*base, *flags]) for path in kernels]
+        units[isa] = [Unit(object_of(path, isa), path, [*base, *flags]) for path in kernels]
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in report.instruction_sets if isa != "baseline"]
     glue = [
         Unit(
-            OBJECTS / "torch" / f"{path.stem}.o",
+            object_of(path, "torch"),
             path,
             [*base, "-fopenmp", *have, *torch.compile_flags, "-isystem", python_include],
         )
-        for path in [*sources("csrc/*.cpp"), Path("csrc/cpu/isa.cpp")]
+        for path in sources("csrc/*/*.cpp")
     ]
     # Glue and baseline come first: should an inline function of the standard library be emitted in several objects, the
     # linker keeps the first, which every processor can run.
@@ -295,7 +300,7 @@ def find_nvcc() -> str:
 
 def build_cuda(report: Report) -> Path:
     """Compiles and links the CUDA extension, for all architectures in one file. Raises Unavailable."""
-    files = [*sources("csrc/cuda/*.cpp"), *sources("csrc/cuda/*.cu")]
+    files = [*sources("csrc/*/cuda/*.cpp"), *sources("csrc/*/cuda/*.cu")]
     torch = Torch.find()
     if torch.cuda is None:
         raise Unavailable(f"torch {torch.version} is built without CUDA; install a CUDA build of torch")
@@ -318,7 +323,7 @@ def build_cuda(report: Report) -> Path:
     host = [flag for flag in COMMON_FLAGS if not flag.startswith(("-std", "-O"))]
     base = [nvcc, "-std=c++17", "-O3", "-cudart=shared", *(f"-Xcompiler={flag}" for flag in host)]
     flags = [*generate, *torch.compile_flags, "-DUSE_CUDA", "-isystem", sysconfig.get_path("include")]
-    units = [Unit(OBJECTS / "cuda" / f"{path.name}.o", path, [*base, *flags]) for path in files]
+    units = [Unit(object_of(path, "cuda"), path, [*base, *flags]) for path in files]
     compiled = compile_all(units, f"{version}\ntorch {torch.version}")
     libraries = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
     return link(base, units, [*libraries, "-ltorch_cuda"], EXTENSIONS["cuda"], compiled)
@@ -336,7 +341,7 @@ def build(wanted: str) -> tuple[Report, dict[str, Path]]:
         try:
             if wanted == "none" or (wanted == "cpu" and part == "cuda"):
                 raise Unavailable(f"FASTSEQ_BUILD={wanted} was set; install again without it")
-            if part == "cuda" and not sources("csrc/cuda/*.cu"):
+            if part == "cuda" and not sources("csrc/*/cuda/*.cu"):
                 raise Unavailable("this version has no CUDA C++ kernels")
             if part == "cuda" and "cpu" not in libraries:
                 raise Unavailable("the CPU kernels, which it needs, were not built")

@@ -1,6 +1,6 @@
 """Print what of the CUDA C++ scan fits where: the largest H by cell, dtype, and blocks that share W_hh.
 
-Computed by the kernels' own plan (csrc/cuda/recurrent_plan.cpp) from a device's limits; docs/cuda-scan.md shows it.
+Computed by the kernels' own plan (csrc/recurrent/cuda/plan.cpp) from a device's limits; docs/cuda-scan.md shows it.
 """
 
 from __future__ import annotations

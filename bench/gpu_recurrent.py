@@ -123,7 +123,7 @@ def in_role(role: str | None) -> Iterator[None]:
         finally:
             torch.ops.fastseq.native_scan_role("", 0, 0, 0)
         return
-    from fastseq.kernels import recurrent_launch
+    from fastseq.kernels.recurrent import launch as recurrent_launch
 
     before, recurrent_launch.role = recurrent_launch.role, role
     try:
@@ -136,7 +136,7 @@ def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
     """:func:`ours` in the role in force, where the device can have it: tells whether the tables should ask for it."""
     if case.steps == 1:
         raise Unavailable("a single step is one launch in any role")
-    from fastseq.kernels import recurrent_launch
+    from fastseq.kernels.recurrent import launch as recurrent_launch
 
     try:
         cell = "rnn_tanh" if case.cell == "rnn" else case.cell

@@ -1,7 +1,7 @@
 """The least time a step of the Triton recurrent kernels can take on an H200, from counted bytes, products, barriers.
 
 A floor to lay beside a measured time, not a prediction: every part runs at its limit, and where two can overlap the
-longer one counts. What is counted is in the kernels (kernels/recurrent*.py) and their tiles; what a limit is, below.
+longer one counts. What is counted is in the kernels (kernels/recurrent/*.py) and their tiles; what a limit is, below.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from fastseq.kernels import tuning_recurrent as tuning
+from fastseq.kernels.recurrent import tuning
 
 from bench import model_attention
 

@@ -36,10 +36,10 @@ class Family:
 
 _TRITON, _CUDA = "interpreted and compiled", "emulated and compiled"
 FAMILIES = (
-    Family("Triton, recurrent scan", "triton", "recurrent", "kernels/recurrent*.py", "recurrent", _TRITON),
-    Family("Triton, attention", "triton", "attention", "kernels/attention*.py", "attention", _TRITON),
-    Family("CUDA C++, recurrent scan", "native", "recurrent", "csrc/cuda/recurrent*.cu", "recurrent", _CUDA),
-    Family("CUDA C++, attention", "native", "attention", "csrc/cuda/attention*.cu", "attention", _CUDA),
+    Family("Triton, recurrent scan", "triton", "recurrent", "kernels/recurrent/*.py", "recurrent", _TRITON),
+    Family("Triton, attention", "triton", "attention", "kernels/attention/*.py", "attention", _TRITON),
+    Family("CUDA C++, recurrent scan", "native", "recurrent", "csrc/recurrent/cuda/*.cu", "recurrent", _CUDA),
+    Family("CUDA C++, attention", "native", "attention", "csrc/attention/cuda/*.cu", "attention", _CUDA),
 )
 
 

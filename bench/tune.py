@@ -3,7 +3,7 @@
 Processes on all processors compile candidates, the most promising of every role and width first; one more process
 times what is compiled: each alone, after its answer was held against that of the tile in force. What does not compile,
 does not fit or is wrong stays in the report with its reason. A process that crashes or hangs is begun anew. The tiles
-themselves are in kernels/tuning_attention.py; nothing here changes them.
+themselves are in kernels/attention/tuning.py; nothing here changes them.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ class Bench:
         return self.kept[role, case.name]
 
     def problem(self, case: Heads, role: str) -> Prepared:
-        from fastseq.kernels import attention_launch as launch
-        from fastseq.kernels.attention_problem import Problem
+        from fastseq.kernels.attention import launch
+        from fastseq.kernels.attention.problem import Problem
 
         given = gpu_attention.inputs(case, self.device)
         options: list[Any] = [*[None] * 9, case.dim**-0.5, case.causal, True, case.window or -1, -1, 0.0, 0.0]
@@ -202,13 +202,13 @@ class Bench:
         return Prepared(x, plans, [out.dk, out.dv] if role == "backward_keys" else [out.dq])
 
     def tile(self, x: Any, role: str, fields: dict[str, int]) -> Any:
-        from fastseq.kernels.tuning_attention import Tile
+        from fastseq.kernels.attention.tuning import Tile
 
         return Tile(**fields) if fields else x.tile(role, True)
 
     def compile(self, cases: list[Heads], role: str, fields: dict[str, int]) -> dict[str, Any]:
         """Compile into the cache that launches read; what the compiler says."""
-        from fastseq.kernels import tuning_attention
+        from fastseq.kernels.attention import tuning as tuning_attention
 
         if self.device != "cuda":
             return {}
@@ -233,7 +233,7 @@ class Bench:
 
     def measure(self, case: Heads, role: str, fields: dict[str, int], min_time: float) -> dict[str, Any]:
         """Seconds of the role's launches, once their answer is that of the tile in force."""
-        from fastseq.kernels import tuning_attention
+        from fastseq.kernels.attention import tuning as tuning_attention
 
         own = self.prepared(case, role)
         if not own.truth:

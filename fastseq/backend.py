@@ -15,7 +15,8 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 
-from fastseq import auto, ops, ops_triton
+from fastseq import auto, ops
+from fastseq.ops import triton as ops_triton
 
 NAMES = ("reference", "torch", "native", "triton")
 

@@ -25,7 +25,7 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """A tensor on the CPU whose storage was not freed, of those that have one. A compiler's tensors have none to ask."""
+    """A tensor on the CPU whose storage was not freed, of those that have one. A compiler's tensors have none."""
     if torch.compiler.is_compiling():
         return
     if type(tensor) is Tensor and tensor.is_cpu and tensor.numel() and tensor.untyped_storage().nbytes() == 0:

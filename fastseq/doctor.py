@@ -202,7 +202,7 @@ def _native(build: dict[str, Any]) -> str:
 
 
 def _fast_path() -> str:
-    from fastseq.functional import direct
+    from fastseq import direct
 
     return "on" if direct.MISSING is None else f"off, so small calls take some microseconds more: {direct.MISSING}"
 

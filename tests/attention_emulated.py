@@ -19,16 +19,18 @@ from typing import Any
 
 import devices
 import torch
-from cuda_recurrent_support import ABI, CUDA, TORCH
+from cuda_recurrent_support import ABI, TORCH
 from emulation import build
 from torch import Tensor
 
-from fastseq import ops, ops_attention
-from fastseq.ops_define import define
+from fastseq import ops
+from fastseq.ops import attention as ops_attention
+from fastseq.ops.define import define
 
+CUDA = build.ROOT / "csrc" / "attention" / "cuda"
 SOURCES = [
-    *sorted(CUDA.glob("attention*.cu")),
-    CUDA / "attention_plan.cpp",
+    *sorted(CUDA.glob("*.cu")),
+    CUDA / "plan.cpp",
     build.HERE / "attention_entries.cpp",
 ]
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -62,9 +64,9 @@ def library(sanitizer: str) -> build.Library:
 @cache
 def operators() -> ctypes.CDLL:
     """Builds and loads the operators over emulated kernels, as overloads of their own."""
-    folders = [build.HERE, build.ROOT, CUDA, build.ROOT / "csrc"]
+    folders = [build.HERE, build.ROOT, build.ROOT / "csrc"]
     jobs = [(path, ["-O1"]) for path in SOURCES[:-1]]
-    jobs += [(CUDA / "attention_ops.cpp", ["-O1", *ABI]), (build.HERE / "attention_library.cpp", ["-O1", *ABI])]
+    jobs += [(CUDA / "ops.cpp", ["-O1", *ABI]), (build.HERE / "attention_library.cpp", ["-O1", *ABI])]
     jobs += [(build.HERE / name, build.MACHINE) for name in build.RUNTIME]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: build.compile_one(*job, folders), jobs))

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from devices import COUNTS, operator
-from fastseq.kernels.attention_layout import empty_as
+from fastseq.kernels.attention.layout import empty_as
 from support import assert_within_budget, error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastseq.reference.attention import attention as reference
-from fastseq.reference.random import keep_mask
+from fastseq.attn.random import keep_mask
+from fastseq.attn.reference import attention as reference
 
 TENSORS = ("bias", "mask", "sinks", "alibi_slopes", "lengths_q", "lengths_k", "cu_seqlens_q", "cu_seqlens_k", "seed")
 PLAIN: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastseq.reference.attention import dense_positions, visible_pairs
+from fastseq.attn.reference import dense_positions, visible_pairs
 
 
 @st.composite

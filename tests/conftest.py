@@ -17,7 +17,7 @@ from support import fill_new_memory_with_junk
 
 import fastseq
 from fastseq import ops
-from fastseq.ops_triton import interpreted
+from fastseq.ops.triton import interpreted
 
 HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
 if not HYPOTHESIS:
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kernels", default="triton", choices=("triton", "native"),
         help="whose GPU kernels are tested with --device cuda; native: CUDA C++",
     )  # fmt: skip
-    parser.addoption("--fuzz-seed", default=0, type=int, help="what tests/test_fuzz.py draws from")
+    parser.addoption("--fuzz-seed", default=0, type=int, help="what tests/package/test_fuzz.py draws from")
     parser.addoption("--fuzz-examples", default=0, type=int, help="calls that each of its tests draws; 0: few")
 
 

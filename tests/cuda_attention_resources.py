@@ -83,7 +83,7 @@ def machine_code(kernel: str, target: str) -> dict[Variant, list[str]]:
 
 
 def shared_bytes() -> dict[Variant, int]:
-    """Dynamic shared memory, asked of the shapes in attention_table.cuh."""
+    """Dynamic shared memory, asked of the shapes in table.cuh."""
     import ctypes
 
     from attention_emulated import library

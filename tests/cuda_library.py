@@ -1,6 +1,6 @@
 """What is in fastseq/_native_cuda.abi3.so: the kernels of each target, their machine code, and the compiler's remarks.
 
-The library was just brought up to date with csrc/cuda, so that nothing need be compiled again to look at it.
+The library was just brought up to date with csrc, so that nothing need be compiled again to look at it.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ import pytest
 import torch
 from emulation import build
 
-from fastseq import ops, ops_layers
+from fastseq import ops
+from fastseq.ops import layers as ops_layers
 
-CUDA = build.ROOT / "csrc" / "cuda"
+CUDA = build.ROOT / "csrc" / "recurrent" / "cuda"
 TORCH = Path(torch.__file__).parent
 # As setup.py compiles what talks to torch.
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", f"-isystem{TORCH / 'include'}",
@@ -49,9 +50,9 @@ def hook(name: str) -> Any:
 @functools.lru_cache
 def library() -> ctypes.CDLL:
     """Builds and loads the emulated operators; defines their schemas."""
-    folders = [build.HERE, build.ROOT, CUDA, build.ROOT / "csrc"]
-    jobs = [(path, ["-O1", *ABI]) for path in sorted(CUDA.glob("recurrent*.c*")) if path.suffix in (".cu", ".cpp")]
-    jobs = [job for job in jobs if job[0].name != "recurrent_lanes.cu"]  # streams, in whose place stands:
+    folders = [build.HERE, build.ROOT, build.ROOT / "csrc"]
+    jobs = [(path, ["-O1", *ABI]) for path in sorted(CUDA.glob("*.c*")) if path.suffix in (".cu", ".cpp")]
+    jobs = [job for job in jobs if job[0].name != "lanes.cu"]  # streams, in whose place stands:
     jobs += [(build.HERE / name, ["-O1", *ABI]) for name in ("recurrent_library.cpp", "recurrent_lanes.cpp")]
     jobs += [(build.HERE / name, build.MACHINE) for name in build.RUNTIME]
     with ThreadPoolExecutor(2) as pool:

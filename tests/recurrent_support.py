@@ -14,7 +14,7 @@ from support import cell_inputs, error
 from torch import Tensor
 
 from fastseq import ops
-from fastseq.reference import recurrent as reference
+from fastseq.recurrent import reference
 
 OPTIONS = ["plain", "lengths", "reset", "reverse", "lengths+reset+reverse"]
 INPUTS = ["x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0"]

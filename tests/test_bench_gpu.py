@@ -320,7 +320,7 @@ def test_who_hung_once_is_left_out_of_all_later_cases(tmp_path: Path) -> None:
 
 def test_a_role_that_no_device_has_yet_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The persistent role of the Triton scan, where it can be had; what the tables ask for is as it was after it."""
-    launch = pytest.importorskip("fastseq.kernels.recurrent_launch")
+    launch = pytest.importorskip("fastseq.kernels.recurrent.launch")
     assert "persistent" in gpu_run.DEFAULT["cuda"]
     runner, given = gpu_run.RUNNERS["persistent"], gpu_recurrent.inputs(LSTM, "cpu")
     seen = []
@@ -446,13 +446,16 @@ def test_the_suites_that_run_on_a_gpu_are_found() -> None:
     found = gpu.suites()
     for name in ("recurrent", "recurrent_together", "attention", "promises"):
         assert f"tests/test_triton_{name}_interpreted.py" in found
-    assert "tests/test_readme.py" not in found
+    assert "tests/package/test_readme.py" not in found
 
 
 def test_suites_run_on_the_kernels_that_have_their_operators() -> None:
-    files = ["tests/test_triton_recurrent_interpreted.py", "tests/test_triton_attention_interpreted.py"]
+    files = [
+        "tests/recurrent/test_triton_recurrent_interpreted.py",
+        "tests/attention/test_triton_attention_interpreted.py",
+    ]
     assert gpu.suites_of("triton", "cuda", files) == files
-    assert gpu.suites_of("triton", "cuda", ["tests/test_cuda_recurrent_emulated.py"]) == []
+    assert gpu.suites_of("triton", "cuda", ["tests/recurrent/test_cuda_recurrent_emulated.py"]) == []
     assert gpu.suites_of("native", "mps", files) == []
 
 
@@ -476,8 +479,8 @@ def test_files_of_a_gpu_are_told_with_commit_and_ratio(tmp_path: Path) -> None:
     case = {"name": "c", "family": "attention", "group": "g", "reason": "", "contestants": {},
             "ratios": {"triton": {"cudnn": 0.8, "best": 0.8}}}  # fmt: skip
     timed = gpu_report.timings_document([case], environment, 1, True, "")
-    lost = [{"name": "tests/test_triton_attention_interpreted.py::b", "reason": "hung"}]
-    parts = {"triton": {"reason": "", "tests": {"tests/test_triton_attention_interpreted.py::a": "passed"},
+    lost = [{"name": "tests/attention/test_triton_attention_interpreted.py::b", "reason": "hung"}]
+    parts = {"triton": {"reason": "", "tests": {"tests/attention/test_triton_attention_interpreted.py::a": "passed"},
                         "failures": [], "lost": lost}}  # fmt: skip
     (tmp_path / "nvidia-h200-attention.json").write_text(json.dumps(timed))
     (tmp_path / "nvidia-h200-tests.json").write_text(json.dumps(gpu_report.tests_document(parts, environment, False)))

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize(("role", "width"), list(product(tune.ROLES, tune.WIDTHS)))
 def test_candidates_are_tiles_and_the_one_in_force_comes_first(role: str, width: int) -> None:
-    from fastseq.kernels.tuning_attention import Tile
+    from fastseq.kernels.attention.tuning import Tile
 
     found = tune.candidates(role, width, argparse.Namespace(tile=None, tiny=False))
     assert found[0] == {}
@@ -35,7 +35,7 @@ def test_candidates_are_tiles_and_the_one_in_force_comes_first(role: str, width:
 
 
 def test_a_forced_tile_is_that_of_its_role_alone() -> None:
-    from fastseq.kernels import tuning_attention as tuning
+    from fastseq.kernels.attention import tuning
 
     def now(role: str) -> Any:
         return tuning.tile("sm_90", role, torch.bfloat16, 128, False, True)
@@ -64,7 +64,7 @@ def test_a_run_checks_and_times_every_candidate(tmp_path: Path) -> None:
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastseq.kernels.tuning_attention import Tile
+    from fastseq.kernels.attention.tuning import Tile
 
     bench, result, value = tune.Bench("cpu"), torch.empty(3), 1.0
     launch = SimpleNamespace(run=lambda: result.fill_(value))

@@ -6,8 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastseq.kernels import recurrent, recurrent_backward, recurrent_persistent, recurrent_persistent_backward
-from fastseq.kernels import tuning_recurrent as tuning
+from fastseq.kernels.recurrent import (
+    backward as recurrent_backward,
+)
+from fastseq.kernels.recurrent import (
+    forward as recurrent,
+)
+from fastseq.kernels.recurrent import (
+    persistent as recurrent_persistent,
+)
+from fastseq.kernels.recurrent import (
+    persistent_backward as recurrent_persistent_backward,
+)
+from fastseq.kernels.recurrent import tuning
 from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.

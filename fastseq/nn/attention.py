@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.attn import multihead
+from fastseq.attn.checks import check_strided
 from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
 from fastseq.checks import ArgumentError, check_memory, check_tensor, sizes
-from fastseq.checks_attention import check_strided
-from fastseq.functional import multihead
 
 _PARAMETERS = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from fastseq import backend, ops
-from fastseq.functional import direct
+from fastseq import backend, direct, ops
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""

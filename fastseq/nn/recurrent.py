@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import backend, checks, functional
-from fastseq.functional import direct, training
+from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights
+from fastseq.recurrent import training
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 

@@ -3,8 +3,8 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/cuda/attention_hopper_tile.cuh"
-#include "csrc/cuda/attention_table.cuh"
+#include "attention/cuda/hopper_tile.cuh"
+#include "attention/cuda/table.cuh"
 #include "entry.h"
 
 namespace fastseq::cuda {

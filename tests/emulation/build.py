@@ -1,7 +1,7 @@
 """Compiles kernels against the emulated machine into a library, and calls it: plainly in this process, or by a program
 of its own under ThreadSanitizer or AddressSanitizer.
 
-    library = Library([Path("csrc/cuda/recurrent.cu"), Path("tests/emulation/recurrent_entries.cpp")])
+    library = Library([Path("csrc/recurrent/cuda/recurrent.cu"), Path("tests/emulation/recurrent_entries.cpp")])
     error = library.call("scan_forward", [x, w, y], [T, B, H], [0.5], seed=3, schedule=PRIORITY)
 
 An entry is written with FASTSEQ_ENTRY of entry.h. Its pointers are CPU tensors or numpy arrays (contiguous; None is a
@@ -114,7 +114,7 @@ def build(sources: Sequence[Path], sanitizer: str = "", flags: Sequence[str] = (
     ``quote`` are folders searched for headers before the repository's own, as a changed copy of a kernel needs.
     """
     kernel_flags, machine_flags = SANITIZERS[sanitizer]
-    folders = [HERE, ROOT, ROOT / "csrc" / "cuda", ROOT / "csrc"]
+    folders = [HERE, ROOT, ROOT / "csrc"]
     jobs = [(Path(source), ["-O1", *kernel_flags, *flags], [*quote, *folders]) for source in sources]
     jobs += [(HERE / name, [*MACHINE, *machine_flags], folders) for name in RUNTIME]
     with ThreadPoolExecutor(2) as pool:

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/primitives.cuh"
+#include "primitives/primitives.cuh"
 
 namespace fastseq::cuda {
 

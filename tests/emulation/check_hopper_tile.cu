@@ -1,5 +1,5 @@
-// Checks of csrc/cuda/attention_hopper_tile.cuh: tiles through a ring of TMA buffers into products of warpgroups.
-#include "csrc/cuda/attention_hopper_tile.cuh"
+// Checks of csrc/attention/cuda/hopper_tile.cuh: tiles through a ring of TMA buffers into products of warpgroups.
+#include "attention/cuda/hopper_tile.cuh"
 
 #include <type_traits>
 

@@ -1,4 +1,4 @@
-// One check for each primitive of primitives_sm80.cuh.
+// One check for each primitive of primitives/sm80.cuh.
 #include "tests/emulation/check.h"
 
 namespace fastseq::cuda {

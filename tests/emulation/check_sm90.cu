@@ -1,4 +1,4 @@
-// One check for each primitive of primitives_sm90.cuh.
+// One check for each primitive of primitives/sm90.cuh.
 #include "tests/emulation/check.h"
 
 namespace fastseq::cuda {

@@ -1,4 +1,4 @@
-// One check for each primitive of primitives_tma.cuh (sm_90) and primitives_wgmma.cuh (sm_90a alone).
+// One check for each primitive of primitives/tma.cuh (sm_90) and primitives/wgmma.cuh (sm_90a alone).
 #include "tests/emulation/check.h"
 
 namespace fastseq::cuda {

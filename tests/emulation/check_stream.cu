@@ -1,5 +1,5 @@
-// A check of primitives_stream.cuh: work on two streams in the order that their events ask for.
-#include "csrc/cuda/primitives_stream.cuh"
+// A check of primitives/stream.cuh: work on two streams in the order that their events ask for.
+#include "primitives/stream.cuh"
 #include "tests/emulation/check.h"
 
 namespace fastseq::cuda {

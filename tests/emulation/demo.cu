@@ -1,6 +1,6 @@
 // Small kernels of the kinds that this package has, in which the mutation suite plants faults: a double-buffered
 // pipeline of copies, a recurrence over a cluster, one over a grid by a barrier and one by flags, a ring of TMA copies.
-#include "csrc/cuda/primitives.cuh"
+#include "primitives/primitives.cuh"
 #include "tests/emulation/entry.h"
 
 namespace fastseq::cuda {

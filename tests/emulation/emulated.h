@@ -8,7 +8,7 @@
 #include <tuple>
 #include <utility>
 
-#include "csrc/cuda/primitives_types.cuh"
+#include "primitives/types.cuh"
 #include "emulated_calls.h"
 #include "launch.h"
 

@@ -1,4 +1,4 @@
-// The primitives of csrc/cuda/primitives_tma.cuh and primitives_wgmma.cuh on the emulated machine; for emulated.h.
+// The primitives of csrc/primitives/tma.cuh and wgmma.cuh on the emulated machine; for emulated.h.
 #pragma once
 
 namespace fastseq::cuda {

@@ -1,6 +1,6 @@
 // Streams of the emulated machine: each launch has ended when it returns, so that there is nothing to wait for.
 #pragma once
-#include "csrc/cuda/primitives.cuh"
+#include "primitives/primitives.cuh"
 
 namespace fastseq::cuda {
 

@@ -1,7 +1,7 @@
 """Faults planted in copies of kernels, each of which the emulated machine must notice.
 
 A fault is a text of a source file that occurs there once and what takes its place. Its copy lies in
-build/emulation/mutants with all of csrc/cuda beside it, so that the changed header is the one that is included.
+build/emulation/mutants with all of csrc beside it, so that the changed header is the one that is included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def planted(mutation: Mutation) -> Path:
     text = (ROOT / mutation.file).read_text()
     count = text.count(mutation.old)
     assert count == 1, f"{mutation.name}: {mutation.old!r} occurs {count} times in {mutation.file}"
-    files = {path: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*")) if path.is_file()}
+    files = {path: path.read_text() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()}
     files[ROOT / mutation.file] = text.replace(mutation.old, mutation.new)
     digest = hashlib.sha256(repr(sorted((str(p), t) for p, t in files.items())).encode()).hexdigest()[:20]
     folder = BUILD / "mutants" / digest
@@ -51,7 +51,7 @@ def library(mutation: Mutation, sources: Sequence[Path], sanitizer: str = "", fl
     folder = planted(mutation)
     copies = [folder / s.relative_to(ROOT) for s in map(Path, sources)]
     taken = [copy if copy.exists() else source for copy, source in zip(copies, sources, strict=True)]
-    return Library(taken, sanitizer, flags, quote=[folder])
+    return Library(taken, sanitizer, flags, quote=[folder, folder / "csrc"])
 
 
 def seeds(count: int = 4) -> list[dict[str, int]]:

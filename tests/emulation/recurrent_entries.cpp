@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "csrc/cuda/recurrent_resident.cuh"
+#include "recurrent/cuda/resident.cuh"
 #include "entry.h"
 
 namespace fastseq::cuda {

@@ -1,6 +1,6 @@
 // Lanes without streams: works are kept until the join, and then run in an order drawn from the machine's seed, of those
 // that the lanes and the waits allow; deaf lanes do not hear the waits. In order, they run at once.
-#include "csrc/cuda/recurrent_lanes.h"
+#include "recurrent/cuda/lanes.h"
 
 #include <cstdint>
 #include <stdexcept>

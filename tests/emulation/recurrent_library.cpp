@@ -1,7 +1,7 @@
 // The CUDA operators of the scan, with kernels on the emulated machine, as overloads of their own on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "csrc/cuda/recurrent_ops.h"
+#include "recurrent/cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_forward.emulated", TORCH_BOX(&fastseq::cuda::scan_forward_cuda));

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/primitives_types.cuh"
+#include "primitives/types.cuh"
 
 namespace fastseq::emulation {
 

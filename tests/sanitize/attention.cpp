@@ -1,5 +1,5 @@
 // Random calls of attention, forward and backward: dense and packed, every option, 1 to 3 threads.
-#include "cpu/attention.h"
+#include "attention/cpu/attention.h"
 
 #include "harness.h"
 

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/simd.h"
-#include "cpu/tiles.h"
+#include "core/isa.h"
+#include "core/simd.h"
+#include "core/tiles.h"
 
 namespace driver {
 

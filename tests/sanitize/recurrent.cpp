@@ -1,5 +1,5 @@
 // Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, strides, 1 to 4 threads.
-#include "cpu/recurrent.h"
+#include "recurrent/cpu/recurrent.h"
 
 #include "harness.h"
 

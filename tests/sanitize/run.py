@@ -42,7 +42,7 @@ class Check:
     flags: list[str]
     cases: tuple[int, int]
     sets: dict[str, list[str]] | None = None  # instruction sets of the check's own, with their flags
-    kernels: str = ""  # how the names of the kernels' files begin
+    kernels: str = "*"  # whose: a folder of csrc
     driver: list[str] = field(default_factory=list)  # the driver's own flags
     like: str = ""  # the check that compiles sets without flags alike: they are compiled once
     link: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Check:
 
 
 LINES = ["-g1", "-fno-omit-frame-pointer"]
-TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../../tests/sanitize/tile_model.h"']
+TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../tests/sanitize/tile_model.h"']
 ADDRESS = ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CHECKS = {
     "address": Check(
@@ -69,7 +69,7 @@ CHECKS = {
         ADDRESS,
         (1600, 0),
         sets={"baseline": [], "amx_bf16": TILE_MODEL},
-        kernels="recurrent_",
+        kernels="recurrent",
         driver=[*TILE_MODEL, "-DWITHOUT_ATTENTION"],
         like="address",
         environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
@@ -90,17 +90,17 @@ def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, l
     """Compiles the kernels and the driver under build/; returns the program."""
     folder = Path("build", name)
     base = [*compiler, *(f for f in setup.COMMON_FLAGS if not f.startswith("-O")), *check.flags]
-    kernels = [path for path in setup.sources(f"csrc/cpu/{check.kernels}*.cpp") if path.name != "isa.cpp"]
+    kernels = setup.sources(f"csrc/{check.kernels}/cpu/*.cpp")
     units = []
     for isa, flags in sets.items():
         objects = Path("build", name if flags else check.like or name, isa)
         command = [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
-        units += [setup.Unit(objects / f"{path.stem}.o", path, command) for path in kernels]
+        units += [setup.Unit(objects / f"{'-'.join(path.parts[1:])}.o", path, command) for path in kernels]
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in sets if isa != "baseline"]
     units += [
         setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have, *check.driver])
-        for path in [Path("csrc/cpu/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
-        if not (check.kernels and path.name == "attention.cpp")
+        for path in [Path("csrc/core/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
+        if not (check.kernels == "recurrent" and path.name == "attention.cpp")
     ]
     setup.compile_all(units, setup.run([*compiler, "--version"]).splitlines()[0])
     program = ROOT / folder / "run"

@@ -1,6 +1,6 @@
 // tile_faults N: does the Nth wrong thing with the tiles, which the model must refuse; 0 does everything right, and
 // compares the product with one computed plainly. Compiled by tests/test_tiles.py.
-#include "cpu/tiles.h"
+#include "core/tiles.h"
 
 using namespace fastseq::FASTSEQ_ISA;
 

@@ -1,0 +1,346 @@
+// Attention of a few queries over many keys: the work is to read K and V once, so it is divided over the keys.
+//
+// A task is a head of K and V and a chunk of its keys; all queries that share the head are its rows. Within a chunk,
+// blocks of keys stay in the first cache while four rows at a time meet them: scores by dot products, lanes along the
+// features; then the online softmax, lanes along the keys; then O. Chunks are merged by their maxima and sums, in
+// order.
+#include <atomic>
+
+#include "attention/cpu/attention.h"
+#include "attention/cpu/scores.h"
+#include "core/parallel.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace attention {
+namespace {
+
+constexpr long kChunk = 2048;  // keys a task
+constexpr long kStep = 128;    // keys a block
+constexpr int kRows = 4;       // rows at once
+
+// The sums of the lanes of four vectors.
+template <class A>
+FASTSEQ_INLINE void sum_four(const Vec<A> (&x)[4], A* out) {
+  constexpr int n = kLanes<A>;
+  if constexpr (n == 2) {
+    for (int i = 0; i < 4; ++i) out[i] = x[i][0] + x[i][1];
+  } else {
+    using Index = std::make_index_sequence<size_t(n)>;
+    const Vec<A> even = zip_low(x[0], x[2], Index{}) + zip_high(x[0], x[2], Index{});
+    const Vec<A> odd = zip_low(x[1], x[3], Index{}) + zip_high(x[1], x[3], Index{});
+    const Vec<A> sums = zip_low(even, odd, Index{}) + zip_high(even, odd, Index{});  // (0, 1, 2, 3, 0, 1, ...)
+    A all[n];
+    store(all, sums);
+    for (int i = 0; i < 4; ++i) {
+      A sum = all[i];
+      for (int l = 4; l < n; l += 4) sum += all[i + l];
+      out[i] = sum;
+    }
+  }
+}
+
+template <class S>
+class Decode {
+ public:
+  using A = Accumulator<S>;
+  static constexpr int L = kLanes<A>;
+  static constexpr bool kDot = kHasDot && __is_same(S, bf16);
+  using Query = std::conditional_t<kDot, S, A>;  // what q is kept as
+  static constexpr long kQueryLanes = kVectorBytes / long(sizeof(Query));
+
+  explicit Decode(const AttentionForward& call)
+      : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
+        rows_(group_ * call.length_q), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)) {}
+
+  bool run() {
+    const long heads = call_.batch * call_.heads_k;
+    chunk_ = kChunk;
+    if (heads * ((call_.length_k + kChunk - 1) / kChunk) < 4 * call_.threads)
+      chunk_ = least(kChunk, most(kStep, round_up(call_.length_k * heads / (4 * call_.threads), kStep)));
+    chunks_ = most(1, (call_.length_k + chunk_ - 1) / chunk_);
+    const long tasks = heads * chunks_;
+    const int threads = int(most(1, least(call_.threads, tasks)));
+    Arena counting;
+    Scratch(*this, counting);
+    Memory memory(counting.used() * threads + tasks * rows_ * (width_v_ + 2) * long(sizeof(A)) + 256);
+    if (!memory.data) return false;
+    Arena shared(memory.data + counting.used() * threads);
+    o_ = shared.take<A>(tasks * rows_ * width_v_);
+    max_ = shared.take<A>(tasks * rows_), sum_ = shared.take<A>(tasks * rows_);
+    // Merging is little work where heads are few: not worth another meeting of the team.
+    const bool merge_alone = tasks * rows_ * width_v_ < 65536;
+    std::atomic<long> next{0};
+    parallel(threads, [&](const Team& team) {
+      Arena arena(memory.data + counting.used() * team.rank);
+      Scratch scratch(*this, arena);
+      for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) compute(task, scratch);
+      if (merge_alone) return;
+      team.sync();
+      const Share share = share_of(call_.batch * call_.heads_q, team.rank, team.size);
+      for (long i = share.begin; i < share.end; ++i) merge(i / call_.heads_q, i % call_.heads_q);
+    });
+    for (long i = 0; merge_alone && i < call_.batch * call_.heads_q; ++i) merge(i / call_.heads_q, i % call_.heads_q);
+    return true;
+  }
+
+ private:
+  struct Scratch {
+    Query* q;                   // [rows, width]
+    A *scores, *bias, *rescale;  // [4, kStep], [kStep], [4]
+    Scratch(const Decode& d, Arena& arena) {
+      q = arena.take<Query>(d.rows_ * d.width_);
+      scores = arena.take<A>(kRows * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kRows);
+    }
+  };
+
+  void compute(long task, Scratch& x) {
+    const long b = task / chunks_ / call_.heads_k, hk = task / chunks_ % call_.heads_k;
+    const Sequence s(call_, b);
+    A *const o = o_ + task * rows_ * width_v_, *const max = max_ + task * rows_, *const sum = sum_ + task * rows_;
+    for (long r = 0; r < rows_; ++r) max[r] = A(-kInfinity), sum[r] = 0;
+    const long rows = group_ * s.tq;
+    if (rows == 0) return;
+    const long begin = most(task % chunks_ * chunk_, s.first_key(0));
+    const long end = least((task % chunks_ + 1) * chunk_, s.end_key(s.tq - 1));
+    if (begin >= end) return;
+    for (long r = 0; r < rows; ++r) {  // row r: head r / tq of the group, query r % tq
+      const S* q = at<S>(call_.q, b, hk * group_ + r / s.tq, s.q_row + r % s.tq);
+      for (long d = 0; d < width_; ++d) {
+        if constexpr (kDot)
+          x.q[r * width_ + d] = d < call_.dim ? q[d] : S{};
+        else
+          x.q[r * width_ + d] = d < call_.dim ? widen(q[d]) : A(0);
+      }
+      for (long d = 0; d < width_v_; d += L) store(o + r * width_v_ + d, Vec<A>{});
+    }
+    for (long j = begin; j < end; j += kStep) {
+      const long n = least(kStep, end - j);
+      const S *k = at<S>(call_.k, b, hk, s.k_row + j), *v = at<S>(call_.v, b, hk, s.k_row + j);
+      for (long r = 0; r < rows; r += kRows) {
+        switch (least(kRows, rows - r)) {
+          case 1:
+            meet<1>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            break;
+          case 2:
+            meet<2>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            break;
+          case 3:
+            meet<3>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            break;
+          default:
+            meet<4>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+        }
+      }
+    }
+  }
+
+  // Rows r.. meet keys [j0, j0 + n).
+  template <int R>
+  void meet(const Sequence& s, long b, long hk, long r, long j0, long n, const S* k, const S* v, A* o, A* max, A* sum,
+            Scratch& x) const {
+    multiply_keys<R>(k, n, x.q + r * width_, x.scores);
+    for (int i = 0; i < R; ++i) {
+      const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
+      A* const scores = x.scores + i * kStep;
+      score(s, b, h, row, j0, n, scores, x.bias);
+      exponentiate(scores, n, max[r + i], sum[r + i], x.rescale[i]);
+      if (dropout_.active) drop(b, h, row, j0, n, scores);
+    }
+    const int vectors = int(width_v_ / L);
+    for (int c = 0; c < vectors; c += 4) {
+      const long wide = call_.dim_v - long(c) * L;
+      A* const out = o + r * width_v_ + c * L;
+      if (wide >= 4 * L)
+        multiply_values<R, 4, true>(v + c * L, n, x, out, wide);
+      else
+        for (int one = c; one < vectors; ++one)
+          multiply_values<R, 1, false>(v + one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L);
+    }
+  }
+
+  template <int R>
+  void multiply_keys(const S* k, long n, const Query* q, A* scores) const {
+    for (long j = 0; j < n; j += 4) {
+      const S* rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = k + least(j + i, n - 1) * call_.k.row;
+      Vec<A> acc[R][4] = {};
+      long d = 0;
+      for (; d + kQueryLanes <= call_.dim; d += kQueryLanes) add_products<R, true>(rows, d, q, acc);
+      if (d < call_.dim) add_products<R, false>(rows, d, q, acc);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum_four<A>(acc[r], scores + r * kStep + j);
+    }
+  }
+  template <int R, bool kWhole>
+  FASTSEQ_INLINE void add_products(const S* const (&rows)[4], long d, const Query* q, Vec<A> (&acc)[R][4]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kDot) {
+      const __mmask32 some = __mmask32((uint64_t(1) << (kWhole ? 32 : call_.dim - d)) - 1);
+      __m512bh kv[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        kv[i] = (__m512bh)(kWhole ? _mm512_loadu_si512(rows[i] + d) : _mm512_maskz_loadu_epi16(some, rows[i] + d));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m512bh qv = (__m512bh)_mm512_loadu_si512(q + r * width_ + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[r][i] = (Vec<A>)_mm512_dpbf16_ps((__m512)acc[r][i], qv, kv[i]);
+      }
+      return;
+    }
+#endif
+    if constexpr (!kDot) {
+      Vec<A> kv[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) kv[i] = kWhole ? load(rows[i] + d) : load_n(rows[i] + d, int(call_.dim - d));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> qv = load(q + r * width_ + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[r][i] += qv * kv[i];
+      }
+    }
+  }
+
+  template <int R, int N, bool kWhole>
+  void multiply_values(const S* v, long n, const Scratch& x, A* o, long wide) const {
+    Vec<A> acc[R][N];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < N; ++c) acc[r][c] = load(o + r * width_v_ + c * L) * x.rescale[r];
+    for (long j = 0; j < n; ++j, v += call_.v.row) {
+      Vec<A> vv[N];
+#pragma GCC unroll 4
+      for (int c = 0; c < N; ++c) vv[c] = kWhole ? load(v + c * L) : load_n(v, int(least(L, wide)));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const A p = x.scores[r * kStep + j];
+#pragma GCC unroll 4
+        for (int c = 0; c < N; ++c) acc[r][c] += vv[c] * p;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < N; ++c) store(o + r * width_v_ + c * L, acc[r][c]);
+  }
+
+  // Products to scores for one row, -inf where the key is not seen and up to a whole vector.
+  void score(const Sequence& s, long b, long h, long i, long j0, long n, A* scores, A* bias) const {
+    const A hidden = A(-kInfinity);
+    if (!scoring_.plain) {
+      const A cap = A(call_.softcap), alibi = slope_of<S>(call_, h);
+      const bool is_float = call_.bias_dtype == AttentionCall::Dtype::f32;
+      const long* step = call_.bias.stride;
+      const long start = b * step[0] + h * step[1] + i * step[2] + j0 * step[3];
+      for (long j = 0; j < n; ++j)
+        bias[j] = call_.bias.data ? read_number<S>(call_.bias.data, is_float, start + j * step[3]) : A(0);
+      for (long j = n; j < round_up(n, L); ++j) bias[j] = scores[j] = 0;
+      for (long j = 0; j < n; j += L) {
+        Vec<A> x = load(scores + j) * A(call_.scale);
+        if (cap != 0) x = tanh<A>(x / cap) * cap;
+        const Vec<A> add = load(bias + j);
+        x = add == hidden ? splat(hidden) : x + add;
+        if (alibi != 0) x -= magnitude<A>(A(i + s.shift - j0 - j) - lane_numbers<A>()) * alibi;
+        store(scores + j, x);
+      }
+    }
+    const long first = s.first_key(i) - j0, end = s.end_key(i) - j0;
+    for (long j = 0; j < least(n, first); ++j) scores[j] = hidden;
+    for (long j = most(0, least(n, end)); j < round_up(n, L); ++j) scores[j] = hidden;
+    if (call_.mask.data) {
+      const uint8_t* mask = at<uint8_t>(call_.mask, b, h, i, j0);
+      const long step = call_.mask.stride[3];
+      for (long j = 0; j < n; ++j) scores[j] = mask[j * step] ? scores[j] : hidden;
+    }
+  }
+
+  void exponentiate(A* scores, long n, A& max, A& sum, A& rescale) const {
+    Vec<A> tops = splat(A(-kInfinity));
+    for (long j = 0; j < n; j += L) tops = maximum<A>(load(scores + j), tops);
+    A top = max;
+    for (int l = 0; l < L; ++l) top = tops[l] > top ? tops[l] : top;
+    const A safe = top == A(-kInfinity) ? A(0) : top;
+    const Vec<A> factor = splat(scoring_.factor), base = splat(safe);
+    rescale = exp2<A>((max - base) * factor)[0];
+    Vec<A> sums{};
+    for (long j = 0; j < n; j += L) {
+      const Vec<A> p = exp2<A>((load(scores + j) - base) * factor);
+      sums += p;
+      store(scores + j, p);
+    }
+    sum = sum * rescale + sum_lanes<A>(sums);
+    max = top;
+  }
+
+  void drop(long b, long h, long i, long j0, long n, A* p) const {
+    for (long j = j0 / 4 * 4; j < j0 + n; j += 4) {
+      uint32_t random[4][1];
+      philox(dropout_.seed, uint32_t(j / 4), uint32_t(i), uint32_t(h), uint32_t(b), random);
+      for (int w = 0; w < 4; ++w)
+        if (j + w >= j0 && j + w < j0 + n && random[w][0] < dropout_.threshold) p[j + w - j0] = 0;
+    }
+  }
+
+  // The chunks of every query of one head.
+  void merge(long b, long h) const {
+    const Sequence s(call_, b);
+    const bool has_sink = call_.sinks != nullptr;
+    const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == AttentionCall::Dtype::f32, h) : A(0);
+    const A unit = scoring_.unit;
+    const long first = (b * call_.heads_k + h / group_) * chunks_;
+    for (long i = 0; i < s.rows; ++i) {
+      const long r = h % group_ * s.tq + i;
+      A top = A(-kInfinity), sum = 0;
+      S* const out = at<S>(call_.o, b, h, s.q_row + i);
+      const auto present = [&](long c) {
+        const long place = (first + c) * rows_ + r;
+        return max_[place] > A(-kInfinity) || sum_[place] != 0;
+      };
+      const auto weight = [&](long c) { return A(__builtin_exp((max_[(first + c) * rows_ + r] - top) * unit)); };
+      const long chunks = i < s.tq ? chunks_ : 0;
+      for (long c = 0; c < chunks; ++c) top = most_of(max_[(first + c) * rows_ + r], top);
+      if (has_sink && i < s.tq) top = most_of(sink / unit, top);
+      for (long c = 0; c < chunks; ++c)
+        if (present(c)) sum += sum_[(first + c) * rows_ + r] * weight(c);
+      if (has_sink && i < s.tq && sink > A(-kInfinity)) sum += A(__builtin_exp(sink - top * unit));
+      at<A>(call_.lse, b, h, s.q_row)[i] = top * unit + A(__builtin_log(sum));
+      const A share = sum == 0 ? A(0) : A(dropout_.active ? dropout_.scale : 1.0) / sum;
+      for (long d = 0; d < call_.dim_v; d += L) {
+        Vec<A> o{};
+        for (long c = 0; c < chunks; ++c)
+          if (present(c)) o += load(o_ + ((first + c) * rows_ + r) * width_v_ + d) * weight(c);
+        store_n(out + d, o * share, int(least(L, call_.dim_v - d)));
+      }
+    }
+  }
+  static A most_of(A a, A b) { return a > b ? a : b; }
+
+  const AttentionForward& call_;
+  const Scoring<S> scoring_;
+  const Dropout dropout_;
+  const long group_, rows_, width_, width_v_;
+  long chunk_ = kChunk, chunks_ = 1;
+  A *o_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // [B, Hk, chunks, rows] (o: times width_v)
+};
+
+}  // namespace
+}  // namespace attention
+
+bool attention_decode(const AttentionForward& call) {
+  using Dtype = AttentionCall::Dtype;
+  switch (call.dtype) {
+    case Dtype::f64:
+      return attention::Decode<double>(call).run();
+    case Dtype::f32:
+      return attention::Decode<float>(call).run();
+    case Dtype::bf16:
+      return attention::Decode<bf16>(call).run();
+    case Dtype::f16:
+      return attention::Decode<f16>(call).run();
+  }
+  return false;
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

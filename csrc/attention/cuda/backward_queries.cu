@@ -1,0 +1,108 @@
+// dq: a block owns a tile of queries of one head and meets the keys that they see. k and v have two buffers each, so that
+// the next ones come in under all three products.
+#include "attention/cuda/gradient.cuh"
+
+namespace fastseq::cuda {
+namespace attention {
+
+template <class Shape>
+FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks)
+queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
+  using T = typename Shape::T;
+  constexpr int kThreads = Shape::kThreads, kBlockN = Shape::kBlockN;
+  constexpr bool kGeneral = Shape::kGeneral;
+  using TileQ = Tile<Shape::kBlockM, Shape::kDim>;
+  using TileD = Tile<Shape::kBlockM, Shape::kDimV>;
+  using TileK = Tile<kBlockN, Shape::kDim>;
+  using TileV = Tile<kBlockN, Shape::kDimV>;
+  constexpr int kBuffer = TileK::kBytes + TileV::kBytes;
+
+  const Slot slot = find_slot<Shape::kBlockM>(call, tiling, int(bid()));
+  const Sequence own(call, slot.b);
+  const int i0 = slot.tile * Shape::kBlockM;
+  if (i0 >= own.rows) return;
+  unsigned char* q_tile = shared_memory();
+  unsigned char* d_tile = q_tile + TileQ::kBytes;
+  unsigned char* buffers = d_tile + TileD::kBytes;
+  const int row = int(warp()) * 16, head_k = slot.h / call.group;
+
+  const Range keys = keys_of(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, kBlockN);
+  const auto load_keys = [&](int j0) {
+    unsigned char* k_tile = buffers + j0 / kBlockN % 2 * kBuffer;
+    load_tile<TileK, kThreads, kGeneral>(k_tile, at<T>(call.k, slot.b, head_k, own.k_row), call.k.row, j0, own.tk,
+                                         call.dim, call.aligned, tid());
+    load_tile<TileV, kThreads, kGeneral>(k_tile + TileK::kBytes, at<T>(call.v, slot.b, head_k, own.k_row), call.v.row,
+                                         j0, own.tk, call.dim_v, call.aligned, tid());
+    cp_commit();
+  };
+  if (keys.begin < keys.end) {
+    load_tile<TileQ, kThreads, kGeneral>(q_tile, at<T>(call.q, slot.b, slot.h, own.q_row), call.q.row, i0, own.tq,
+                                         call.dim, call.aligned, tid());
+    load_tile<TileD, kThreads, kGeneral>(d_tile, at<T>(call.d_o, slot.b, slot.h, own.q_row), call.d_o.row, i0, own.tq,
+                                         call.dim_v, call.aligned, tid());
+    load_keys(keys.begin);
+  }
+  const int64_t scratch = scratch_of(call, own, slot.b, slot.h);
+  float log[2], delta[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = i0 + row + int(lane() >> 2) + 8 * half;
+    log[half] = call.log[scratch + i], delta[half] = call.delta[scratch + i];
+  }
+  const auto q_reader = reader_of_a<TileQ>(q_tile, row);
+  const auto d_reader = reader_of_a<TileD>(d_tile, row);
+  const auto k_rows = reader_of_rows<TileK>(buffers);
+  const auto v_rows = reader_of_rows<TileV>(buffers + TileK::kBytes);
+  const auto k_columns = reader_of_columns<TileK>(buffers);
+  Fragment<1, Shape::kDim / 8> dq;
+  dq.clear();
+
+  for (int j0 = keys.begin; j0 < keys.end; j0 += kBlockN) {
+    cp_wait<0>();
+    sync_block();  // these keys are there, and those of the tile before are done with
+    if (j0 + kBlockN < keys.end) load_keys(j0 + kBlockN);
+    const unsigned buffer = unsigned(j0 / kBlockN % 2 * kBuffer);
+    const auto shifted = [&](auto reader) {
+      reader.tile += buffer;
+      return reader;
+    };
+    const Corner corner{slot.b, slot.h, i0 + row, j0};
+    Fragment<1, kBlockN / 8> s, dp, slope;
+    product_of_rows<T>(s, q_reader, shifted(k_rows));
+    probabilities<false, kGeneral>(s, slope, call, own, corner, keys.masked(j0),
+                                   [&](int, int, int e) { return log[e >> 1]; });
+    product_of_rows<T>(dp, d_reader, shifted(v_rows));
+    score_gradients<false, kGeneral>(s, dp, call, corner, [&](int, int, int e) { return delta[e >> 1]; });
+    through_cap<kGeneral>(dp, slope, call);
+    add_product<T>(dq, dp, shifted(k_columns));
+  }
+
+  scale_rows(dq, float(call.scale), i0 + row, own.tq);
+  store_rows<T, TileQ, kGeneral>(dq, q_tile, row, at<T>(call.dq, slot.b, slot.h, own.q_row), call.dq.row, i0 + row,
+                                 own.rows, call.dim, call.aligned);
+}
+
+template <class Shape>
+const char* launch_queries(const AttentionBackward& call, Stream stream) {
+  const Tiling tiling = tiling_of(call, false, Shape::kBlockM);
+  Launch shape;
+  shape.grid.x = unsigned(tiling.blocks());
+  shape.threads = Shape::kThreads;
+  shape.shared = Shape::kShared;
+  return launch(queries_kernel<Shape>, shape, stream, call, tiling);
+}
+
+}  // namespace attention
+
+const char* attention_backward_queries(const AttentionBackward& call, const Place& place) {
+  using namespace attention;
+  const Stream stream = static_cast<Stream>(place.stream);
+  return with_heads(call, [&](auto t, auto heads) {
+    using T = decltype(t);
+    using H = decltype(heads);
+    return is_general(call) ? launch_queries<QueriesShape<T, H, true>>(call, stream)
+                            : launch_queries<QueriesShape<T, H, false>>(call, stream);
+  });
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,165 @@
+// What the functions called straight from Python share (direct*.cpp): Python objects into handles of tensors, new tensors
+// into Python objects, and the question whether a tensor is no more than its numbers.
+#pragma once
+#include <Python.h>
+
+#include <cstring>
+#include <exception>
+
+#include "core/direct.h"
+#include "recurrent/marshal.h"
+
+namespace fastseq {
+
+constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this: let other threads run meanwhile
+
+// Set once by bind(): the exact types of ordinary tensors, and questions that must all be answered with something false.
+// They run no Python code: an interrupt would be raised there, and lost. The names of the module
+// torch.autograd.forward_ad. Interned names of attributes and parameters.
+inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *level_name;
+
+// Also set by bind(): where a Python Tensor has the address of its TensorImpl, where that has its set of dispatch keys,
+// and this set of an ordinary CPU tensor, made outside and inside of inference mode.
+inline int64_t impl_offset, keys_offset;
+inline uint64_t plain_keys[2];
+
+inline int64_t most_bf16_rows;  // AUTO has more than one answer for more: steps times batch
+
+using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
+inline Wrap wrap;
+
+// An owned reference.
+class Object {
+ public:
+  explicit Object(PyObject* object) : object_(object) {}
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  void reset(PyObject* object) {
+    Py_XDECREF(object_);
+    object_ = object;
+  }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+
+ private:
+  PyObject* object_;
+};
+
+inline void* impl_of(PyObject* tensor) {
+  void* impl;
+  std::memcpy(&impl, reinterpret_cast<const char*>(tensor) + impl_offset, sizeof impl);
+  return impl;
+}
+
+// A tensor borrowed from Python. impl is what an at::Tensor would hold: its address serves as a handle.
+struct Borrowed {
+  void* impl = nullptr;
+  // False: not an ordinary tensor. None is no tensor, and accepted. This is the one place that decides whether a tensor
+  // may be read past torch's dispatcher. Its dispatch keys answer for the device, the layout, the negative bit, zero
+  // tensors, names, wrappers of transforms and subclasses with a dispatch of their own; its type answers for subclasses
+  // with a torch function; its storage may have been freed.
+  bool take(PyObject* object) {
+    if (object == Py_None) return true;
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_type && type != parameter_type) return false;
+    impl = impl_of(object);
+    return impl && has_plain_keys() && has_memory(handle());
+  }
+  bool has_plain_keys() const {
+    uint64_t keys;
+    std::memcpy(&keys, static_cast<const char*>(impl) + keys_offset, sizeof keys);
+    return keys == plain_keys[0] || keys == plain_keys[1];
+  }
+  AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
+};
+
+// Whether tangents go along with tensors, which they do without gradients too.
+inline bool in_forward_mode() {
+  PyObject* level = PyDict_GetItem(forward_ad, level_name);
+  return !level || PyLong_AsLong(level) >= 0;
+}
+
+// with_gradients: but for the first question, whether gradients are on.
+inline bool is_plain_call(bool with_gradients = false) {
+  if (!questions || in_forward_mode()) return false;
+  const Py_ssize_t count = PyTuple_Size(questions);
+  for (Py_ssize_t i = with_gradients; i < count; ++i) {
+    Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
+    if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
+  }
+  return true;
+}
+
+inline PyObject* wrapped(const torch::stable::Tensor& tensor) {
+  return wrap(*reinterpret_cast<void* const*>(tensor.get()));
+}
+
+// A new contiguous tensor, and where its elements are.
+inline PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& data) {
+  torch::stable::Tensor tensor = empty(sizes, rank, dtype);
+  data = tensor.data_ptr();
+  return wrapped(tensor);
+}
+
+template <class Work>
+void compute(int64_t products, const Work& work) {
+  if (products < kAlone) return work();
+  std::exception_ptr failure;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    work();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  Py_END_ALLOW_THREADS
+  if (failure) std::rethrow_exception(failure);
+}
+
+// None: the caller takes the general path, which has the checks and the messages.
+inline PyObject* decline() {
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+// A function of the module: it declines arguments that do not fit. Any other failure is raised, for to decline it would
+// run the call a second time. A null result has its Python error set.
+using Body = PyObject* (*)(PyObject* const* args, Py_ssize_t count);
+template <Body body>
+PyObject* guarded(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return body(args, count);
+  } catch (const BadArgument&) {
+    return decline();
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <Body body>
+PyMethodDef method(const char* name) {
+  auto function = reinterpret_cast<void (*)()>(&guarded<body>);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
+}
+
+inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
+
+// recurrent/direct_training.cpp
+PyObject* undisturbed(PyObject*, PyObject*);
+PyObject* layer_forward(PyObject* const* args, Py_ssize_t count);
+PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count);
+
+// attention/direct.cpp
+PyObject* attend(PyObject* const* args, Py_ssize_t count);
+PyObject* attend_forward(PyObject* const* args, Py_ssize_t count);
+PyObject* attend_backward(PyObject* const* args, Py_ssize_t count);
+// attention/direct_multihead.cpp
+PyObject* multihead(PyObject* const* args, Py_ssize_t count);
+void bind_multihead();
+
+}  // namespace fastseq

@@ -1,0 +1,44 @@
+// The Python module fastseq._native: importing it registers the CPU implementations with torch. Its functions are the
+// fast path past torch's dispatcher (direct.cpp).
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "core/arguments.h"
+#include "core/isa.h"
+#include "core/direct.h"
+#include "core/ops.h"
+
+namespace fastseq {
+namespace {
+
+// Forces an instruction set of the CPU kernels ("": only asks) and returns the one in force.
+std::string native_isa(StringHandle wanted) {
+  const std::string name = take_text(wanted);
+  STD_TORCH_CHECK(name.empty() || set_isa(name.c_str()), "native_isa: cannot use '", name,
+                  "' here; expected 'auto' or one of: ", usable_isas());
+  return isa_name(active_isa());
+}
+
+}  // namespace
+}  // namespace fastseq
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("scan_forward.native", TORCH_BOX(&fastseq::scan_forward_cpu));
+  m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
+  m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
+  m.impl("scan_gradient.native", TORCH_BOX(&fastseq::scan_gradient_cpu));
+  m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
+  m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
+  m.impl("native_isa", TORCH_BOX(&fastseq::native_isa));  // no tensor among its arguments
+}
+
+extern "C" PyMODINIT_FUNC PyInit__native() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers fastseq's CPU kernels.", -1,
+                                   fastseq::direct_methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

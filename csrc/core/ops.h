@@ -1,0 +1,81 @@
+// The operators that library.cpp registers. Their schemas, with every shape and dtype, are in fastseq/ops/__init__.py.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastseq {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+scan_forward_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
+                 const std::optional<torch::stable::Tensor>& b_ih, const std::optional<torch::stable::Tensor>& b_hh,
+                 const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
+                 const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
+                 const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse, bool save,
+                 bool states);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
+                  const std::optional<torch::stable::Tensor>& dc_n,
+                  const std::optional<torch::stable::Tensor>& dstates, const torch::stable::Tensor& y,
+                  const std::optional<torch::stable::Tensor>& states,
+                  const std::optional<torch::stable::Tensor>& tape, const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
+                  const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
+                  const std::optional<torch::stable::Tensor>& lengths,
+                  const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse);
+
+torch::stable::Tensor pack_weights_cpu(const torch::stable::Tensor& w, int64_t gates, int64_t apart);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+scan_gradient_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
+                  const std::optional<torch::stable::Tensor>& dc_n,
+                  const std::optional<torch::stable::Tensor>& dstates, const torch::stable::Tensor& x,
+                  const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
+                  const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
+                  const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
+                  const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
+                  const std::optional<torch::stable::Tensor>& states,
+                  const std::optional<torch::stable::Tensor>& tape, int64_t cell,
+                  bool reverse, bool with_dx, bool with_weights);
+
+// The same; with_starts: dh0 and dc0 are asked for.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+scan_gradient(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
+              const std::optional<torch::stable::Tensor>& dc_n, const std::optional<torch::stable::Tensor>& dstates,
+              const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
+              const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
+              const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
+              const std::optional<torch::stable::Tensor>& reset, const torch::stable::Tensor& y,
+              const std::optional<torch::stable::Tensor>& states, const std::optional<torch::stable::Tensor>& tape,
+              int64_t cell, bool reverse, bool with_dx, bool with_weights, bool with_starts);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
+    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+    const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& mask,
+    const std::optional<torch::stable::Tensor>& sinks, const std::optional<torch::stable::Tensor>& alibi_slopes,
+    const std::optional<torch::stable::Tensor>& lengths_q, const std::optional<torch::stable::Tensor>& lengths_k,
+    const std::optional<torch::stable::Tensor>& cu_seqlens_q, const std::optional<torch::stable::Tensor>& cu_seqlens_k,
+    const std::optional<torch::stable::Tensor>& seed, double scale, bool causal, bool bottom_right,
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+attention_backward_cpu(
+    const torch::stable::Tensor& d_o, const std::optional<torch::stable::Tensor>& dlse, const torch::stable::Tensor& q,
+    const torch::stable::Tensor& k, const torch::stable::Tensor& v, const torch::stable::Tensor& o,
+    const torch::stable::Tensor& lse, const std::optional<torch::stable::Tensor>& bias,
+    const std::optional<torch::stable::Tensor>& mask, const std::optional<torch::stable::Tensor>& sinks,
+    const std::optional<torch::stable::Tensor>& alibi_slopes, const std::optional<torch::stable::Tensor>& lengths_q,
+    const std::optional<torch::stable::Tensor>& lengths_k, const std::optional<torch::stable::Tensor>& cu_seqlens_q,
+    const std::optional<torch::stable::Tensor>& cu_seqlens_k, const std::optional<torch::stable::Tensor>& seed,
+    double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
+    double dropout_p, bool bias_grad);
+
+}  // namespace fastseq

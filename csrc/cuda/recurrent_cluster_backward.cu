@@ -1,8 +1,0 @@
-// The backward walk of the role `cluster`, for every cell and dtype.
-#include "recurrent_resident.cuh"
-
-namespace fastseq::cuda {
-
-BackwardKernel cluster_backward(ScanCell cell, ScanDtype dtype) { return backward_kernel<ClusterExchange>(cell, dtype); }
-
-}  // namespace fastseq::cuda

@@ -1,8 +1,0 @@
-// The forward walk of the role `cluster`, for every cell and dtype.
-#include "recurrent_resident.cuh"
-
-namespace fastseq::cuda {
-
-ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype) { return forward_kernel<ClusterExchange>(cell, dtype); }
-
-}  // namespace fastseq::cuda

@@ -1,8 +1,0 @@
-// The backward walk of the role `grid`, for every cell and dtype.
-#include "recurrent_resident.cuh"
-
-namespace fastseq::cuda {
-
-BackwardKernel grid_backward(ScanCell cell, ScanDtype dtype) { return backward_kernel<GridExchange>(cell, dtype); }
-
-}  // namespace fastseq::cuda

@@ -1,0 +1,432 @@
+// Products of the scan: a few rows of activations times all gates of a few vectors of units, held in registers.
+//
+// Packed weights lie as [unit vector][term of k][gate][lane], so a tile streams them once for all of its rows. Unpacked
+// ones are read as they lie, as dot products along k: no preparation, for calls too short to pay for one.
+//
+// Weights that were packed beforehand, of a type smaller than the activations', lie likewise with words of several k in
+// the place of terms (operand.h).
+#pragma once
+#include "recurrent/cpu/operand.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+#if defined(__clang__)
+#define FASTSEQ_UNROLL _Pragma("unroll")
+#else
+#define FASTSEQ_UNROLL _Pragma("GCC unroll 16")  // early, so that arrays of vectors become registers
+#endif
+
+constexpr int kMaxRows = 16;    // rows whose results are handed on together
+constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
+
+// A number in a type.
+template <int kAt>
+struct Number {
+  static constexpr int at = kAt;
+};
+
+constexpr int rows_of_tile(int vectors) {
+  return kVectorRegisters >= 32 ? (vectors >= 4 ? 6 : 8) : (vectors >= 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
+// How many unit vectors go into one tile beside each other.
+constexpr int tile_width(int gates) { return kMaxVectors / gates; }
+
+template <class E, class W = E>
+struct Tile {
+  using A = Accumulator<E>;
+  const E* const* rows;  // [R] pointers to K activations
+  const W* w;            // packed weights of the first unit vector
+  long w_stride;         // to the next unit vector
+  long K;                // terms; of words, elements
+  const A* init;         // null (zero), or [gate][..] biases for all rows, a gate `stride` apart
+  A* const* out;         // [R] pointers to [gate][..] results, a gate `stride` apart
+  long stride;
+  bool add;              // to what is in out; then there is no init
+  const A* scale = nullptr;  // null, or [gate][..] factors of all sums, a gate `scale_stride` apart
+  long scale_stride = 0;
+  int count = 0;             // R, which only run_matrix does not know from its type
+};
+
+// How many sums a result is kept in: a single chain of additions leaves the units idle where there are few results.
+constexpr int chains(int results) { return results >= 12 ? 1 : results >= 6 ? 2 : 4; }
+
+// out[r][g][lanes of nb] = scale * sum + init, or + out.
+template <class E, class W, int R, int G, int NB>
+FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, Vec<Accumulator<E>> (&sums)[R][G * NB]) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>;
+  const bool more = t.init || t.add;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+    A* out = t.out[r];
+    FASTSEQ_UNROLL for (int n = 0; n < G * NB; ++n) {
+      if constexpr (!__is_same(E, W))
+        if (t.scale) sums[r][n] *= load(t.scale + (n / NB) * t.scale_stride + (n % NB) * L);
+      const long at = (n / NB) * t.stride + (n % NB) * L;
+      if (more) sums[r][n] += load((t.add ? out : t.init) + at);
+      store(out + at, sums[r][n]);
+    }
+  }
+}
+
+// All elements of the words at w[n] + n * apart, or the first `some`, into the sums: chain `u` takes what is its own.
+template <class E, class W, int R, int NB, int N, int U, int kAt = 0>
+FASTSEQ_INLINE void add_words(Vec<Accumulator<E>> (&acc)[U][R][N], const W* const (&w)[NB], long at, long apart,
+                              const E* const* rows, long k, int u, int some) {
+  if constexpr (kAt < kWord<Accumulator<E>, W>) {
+    if (kAt >= some) return;
+    Vec<Accumulator<E>> wv[N];
+    FASTSEQ_UNROLL for (int n = 0; n < N; ++n) {
+      const W* p = w[n % NB] + at + n / NB * apart;
+      // Where sums fill the registers, words are read again from L1 for each of their elements: GCC would keep them.
+      if constexpr (R * N > 20) asm("" : "+r"(p));
+      wv[n] = widen_word<W, kAt>(load_words(p));
+    }
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+      Vec<Accumulator<E>> a = splat(rows[r][k + kAt]);
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[(u + kAt) % U][r][n] += a * wv[n];
+    }
+    add_words<E, W, R, NB, N, U, kAt + 1>(acc, w, at, apart, rows, k, u, some);
+  }
+}
+
+// The same of words: out[r][g][lanes of nb] = scale * sum_k rows[r][k] * w[nb][k][g] + ...
+template <class E, class W, int R, int G, int NB>
+void run_words(const Tile<E, W>& t) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, N = G * NB, D = kWord<A, W>, U = chains(R * N);
+  Vec<A> acc[U][R][N];
+  const E* rows[R];
+  const W* w[NB];
+  FASTSEQ_UNROLL for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
+  FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = Vec<A>{};
+  constexpr int M = U > D ? U / D : 1;  // words at once, so that each chain has its element
+  long k = 0;
+  for (; k + M * D <= t.K; k += M * D)
+    FASTSEQ_UNROLL for (int m = 0; m < M; ++m) add_words(acc, w, (k + m * D) * G * L, D * L, rows, k + m * D, m * D, D);
+  for (; k < t.K; k += D) add_words(acc, w, k * G * L, D * L, rows, k, 0, int(t.K - k));
+  FASTSEQ_UNROLL for (int u = 1; u < U; ++u)
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += acc[u][r][n];
+  finish_tile<E, W, R, G, NB>(t, acc[0]);
+}
+
+// out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
+template <class E, int R, int G, int NB>
+void run_tile(const Tile<E>& t) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, D = kTerm<E>;
+  constexpr int N = G * NB, U = chains(R * N);
+  Vec<A> acc[U][R][N];
+  const E* rows[R];
+  const E* w[NB];
+  FASTSEQ_UNROLL for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
+  FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = Vec<A>{};
+  long k = 0;
+  for (; k + U <= t.K; k += U)
+    FASTSEQ_UNROLL for (int u = 0; u < U; ++u) {
+      Vec<A> wv[N];
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + ((k + u) * G + n / NB) * L * D);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = splat_term(rows[r] + (k + u) * D);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = add_product<E>(acc[u][r][n], a, wv[n]);
+      }
+    }
+  if constexpr (U > 1)
+    for (; k < t.K; ++k) {
+      Vec<A> wv[N];
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + (k * G + n / NB) * L * D);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = splat_term(rows[r] + k * D);
+        FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] = add_product<E>(acc[0][r][n], a, wv[n]);
+      }
+    }
+  FASTSEQ_UNROLL for (int u = 1; u < U; ++u)
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += acc[u][r][n];
+  finish_tile<E, E, R, G, NB>(t, acc[0]);
+}
+
+// Pairs of bfloat16 go through the chip's matrix tiles where it has them: a tile function then takes up to 16 rows.
+#if defined(FASTSEQ_TILES)
+template <class E>
+constexpr bool kMatrix = kTerm<E> == 2;
+
+inline thread_local int matrix_shape = 0;  // of the configuration that this thread has loaded; 0: none
+
+// A thread that multiplies gives the tiles back before it leaves: the system saves what is in them at every switch.
+struct MatrixScope {
+  ~MatrixScope() {
+    if (matrix_shape) tile_release();
+    matrix_shape = 0;
+  }
+};
+
+// Tiles 0 to 3 hold the sums, of a gate and unit vector each; 4 and 5 rows and weights of 16 terms, 6 and 7 of the
+// `rest` that K leaves.
+inline void configure_matrix(int rows, int rest, int row_bytes) {
+  const int shape = rows * 16 + rest;
+  if (shape == matrix_shape) return;
+  TileShapes shapes;
+  for (int sum = 0; sum < kMaxVectors; ++sum) shapes.shape(sum, rows, row_bytes);
+  shapes.shape(4, rows, 64);
+  shapes.shape(5, 16, row_bytes);
+  if (rest) {
+    shapes.shape(6, rows, 4 * rest);
+    shapes.shape(7, rest, row_bytes);
+  }
+  tile_configure(shapes);
+  matrix_shape = shape;
+}
+
+// body(integral constant) for 0 .. N-1: a tile's number is part of the instruction.
+template <int N, int kAt = 0, class Body>
+FASTSEQ_INLINE void each_tile(const Body& body) {
+  if constexpr (kAt < N) {
+    body(Number<kAt>{});
+    each_tile<N, kAt + 1>(body);
+  }
+}
+
+template <class E, int G, int NB>
+void run_matrix(const Tile<E>& t) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>, N = G * NB, kTerms = 16, D = kTerm<E>;
+  const int R = t.count, rest = int(t.K % kTerms);
+  configure_matrix(R, rest, L * int(sizeof(A)));
+  // Rows that lie evenly are read from there; others (a row was reset, or has ended) are brought together first.
+  const uintptr_t first = reinterpret_cast<uintptr_t>(t.rows[0]);
+  const uintptr_t apart = R > 1 ? reinterpret_cast<uintptr_t>(t.rows[1]) - first : 0;
+  bool even = true;
+  for (int r = 2; r < R; ++r) even = even && reinterpret_cast<uintptr_t>(t.rows[r]) == first + uintptr_t(r) * apart;
+  alignas(64) E gathered[kMaxRows * kTerms * D];
+  auto rows_at = [&](long k, int terms) {
+    if (even) return t.rows[0] + k * D;
+    for (int r = 0; r < R; ++r) std::memcpy(gathered + r * kTerms * D, t.rows[r] + k * D, size_t(terms) * D * sizeof(E));
+    return static_cast<const E*>(gathered);
+  };
+  const long stride = even ? long(apart) : long(kTerms * D * sizeof(E));
+  auto weights_at = [&](long k, int n) { return t.w + n % NB * t.w_stride + (k * G + n / NB) * L * D; };
+  constexpr long w_stride = G * L * D * long(sizeof(E));
+  each_tile<N>([](auto n) { tile_zero<n.at>(); });
+  long k = 0;
+  for (; k + kTerms <= t.K; k += kTerms) {
+    tile_load<4>(rows_at(k, kTerms), stride);
+    each_tile<N>([&](auto n) {
+      tile_load<5>(weights_at(k, n.at), w_stride);
+      tile_multiply<n.at, 4, 5>();
+    });
+  }
+  if (rest) {
+    tile_load<6>(rows_at(k, rest), stride);
+    each_tile<N>([&](auto n) {
+      tile_load<7>(weights_at(k, n.at), w_stride);
+      tile_multiply<n.at, 6, 7>();
+    });
+  }
+  alignas(64) A sums[N][kMaxRows * L];
+  each_tile<N>([&](auto n) { tile_store<n.at>(sums[n.at], L * long(sizeof(A))); });
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      const long at = (n / NB) * t.stride + (n % NB) * L;
+      Vec<A> sum = load(sums[n] + r * L);
+      if (t.init || t.add) sum += load((t.add ? t.out[r] : t.init) + at);
+      store(t.out[r] + at, sum);
+    }
+}
+#else
+template <class E>
+constexpr bool kMatrix = false;
+struct MatrixScope {};
+template <class E, int G, int NB>
+void run_matrix(const Tile<E>& t);  // never called
+#endif
+
+// How many rows one call of a tile function takes.
+template <class E>
+constexpr int rows_of_product(int vectors) {
+  return kMatrix<E> ? kMaxRows : rows_of_tile(vectors);
+}
+
+template <class E, class W = E>
+using TileFunction = void (*)(const Tile<E, W>&);
+
+template <class E, class W, int G, int NB, int R = 1>
+TileFunction<E, W> tile_function(int rows) {
+  if constexpr (kMatrix<E>)
+    return &run_matrix<E, G, NB>;
+  else if constexpr (R > rows_of_tile(G * NB))
+    return nullptr;
+  else if (rows != R)
+    return tile_function<E, W, G, NB, R + 1>(rows);
+  else if constexpr (__is_same(E, W))
+    return &run_tile<E, R, G, NB>;
+  else
+    return &run_words<E, W, R, G, NB>;
+}
+template <class E, class W, int G>
+TileFunction<E, W> tile_function(int rows, int width) {
+  if constexpr (G == 1) {
+    if (width == 4) return tile_function<E, W, 1, 4>(rows);
+    if (width == 3) return tile_function<E, W, 1, 3>(rows);
+  }
+  if constexpr (G <= 2)
+    if (width == 2) return tile_function<E, W, G, 2>(rows);
+  return tile_function<E, W, G, 1>(rows);
+}
+
+// Lane-wise choice between two vectors: lane l is mask(l) >= 0 ? a[mask(l)] : b[...], as __builtin_shufflevector.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using type = Lanes<I...>;
+};
+// With b's elements counted from L on. keep: a where bit D of the lane is clear, else b. cross: the partner lanes.
+template <int D, class V, int... I>
+FASTSEQ_INLINE V keep_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V cross_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I + D)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V low_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I)...);
+}
+template <int D, class V, int... I>
+FASTSEQ_INLINE V high_lanes(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I + D)...);
+}
+
+// N vectors made into one, a power of two, by adding lanes D apart and wider until lane l has what was in vector l of N;
+// from D = 1 with as many vectors as lanes, lane l is the sum of all lanes of v[l].
+template <class A, int N, int D = 1>
+FASTSEQ_INLINE Vec<A> sums_of(const Vec<A>* v) {
+  typename LanesUpTo<kLanes<A>>::type lanes;
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<A> half[N / 2];
+    FASTSEQ_UNROLL for (int i = 0; i < N / 2; ++i)
+      half[i] = keep_lanes<D>(v[2 * i], v[2 * i + 1], lanes) + cross_lanes<D>(v[2 * i], v[2 * i + 1], lanes);
+    return sums_of<A, N / 2, 2 * D>(half);
+  }
+}
+
+// The L x L matrix of v's lanes, transposed in place.
+template <class A, int D = 1>
+FASTSEQ_INLINE void transpose(Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  typename LanesUpTo<L>::type lanes;
+  if constexpr (D < L) {
+    for (int i = 0; i < L; ++i)
+      if (!(i & D)) {
+        Vec<A> low = low_lanes<D>(v[i], v[i + D], lanes);
+        v[i + D] = high_lanes<D>(v[i], v[i + D], lanes);
+        v[i] = low;
+      }
+    transpose<A, 2 * D>(v);
+  }
+}
+
+// Rows of activations and the rows of unpacked weights that they meet.
+template <class S>
+struct Dots {
+  const Operand<S>* const* rows;  // each [K]
+  const S* w;                     // of the first lane
+  long w_row, K;
+};
+
+// Asks for memory that will be read soon, into the first cache (3) or the second (2). Any address will do, also one that
+// is nobody's.
+template <int kCache = 3>
+FASTSEQ_INLINE void prefetch(const void* base, long bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes)), 0, kCache);
+}
+
+// Rows of activations that meet a row of unpacked weights while it is in registers.
+constexpr int kDotRows = kVectorRegisters >= 32 ? 6 : 2;
+
+template <class A, int R>
+struct RowSums {
+  Vec<A> of[R];  // a row's
+};
+
+// Lane l of a row's sum = sum_k row[k] * w[l * w_row + k] for the first n lanes, over all `parts`, one after the other. Rows
+// of w are read in order, a few beside each other. The processor's own prefetchers keep up within a row and lose time at
+// the start of the next, so that start is asked for, as many rows before; whole rows asked for so early would drive each
+// other out of L1.
+template <class S, int R>
+RowSums<Accumulator<S>, R> dot_rows(const Dots<S>* of, int parts, int n) {
+  using A = Accumulator<S>;
+  using E = Operand<S>;
+  constexpr int L = kLanes<A>, step = L * kTerm<E>;
+  constexpr int C = L < 4 ? L : 4;
+  constexpr long kStart = 256 / long(sizeof(S));  // elements of a row's start
+  // The sums of C rows of w from l on and one part.
+  auto add = [&](const Dots<S>& of, int l, Vec<A> (&acc)[R][C]) {
+    const E* row[R];
+    const S* at[C];
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r) row[r] = of.rows[r];
+    FASTSEQ_UNROLL for (int c = 0; c < C; ++c) at[c] = of.w + (l + c < n ? l + c : n - 1) * of.w_row;
+    const long whole = of.K - of.K % step;
+    for (long k = 0; k < kStart && k < whole; k += step)
+      for (int c = 0; c < C; ++c) prefetch(at[c] + k, C * of.w_row * long(sizeof(S)));
+    for (long k = 0; k < whole; k += step) {
+      Vec<A> wv[C];
+      FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = load_terms_as<E>(at[c] + k);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+        Vec<A> a = load_terms(row[r] + k);
+        FASTSEQ_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = add_product<E>(acc[r][c], a, wv[c]);
+      }
+    }
+    if (whole == of.K) return;
+    const int rest = int(of.K - whole);
+    Vec<A> wv[C];
+    FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = load_terms_as_n<E>(at[c] + whole, rest);
+    FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+      Vec<A> a = load_terms_n(row[r] + whole, rest);
+      FASTSEQ_UNROLL for (int c = 0; c < C; ++c) acc[r][c] = add_product<E>(acc[r][c], a, wv[c]);
+    }
+  };
+  Vec<A> sums[R][L / C];  // lanes of C rows of w, in part summed
+  if constexpr (R == 1) {  // bound by reading w: one matrix after the other
+    for (Vec<A>& sum : sums[0]) sum = Vec<A>{};
+    for (int part = 0; part < parts; ++part)
+      for (int l = 0; l < L; l += C) {
+        Vec<A> acc[R][C] = {};
+        add(of[part], l, acc);
+        sums[0][l / C] += sums_of<A, C>(acc[0]);
+      }
+  } else {  // by the sums and what it takes to bring their lanes together
+    for (int l = 0; l < L; l += C) {
+      Vec<A> acc[R][C] = {};
+      for (int part = 0; part < parts; ++part) add(of[part], l, acc);
+      FASTSEQ_UNROLL for (int r = 0; r < R; ++r) sums[r][l / C] = sums_of<A, C>(acc[r]);
+    }
+  }
+  RowSums<A, R> out;
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) out.of[r] = sums_of<A, L / C, C>(sums[r]);
+  return out;
+}
+// The same of 1 to kDotRows rows, each handed to done(row, sum).
+template <class S, int R = 1, class Done>
+FASTSEQ_INLINE void dot_rows(const Dots<S>* of, int parts, int n, int rows, const Done& done) {
+  if constexpr (R < kDotRows)
+    if (rows != R) return dot_rows<S, R + 1>(of, parts, n, rows, done);
+  const RowSums<Accumulator<S>, R> sums = dot_rows<S, R>(of, parts, n);
+  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) done(r, sums.of[r]);
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

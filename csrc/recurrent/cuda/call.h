@@ -1,0 +1,148 @@
+// What the recurrent operators share on their way from tensors to the structs of recurrent.h: checks, torch's products,
+// and the loop of the role `step`.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <deque>
+
+#include "core/arguments.h"
+#include "core/cuda/current.h"
+#include "recurrent/cuda/device.h"
+#include "recurrent/cuda/ops.h"
+#include "core/cuda/settings.h"
+
+namespace fastseq::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = OptionalTensor;
+
+// ---- torch's operators that the stable ABI has no function for.
+
+template <size_t N>
+Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+template <class T>
+StableIValue value(const T& v) {
+  return torch::stable::detail::from(v);
+}
+inline Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
+  return call("aten::linear", "", std::array{value(x), value(w), value(b)});
+}
+inline void linear_out(const Tensor& x, const Tensor& w, const Optional& b, const Tensor& out) {
+  call("aten::linear", "out", std::array{value(x), value(w), value(b), value(out)});
+}
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  call("aten::mm", "out", std::array{value(a), value(b), value(out)});
+}
+inline Tensor times(const Tensor& a, const Tensor& b) {
+  return call("aten::mul", "Tensor", std::array{value(a), value(b)});
+}
+inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", "", std::array{value(a)}); }
+// a[at[0, b, 0], b] of a [T,B,N], as [1,B,N].
+inline Tensor take_steps(const Tensor& a, const Tensor& at) {
+  return call("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
+}
+inline ScanDtype dtype_of(ScalarType type) {
+  if (type == ScalarType::BFloat16) return ScanDtype::bf16;
+  if (type == ScalarType::Half) return ScanDtype::f16;
+  STD_TORCH_CHECK(type == ScalarType::Float,
+                  "scan: the native CUDA kernels take float32, bfloat16 and float16 tensors");
+  return one_tf32_product() ? ScanDtype::tf32 : ScanDtype::f32;
+}
+// a b as float [M,N], into `out`.
+inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (a.scalar_type() == ScalarType::Float) {
+    mm_out(a, b, out);
+  } else if (kEmulated) {  // torch has this product on GPUs alone
+    mm_out(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), out);
+  } else {
+    call("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
+  }
+}
+
+// ---- What both directions share: checked tensors, kept alive while their pointers are in use.
+
+class Call {
+ public:
+  Call(const Tensor& like, int64_t cell_number)
+      : cell(cell_of(cell_number)), dtype(dtype_of(like.scalar_type())), like_(like), current_(like) {}
+
+  ScanCell cell;
+  ScanDtype dtype;
+  void* stream() const { return current_.stream; }
+  int device() const { return current_.device; }
+
+  // The tensor, dense; it must be there, of that shape and dtype (x's unless said otherwise) and on x's device.
+  const Tensor& dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                      std::optional<ScalarType> type = std::nullopt) {
+    bool fits = t.dim() == int64_t(shape.size()) && t.scalar_type() == type.value_or(like_.scalar_type()) &&
+                t.get_device_index() == like_.get_device_index() && t.is_cpu() == like_.is_cpu();
+    std::string wanted;
+    int64_t axis = 0;
+    for (int64_t size : shape) {
+      fits = fits && t.size(axis++) == size;
+      wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+    }
+    STD_TORCH_CHECK(fits, "scan: ", name, " must be of shape [", wanted,
+                    "], on x's device and of x's dtype (states and their gradient float32, lengths int64, reset bool)");
+    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return kept_.back();
+  }
+  const void* pointer(const char* name, const Optional& t, std::initializer_list<int64_t> shape,
+                      std::optional<ScalarType> type = std::nullopt) {
+    return t ? dense(name, *t, shape, type).data_ptr() : nullptr;
+  }
+  // A [T,B,N] tensor whose rows are dense, in time or in batch order; its strides in rows.
+  const void* rows(const Tensor& t, int& time, int& batch) {
+    const int64_t T = t.size(0), B = t.size(1), N = t.size(2);
+    if (!t.is_contiguous() && t.stride(2) == 1 && t.stride(0) == N && t.stride(1) == T * N) {
+      time = 1, batch = int(T);
+      kept_.push_back(t);
+    } else {
+      time = int(B), batch = 1;
+      kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    }
+    return kept_.back().data_ptr();
+  }
+  void walk(ScanWalk& a, int64_t T, int64_t B, int64_t H, bool reverse, const Optional& lengths,
+            const Optional& reset) {
+    STD_TORCH_CHECK(T * B < (int64_t(1) << 30), "scan: T * B must be below 2^30");  // two directions' rows have 31 bits
+    a.T = a.total = int(T), a.first = 0, a.B = int(B), a.H = int(H);
+    a.reverse = reverse, a.relu = cell == ScanCell::rnn_relu;
+    a.lengths = static_cast<const int64_t*>(pointer("lengths", lengths, {B}, ScalarType::Long));
+    a.reset = static_cast<const bool*>(pointer("reset", reset, {T, B}, ScalarType::Bool));
+    a.reset_t = B, a.reset_b = 1;
+  }
+  ScanPlan plan(bool backward, const ScanWalk& a, int beside = 1) const {
+    return device_plan(current_.device, ScanProblem{cell, dtype, backward, a.H, a.B, beside});
+  }
+
+  Tensor empty(std::initializer_list<int64_t> shape, std::optional<ScalarType> type = std::nullopt) const {
+    return torch::stable::new_empty(like_, shape, type.value_or(like_.scalar_type()));
+  }
+  Tensor zeroes(size_t bytes) const {
+    return torch::stable::new_zeros(like_, {int64_t(bytes)}, ScalarType::Byte);
+  }
+  static void check(const char* error) { STD_TORCH_CHECK(!error, "scan: a CUDA kernel could not start: ", error); }
+
+ private:
+  const Tensor like_;
+  Current current_;
+  std::deque<Tensor> kept_;  // references to its elements stay good
+};
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+inline Tensor rows_of(Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 0, from, count); }
+
+// Refuses what these kernels do not have, and states of cells that have none.
+void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0);
+// The role `step`: launches and products in turn, on the current stream.
+void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh);
+void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh);
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,8 @@
+// The forward walk of the role `cluster`, for every cell and dtype.
+#include "recurrent/cuda/resident.cuh"
+
+namespace fastseq::cuda {
+
+ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype) { return forward_kernel<ClusterExchange>(cell, dtype); }
+
+}  // namespace fastseq::cuda

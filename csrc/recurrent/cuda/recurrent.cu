@@ -1,0 +1,227 @@
+// Launches of the recurrent scan, and the kernels of the role `step`.
+#include "recurrent/cuda/resident.cuh"
+
+#include <algorithm>
+
+namespace fastseq::cuda {
+namespace {
+
+constexpr int kStepThreads = 256;
+
+// What a thread of the role `step` looks after: one unit of one row.
+struct Alone {
+  Place at;
+  int64_t i;  // in [B,H]
+  bool there;
+  FASTSEQ_DEVICE explicit Alone(const ScanWalk& a) {
+    i = int64_t(bid()) * kStepThreads + tid();
+    there = i < int64_t(a.B) * a.H;
+    at = Place{static_cast<int>(i / a.H), static_cast<int>(i % a.H), 0};
+    if (there) at.length = length_of(a, at.b);
+  }
+};
+
+template <ScanCell C, class T>
+FASTSEQ_KERNEL(kStepThreads, 1)
+forward_step(ScanForward a, ScanStep s) {
+  constexpr int G = kGates<C>;
+  const Alone own(a);
+  if (!own.there) return;
+  const Place& at = own.at;
+  const auto give = [&](float h, int next) {
+    write<T>(s.operand, own.i, next < a.T && cleared(a, time_of(a, next), at.b) ? 0.0f : h);
+  };
+  if (s.step < 0) {
+    const float h = read_or_zero<T>(a.h0, own.i);
+    s.state[own.i] = h;
+    if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = read_or_zero<T>(a.c0, own.i);
+    give(h, 0);
+    return;
+  }
+  const int t = time_of(a, s.step);
+  const bool clear = cleared(a, t, at.b);
+  const auto hidden_side = [&](int gates, int from, int gate) {
+    return s.product[(int64_t(at.b) * gates + gate - from) * a.H + at.u] +
+           read_or_zero<T>(a.b_hh, a.b_hh ? int64_t(gate) * a.H + at.u : 0);
+  };
+  T x[G];
+  float h = s.state[own.i];
+  read_gates<C, T>(a, t, at, x);
+  if constexpr (kTwice<C>) {
+    if (s.phase == 0) {
+      float z;
+      const float q = forward_reset<T>(a, t, at, clear, to_float(x[0]) + hidden_side(2, 0, 0),
+                                       to_float(x[1]) + hidden_side(2, 0, 1), h, z);
+      s.kept[own.i] = z;
+      write<T>(s.operand, own.i, q);
+      return;
+    }
+    forward_candidate<T>(a, t, at, clear, to_float(x[2]) + hidden_side(1, 2, 2), s.kept[own.i], h);
+  } else {
+    float p[G], c = C == ScanCell::lstm ? s.cell_state[own.i] : 0.0f;
+#pragma unroll
+    for (int g = 0; g < G; ++g) p[g] = hidden_side(G, 0, g);
+    Left<C> left;
+    forward_element<C, T>(a, t, at, clear, x, p, h, c, left);
+    write_left<C, T>(a, t, at, h, c, left);
+    if constexpr (C == ScanCell::lstm) {
+      s.cell_state[own.i] = c;
+      if (s.step == a.T - 1) write<T>(a.c_n, own.i, c);
+    }
+  }
+  s.state[own.i] = h;
+  give(h, s.step + 1);
+  if (s.step == a.T - 1) write<T>(a.h_n, own.i, h);
+}
+
+template <ScanCell C, class T>
+FASTSEQ_KERNEL(kStepThreads, 1)
+backward_step(ScanBackward a, ScanStep s) {
+  constexpr int D = kDirect<C>;
+  const Alone own(a);
+  if (!own.there) return;
+  const Place& at = own.at;
+  const auto give = [&](int gates, int gate, float d) {
+    write<T>(s.operand, (int64_t(at.b) * gates + gate) * a.H + at.u, d);
+  };
+  float dh, dc = 0.0f;
+  if (s.phase == 0) {
+    if (s.step == 0) {
+      dh = read_or_zero<T>(a.dh_n, own.i);
+      if constexpr (C == ScanCell::lstm) dc = read_or_zero<T>(a.dc_n, own.i);
+    } else {
+      const int later = time_back(a, s.step - 1);
+      dh = s.state[own.i];
+      if (later < at.length && !cleared(a, later, at.b)) dh += s.product[own.i];
+      if constexpr (C == ScanCell::lstm) dc = s.cell_state[own.i];
+    }
+  } else {
+    dh = s.kept[own.i];
+  }
+  if (s.step == a.T) {
+    if (a.dh0) write<T>(a.dh0, own.i, dh);
+    if constexpr (C == ScanCell::lstm)
+      if (a.dc0) write<T>(a.dc0, own.i, dc);
+    return;
+  }
+  const int t = time_back(a, s.step);
+  const bool clear = cleared(a, t, at.b);
+  Saved<C, T> saved;
+  read_saved<C, T>(a, t, at, clear, saved);
+  if constexpr (kTwice<C>) {
+    float dz;
+    const float dn = backward_candidate<T>(a, t, at, saved, dh, dz);
+    if (s.phase == 0) {
+      s.kept[own.i] = dh;
+      give(1, 0, dn);
+      return;
+    }
+    float dr;
+    dh = backward_reset<T>(a, t, at, clear, saved, dh, s.product[own.i], dr);
+    give(D, 0, dr);
+    give(D, 1, dz);
+  } else {
+    Gradients<C> gradients;
+    dh = backward_element<C, T>(a, t, at, clear, saved, dh, dc, gradients);
+    write_gradients<C, T>(a, t, at, gradients);
+#pragma unroll
+    for (int g = 0; g < D; ++g) give(D, g, gradients.d[g]);
+    if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = dc;
+  }
+  s.state[own.i] = dh;
+}
+
+template <class T>
+FASTSEQ_KERNEL(kStepThreads, 1)
+add(const float* a, const float* b, void* out, int64_t n) {
+  for (int64_t i = int64_t(bid()) * kStepThreads + tid(); i < n; i += int64_t(nblocks()) * kStepThreads)
+    write<T>(out, i, a[i] + (b ? b[i] : 0.0f));
+}
+
+template <template <ScanCell, class> class Pick, class T>
+auto pick(ScanCell cell) {
+  switch (cell) {
+    case ScanCell::lstm: return Pick<ScanCell::lstm, T>::kernel();
+    case ScanCell::gru: return Pick<ScanCell::gru, T>::kernel();
+    case ScanCell::gru_reset_before: return Pick<ScanCell::gru_reset_before, T>::kernel();
+    default: return Pick<ScanCell::rnn_tanh, T>::kernel();
+  }
+}
+template <template <ScanCell, class> class Pick>
+auto pick(ScanCell cell, ScanDtype dtype) {
+  switch (dtype) {
+    case ScanDtype::bf16: return pick<Pick, Bf16>(cell);
+    case ScanDtype::f16: return pick<Pick, Fp16>(cell);
+    default: return pick<Pick, float>(cell);
+  }
+}
+template <ScanCell C, class T>
+struct StepForward {
+  static auto kernel() { return &forward_step<C, T>; }
+};
+template <ScanCell C, class T>
+struct StepBackward {
+  static auto kernel() { return &backward_step<C, T>; }
+};
+
+Launch step_launch(const ScanWalk& a) {
+  Launch launch;
+  launch.threads = kStepThreads;
+  launch.grid.x = static_cast<unsigned>((int64_t(a.B) * a.H + kStepThreads - 1) / kStepThreads);
+  return launch;
+}
+
+ForwardKernel forward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
+  return role == ScanRole::cluster           ? cluster_forward(cell, dtype)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_forward(cell, dtype)
+                                             : grid_forward(cell, dtype);
+}
+BackwardKernel backward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
+  return role == ScanRole::cluster           ? cluster_backward(cell, dtype)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_backward(cell, dtype)
+                                             : grid_backward(cell, dtype);
+}
+
+}  // namespace
+
+const char* step_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step, void* stream) {
+  return launch(pick<StepForward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
+}
+const char* step_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step,
+                          void* stream) {
+  return launch(pick<StepBackward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
+}
+
+const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream) {
+  Launch shape;
+  shape.threads = kStepThreads;
+  shape.grid.x = static_cast<unsigned>(std::min<int64_t>((n + kStepThreads - 1) / kStepThreads, 1024));
+  const auto kernel = dtype == ScanDtype::bf16 ? &add<Bf16> : dtype == ScanDtype::f16 ? &add<Fp16> : &add<float>;
+  return n == 0 ? nullptr : launch(kernel, shape, static_cast<Stream>(stream), a, b, out, n);
+}
+
+const char* scan_clear(void* target, size_t bytes, void* stream) {
+  return set_zero(target, bytes, static_cast<Stream>(stream));
+}
+
+const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+                         void* workspace, void* stream) {
+  return launch(forward_of(cell, dtype, plan.role), plan.launch, static_cast<Stream>(stream), args,
+                Resident{plan.shape, plan.layout, workspace});
+}
+const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+                          void* workspace, void* stream) {
+  return launch(backward_of(cell, dtype, plan.role), plan.launch, static_cast<Stream>(stream), args,
+                Resident{plan.shape, plan.layout, workspace});
+}
+
+int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& shape) {
+  const auto ask = [&](auto kernel) {
+    return in_cluster(role) && shape.cluster > 1 ? resident_clusters(kernel, shape)
+                                                          : blocks_per_multiprocessor(kernel, shape);
+  };
+  return problem.backward ? ask(backward_of(problem.cell, problem.dtype, role))
+                          : ask(forward_of(problem.cell, problem.dtype, role));
+}
+
+}  // namespace fastseq::cuda

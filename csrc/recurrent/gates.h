@@ -1,0 +1,86 @@
+// What each cell does with its gates at one step, forward and backward, for one unit or a vector of units.
+//
+// V is float, double or a vector of either. `x_*` are a gate's pre-activation; a `d` before a name is the gradient of
+// the loss with respect to it, of a gate's letter with respect to its pre-activation. The products with W stay outside.
+#pragma once
+#include "core/math.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+// RNN: h = phi(x)
+template <bool kRelu, class V>
+FASTSEQ_HD V rnn_forward(V x) {
+  if constexpr (kRelu)
+    return relu(x);
+  else
+    return tanh(x);
+}
+template <bool kRelu, class V>
+FASTSEQ_HD V rnn_backward(V h, V dh) {
+  if constexpr (kRelu)
+    return h <= Scalar<V>(0) ? V{} : dh;  // what is no number stays none
+  else
+    return dh * (Scalar<V>(1) - h * h);
+}
+
+// A forward step comes in two halves where a second function waits for a first one's value: a caller with several
+// vectors takes all of them through the first half, then all through the second, and nothing waits.
+
+// LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
+template <class V>
+struct LstmGates {
+  V i, f, g, o;
+};
+template <class V>
+FASTSEQ_HD LstmGates<V> lstm_forward(V x_i, V x_f, V x_g, V x_o, V c_prev, V& c) {
+  LstmGates<V> gates{sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)};
+  c = gates.f * c_prev + gates.i * gates.g;
+  return gates;
+}
+template <class V>
+FASTSEQ_HD V lstm_hidden(V o, V c) {
+  return o * tanh(c);
+}
+// dc comes in as the gradient of c_t from later steps and goes out as that of c_prev.
+template <class V>
+FASTSEQ_HD LstmGates<V> lstm_backward(LstmGates<V> s, V c_prev, V c, V dh, V& dc) {
+  using S = Scalar<V>;
+  V squashed = tanh(c);
+  dc = dc + dh * s.o * (S(1) - squashed * squashed);
+  LstmGates<V> d{dc * s.g * s.i * (S(1) - s.i), dc * c_prev * s.f * (S(1) - s.f), dc * s.i * (S(1) - s.g * s.g),
+                 dh * squashed * s.o * (S(1) - s.o)};
+  dc = dc * s.f;
+  return d;
+}
+
+// GRU: h = z h_prev + (1 - z) n, with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after
+// the product) or n = tanh(x_n + W_hn q + b_hn), q = r h_prev (reset before it: x_n holds the product too).
+template <class V>
+FASTSEQ_HD V gru_blend(V z, V n, V h_prev) {
+  return z * h_prev + (Scalar<V>(1) - z) * n;
+}
+template <class V>
+struct GruGates {
+  V r, z, x_n;  // x_n: all of n's pre-activation
+};
+template <class V>
+FASTSEQ_HD GruGates<V> gru_forward(V x_r, V x_z, V x_n, V q) {
+  V r = sigmoid(x_r);
+  return {r, sigmoid(x_z), x_n + r * q};
+}
+// What does not depend on where the reset stands: gradients of z and n (its pre-activation).
+template <class V>
+FASTSEQ_HD void gru_backward_blend(V z, V n, V h_prev, V dh, V& dz, V& dn) {
+  using S = Scalar<V>;
+  dz = dh * (h_prev - n) * z * (S(1) - z);
+  dn = dh * (S(1) - z) * (S(1) - n * n);
+}
+// dr from the gradient of what r multiplies: `other` is q (after) or h_prev (before).
+template <class V>
+FASTSEQ_HD V gru_backward_reset(V r, V other, V dproduct) {
+  return dproduct * other * r * (Scalar<V>(1) - r);
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

@@ -1,0 +1,2 @@
+"""Attention: from the functional interface to the operators. ``fastseq.attention`` is the function, so the package has
+another name."""

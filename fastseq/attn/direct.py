@@ -1,0 +1,84 @@
+"""Attention past torch's operators, with and without gradients: one native call forward, one back.
+
+The native calls are csrc/attention/direct.cpp's. Each asks what could make a tensor more than its numbers, and declines
+with None; whoever asked here for the whole is then told None too, and goes the general way. A gradient that is to be
+differentiated again goes that way as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq import direct
+from fastseq.attn import autograd as autograd_attention
+from fastseq.autograd import is_batched, recorder
+from fastseq.backend import native_attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    bottom_right: bool,
+    window: tuple[int, int] | None,
+    softcap: float,
+    grouped: bool,
+) -> Tensor | None:
+    """o of dense attention that is not checked; None where the short way is not to be taken."""
+    if direct.attend is None or torch.compiler.is_compiling() or not native_attention():
+        return None
+    if not torch.is_grad_enabled():
+        return direct.attend(q, k, v, bias, mask, scale, causal, bottom_right, window, softcap, grouped)
+    if bias is not None and getattr(bias, "requires_grad", True):
+        return None
+    settings = (scale, causal, bottom_right, window, softcap, grouped)
+    made = direct.attend_forward(q, k, v, bias, mask, settings)  # type: ignore[misc]
+    if made is None:
+        return None
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return _recorded(q, k, v, (bias, mask, made, settings))
+    return made[0]
+
+
+class Attended(torch.autograd.Function):
+    """o, which is already computed, as a function of q, k and v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, others: tuple) -> Tensor:
+        bias, mask, (o, lse), ctx.settings = others
+        ctx.save_for_backward(q, k, v, bias, mask, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple:
+        saved = ctx.saved_tensors
+        if not (torch.compiler.is_compiling() or is_batched(d_o)):
+            found = direct.attend_backward(d_o, saved, ctx.settings)  # type: ignore[misc]
+            if found is not None:
+                return found
+        q, k, v, bias, mask, o, lse = saved
+        scale, causal, bottom_right, window, softcap, _ = ctx.settings
+        optional = (*map(with_four_dimensions, (bias, mask)), *(None,) * (autograd_attention.OPTIONAL - 2))
+        settings = (scale_of(q, scale), causal, bottom_right, *(window or (-1, -1)), softcap, 0.0)
+        dq, dk, dv, *_ = autograd_attention.gradient(
+            d_o, None, q, k, v, o, lse, optional, settings, False, "native"
+        )  # fmt: skip
+        return dq, dk, dv, None
+
+
+_recorded = recorder(Attended)
+
+
+def with_four_dimensions(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,124 @@
+"""The fast path into the native kernels, past torch's dispatcher: what a small model costs is mostly that.
+
+Its functions are the compiled extension's (csrc/recurrent/direct.cpp), or None where they must not be used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastseq import auto, ops
+from fastseq.autograd import forward_mode
+
+
+def _questions() -> tuple[Callable[[], object], ...]:
+    """What must all be false or None for a tensor to be no more than its numbers, first whether gradients are on. The
+    extension asks at each call."""
+    return (
+        torch.is_grad_enabled,
+        torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._is_any_autocast_enabled,
+        torch._C._is_tracing,
+        torch.autograd._profiler_enabled,
+    )
+
+
+def plain() -> bool:
+    """Whether a tensor is no more than its numbers here and now."""
+    return not forward_mode() and not any(question() for question in _questions())
+
+
+def _offset(samples: Sequence[Tensor], words: int, address: Callable[[Tensor], int], value: Callable) -> int | None:
+    """The one place, in bytes, at which the memory at ``address`` of each sample, ``words`` words of 8 bytes, has the
+    sample's ``value``; None where there is none, or more than one."""
+    memory = [(ctypes.c_uint64 * words).from_address(address(sample)) for sample in samples]
+    places = [i for i in range(words) if all(m[i] == value(s) for m, s in zip(memory, samples, strict=True))]
+    return 8 * places[0] if len(places) == 1 else None
+
+
+def _samples() -> tuple[Tensor, ...]:
+    """Tensors of unlike dispatch keys."""
+    x = torch.empty(2, 3)
+    return (
+        x, torch.nn.Parameter(x), torch.empty(2, dtype=torch.int64), torch._neg_view(x), torch.empty(2, device="meta"),
+        torch._efficientzerotensor(2, 3), x.to_sparse(), torch.zeros(2, dtype=torch.complex64).conj(),
+    )  # fmt: skip
+
+
+def _keys(x: Tensor) -> int:
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+def _plain_keys() -> tuple[int, int]:
+    """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
+    with torch.inference_mode():
+        inside = torch.empty(1)
+    return _keys(torch.empty(1)), _keys(inside)
+
+
+def _bind() -> str | None:
+    """Tries what the extension assumes beyond torch's stable interface; None, or the first that does not hold."""
+    if ops.NATIVE_MISSING is not None:
+        return "the native kernels are missing"
+    import fastseq._native as native  # type: ignore[import-not-found]
+
+    missing = [name for name in ("_dispatch_keys", "_is_any_autocast_enabled") if not hasattr(torch._C, name)]
+    if missing:
+        return f"torch._C.{missing[0]} is missing"
+    samples = _samples()
+    impl_offset = _offset(samples, torch.Tensor.__basicsize__ // 8, id, lambda x: x._cdata)
+    keys_offset = _offset(samples, _IMPL_WORDS, lambda x: x._cdata, _keys)
+    if impl_offset is None:
+        return "the address of a tensor's implementation is not found in its memory"
+    if keys_offset is None:
+        return "a tensor's dispatch keys are not found in its implementation's memory"
+    plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS
+    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys()):
+        return "torch does not export THPVariable_Wrap"
+    trial = torch.arange(6.0).view(2, 3)[:, 1:]
+    for other in (torch._neg_view(trial), torch.empty(2, device="meta"), torch._efficientzerotensor(4)[1:]):
+        if native.described(other) is not None:
+            return "a tensor that is more than its numbers is taken for an ordinary one"
+    address, shape, made, its = native.described(trial) or (None,) * 4
+    if (address, shape) != (trial.data_ptr(), tuple(trial.shape)):
+        return "a tensor's address and shape are not found"
+    if type(made) is not torch.Tensor or (made.data_ptr(), made.shape, made.dtype) != (its, shape, trial.dtype):
+        return "a new tensor is not what it should be"
+    return None
+
+
+_IMPL_WORDS = 26
+"""Length of a TensorImpl in words of 8 bytes."""
+
+MISSING: str | None = _bind()
+"""None where the fast path is on; else which assumption does not hold. Calls then take the operators: slower by some
+microseconds, the same otherwise."""
+
+_NAMES = (
+    *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
+    *("undisturbed", "layer_forward", "layer_gradient"),
+    *("attend", "attend_forward", "attend_backward", "multihead"),
+)
+
+
+def _functions() -> tuple[Callable[..., Any] | None, ...]:
+    if MISSING is not None:
+        return (None,) * len(_NAMES)
+    import fastseq._native as native
+
+    return tuple(getattr(native, name) for name in _NAMES)
+
+
+(
+    stack, layer, cell, cell_layer, plan, planned, unchanged,
+    undisturbed, layer_forward, layer_gradient,
+    attend, attend_forward, attend_backward, multihead,
+) = _functions()  # fmt: skip

@@ -1,6 +1,0 @@
-"""The layers as functions: documented, checked, and sent to the backend that should run them."""
-
-from fastseq.functional.attention import attention, scaled_dot_product_attention
-from fastseq.functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
-
-__all__ = ["attention", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell", "scaled_dot_product_attention"]

@@ -1,0 +1,1 @@
+"""Recurrent layers: from the functional interface to the operators."""

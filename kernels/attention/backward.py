@@ -1,0 +1,313 @@
+"""softmax(Q Kᵀ) V, backward: P is made anew from lse, tile by tile, and each sum has one owner, so no atomics.
+
+    p = 2^(s - lse);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
+    dv[j] = sum_i p do[i];  dk[j] = scale sum_i ds q[i];  dq[i] = scale sum_j ds k[j];  dbias = ds
+    dsink = - sum_i exp(sink - lse[i]) delta[i]
+
+With dropout p reaches o as m p / (1 - rate), so dv and dp take it masked and scaled alike; delta needs no change. Under
+a softcap ds is multiplied by the cap's slope before it reaches q and k. A row that sees nothing has lse = -inf: it is
+read as +inf, which makes its p, and with delta = 0 all of its gradients, 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .ranges import find_program, key_range, query_range, sequence
+from .scores import LOG2E, biased, cap_slope, kept, logits
+from .tiles import (
+    ROW_BLOCK,
+    described,
+    dot,
+    dot_add,
+    head_of,
+    load_halves,
+    load_rows,
+    load_tile,
+    load_vector,
+    narrow,
+    number,
+    rows_of,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["o", "d_o", "lse", "dlse", "scratch", "dsinks", "call", "heads", "together"])
+def attention_delta(
+    o, d_o, lse, dlse, scratch, dsinks, call, heads, together,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
+    b, h, tile = find_program(tl.program_id(0), call, heads, together, ROW_BLOCK, OF_KEYS=False)
+    q_row, rows, tq, _, _, _, _ = sequence(call, b)
+    i0 = tile * ROW_BLOCK
+    if i0 < rows:
+        row = i0 + tl.arange(0, ROW_BLOCK)
+        o_head = head_of(o, b, h, q_row, ALIGN)
+        d_head = head_of(d_o, b, h, q_row, ALIGN)
+        delta = tl.zeros([ROW_BLOCK], tl.float32)
+        place = tl.cast(row, tl.int64)
+        for first in range(0, DV, BLOCK_DV):
+            o_tile = load_rows(o_head, place * number(o.row), row < tq, DV, first, BLOCK_DV, ALIGN)
+            d_tile = load_rows(d_head, place * number(d_o.row), row < tq, DV, first, BLOCK_DV, ALIGN)
+            delta += tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
+        log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
+        if dlse is not None:
+            delta -= tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
+        empty = log == float("-inf")
+        delta = tl.where(empty, 0.0, delta)
+        base = rows_of(call, scratch, b, h, q_row, heads)
+        tl.store(scratch.log + base + row, tl.where(empty, float("inf"), log * LOG2E))
+        tl.store(scratch.delta + base + row, delta)
+        if dsinks is not None:
+            sink = tl.load(call.sinks + h).to(tl.float32)
+            weight = tl.where(empty, 0.0, tl.exp2((sink - log) * LOG2E))
+            if call.cu_q is None:
+                place = b * tl.cdiv(number(call.length_q), ROW_BLOCK) + tile
+            else:  # the slot, as find_tile counts them
+                place = q_row // ROW_BLOCK + b + tile
+            tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -tl.sum(weight * delta, 0))
+
+
+@triton.jit
+def products(
+    near1, near2, far, far_more, stride, start, count,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """q[i]·k[j] of a tile of one of them, in halves, with the other's rows from ``start`` on, as columns; and these
+    rows' halves, [ROWS, D1] and [ROWS, D2]."""
+    far1 = load_tile(far, stride, start, count, D, 0, ROWS, D1, ALIGN, CHECKED)
+    product = dot(near1, tl.trans(far1), PRECISION, WIDEN)
+    far2 = far1
+    if D2 > 0:
+        far2 = load_tile(far_more, stride, start, count, D, D1, ROWS, D2, ALIGN, CHECKED)
+        product = dot_add(near2, tl.trans(far2), product, PRECISION, WIDEN)
+    return product, far1, far2
+
+
+@triton.jit
+def add_queries(
+    dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row,
+    q_head, q_more, d_head, log_head, delta_head, q_row, d_row, begin, end, call, b, h, j, j0, tq, tk, shift,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk (if KEYS) and dv (if VALUES) of a tile of keys what queries from ``begin`` to ``end`` send them.
+
+    All tiles are transposed, [BLOCK_N, BLOCK_M], so that p and ds enter the products as they are. Keys past the last
+    need no mask: each has rows of its own, which end as zeros; queries past the last are rows of 0 with log = +inf,
+    which add nothing. Keys and values of more than 256 features are more than the registers hold from one tile to the
+    next: they are read anew."""
+    for start in tl.range(begin, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        if D > 256:
+            k1, k2 = load_halves(k_head, k_head, k_row, j0, tk, D, D1, D2, BLOCK_N, ALIGN)
+        if DV > 256:
+            v_tile = load_tile(v_head, v_row, j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)
+        s, q1, q2 = products(
+            k1, k2, q_head, q_more, q_row, start, tq, D, D1, D2, BLOCK_M, ALIGN, PRECISION, WIDEN, True
+        )
+        s = logits(s, call, q1.dtype == tl.float32)
+        i = row[None, :]
+        log = load_vector(log_head, start, BLOCK_M)
+        p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
+        d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
+        if KEYS and k1.dtype == tl.float32:  # no tensor cores: else ptxas holds the operands of two products at once
+            tl.debug_barrier()
+        reaching = p
+        if call.seed is not None:
+            keep = tl.trans(kept(call, b, h, row[:, None], j0, BLOCK_M, BLOCK_N))
+            reaching = tl.where(keep, p * call.kept_scale, 0.0)
+        if KEYS:
+            dp = dot(v_tile, tl.trans(d_tile), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
+            if call.seed is not None:
+                dp = tl.where(keep, dp * call.kept_scale, 0.0)
+            ds = p * (dp - load_vector(delta_head, start, BLOCK_M)[None, :])
+        if VALUES:
+            dv = dot_add(narrow(reaching, d_tile.dtype, WIDEN), d_tile, dv, PRECISION, WIDEN)
+        if KEYS:
+            if call.cap_in is not None:
+                ds = ds * cap_slope(s, call)
+            ds = narrow(ds, q1.dtype, WIDEN)
+            dk1 = dot_add(ds, q1, dk1, PRECISION, WIDEN)
+            if D2 > 0:
+                dk2 = dot_add(ds, q2, dk2, PRECISION, WIDEN)
+    return dk1, dk2, dv
+
+
+@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dk", "dv", "call", "heads", "together"])
+def attention_backward_keys(
+    q, k, v, d_o, scratch, dk, dv, call, heads, together,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (either may be None) of one tile of keys of one key head, summed over the query heads that share it."""
+    KEYS: tl.constexpr = dk is not None
+    VALUES: tl.constexpr = dv is not None
+    b, head, tile = find_program(tl.program_id(0), call, heads, together, BLOCK_N, OF_KEYS=True)
+    q_row, _, tq, k_row, keys, tk, shift = sequence(call, b)
+    j0 = tile * BLOCK_N
+    if j0 < keys:
+        j = j0 + tl.arange(0, BLOCK_N)[:, None]
+        last = tl.minimum(j0 + BLOCK_N, tk) - 1
+        begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
+        k_head = head_of(k, b, head, k_row, ALIGN)
+        k1, k2 = load_halves(k_head, k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN)  # [BLOCK_N, D1], [, D2]
+        row_k = number(k.row)
+        row_v = number(v.row)
+        row_q = number(q.row)
+        row_d = number(d_o.row)
+        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+        dk2 = dk1
+        if D2 > 0:
+            dk2 = tl.zeros([BLOCK_N, D2], tl.float32)
+        v_head = head_of(v, b, head, k_row, ALIGN)
+        v_tile = load_tile(v_head, number(v.row), j0, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, True)  # [BLOCK_N, DV]
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        for h in range(head * number(call.group), head * number(call.group) + number(call.group)):
+            query = head_of(q, b, h, q_row, ALIGN)
+            q_head = described(query, row_q, tq, D, BLOCK_M, D1, ALIGN, TMA)
+            q_more = described(query, row_q, tq, D, BLOCK_M, D2, ALIGN, TMA and D2 > 0)
+            d_head = described(head_of(d_o, b, h, q_row, ALIGN), row_d, tq, DV, BLOCK_M, BLOCK_DV, ALIGN, TMA)
+            base = rows_of(call, scratch, b, h, q_row, heads * number(call.group))
+            log_head = scratch.log + base
+            delta_head = scratch.delta + base
+            if call.pairs is not None or call.left is not None:
+                dk1, dk2, dv_acc = add_queries(
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                    begin, end, call, b, h, j, j0, tq, tk, shift,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
+                )  # fmt: skip
+            else:
+                if call.right is not None:
+                    dk1, dk2, dv_acc = add_queries(
+                        dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                        q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                        begin, whole, call, b, h, j, j0, tq, tk, shift,
+                        D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
+                    )  # fmt: skip
+                dk1, dk2, dv_acc = add_queries(
+                    dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
+                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                    whole, end, call, b, h, j, j0, tq, tk, shift,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, False,
+                )  # fmt: skip
+        counted = j < tk  # past its length a key gets 0, whatever its row of the sums has taken in
+        if KEYS:
+            dk_head = head_of(dk, b, head, k_row, ALIGN)
+            dk1 = tl.where(counted, dk1, 0.0)
+            store_tile(dk1 * call.scale, dk_head, number(dk.row), j0, keys, D, 0, BLOCK_N, D1, ALIGN, WIDEN)
+            if D2 > 0:
+                dk2 = tl.where(counted, dk2, 0.0)
+                store_tile(dk2 * call.scale, dk_head, number(dk.row), j0, keys, D, D1, BLOCK_N, D2, ALIGN, WIDEN)
+        if VALUES:
+            dv_head = head_of(dv, b, head, k_row, ALIGN)
+            dv_acc = tl.where(counted, dv_acc, 0.0)
+            store_tile(dv_acc, dv_head, number(dv.row), j0, keys, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, WIDEN)
+
+
+@triton.jit
+def weights(
+    product, log, call, b, h, i, i0, j0, tq, tk, shift,
+    BLOCK_N: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """p of a tile, [BLOCK_M, BLOCK_N], from q·k; and the capped scores before bias, for the cap's slope."""
+    s = logits(product, call, PRECISE)
+    j = j0 + tl.arange(0, BLOCK_N)[None, :]
+    return tl.exp2(biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED, True) - log[:, None]), s
+
+
+@triton.jit
+def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """ds of a tile from do·v, [BLOCK_M, BLOCK_N]."""
+    if call.seed is not None:
+        dp = tl.where(kept(call, b, h, i, j0, BLOCK_M, BLOCK_N), dp * call.kept_scale, 0.0)
+    return p * (dp - delta[:, None])
+
+
+@triton.jit
+def add_keys(
+    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
+    call, b, h, i, i0, tq, tk, shift,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
+    for start in tl.range(begin, end, BLOCK_N):
+        v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
+        product, k1, k2 = products(
+            q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, MASKED
+        )
+        precise: tl.constexpr = q1.dtype == tl.float32
+        p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, precise, MASKED)
+        dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
+        ds = scores_gradient(p, dp, delta, call, b, h, i, start, BLOCK_M, BLOCK_N)
+        if call.cap_in is not None:
+            ds = ds * cap_slope(s, call)
+        ds = narrow(ds, q1.dtype, WIDEN)
+        dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
+        if D2 > 0:
+            dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
+    return dq1, dq2
+
+
+@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dq", "call", "heads", "together"])
+def attention_backward_queries(
+    q, k, v, d_o, scratch, dq, call, heads, together,
+    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head."""
+    b, h, tile = find_program(tl.program_id(0), call, heads, together, BLOCK_M, OF_KEYS=False)
+    q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
+    i0 = tile * BLOCK_M
+    if i0 < rows:
+        i = i0 + tl.arange(0, BLOCK_M)[:, None]
+        last = tl.minimum(i0 + BLOCK_M, tq) - 1
+        begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
+        q_head = head_of(q, b, h, q_row, ALIGN)
+        q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
+        d_head = head_of(d_o, b, h, q_row, ALIGN)
+        d_tile = load_tile(d_head, number(d_o.row), i0, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)
+        base = rows_of(call, scratch, b, h, q_row, heads)
+        log = load_vector(scratch.log + base, i0, BLOCK_M)
+        delta = load_vector(scratch.delta + base, i0, BLOCK_M)
+        row_k = number(k.row)
+        row_v = number(v.row)
+        key = head_of(k, b, h // number(call.group), k_row, ALIGN)
+        value = head_of(v, b, h // number(call.group), k_row, ALIGN)
+        k_head = described(key, row_k, tk, D, BLOCK_N, D1, ALIGN, TMA)
+        k_more = described(key, row_k, tk, D, BLOCK_N, D2, ALIGN, TMA and D2 > 0)
+        v_head = described(value, row_v, tk, DV, BLOCK_N, BLOCK_DV, ALIGN, TMA)
+        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+        dq2 = dq1
+        if D2 > 0:
+            dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+        if call.pairs is None:
+            if call.left is not None:
+                dq1, dq2 = add_keys(
+                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+                    begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                    D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
+                )  # fmt: skip
+            dq1, dq2 = add_keys(
+                dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+                whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+                D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
+            )  # fmt: skip
+        dq1, dq2 = add_keys(
+            dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
+            call, b, h, i, i0, tq, tk, shift,
+            D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
+        )  # fmt: skip
+        dq_head = head_of(dq, b, h, q_row, ALIGN)
+        store_tile(dq1 * call.scale, dq_head, number(dq.row), i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)
+        if D2 > 0:
+            store_tile(dq2 * call.scale, dq_head, number(dq.row), i0, rows, D, D1, BLOCK_M, D2, ALIGN, WIDEN)

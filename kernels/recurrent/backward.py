@@ -1,0 +1,354 @@
+"""The scan backward: from the last step to the first, gradients of the gates and the running dh = dgates · W_hh.
+
+The roles of recurrent.py. *sequence*: one launch, dh and dc in registers, W_hh on the chip. *step*: one launch a step,
+which multiplies the dgates of the step walked before by W_hh, adds what reached h beside that product (``carry``), and
+makes its own dgates from it; gru_reset_before and a projection take two. Nothing is added atomically: each element
+has one owner, so the bits are the same every time. dx, dW and db are products over all steps, made afterwards.
+
+The kernels walk back: "later" is the step that the forward walk took after this one, "before" the one it took before.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
+from .forward import C0, H0, LENGTHS, RESET, VARYING, dot, parts_of, through
+
+# fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment"
+
+# Further bits of `given`: which gradients came or have been made.
+DY, DSTATES, CARRY, DC, LATER = (tl.constexpr(1 << bit) for bit in range(7, 12))
+
+
+@triton.jit
+def load(at, mask):
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def cleared(reset, t, rows, B, given, reset_t, reset_b):
+    """Whether the state was cleared before step t: [BLOCK_B]."""
+    mask = (rows < B) & ((given & RESET) != 0)
+    return tl.load(reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=mask, other=0).to(tl.int1)
+
+
+@triton.jit
+def block(w, outputs, inputs, N, K, UPCAST: tl.constexpr):
+    """A block of w [N, K] as it lies: [outputs, inputs]."""
+    at = w + outputs[:, None] * K + inputs[None, :]
+    tile = tl.load(at, mask=(outputs < N)[:, None] & (inputs < K)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def lstm_gradient(kept, c_at, c_before, c_start, has_before, out, H, total, dc, live, clear, mask):
+    """One step's dgates, stored at ``out`` and returned in their dtype, and the gradient of c_prev.
+
+    ``total`` and ``dc`` are the gradients of h_t and c_t; ``c_start`` is c_prev where no step came before.
+    """
+    dtype = out.dtype.scalar.element_ty
+    c_prev = tl.where(has_before, load(c_before, mask & has_before), c_start)
+    i, f, g, o = load(kept, mask), load(kept + H, mask), load(kept + 2 * H, mask), load(kept + 3 * H, mask)
+    d_0, d_1, d_2, d_3, dc_prev = lstm_backward(
+        i, f, g, o, tl.where(clear, 0.0, c_prev), load(c_at, mask), total, dc
+    )
+    a_0, a_1 = tl.where(live, d_0, 0.0).to(dtype), tl.where(live, d_1, 0.0).to(dtype)
+    a_2, a_3 = tl.where(live, d_2, 0.0).to(dtype), tl.where(live, d_3, 0.0).to(dtype)
+    tl.store(out, a_0, mask=mask)
+    tl.store(out + H, a_1, mask=mask)
+    tl.store(out + 2 * H, a_2, mask=mask)
+    tl.store(out + 3 * H, a_3, mask=mask)
+    return a_0, a_1, a_2, a_3, tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
+
+
+@triton.jit
+def rnn_gradient(h_at, out, total, live, mask, RELU: tl.constexpr):
+    d = tl.where(live, rnn_backward(load(h_at, mask), total, RELU), 0.0).to(out.dtype.scalar.element_ty)
+    tl.store(out, d, mask=mask)
+    return d
+
+
+@triton.jit
+def back_through(dh, a, w, gate: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """dh += a · W of one gate: ``a`` by parts of the gate's units, ``dh`` by parts of the state's."""
+    found = ()
+    for p in tl.static_range(len(dh)):
+        found += (through(a, w[p][gate], dh[p], PRECISION, UPCAST),)
+    return found
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_sequence(
+    dy, dh_n, dc_n, dstates,  # [T,B,H] by rows x_t, x_b; fp32 [B,H] twice; fp32 [T,B,H]
+    y, states, tape, w_hh, h0, c0, lengths, reset,
+    dgates, dhidden, dh0, dc0,  # [T,B,G*H], [T,B,H], [B,H] twice
+    T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
+    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    PARTS: tl.constexpr = 2 if TAIL else 1
+    dtype = y.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    wide = rows.to(tl.int64)
+    units = parts_of(BLOCK_H, TAIL)
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
+    begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
+    # Of each part of the units: its mask and place in [B,H], dh, dc, h0 or c0, and W_hh by gate and part of its units.
+    mask, state, dh, dc, start, w = (), (), (), (), (), ()
+    for p in tl.static_range(PARTS):
+        mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
+        state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
+        dh += (load(dh_n + state[p], mask[p] & ((given & CARRY) != 0)),)
+        if CELL == "lstm":
+            dc += (load(dc_n + state[p], mask[p] & ((given & DC) != 0)),)
+            start += (load(c0 + state[p], mask[p] & ((given & C0) != 0)),)
+        elif G == 3:
+            start += (load(h0 + state[p], mask[p] & ((given & H0) != 0)),)
+        w_p = ()
+        for gate in tl.static_range(G):
+            w_g = ()
+            for k in tl.static_range(PARTS):
+                w_g += (block(w_hh + gate * H * H, units[k], units[p], H, H, UPCAST),)
+            w_p += (w_g,)
+        w += (w_p,)
+
+    for step in tl.range(0, T, num_stages=STAGES):
+        t = (first + (T - 1 - step) * direction).to(tl.int64)
+        row = t * B + wide
+        live = (t < length)[:, None]
+        clear = cleared(reset, t, rows, B, given, reset_t, reset_b)[:, None]
+        product, a_0, a_1, a_2, a_3, dc_prev = (), (), (), (), (), ()
+        if G == 3:
+            r, h_prev = (), ()
+        for p in tl.static_range(PARTS):
+            at = row[:, None] * H + units[p][None, :]
+            before = at - direction.to(tl.int64) * B * H
+            kept = tape + row[:, None] * (4 * H) + units[p][None, :]
+            out = dgates + row[:, None] * (G * H) + units[p][None, :]
+            dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[p][None, :]
+            total = dh[p] + load(dy_at, mask[p] & live & ((given & DY) != 0))
+            if CELL == "lstm":
+                d_i, d_f, d_g, d_o, d_c = lstm_gradient(
+                    kept, states + at, states + before, start[p], step < T - 1, out, H, total,
+                    dc[p] + load(dstates + at, mask[p] & ((given & DSTATES) != 0)), live, clear, mask[p],
+                )
+                a_0 += (d_i,)
+                a_1 += (d_f,)
+                a_2 += (d_g,)
+                a_3 += (d_o,)
+                dc_prev += (d_c,)
+                product += (tl.zeros_like(total),)
+            elif G == 3:
+                r_p, z, n = load(kept, mask[p]), load(kept + H, mask[p]), load(kept + 2 * H, mask[p])
+                h_p = load(y + before, mask[p] & (t != begin) & (step < T - 1))
+                h_p = tl.where(clear, 0.0, tl.where(t == begin, start[p], h_p))
+                dz, dn = gru_backward_blend(z, n, h_p, total)
+                d_n = tl.where(live, dn, 0.0).to(dtype)
+                d_z = tl.where(live, dz, 0.0).to(dtype)
+                if CELL == "gru":
+                    dq = tl.where(live, dn * r_p, 0.0).to(dtype)
+                    tl.store(dhidden + at, dq, mask=mask[p])
+                    d_r = tl.where(live, gru_backward_reset(r_p, load(kept + 3 * H, mask[p]), dn), 0.0).to(dtype)
+                    tl.store(out, d_r, mask=mask[p])
+                    a_0 += (d_r,)
+                    a_2 += (dq,)
+                else:
+                    r += (r_p,)
+                    h_prev += (h_p,)
+                    a_2 += (d_n,)
+                tl.store(out + H, d_z, mask=mask[p])
+                tl.store(out + 2 * H, d_n, mask=mask[p])
+                a_1 += (d_z,)
+                product += (total * z,)
+            else:
+                a_0 += (rnn_gradient(y + at, out, total, live, mask[p], CELL == "rnn_relu"),)
+                product += (tl.zeros_like(total),)
+        if CELL == "gru_reset_before":
+            beside = ()
+            for p in tl.static_range(PARTS):
+                dq = through(a_2, w[p][2], tl.zeros_like(dh[p]), PRECISION, UPCAST)
+                d_r = tl.where(live, gru_backward_reset(r[p], h_prev[p], dq), 0.0).to(dtype)
+                tl.store(dgates + row[:, None] * (G * H) + units[p][None, :], d_r, mask=mask[p])
+                a_0 += (d_r,)
+                beside += (product[p] + dq * r[p],)
+            product = beside
+        elif G == 3:
+            product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
+        product = back_through(product, a_0, w, 0, PRECISION, UPCAST)
+        if G > 1:
+            product = back_through(product, a_1, w, 1, PRECISION, UPCAST)
+        if CELL == "lstm":
+            product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
+            product = back_through(product, a_3, w, 3, PRECISION, UPCAST)
+            dc = dc_prev
+        dh_prev = ()
+        for p in tl.static_range(PARTS):
+            dh_prev += (tl.where(live, tl.where(clear, 0.0, product[p]), dh[p]),)
+        dh = dh_prev
+
+    for p in tl.static_range(PARTS):
+        tl.store(dh0 + state[p], dh[p].to(dtype), mask=mask[p] & ((given & H0) != 0))
+        if CELL == "lstm":
+            tl.store(dc0 + state[p], dc[p].to(dtype), mask=mask[p] & ((given & C0) != 0))
+
+
+@triton.jit
+def product_of(
+    acc, a, rows, w, units, K, N, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """acc += a · w; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off; w [K, N] at ``units``."""
+    for k in range(0, K, BLOCK_K):
+        inputs = k + tl.arange(0, BLOCK_K)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
+        acc = dot(a_k, block(w, inputs, units, K, N, UPCAST), acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def state_gradient(
+    carry, dgates, dhidden, w_hh, reset, later, rows, units, mask, B, given, reset_t, reset_b, H, P,
+    CELL: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """The gradient that reaches h_t from the step ``later``: through the product with W_hh, and beside it."""
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    # Rows of W_hh that meet h itself with dgates: of a GRU those of r and z.
+    DIRECT: tl.constexpr = 2 if G == 3 else G
+    has_later = (given & LATER) != 0
+    known = (rows < B) & has_later & ~cleared(reset, later, rows, B, given, reset_t, reset_b)
+    dh = load(carry + rows.to(tl.int64)[:, None] * P + units[None, :], mask & ((given & CARRY) != 0))
+    row = later * B + rows
+    dh = product_of(
+        dh, dgates + (row * (G * H))[:, None], known, w_hh, units, DIRECT * H * has_later, P, BLOCK_K, PRECISION,
+        UPCAST, "",
+    )
+    if CELL == "gru":
+        dh = product_of(
+            dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * P, units, H * has_later, P, BLOCK_K, PRECISION,
+            UPCAST, "",
+        )
+    return dh
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_state(
+    dy, w_hh, lengths, reset, dgates, dhidden, carry, dh0,
+    t, later, B, given, x_t, x_b, reset_t, reset_b, H, P,
+    CELL: tl.constexpr, FINAL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The gradient of the state alone: of h0, which ends the walk (FINAL), or of a projected h_t, into dhidden."""
+    t, later = t.to(tl.int64), later.to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = rows.to(tl.int64)
+    mask = (rows < B)[:, None] & (units < P)[None, :]
+    state = wide[:, None] * P + units[None, :]
+    dh = state_gradient(
+        carry, dgates, dhidden, w_hh, reset, later, rows, units, mask, B, given, reset_t, reset_b, H, P,
+        CELL, BLOCK_K, PRECISION, UPCAST,
+    )
+    if FINAL:
+        tl.store(dh0 + state, dh.to(dh0.dtype.element_ty), mask=mask)
+    else:
+        length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
+        live = (t < length)[:, None]
+        dy_at = dy + (t * x_t + wide * x_b)[:, None] * P + units[None, :]
+        total = dh + load(dy_at, mask & live & ((given & DY) != 0))
+        at = dhidden + (t * B + wide)[:, None] * P + units[None, :]
+        tl.store(at, tl.where(live, total, 0.0).to(dhidden.dtype.element_ty), mask=mask)
+        tl.store(carry + state, tl.where(live, 0.0, dh), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_step(
+    dy, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset,
+    dgates, dhidden, carry, dc_carry,  # fp32 [B,H] twice: what reaches h beside the product; the gradient of c
+    t, later, B, given, first, direction, x_t, x_b, reset_t, reset_b, T, H, P,
+    CELL: tl.constexpr, PHASE: tl.constexpr, PROJECTED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    dtype = y.dtype.element_ty
+    t, later = t.to(tl.int64), later.to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    wide = rows.to(tl.int64)
+    mask = (rows < B)[:, None] & (units < H)[None, :]
+    state = wide[:, None] * H + units[None, :]  # [BLOCK_B, BLOCK_N]
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
+    live = (t < length)[:, None]
+    begin = tl.where(direction > 0, 0, length - 1)[:, None]
+    clear = cleared(reset, t, rows, B, given, reset_t, reset_b)[:, None]
+    row = t * B + wide
+    at = row[:, None] * H + units[None, :]
+    before = at - direction.to(tl.int64) * B * H
+    has_before = t != first
+    kept = tape + row[:, None] * (4 * H) + units[None, :]
+    out = dgates + row[:, None] * (G * H) + units[None, :]
+    if G == 3:
+        h_prev = tl.where(
+            t == begin, load(h0 + state, mask & (t == begin) & ((given & H0) != 0)),
+            load(y + before, mask & (t != begin) & has_before),
+        )
+        h_prev = tl.where(clear, 0.0, h_prev)
+        r = load(kept, mask)
+
+    if PHASE == 1:  # gru_reset_before's second launch: through W_n, of all units at once, to r
+        dq = product_of(
+            tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dgates + (row * (G * H) + 2 * H)[:, None], rows < B,
+            w_hh + 2 * H * P, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
+        )
+        tl.store(out, tl.where(live, gru_backward_reset(r, h_prev, dq), 0.0).to(dtype), mask=mask)
+        dh = load(carry + state, mask)
+        tl.store(carry + state, tl.where(live, tl.where(clear, 0.0, dh + dq * r), dh), mask=mask)
+    else:
+        if PROJECTED:
+            dh = product_of(
+                tl.zeros((BLOCK_B, BLOCK_N), tl.float32), dhidden + (row * P)[:, None], rows < B, w_hr, units, P, H,
+                BLOCK_K, PRECISION, UPCAST, "",
+            )
+            total = dh
+        else:
+            dh = state_gradient(
+                carry, dgates, dhidden, w_hh, reset, later, rows, units, mask, B, given, reset_t, reset_b, H, P,
+                CELL, BLOCK_K, PRECISION, UPCAST,
+            )
+            dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[None, :]
+            total = dh + load(dy_at, mask & live & ((given & DY) != 0))
+        beside = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        if CELL == "lstm":
+            dc = load(dc_carry + state, mask & ((given & DC) != 0))
+            dc += load(dstates + at, mask & ((given & DSTATES) != 0))
+            c_start = load(c0 + state, mask & ((t == first) & ((given & C0) != 0)))
+            _, _, _, _, dc = lstm_gradient(
+                kept, states + at, states + before, c_start, has_before, out, H, total, dc, live, clear, mask
+            )
+            tl.store(dc_carry + state, dc, mask=mask)
+        elif G == 3:
+            z, n = load(kept + H, mask), load(kept + 2 * H, mask)
+            dz, dn = gru_backward_blend(z, n, h_prev, total)
+            if CELL == "gru":
+                tl.store(dhidden + at, tl.where(live, dn * r, 0.0).to(dtype), mask=mask)
+                dr = gru_backward_reset(r, load(kept + 3 * H, mask), dn)
+                tl.store(out, tl.where(live, dr, 0.0).to(dtype), mask=mask)
+                beside = tl.where(clear, 0.0, total * z)
+            else:
+                beside = total * z
+            tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
+            tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)
+        else:
+            rnn_gradient(y + at, out, total, live, mask, CELL == "rnn_relu")
+        if not PROJECTED:
+            tl.store(carry + state, tl.where(live, beside, dh), mask=mask)

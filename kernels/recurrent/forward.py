@@ -1,0 +1,389 @@
+"""The scan forward: h_t = cell(gates_x_t, W_hh h_{t-1} + b_hh), every cell of gates.py, in two roles.
+
+*sequence*: one launch walks all steps; a program owns BLOCK_B rows of the batch and all H <= BLOCK_H + TAIL units, and
+keeps W_hh on its chip, h and c in registers. Tiles have powers of two: units whose number lies between two may come in
+two parts, W_hh in four blocks a gate, and a tuple has what there is for each part.
+*step*: one launch a step; a program owns BLOCK_B rows and BLOCK_N units of every gate, and streams W_hh through. Reset
+before the product (gru_reset_before) needs all of r * h_prev for the candidate, and a projection all of o * tanh(c):
+there a step takes two launches.
+
+gates_x = W_ih x + b_ih is one product for all steps, made before; a single step (FUSE_X) makes it on the way.
+What varies from call to call (T, B, the direction, which optional tensors are there) is a run-time number, so that
+neither another T nor another B compiles anything. An absent tensor's pointer is never followed: its loads are masked
+off by a bit of ``given``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
+
+# fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment"
+
+# Bits of `given`: which optional tensors there are.
+BIAS, H0, C0, LENGTHS, RESET, STATES, LAST = (tl.constexpr(1 << bit) for bit in range(7))
+
+# Numbers that are never compiled in; H, P and I are, where they are 1, and as multiples of 16.
+VARYING = ["T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b"]
+
+
+@triton.jit
+def weight(w, gate, units, inputs, H, K, UPCAST: tl.constexpr, SHARED: tl.constexpr = False):
+    """One gate's block of a weight [G*H, K], transposed: [inputs, units].
+
+    SHARED: kept in shared memory whatever its shape. 16 bytes at a time, a block of 32 inputs lies in the registers as
+    a product wants it, and would stay in them; 8 at a time, it does not.
+    """
+    at = w + (gate * H + units)[None, :] * K + inputs[:, None]
+    if SHARED:
+        at = tl.max_contiguous(at, (4, 1))
+    tile = tl.load(at, mask=(units < H)[None, :] & (inputs < K)[:, None], other=0.0)
+    if UPCAST:  # the interpreter multiplies the bit patterns of 16-bit numbers
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def bias(b, gate, units, H, mask):
+    """One gate's share of a bias [G*H], as a row [1, units]; 0 where ``mask`` is off."""
+    return tl.load(b + gate * H + units, mask=mask & (units < H), other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def dot(a, w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        a = a.to(tl.float32)
+    return tl.dot(a, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def keep(tape, H, live, mask, k_0, k_1, k_2, k_3):
+    """One step's blocks of the tape, those of four that are not None; 0 past the lengths."""
+    dtype = tape.dtype.scalar.element_ty
+    if k_0 is not None:
+        tl.store(tape, tl.where(live, k_0, 0.0).to(dtype), mask=mask)
+    if k_1 is not None:
+        tl.store(tape + H, tl.where(live, k_1, 0.0).to(dtype), mask=mask)
+    if k_2 is not None:
+        tl.store(tape + 2 * H, tl.where(live, k_2, 0.0).to(dtype), mask=mask)
+    if k_3 is not None:
+        tl.store(tape + 3 * H, tl.where(live, k_3, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit
+def parts_of(BLOCK_H: tl.constexpr, TAIL: tl.constexpr):
+    """The units: BLOCK_H of them, and TAIL more where that is not 0."""
+    if TAIL:
+        units = (tl.arange(0, BLOCK_H), BLOCK_H + tl.arange(0, TAIL))
+    else:
+        units = (tl.arange(0, BLOCK_H),)
+    return units
+
+
+@triton.jit
+def given_gate(x, gate, units, H, mask):
+    """One gate's share of gates_x at some units, by its row pointers."""
+    return tl.load(x + gate * H + units[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def through(a, w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc += a · w, summed over the parts of both."""
+    for part in tl.static_range(len(a)):
+        acc = dot(a[part], w[part], acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def keep_state(states, c, t, B, units, H, wanted, BLOCK_B: tl.constexpr):
+    """One step's c, the upper half of the rows and then the lower: its store passes through shared memory, of which a
+    half in float32 takes no more than a whole tile of 16 bits, and W_hh leaves little; for two barriers more."""
+    upper, lower = tl.split(tl.permute(tl.reshape(c, [2, BLOCK_B // 2, c.shape[1]]), [1, 2, 0]))
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B // 2)
+    below = rows + BLOCK_B // 2
+    known = (units < H)[None, :] & wanted
+    tl.store(states + (t * B + rows)[:, None] * H + units[None, :], upper, mask=(rows < B)[:, None] & known)
+    tl.store(states + (t * B + below)[:, None] * H + units[None, :], lower, mask=(below < B)[:, None] & known)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_sequence(
+    gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # [T,B,G*H] by rows x_t, x_b; [G*H,H]; [G*H]; [B,H] twice; [B]; [T,B]
+    y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,4*H]
+    T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
+    CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    PARTS: tl.constexpr = 2 if TAIL else 1
+    dtype = y.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    wide = rows.to(tl.int64)
+    units = parts_of(BLOCK_H, TAIL)
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
+    has_bias = (given & BIAS) != 0
+    mask, state, h, c, w, b = (), (), (), (), (), ()  # w by part of h_t, gate and part of h_{t-1}; b by part and gate
+    for p in tl.static_range(PARTS):
+        mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
+        state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
+        h += (tl.load(h0 + state[p], mask=mask[p] & ((given & H0) != 0), other=0.0).to(tl.float32),)
+        if CELL == "lstm":
+            c += (tl.load(c0 + state[p], mask=mask[p] & ((given & C0) != 0), other=0.0).to(tl.float32),)
+        w_p, b_p = (), ()
+        for gate in tl.static_range(G):
+            w_g = ()
+            for k in tl.static_range(PARTS):
+                w_g += (weight(w_hh, gate, units[p], units[k], H, H, UPCAST, PARTS > 1),)
+            w_p += (w_g,)
+            b_p += (bias(b_hh, gate, units[p], H, has_bias),)
+        w += (w_p,)
+        b += (b_p,)
+
+    for step in tl.range(0, T, num_stages=STAGES):
+        t = (first + step * direction).to(tl.int64)
+        x = gates_x + (t * x_t + wide * x_b)[:, None] * (G * H)
+        clear = tl.load(
+            reset + t * reset_t + wide * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+        ).to(tl.int1)[:, None]
+        live = (t < length)[:, None]
+        row = t * B + wide
+        kept = tape + row[:, None] * (4 * H)
+        h_prev, a, h_next, c_next = (), (), (), ()
+        for p in tl.static_range(PARTS):
+            h_prev += (tl.where(clear, 0.0, h[p]),)
+            a += (h_prev[p].to(dtype),)
+        if CELL == "gru_reset_before":  # the candidate needs r * h_prev of all units
+            z, r_h = (), ()
+            for p in tl.static_range(PARTS):
+                r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
+                update = through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST)
+                z += (sigmoid(update),)
+                q = r * h_prev[p]
+                r_h += (q.to(dtype),)
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], r, z[p], None, q)
+        for p in tl.static_range(PARTS):
+            if CELL == "lstm":
+                i, f, g, o, c_new, h_new = lstm_forward(
+                    through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST),
+                    through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST),
+                    through(a, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST),
+                    through(a, w[p][3], given_gate(x, 3, units[p], H, mask[p]) + b[p][3], PRECISION, UPCAST),
+                    tl.where(clear, 0.0, c[p]),
+                )
+                c_next += (tl.where(live, c_new, c[p]),)
+                if PARTS > 1:
+                    keep_state(states, c_next[p], t, B, units[p], H, (given & STATES) != 0, BLOCK_B)
+                else:
+                    at = states + row[:, None] * H + units[p][None, :]
+                    tl.store(at, c_next[p], mask=mask[p] & ((given & STATES) != 0))
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], i, f, g, o)
+            elif CELL == "gru":
+                r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
+                z = sigmoid(through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST))
+                q = through(a, w[p][2], tl.zeros_like(h[p]) + b[p][2], PRECISION, UPCAST)
+                n = tanh(given_gate(x, 2, units[p], H, mask[p]) + r * q)
+                h_new = gru_blend(z, n, h_prev[p])
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], r, z, n, q)
+            elif CELL == "gru_reset_before":
+                n = tanh(through(r_h, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST))
+                h_new = gru_blend(z[p], n, h_prev[p])
+                if SAVE:
+                    keep(kept + units[p][None, :], H, live, mask[p], None, None, n, None)
+            else:
+                made = through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST)
+                h_new = rnn_forward(made, CELL == "rnn_relu")
+            h_next += (tl.where(live, h_new, h[p]),)
+            at = y + row[:, None] * H + units[p][None, :]
+            tl.store(at, tl.where(live, h_new, 0.0).to(dtype), mask=mask[p])
+        h = h_next
+        if CELL == "lstm":
+            c = c_next
+
+    for p in tl.static_range(PARTS):
+        tl.store(h_n + state[p], h[p].to(dtype), mask=mask[p])
+        if CELL == "lstm":
+            tl.store(c_n + state[p], c[p].to(dtype), mask=mask[p])
+
+
+@triton.jit
+def products(
+    p_0, p_1, p_2, p_3, a, rows, w, gate, units, H, K,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr,
+):
+    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off.
+
+    ``CACHE``: ".cg" where other programs store ``a`` while this one runs: the caches before L2 know nothing of that.
+    """
+    for k in range(0, K, BLOCK_K):
+        inputs = k + tl.arange(0, BLOCK_K)
+        a_k = tl.load(
+            a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
+        )
+        p_0 = dot(a_k, weight(w, gate, units, inputs, H, K, UPCAST), p_0, PRECISION, UPCAST)
+        if G > 1:
+            p_1 = dot(a_k, weight(w, gate + 1, units, inputs, H, K, UPCAST), p_1, PRECISION, UPCAST)
+        if G > 2:
+            p_2 = dot(a_k, weight(w, gate + 2, units, inputs, H, K, UPCAST), p_2, PRECISION, UPCAST)
+        if G > 3:
+            p_3 = dot(a_k, weight(w, gate + 3, units, inputs, H, K, UPCAST), p_3, PRECISION, UPCAST)
+    return p_0, p_1, p_2, p_3
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_step(
+    x, w_ih, b_ih,  # gates_x [T,B,G*H] by rows x_t, x_b; with FUSE_X x [1,B,I], w_ih, b_ih
+    h_in, carry_in, w_hh, b_hh, lengths, reset,  # h_{t-1} [B,P]; its fp32 self (GRU) or c (LSTM) [B,H]; the weights
+    y, h_out, carry_out, c_n, states, tape,  # carry_out: absent where only the last step matters
+    q, z,  # [B,H]: what the first launch of two leaves for the second: r * h_prev and z; o * tanh(c)
+    t, B, given, x_t, x_b, reset_t, reset_b, I, H, P,
+    CELL: tl.constexpr, PHASE: tl.constexpr, FUSE_X: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    # The gates this launch makes: r and z, then n, of a reset before the product; else all.
+    FROM: tl.constexpr = 2 if PHASE == 1 else 0
+    MADE: tl.constexpr = 1 if PHASE == 1 else (2 if CELL == "gru_reset_before" else G)
+    dtype = y.dtype.element_ty
+    t = t.to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask = (rows < B)[:, None] & (units < H)[None, :]
+    wide = rows.to(tl.int64)
+    state = wide[:, None] * H + units[None, :]  # [BLOCK_B, BLOCK_N]
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
+    live = (t < length)[:, None]
+    clear = tl.load(
+        reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+    ).to(tl.int1)
+    known = (rows < B) & ((given & H0) != 0) & ~clear
+    clear = clear[:, None]
+    has_bias = (given & BIAS) != 0
+
+    p_0 = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    p_1, p_2, p_3 = p_0, p_0, p_0
+    if FUSE_X:
+        p_0, p_1, p_2, p_3 = products(
+            p_0, p_1, p_2, p_3, x + (wide * I)[:, None], rows < B, w_ih, FROM, units, H, I,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        )
+        p_0 += bias(b_ih, FROM, units, H, has_bias)
+        if MADE > 1:
+            p_1 += bias(b_ih, FROM + 1, units, H, has_bias)
+        if MADE > 2:
+            p_2 += bias(b_ih, FROM + 2, units, H, has_bias)
+        if MADE > 3:
+            p_3 += bias(b_ih, FROM + 3, units, H, has_bias)
+    else:
+        at = x + (t * x_t + wide * x_b)[:, None] * (G * H) + FROM * H + units[None, :]
+        p_0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if MADE > 1:
+            p_1 = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
+        if MADE > 2:
+            p_2 = tl.load(at + 2 * H, mask=mask, other=0.0).to(tl.float32)
+        if MADE > 3:
+            p_3 = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    if CELL == "gru":  # the reset gate multiplies only the hidden side
+        x_n, p_2 = p_2, tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    p_0 += bias(b_hh, FROM, units, H, has_bias)
+    if MADE > 1:
+        p_1 += bias(b_hh, FROM + 1, units, H, has_bias)
+    if MADE > 2:
+        p_2 += bias(b_hh, FROM + 2, units, H, has_bias)
+    if MADE > 3:
+        p_3 += bias(b_hh, FROM + 3, units, H, has_bias)
+    if PHASE == 1:
+        p_0, p_1, p_2, p_3 = products(
+            p_0, p_1, p_2, p_3, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        )
+    else:
+        p_0, p_1, p_2, p_3 = products(
+            p_0, p_1, p_2, p_3, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P,
+            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        )
+
+    row = t * B + wide
+    kept = tape + row[:, None] * (4 * H) + units[None, :]
+    if CELL == "lstm":
+        c = tl.load(carry_in + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
+        i, f, g, o, c_new, h_new = lstm_forward(p_0, p_1, p_2, p_3, tl.where(clear, 0.0, c))
+        c = tl.where(live, c_new, c)
+        if carry_out is not None:
+            tl.store(carry_out + state, c, mask=mask)
+        tl.store(c_n + state, c.to(dtype), mask=mask & ((given & LAST) != 0))
+        tl.store(states + row[:, None] * H + units[None, :], c, mask=mask & ((given & STATES) != 0))
+        if SAVE:
+            keep(kept, H, live, mask, i, f, g, o)
+        if PROJECTED:
+            tl.store(q + state, h_new.to(dtype), mask=mask)
+        else:
+            h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+            tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
+            tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
+    elif G == 3:
+        h = tl.load(carry_in + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
+        h_prev = tl.where(clear, 0.0, h)
+        if PHASE == 0:
+            r, update = sigmoid(p_0), sigmoid(p_1)
+            if CELL == "gru":
+                product = p_2
+                n = tanh(x_n + r * product)
+            else:
+                product = r * h_prev
+                tl.store(q + state, product.to(dtype), mask=mask)
+                tl.store(z + state, update, mask=mask)
+            if SAVE:
+                tl.store(kept, tl.where(live, r, 0.0).to(dtype), mask=mask)
+                tl.store(kept + H, tl.where(live, update, 0.0).to(dtype), mask=mask)
+                tl.store(kept + 3 * H, tl.where(live, product, 0.0).to(dtype), mask=mask)
+        else:
+            update = tl.load(z + state, mask=mask, other=0.0)
+            n = tanh(p_0)
+        if CELL == "gru" or PHASE == 1:
+            if SAVE:
+                tl.store(kept + 2 * H, tl.where(live, n, 0.0).to(dtype), mask=mask)
+            h_new = gru_blend(update, n, h_prev)
+            h = tl.where(live, h_new, h)
+            if carry_out is not None:
+                tl.store(carry_out + state, h, mask=mask)
+            tl.store(h_out + state, h.to(dtype), mask=mask)
+            tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
+    else:
+        h_new = rnn_forward(p_0, CELL == "rnn_relu")
+        h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+        tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
+        tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_projection(
+    m, w_hr, h_in, lengths, y, h_out,  # o * tanh(c) [B,H], [P,H], h_{t-1} [B,P], [B], y [T,B,P], h_t [B,P]
+    t, B, given, H, P,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The second launch of a projected LSTM's step: h_t = W_hr m."""
+    dtype = y.dtype.element_ty
+    t = t.to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = rows.to(tl.int64)
+    mask = (rows < B)[:, None] & (units < P)[None, :]
+    state = wide[:, None] * P + units[None, :]
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
+    live = (t < length)[:, None]
+    p = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    p, _, _, _ = products(
+        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST, "",
+    )
+    h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+    tl.store(h_out + state, tl.where(live, p.to(dtype), h), mask=mask)
+    tl.store(y + (t * B + wide)[:, None] * P + units[None, :], tl.where(live, p, 0.0).to(dtype), mask=mask)

@@ -1,0 +1,174 @@
+"""The walk back in the role of recurrent_persistent.py: a program owns BLOCK_N units of the state, and their columns of
+W_hh. What the programs tell each other is dgates itself, which none of them stores twice, so a step needs no other
+place than its own; of a reset before the product dn comes first, then dr, through which it passes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
+from .backward import CARRY, DC, DSTATES, DY, cleared, load, product_of
+from .forward import C0, H0, LENGTHS, VARYING
+from .persistent import arrive, wait
+
+# fmt: off
+
+
+@triton.jit
+def through_w_hh(
+    dh, dgates, dhidden, row, known, w_hh, units, H,
+    CELL: tl.constexpr, DIRECT: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dh += dgates · W_hh of the rows ``row``, where ``known``; DIRECT: gates that met h itself, of a GRU r and z."""
+    dh = product_of(
+        dh, dgates + (row * (G * H))[:, None], known, w_hh, units, DIRECT * H, H, BLOCK_K, PRECISION, UPCAST, ".cg"
+    )
+    if CELL == "gru":
+        dh = product_of(
+            dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * H, units, H, H, BLOCK_K, PRECISION, UPCAST, ".cg"
+        )
+    return dh
+
+
+@triton.jit
+def read_step(
+    dy, tape, y, states, t, wide, units, length, begin, has_before, mask, B, given, direction, x_t, x_b, H,
+    CELL: tl.constexpr, G: tl.constexpr,
+):
+    """What a step reads of its own, as it lies: dy_t, the tape's four blocks, and c_{t-1} (LSTM), h_{t-1} (GRU) or h_t.
+
+    Blocks that a cell does without repeat the first.
+    """
+    live = (t < length)[:, None]
+    dy_t = tl.load(
+        dy + (t * x_t + wide * x_b)[:, None] * H + units[None, :], mask=mask & live & ((given & DY) != 0), other=0.0
+    )
+    row = t * B + wide
+    at = row[:, None] * H + units[None, :]
+    before = at - tl.cast(direction, tl.int64) * B * H
+    if CELL == "lstm":
+        state = tl.load(states + before, mask=mask & has_before, other=0.0)
+    elif G == 3:
+        state = tl.load(y + before, mask=mask & (t != begin) & has_before, other=0.0)
+    else:
+        state = tl.load(y + at, mask=mask, other=0.0)
+    k_0, k_1, k_2, k_3 = dy_t, dy_t, dy_t, dy_t
+    if G > 1:
+        kept = tape + row[:, None] * (4 * H) + units[None, :]
+        k_0, k_1 = tl.load(kept, mask=mask, other=0.0), tl.load(kept + H, mask=mask, other=0.0)
+        k_2, k_3 = tl.load(kept + 2 * H, mask=mask, other=0.0), tl.load(kept + 3 * H, mask=mask, other=0.0)
+    return dy_t, k_0, k_1, k_2, k_3, state
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_persistent(
+    dy, dh_n, dc_n, dstates,  # as backward_sequence
+    y, states, tape, w_hh, h0, c0, lengths, reset,
+    dgates, dhidden, dh0, dc0,
+    arrived,  # int32 [tiles of the batch, 32], zeros
+    T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
+    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    DIRECT: tl.constexpr = 2 if G == 3 else G
+    MEETINGS: tl.constexpr = 2 if CELL == "gru_reset_before" else 1
+    dtype = y.dtype.element_ty
+    programs = tl.num_programs(0)
+    arrived += tl.program_id(1) * 32
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask = (rows < B)[:, None] & (units < H)[None, :]
+    wide = rows.to(tl.int64)
+    state = wide[:, None] * H + units[None, :]  # [BLOCK_B, BLOCK_N]
+    length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
+    begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
+    dh = load(dh_n + state, mask & ((given & CARRY) != 0))
+    last = (first + (T - 1) * direction).to(tl.int64)
+    if G == 3:
+        h_start = load(h0 + state, mask & ((given & H0) != 0))
+    if CELL == "lstm":
+        dc = load(dc_n + state, mask & ((given & DC) != 0))
+        c_start = load(c0 + state, mask & ((given & C0) != 0))
+        c_t = load(states + (last * B + wide)[:, None] * H + units[None, :], mask)
+    dy_t, k_0, k_1, k_2, k_3, kept_state = read_step(
+        dy, tape, y, states, last, wide, units, length, begin, T > 1, mask, B, given, direction, x_t, x_b, H, CELL, G
+    )
+
+    known = rows < 0  # rows that the step walked before reached from this one: none yet
+    for step in tl.range(0, T, num_stages=1):  # no load may be moved over the wait
+        t = (first + (T - 1 - step) * direction).to(tl.int64)
+        row = t * B + wide
+        live = (t < length)[:, None]
+        cut = cleared(reset, t, rows, B, given, reset_t, reset_b)
+        clear = cut[:, None]
+        at = row[:, None] * H + units[None, :]
+        out = dgates + row[:, None] * (G * H) + units[None, :]
+        if CELL == "lstm":
+            dc += load(dstates + at, mask & ((given & DSTATES) != 0))
+
+        wait(arrived, programs * step * MEETINGS)
+        dh = through_w_hh(
+            dh, dgates, dhidden, (t + direction) * B + wide, known, w_hh, units, H,
+            CELL, DIRECT, G, BLOCK_K, PRECISION, UPCAST,
+        )
+        total = dh + dy_t.to(tl.float32)
+        beside = tl.zeros_like(dh)
+        if CELL == "lstm":
+            c_before = tl.where(step < T - 1, kept_state, c_start)
+            d_0, d_1, d_2, d_3, dc_prev = lstm_backward(
+                k_0.to(tl.float32), k_1.to(tl.float32), k_2.to(tl.float32), k_3.to(tl.float32),
+                tl.where(clear, 0.0, c_before), c_t, total, dc,
+            )
+            c_t = c_before
+            tl.store(out, tl.where(live, d_0, 0.0).to(dtype), mask=mask)
+            tl.store(out + H, tl.where(live, d_1, 0.0).to(dtype), mask=mask)
+            tl.store(out + 2 * H, tl.where(live, d_2, 0.0).to(dtype), mask=mask)
+            tl.store(out + 3 * H, tl.where(live, d_3, 0.0).to(dtype), mask=mask)
+            dc = tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
+        elif G == 3:
+            r, z, n = k_0.to(tl.float32), k_1.to(tl.float32), k_2.to(tl.float32)
+            h_prev = tl.where(clear, 0.0, tl.where(t == begin, h_start, kept_state.to(tl.float32)))
+            dz, dn = gru_backward_blend(z, n, h_prev, total)
+            tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
+            tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)
+            beside = total * z
+            if CELL == "gru":
+                tl.store(dhidden + at, tl.where(live, dn * r, 0.0).to(dtype), mask=mask)
+                dr = gru_backward_reset(r, k_3.to(tl.float32), dn)
+            else:
+                arrive(arrived)
+                wait(arrived, programs * (1 + step * MEETINGS))
+                dq = product_of(
+                    tl.zeros_like(dh), dgates + (row * (G * H) + 2 * H)[:, None], rows < B, w_hh + 2 * H * H, units,
+                    H, H, BLOCK_K, PRECISION, UPCAST, ".cg",
+                )
+                dr = gru_backward_reset(r, h_prev, dq)
+                beside += dq * r
+            tl.store(out, tl.where(live, dr, 0.0).to(dtype), mask=mask)
+        else:
+            d = rnn_backward(kept_state.to(tl.float32), total, CELL == "rnn_relu")
+            tl.store(out, tl.where(live, d, 0.0).to(dtype), mask=mask)
+        arrive(arrived)
+
+        # The next step's own reads pass while the others arrive.
+        dh = tl.where(live, tl.where(clear, 0.0, beside), dh)
+        known = (rows < B) & ~cut
+        after = (first + tl.maximum(T - 2 - step, 0) * direction).to(tl.int64)
+        dy_t, k_0, k_1, k_2, k_3, kept_state = read_step(
+            dy, tape, y, states, after, wide, units, length, begin, step + 2 < T, mask, B, given, direction,
+            x_t, x_b, H, CELL, G,
+        )
+
+    if (given & H0) != 0:
+        wait(arrived, programs * T * MEETINGS)
+        dh = through_w_hh(
+            dh, dgates, dhidden, tl.cast(first, tl.int64) * B + wide, known, w_hh, units, H,
+            CELL, DIRECT, G, BLOCK_K, PRECISION, UPCAST,
+        )
+        tl.store(dh0 + state, dh.to(dtype), mask=mask)
+    if CELL == "lstm":
+        tl.store(dc0 + state, dc.to(dtype), mask=mask & ((given & C0) != 0))

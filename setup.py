@@ -71,7 +71,7 @@ CUDA_ARCHITECTURES = {"80": ["sm_80"], "90a": ["sm_90a"], "100": ["sm_100", "com
 
 
 class Unavailable(Exception):
-    """This machine cannot build that part; the message says why and what would mend it."""
+    """This machine cannot build that part; the message says why and what would fix it."""
 
 
 def say(message: str) -> None:

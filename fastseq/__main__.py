@@ -10,7 +10,7 @@ import sys
 from fastseq import cli
 
 COMMANDS = {
-    "doctor": "what works on this machine, what does not, and the command that mends it",
+    "doctor": "what works on this machine, what does not, and the command that fixes it",
     "demo": "train small models on torch.nn and on fastseq, side by side",
 }
 

@@ -123,14 +123,14 @@ AUTO: tuple[Row, ...] = (
         "attention",
         LIMITS,
         ("native", "torch", "triton", "reference"),
-        f"torch would make a mask of all pairs, ours never visits what nobody sees; timed on an H200 ({_ATTENTION})",
+        f"torch would make a mask of all pairs, ours skips fully masked tiles; timed on an H200 ({_ATTENTION})",
     ),
     Row(
         HOPPER,
         "attention",
         TRAINING,
         ("torch", "native", "triton", "reference"),
-        f"cuDNN's way back is ahead of ours on an H200 ({_ATTENTION})",
+        f"cuDNN's backward is ahead of ours on an H200 ({_ATTENTION})",
     ),
     Row(
         HOPPER,

@@ -115,7 +115,7 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
 def _log_once(op: str, name: str, reason: str) -> None:
     if (op, name, reason) not in _logged:
         _logged.add((op, name, reason))
-        log.info("%s: %s passed over: %s", op, name, reason)
+        log.info("%s: %s skipped: %s", op, name, reason)
 
 
 def operator_reason(name: str, device: str, op: str = "scan") -> str | None:

@@ -133,8 +133,8 @@ def check_dense(name: str, tensor: Tensor) -> None:
     """One block of memory: neither sparse nor nested."""
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested Tensor" if tensor.is_nested else f"a Tensor of layout {tensor.layout}"
-        mend = "torch.nested.to_padded_tensor" if tensor.is_nested else ".to_dense()"
-        raise ArgumentError(f"{name} must be a dense Tensor, got {kind}; convert it with {mend}")
+        fix = "torch.nested.to_padded_tensor" if tensor.is_nested else ".to_dense()"
+        raise ArgumentError(f"{name} must be a dense Tensor, got {kind}; convert it with {fix}")
 
 
 def check_lengths(lengths: Tensor, batch: int, steps: int, x: Tensor) -> None:

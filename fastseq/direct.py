@@ -1,6 +1,7 @@
 """The fast path into the native kernels, past torch's dispatcher: what a small model costs is mostly that.
 
-Its functions are the compiled extension's (csrc/recurrent/direct.cpp), or None where they must not be used.
+Its functions are the compiled extension's (csrc/recurrent/direct.cpp). Each returns None for a call that it does not
+take, and so for every call where this fast path is off (:data:`MISSING`).
 """
 
 from __future__ import annotations
@@ -103,22 +104,26 @@ MISSING: str | None = _bind()
 microseconds, the same otherwise."""
 
 _NAMES = (
-    *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
-    *("undisturbed", "layer_forward", "layer_gradient"),
+    *("infer", "unchanged"),
+    *("is_plain", "layer_forward", "layer_gradient"),
     *("attend", "attend_forward", "attend_backward", "multihead"),
 )
 
 
-def _functions() -> tuple[Callable[..., Any] | None, ...]:
+def _decline(*args: Any) -> None:
+    """What a function returns for a call that it does not take."""
+
+
+def _functions() -> tuple[Callable[..., Any], ...]:
     if MISSING is not None:
-        return (None,) * len(_NAMES)
+        return (_decline,) * len(_NAMES)
     import fastseq._native as native
 
     return tuple(getattr(native, name) for name in _NAMES)
 
 
 (
-    stack, layer, cell, cell_layer, plan, planned, unchanged,
-    undisturbed, layer_forward, layer_gradient,
+    infer, unchanged,
+    is_plain, layer_forward, layer_gradient,
     attend, attend_forward, attend_backward, multihead,
 ) = _functions()  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m fastseq doctor``: what works on this machine, what does not, and the command that mends it.
+"""``python -m fastseq doctor``: what works on this machine, what does not, and the command that fixes it.
 
 Every layer is tried for real, on every device and backend, against float64 references, in a process of its own: a
 kernel that crashes or hangs is one line in the table.
@@ -59,10 +59,10 @@ class Findings:
         reasons = [row[backend] for row in self.table.get(device, {}).values()] or [f"there is no device {device!r}"]
         return next((reason for reason in reasons if reason is not None), None)
 
-    def problem(self, what: str, mend: str) -> None:
-        """Note something that is wrong or missing, and the command that mends it."""
+    def problem(self, what: str, fix: str) -> None:
+        """Note something that is wrong or missing, and the command that fixes it."""
         if not any(known["problem"] == what for known in self.problems):
-            self.problems.append({"problem": what, "mend": mend})
+            self.problems.append({"problem": what, "fix": fix})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -429,19 +429,19 @@ def _problems(findings: Findings, build: dict[str, Any]) -> None:
         findings.problem(f"the package in {here} is used, and hides the installed one in {hidden}", elsewhere)
     if ops.NATIVE_MISSING is not None:
         reason = build.get("reasons", {}).get("cpu") or ops.NATIVE_MISSING
-        mend = _install()
+        fix = _install()
         if hidden is not None and (hidden / LIBRARY).exists():
-            reason, mend = f"they are in the hidden package, {hidden}", elsewhere
+            reason, fix = f"they are in the hidden package, {hidden}", elsewhere
         elif findings.facts.get("C++ compiler", "").startswith("none"):
-            mend = f"sudo apt install g++   # or your system's way, then: {mend}"
-        findings.problem(f"the native CPU kernels are missing ({reason})", mend)
+            fix = f"sudo apt install g++   # or your system's own command, then: {fix}"
+        findings.problem(f"the native CPU kernels are missing ({reason})", fix)
     if "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < _cores() // 2:
         findings.problem(
             f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} on {_cores()} cores", "unset OMP_NUM_THREADS"
         )
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        mend = f"{pip} --force-reinstall torch   # a CUDA build" if torch.version.cuda is None else "nvidia-smi"
-        findings.problem("this machine has an NVIDIA driver, but torch cannot use a GPU", mend)
+        fix = f"{pip} --force-reinstall torch   # a CUDA build" if torch.version.cuda is None else "nvidia-smi"
+        findings.problem("this machine has an NVIDIA driver, but torch cannot use a GPU", fix)
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         findings.problem("Triton, which the GPU kernels need, is not installed", f"{pip} 'triton>=3.6'")
     broken: dict[tuple[str, str], list[str]] = {}
@@ -490,7 +490,7 @@ def _print(findings: Findings) -> None:
     for i, note in enumerate(notes, 1):
         print(f"[{i}] {note}")
     for entry in findings.problems:
-        print(f"\nproblem: {entry['problem']}\n   mend: {entry['mend']}")
+        print(f"\nproblem: {entry['problem']}\n    fix: {entry['fix']}")
     if not findings.works:
         print("\nThe layers do NOT work here; see above.")
     elif findings.facts.get("native kernels", "").startswith("missing"):

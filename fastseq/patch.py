@@ -6,9 +6,10 @@ the same objects before and after, so nothing is copied and an optimizer made ea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -77,13 +78,13 @@ class Report:
         return bool(self.changed)
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise TypeError(f"a Report is not a model: {self._mend()}")
+        raise TypeError(f"a Report is not a model: {self._in_place()}")
 
     def __getattr__(self, name: str) -> NoReturn:  # of what it does not have, as a model's train or parameters
-        raise AttributeError(f"a Report has no attribute {name!r}: {self._mend()}", name=name, obj=self)
+        raise AttributeError(f"a Report has no attribute {name!r}: {self._in_place()}", name=name, obj=self)
 
     @staticmethod
-    def _mend() -> str:
+    def _in_place() -> str:
         return "fastseq.patch and unpatch change the model in place; call them without assigning, and use the model"
 
     def __str__(self) -> str:
@@ -98,7 +99,7 @@ class Report:
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
 
-def patch(model: nn.Module, *, weights: str | torch.dtype | None = None) -> Report:
+def patch(model: nn.Module, *, weights: str | torch.dtype | None = None, keep_class: bool = False) -> Report:
     """Make every ``torch.nn`` RNN, GRU, LSTM, cell and MultiheadAttention inside ``model`` run on fastseq, in place.
 
     Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
@@ -117,6 +118,9 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None) -> Repo
             step, ``load_state_dict``, any operation in place or
             assignment), save those written through ``.data`` or ``.numpy()``, from another process, or into tensors
             made in ``inference_mode``: patch again after those.
+        keep_class: a patched layer stays an instance of the class that it had, for tools that ask
+            ``isinstance(layer, torch.nn.LSTM)``. Subclasses of torch's layers that override nothing of these are then
+            patched too. torch.compile breaks its graph at such layers, as it does at torch's own.
 
     Returns:
         a :class:`Report`; print it to see the table.
@@ -131,6 +135,7 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None) -> Repo
         >>> print(fastseq.patch(model))
         fastseq.patch: 1 layer changed, 0 left
           changed  1  torch.nn.LSTM -> fastseq.nn.LSTM
+          note     tools that look for torch.nn's recurrent classes miss these layers: see keep_class=, weights="int8"
     """
     weights = _KIND_OF.get(weights, weights)
     if weights is not None and weights not in KINDS:
@@ -139,16 +144,17 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None) -> Repo
     report = Report("patch")
     swapped: set[int] = set()
     for name, module in _modules(model, "patch"):
-        target = TO_FASTSEQ.get(type(module))
+        target = _target(module, keep_class)
         if target is None:
             if isinstance(module, tuple(TO_TORCH)):
                 report.already.append(name)
-            elif reason := _why_not_exact(module):
+            elif reason := _why_not_exact(module, keep_class):
                 report.left.append(Left(name, _class_name(type(module)), reason))
         elif reason := _why_not_patch(module):
             report.left.append(Left(name, _class_name(type(module)), reason))
         elif _swap(report, name, module, target):
             swapped.add(id(module))
+    report.notes += _class_note(report, keep_class)
     report.notes += _fast_path_note(model, swapped)
     if weights is not None:
         report.notes.append(_compress(model, weights))
@@ -166,7 +172,7 @@ def unpatch(model: nn.Module) -> Report:
     """
     report = Report("unpatch")
     for name, module in _modules(model, "unpatch"):
-        target = TO_TORCH.get(type(module))
+        target = getattr(type(module), "_own_class", None) or TO_TORCH.get(type(module))
         if target is None:
             if type(module) in TO_FASTSEQ:
                 report.already.append(name)
@@ -179,6 +185,52 @@ def unpatch(model: nn.Module) -> Report:
             for attribute in ("reset_after", "_compressed"):  # torch's layer has no such attributes
                 vars(module).pop(attribute, None)
     return report
+
+
+def _target(module: nn.Module, keep_class: bool) -> type[nn.Module] | None:
+    """The class that patching gives a module; None where there is none."""
+    cls = type(module)
+    ours = TO_FASTSEQ.get(cls)
+    if not keep_class or isinstance(module, tuple(TO_TORCH)):
+        return ours
+    if ours is None and not _overridden(cls) and not parametrize.is_parametrized(module):
+        ours = next((TO_FASTSEQ[base] for base in cls.__mro__ if base in TO_FASTSEQ), None)
+    return None if ours is None else _with_class(ours, cls)
+
+
+@functools.cache
+def _with_class(ours: Any, cls: Any) -> type[nn.Module]:
+    """Our layer as a subclass of ``cls`` too."""
+    if issubclass(ours, cls):
+        return ours
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (ours, cls), {**names, "_own_class": cls, "__reduce_ex__": _reduce_with_class})
+
+
+def _reduce_with_class(self: nn.Module, protocol: Any) -> tuple:
+    """For copy and pickle, which cannot find a class made here by its name."""
+    ours = next(base for base in type(self).__mro__ if base in TO_TORCH)
+    return _new_with_class, (ours, type(self)._own_class), object.__reduce_ex__(self, protocol)[2]
+
+
+def _new_with_class(ours: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
+    return object.__new__(_with_class(ours, cls))
+
+
+def _overridden(cls: type) -> list[str]:
+    """What a subclass of a torch.nn layer has in the place of the layer's own, apart from how it is made and shown."""
+    base = next((base for base in cls.__mro__ if base in TO_FASTSEQ), object)
+    names = {name for between in cls.__mro__[: cls.__mro__.index(base)] for name in vars(between)}
+    special = {name for name in names if name.startswith("__")} - {"__call__", "__getattr__", "__getattribute__"}
+    return sorted(name for name in names - special - {"extra_repr"} if hasattr(base, name))
+
+
+def _class_note(report: Report, keep_class: bool) -> list[str]:
+    """What tools that look for torch's classes do not find any more. Of our cells and of attention they find the base."""
+    layers = {f"torch.nn.{cls.__name__}" for cls in (nn.RNN, nn.GRU, nn.LSTM)}
+    if keep_class or not any(change.old in layers for change in report.changed):
+        return []
+    return ['tools that look for torch.nn\'s recurrent classes miss these layers: see keep_class=, weights="int8"']
 
 
 def _compress(model: nn.Module, weights: str) -> str:
@@ -201,9 +253,9 @@ def _compress(model: nn.Module, weights: str) -> str:
 
 def _modules(model: nn.Module, action: str) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
-        mend = ": pass an instance, not the class" if isinstance(model, type) else ""
+        fix = ": pass an instance, not the class" if isinstance(model, type) else ""
         got = _class_name(model) if isinstance(model, type) else _class_name(type(model))
-        raise TypeError(f"{action}: model must be a torch.nn.Module, got {got}{mend}")
+        raise TypeError(f"{action}: model must be a torch.nn.Module, got {got}{fix}")
     return model.named_modules()
 
 
@@ -214,11 +266,12 @@ def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module])
     except TypeError as error:  # a class with another memory layout (__slots__)
         report.left.append(Left(name, old, f"Python refused to swap its class: {error}"))
         return False
-    report.changed.append(Changed(name, old, _class_name(target)))
+    shown = next((base for base in target.__mro__ if base in TO_TORCH), target)  # of a class that keeps another one
+    report.changed.append(Changed(name, old, _class_name(shown)))
     return True
 
 
-def _why_not_exact(module: nn.Module) -> str | None:
+def _why_not_exact(module: nn.Module, keep_class: bool) -> str | None:
     """The reason to report a module that is not exactly one of torch.nn's layers; None if it is unrelated."""
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
@@ -231,7 +284,9 @@ def _why_not_exact(module: nn.Module) -> str | None:
         return None
     if parametrize.is_parametrized(module):
         return "parametrized (torch.nn.utils.parametrize): its weights are computed at each call"
-    return f"a subclass of {_class_name(base)}: its own code may rely on torch's forward"
+    if keep_class and (names := _overridden(cls)):
+        return f"a subclass of {_class_name(base)} that overrides {', '.join(names)}"
+    return f"a subclass of {_class_name(base)}: its own code may rely on torch's forward; see keep_class="
 
 
 def _why_not_patch(module: nn.Module) -> str | None:

@@ -41,7 +41,7 @@ def rnn_forward(x, RELU: tl.constexpr):
 @triton.jit
 def rnn_backward(h, dh, RELU: tl.constexpr):
     if RELU:
-        d = tl.where(h <= 0, 0.0, dh)  # what is no number stays none
+        d = tl.where(h <= 0, 0.0, dh)  # NaN propagates
     else:
         d = dh * (1.0 - h * h)
     return d

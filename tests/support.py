@@ -69,7 +69,7 @@ def cell_inputs(
     dtype: torch.dtype = torch.float64,
     requires_grad: bool = False,
 ) -> list[Tensor | None]:
-    """x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 for :func:`fastseq.recurrent.functional.scan`."""
+    """x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 for :func:`fastseq.recurrent.run.scan`."""
     gates, state = ops.GATES[cell], projected or hidden
     bound = hidden**-0.5
 

@@ -150,7 +150,7 @@ PyMethodDef method(const char* name) {
 inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
 
 // recurrent/direct_training.cpp
-PyObject* undisturbed(PyObject*, PyObject*);
+PyObject* is_plain(PyObject*, PyObject*);
 PyObject* layer_forward(PyObject* const* args, Py_ssize_t count);
 PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count);
 

@@ -19,7 +19,7 @@ FASTSEQ_HD V rnn_forward(V x) {
 template <bool kRelu, class V>
 FASTSEQ_HD V rnn_backward(V h, V dh) {
   if constexpr (kRelu)
-    return h <= Scalar<V>(0) ? V{} : dh;  // what is no number stays none
+    return h <= Scalar<V>(0) ? V{} : dh;  // NaN propagates
   else
     return dh * (Scalar<V>(1) - h * h);
 }

@@ -9,10 +9,12 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Row `index` of an initial or last state [rows, B, N], or [rows, N] where B is not a dimension; all zeros if absent.
+// Row `index` of an initial state [rows, B, N], or [rows, N] where B is not a dimension; of a cell [B, N] or [N]. All zeros
+// if absent.
 ScanView state_row(const char* name, AtenTensorHandle state, Dtype dtype, int64_t rows, int64_t B, int64_t N,
-                   bool batched, int64_t index) {
+                   bool is_cell, bool batched, int64_t index) {
   if (!state) return {};
+  if (is_cell) return batched ? view(name, state, dtype, {B, N}) : view(name, state, dtype, {N});
   ScanView out = batched ? view(name, state, dtype, {rows, B, N}) : view(name, state, dtype, {rows, N});
   return offset(out, index * (batched ? out.t : out.b), dtype);
 }
@@ -36,14 +38,23 @@ thread_local Workspace between[2];  // outputs of the layer before and of this o
 
 }  // namespace
 
+Layout layout_of(const char* name) {
+  const char* const names[] = {"scan", "layer", "batch_first", "cell"};
+  for (int i = 0; i < 4; ++i)
+    if (!std::strcmp(name, names[i])) return Layout(i);
+  refuse("scan: layout must be scan, layer, batch_first or cell, not ", name);
+}
+
 Stack::Stack(const StackCall& call) : call_(call) {
   ScanForward& p = p_;
   p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
-  const int64_t rank = rank_of(call.x), *x = sizes_of(call.x);
-  FASTSEQ_CHECK(rank == 3 || rank == 2, "scan: x must be [T, B, I] or [T, I]");
-  batched_ = rank == 3, swapped_ = batched_ && call.batch_first;
+  const int64_t rank = rank_ = rank_of(call.x), *x = sizes_of(call.x), steps = is_cell() ? 0 : 1;
+  FASTSEQ_CHECK(rank - steps == 1 || rank - steps == 2, "scan: x must be [T, B, I] or [T, I], a cell's [B, I] or [I]");
+  FASTSEQ_CHECK(call.layout != Layout::scan && (!is_cell() || (call.num_layers == 1 && !call.bidirectional)),
+                "scan: inference is of layers, or of one cell");
+  batched_ = rank - steps == 2, swapped_ = batched_ && call.layout == Layout::batch_first;
   gates_ = gates_of(p.cell), directions_ = call.bidirectional ? 2 : 1, rows_ = call.num_layers * directions_;
   width_ = rows_ > 0 ? call.weight_count / rows_ : 0;
   FASTSEQ_CHECK(width_ >= 2 && width_ <= 5 && width_ * rows_ == call.weight_count,
@@ -59,7 +70,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
                   "scan: hidden and outputs go with packed weights, and these with them");
   FASTSEQ_CHECK(packed || rank_of(call.weights[1]) == 2, "scan: w_hh must be [G*H, P]");
   const int64_t* w_hh = sizes_of(call.weights[1]);
-  p.T = x[swapped_ ? 1 : 0], p.B = batched_ ? x[swapped_ ? 0 : 1] : 1, p.I = x[rank - 1];
+  p.T = is_cell() ? 1 : x[swapped_ ? 1 : 0], p.B = batched_ ? x[swapped_ ? 0 : steps] : 1, p.I = x[rank - 1];
   p.H = packed ? call.hidden : w_hh[0] / gates_, p.P = packed ? call.outputs : w_hh[1];
   FASTSEQ_CHECK(p.T > 0, "scan: x has no time steps");
   FASTSEQ_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
@@ -67,7 +78,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
   int64_t i = 0, j = 0;
   for (int64_t n = 0; n < rank - 1; ++n) y_sizes[i++] = x[n];
   y_sizes[i] = directions_ * p.P;
-  h_sizes[j++] = rows_;
+  if (!is_cell()) h_sizes[j++] = rows_;
   if (batched_) h_sizes[j++] = p.B;
   h_sizes[j] = p.P;
   for (int64_t n = 0; n < rank; ++n) c_sizes[n] = h_sizes[n];
@@ -79,11 +90,14 @@ int64_t Stack::products() const { return p_.T * p_.B * (p_.I + p_.P) * p_.H * ga
 void Stack::run(void* y, void* h_n, void* c_n) {
   ScanForward& p = p_;
   const Dtype dtype = p.dtype;
-  const int64_t rank = this->rank(), out = directions_ * p.P, *x = sizes_of(call_.x);
-  p.x = batched_ ? view("x", call_.x, dtype, {x[0], x[1], p.I}) : view("x", call_.x, dtype, {x[0], p.I});
-  if (rank == 2) p.x.t = p.x.b;
+  const int64_t out = directions_ * p.P, *x = sizes_of(call_.x);
+  p.x = rank_ == 3   ? view("x", call_.x, dtype, {x[0], x[1], p.I})
+        : rank_ == 2 ? view("x", call_.x, dtype, {x[0], p.I})
+                     : view("x", call_.x, dtype, {p.I});
+  if (rank_ == 2 && !is_cell()) p.x.t = p.x.b;
   if (swapped_) std::swap(p.x.t, p.x.b);
   if (p.B == 0 || p.P == 0) return;
+  if (is_cell()) y = h_n;  // after one step they are the same
 
   const ScanView result{y, swapped_ ? out : p.B * out, swapped_ ? p.T * out : out, 1};
   for (int64_t layer = 0; layer < call_.num_layers; ++layer) {
@@ -109,8 +123,8 @@ void Stack::run(void* y, void* h_n, void* c_n) {
         p.s_hh = scales("w_hh", s[1], gates_ * p.H);
         if (projected_) p.s_hr = scales("w_hr", s[2], p.P);
       }
-      p.h0 = state_row("h0", call_.h0, dtype, rows_, p.B, p.P, batched_, index);
-      p.c0 = state_row("c0", call_.c0, dtype, rows_, p.B, p.H, batched_, index);
+      p.h0 = state_row("h0", call_.h0, dtype, rows_, p.B, p.P, is_cell(), batched_, index);
+      p.c0 = state_row("c0", call_.c0, dtype, rows_, p.B, p.H, is_cell(), batched_, index);
       p.y = offset(target, direction * p.P, dtype);
       p.h_n = offset({h_n, 0, p.P, 1}, index * p.B * p.P, dtype);
       if (lstm()) p.c_n = offset({c_n, 0, p.H, 1}, index * p.B * p.H, dtype);
@@ -119,46 +133,6 @@ void Stack::run(void* y, void* h_n, void* c_n) {
     p.x = target;
     p.I = out;
   }
-}
-
-CellStep::CellStep(const CellCall& call) {
-  ScanForward& p = p_;
-  p.cell = call.cell;
-  p.dtype = dtype_of(call.x);
-  p.threads = int(torch::stable::get_num_threads());
-  rank_ = rank_of(call.x);
-  const bool batched = rank_ == 2;
-  const int64_t G = gates_of(p.cell), *x = sizes_of(call.x);
-  p.weights = weights_of(call.w_ih, p.dtype);
-  const bool packed = p.weights != p.dtype;
-  FASTSEQ_CHECK(packed == (call.hidden > 0), "scan: hidden goes with packed weights, and these with it");
-  FASTSEQ_CHECK((batched || rank_ == 1) && (packed || rank_of(call.w_hh) == 2),
-                  "scan: x must be [B, I] or [I], and w_hh [G*H, H]");
-  FASTSEQ_CHECK(lstm() || !call.c, "scan: only an LSTM has c");
-  p.T = 1, p.B = batched ? x[0] : 1, p.I = x[rank_ - 1], p.P = p.H = packed ? call.hidden : sizes_of(call.w_hh)[1];
-  FASTSEQ_CHECK(p.weights != Dtype::i8 || (call.s_ih && call.s_hh), "scan: int8 weights need their scales");
-  p.w_ih = matrix_view(p, "w_ih", call.w_ih, G, p.H, p.I);
-  p.w_hh = matrix_view(p, "w_hh", call.w_hh, G, p.H, p.H);
-  p.s_ih = scales("w_ih", call.s_ih, G * p.H);
-  p.s_hh = scales("w_hh", call.s_hh, G * p.H);
-  p.b_ih = view("b_ih", call.b_ih, p.dtype, {G * p.H});
-  p.b_hh = view("b_hh", call.b_hh, p.dtype, {G * p.H});
-  auto rows = [&](const char* name, AtenTensorHandle t, int64_t n) {
-    return batched ? view(name, t, p.dtype, {p.B, n}) : view(name, t, p.dtype, {n});
-  };
-  p.x = rows("x", call.x, p.I);
-  p.h0 = rows("h", call.h, p.H);
-  p.c0 = rows("c", call.c, p.H);
-  sizes[0] = batched ? p.B : p.H;
-  sizes[1] = p.H;
-}
-
-void CellStep::run(void* h_n, void* c_n) {
-  ScanForward& p = p_;
-  if (p.B == 0) return;
-  p.y = p.h_n = ScanView{h_n, 0, p.H, 1};  // after one step they are the same
-  if (lstm()) p.c_n = ScanView{c_n, 0, p.H, 1};
-  run_forward(p);
 }
 
 // Element by element, as the layout says: done once, not in a call.

@@ -207,7 +207,7 @@ def differentiates(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: 
 def reads_pages(
     backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, dropout_p: float
 ) -> bool:
-    """Whether the backend takes keys and values in pages as they lie: Triton's does, for inference."""
+    """Whether the backend reads keys and values from their pages: Triton's does, for inference."""
     if backend != "triton" or dropout_p > 0.0 or needs_reference() or functorch_active():
         return False
     return not differentiates(q, k, v, bias, sinks)

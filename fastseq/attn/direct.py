@@ -32,14 +32,14 @@ def attend(
     grouped: bool,
 ) -> Tensor | None:
     """o of dense attention that is not checked; None where the short way is not to be taken."""
-    if direct.attend is None or torch.compiler.is_compiling() or not native_attention():
+    if torch.compiler.is_compiling() or not native_attention():
         return None
     if not torch.is_grad_enabled():
         return direct.attend(q, k, v, bias, mask, scale, causal, bottom_right, window, softcap, grouped)
     if bias is not None and getattr(bias, "requires_grad", True):
         return None
     settings = (scale, causal, bottom_right, window, softcap, grouped)
-    made = direct.attend_forward(q, k, v, bias, mask, settings)  # type: ignore[misc]
+    made = direct.attend_forward(q, k, v, bias, mask, settings)
     if made is None:
         return None
     if q.requires_grad or k.requires_grad or v.requires_grad:
@@ -60,7 +60,7 @@ class Attended(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor) -> tuple:
         saved = ctx.saved_tensors
         if not (torch.compiler.is_compiling() or is_batched(d_o)):
-            found = direct.attend_backward(d_o, saved, ctx.settings)  # type: ignore[misc]
+            found = direct.attend_backward(d_o, saved, ctx.settings)
             if found is not None:
                 return found
         q, k, v, bias, mask, o, lse = saved

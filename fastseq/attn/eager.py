@@ -1,5 +1,5 @@
 """The ``torch`` backend of attention: ``torch.nn.functional.scaled_dot_product_attention``, where it can express the
-call, and mended where a row sees no key."""
+call, and corrected where a row sees no key."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def in_one_call(
 ) -> tuple[Tensor, Tensor | None] | None:
     """The whole layer in inference and without dropout, by its own parameters and those of its ``out_proj``; None where
     the native call does not take it. Nothing is checked before."""
-    if direct.multihead is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not native_attention():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not native_attention():
         return None
     return direct.multihead(
         parameters, out, query, key, value, bias, mask, heads, batch_first, causal, need_weights, average

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from fastseq import backend, direct, ops
+from fastseq import direct, ops
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""
@@ -29,10 +29,10 @@ def compress(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
 
 
 class Copies(NamedTuple):
-    """What the kernels read in place of a layer's weights, as ``direct.stack`` takes it. sizes: H and P, or zeros where
+    """What the kernels read in place of a layer's weights, as ``direct.infer`` takes it. sizes: H and P, or zeros where
     the weights are the layer's own."""
 
-    weights: list[Any]
+    weights: list[Tensor]
     scales: list[Tensor]
     sizes: tuple[int, int]
 
@@ -47,15 +47,8 @@ class _Sources:
         self.versions = tuple(_version(tensor) for tensor in tensors)
         self.isa = torch.ops.fastseq.native_isa("")
 
-    def plan(self, copies: Copies, shape: tuple[Any, ...]) -> Any:
-        """The copies as ``direct.planned`` takes them, or None where it cannot."""
-        if not copies.sizes[0]:
-            return None
-        mine = (self.tensors, self.addresses, self.versions, self.isa)
-        return direct.plan(*mine, copies.weights, copies.scales, *shape)  # type: ignore[misc]
-
     def are_still(self, tensors: list[Tensor | None]) -> bool:
-        return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)  # type: ignore[misc]
+        return direct.unchanged(tensors, self.tensors, self.addresses, self.versions, self.isa)
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -79,11 +72,10 @@ class CompressedWeights:
             raise ValueError(f"weights: got {kind!r}, accepted is one of {', '.join(map(repr, KINDS))}")
         self.kind = kind
         self._made: tuple[_Sources, Copies] | None = None
-        self._plan: Any = None
 
     def forget(self) -> None:
         """Have the copies made again at their next use."""
-        self._made = self._plan = None
+        self._made = None
 
     @property
     def nbytes(self) -> int:
@@ -91,58 +83,44 @@ class CompressedWeights:
         if self._made is None:
             return 0
         _, copies = self._made
-        return sum(t.nbytes for t in copies.weights if t is not None and t.dim() == 3) + sum(
-            scale.nbytes for scale in copies.scales
-        )
+        return sum(t.nbytes for t in copies.weights if t.dim() == 3) + sum(scale.nbytes for scale in copies.scales)
 
-    def infer(self, layer: Any, x: Any, h0: Any, c0: Any, *shape: Any) -> tuple[Tensor, ...] | None:
-        """What ``direct.stack`` returns for a layer, from the copies of its weights; shape: its cell, num_layers,
-        bidirectional and batch_first. For a layer that has asked whether the native kernels are in force."""
-        plan = self._plan
-        if plan is not None:
-            assert direct.planned is not None
-            made, sizes = plan
-            done = direct.planned(made, layer._parameters, x, h0, c0, *shape, *sizes)
-            if done is not None:
-                return done
-        copies = self.of(list(layer._parameters.values()), shape[0], layer._flat, shape)
+    def infer(
+        self, layer: Any, x: Any, h0: Any, c0: Any, cell: str, layout: str, num_layers: int, bidirectional: bool
+    ) -> tuple[Tensor, ...] | None:
+        """What ``direct.infer`` returns for a layer or cell, from the copies of its weights. For a layer that has asked
+        whether the native kernels are in force."""
+        copies = self.of(layer, cell, num_layers * (2 if bidirectional else 1))
         if copies is None:
             return None
-        return direct.stack(x, h0, c0, copies.weights, copies.scales, *shape, *copies.sizes)  # type: ignore[misc]
+        return direct.infer(
+            copies.weights, None, copies.scales, x, h0, c0, cell, layout, num_layers, bidirectional, *copies.sizes
+        )
 
-    def of(
-        self,
-        parameters: list[Tensor | None],
-        cell: str,
-        flat: Callable[[], tuple[Sequence[Tensor | None], int]] | None = None,
-        shape: tuple[Any, ...] = (),
-    ) -> Copies | None:
-        """The copies, as they must be now; None where they cannot be made: a gradient may be wanted, the weights are
-        not ordinary tensors on the CPU, or the native kernels are not in force.
+    def of(self, layer: Any, cell: str, rows: int = 1) -> Copies | None:
+        """The copies, as they must be now, made again where one of the layer's parameters has changed. None where they
+        cannot be made: a gradient may be wanted, or the weights are not ordinary tensors on the CPU.
 
         Args:
-            parameters: the layer's parameters, None where absent; the copies are made again whenever one has changed.
-            cell: which cell the weights belong to.
-            flat: gives the weights in torch's flat order, and how many layers and directions they are of; without it
-                ``parameters`` are the weights, of one.
-            shape: of a layer, what :meth:`infer` takes.
+            layer: the layer or cell.
+            cell: which cell its weights belong to.
+            rows: how many layers and directions they are of.
         """
+        parameters = list(layer._parameters.values())
         made = self._made
         if made is None or not made[0].are_still(parameters):
-            if not backend.native_scan() or direct.stack is None or not direct.plain():
+            if direct.MISSING is not None or not direct.plain():
                 return None
-            weights, rows = flat() if flat is not None else (parameters, 1)
-            if not all(w is None or (type(w) in (Tensor, Parameter) and w.is_cpu) for w in weights):
+            weights = layer._weights()
+            if not all(type(w) in (Tensor, Parameter) and w.is_cpu for w in weights):
                 return None
-            made = (_Sources(parameters), self._copies(weights, rows, cell))
-            plan = made[0].plan(made[1], shape) if shape else None
-            self._made, self._plan = made, None if plan is None else (plan, made[1].sizes)  # whole, for other threads
+            self._made = made = (_Sources(parameters), self._copies(weights, rows, cell))
             _watch(self)
         return made[1]
 
-    def _copies(self, weights: Sequence[Tensor | None], rows: int, cell: str) -> Copies:
-        matrices = {i: w.detach() for i, w in enumerate(weights) if w is not None and w.dim() == 2}
-        made: list[Any] = list(weights)
+    def _copies(self, weights: Sequence[Tensor], rows: int, cell: str) -> Copies:
+        matrices = {i: w.detach() for i, w in enumerate(weights) if w.dim() == 2}
+        made = list(weights)
         scales: list[Tensor] = []
         if any(matrix.dtype is not torch.float32 for matrix in matrices.values()):
             return Copies(made, scales, (0, 0))
@@ -157,7 +135,7 @@ class CompressedWeights:
         return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the layer has weights of its own
-        return {"kind": self.kind, "_made": None, "_plan": None}
+        return {"kind": self.kind, "_made": None}
 
 
 _watched: weakref.WeakSet[CompressedWeights] = weakref.WeakSet()

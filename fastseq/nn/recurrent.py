@@ -14,18 +14,44 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights
-from fastseq.recurrent import training
+from fastseq.recurrent.run import layer_in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-class _Compressible(nn.Module):
-    """A layer or cell whose matrices may be read from smaller copies in inference; fastseq.patch(weights=) sets it."""
+class _Native(nn.Module):
+    """A layer or cell that the native kernels run in one call in eager mode, in inference from smaller copies of its
+    matrices where fastseq.patch(weights=) asks for that."""
 
     _compressed: CompressedWeights | None = None  # on the class, so that a torch.nn layer needs nothing more
+
+    def _weights(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _in_one_call(
+        self,
+        names: list[str],
+        x: Any,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        cell: str,
+        layout: str,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+    ) -> tuple | None:
+        """The whole stack, or one layer or cell that is to be differentiated. Nothing is checked before; None where the
+        native call does not take the arguments."""
+        if torch.compiler.is_compiling() or not backend.native_scan():
+            return None
+        if torch.is_grad_enabled():
+            if num_layers != 1 or bidirectional:
+                return None
+            return layer_in_one_call(x, h0, c0, self._weights(), cell, layout)
+        if num_layers > 1 and self.training and self.dropout:
+            return None
+        if self._compressed is not None:
+            return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
+        return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)
 
     def extra_repr(self) -> str:
         """Torch's, and the smaller copies where there are any."""
@@ -38,7 +64,7 @@ class _Compressible(nn.Module):
             self._compressed.forget()
 
 
-class _Recurrent(_Compressible, nn.RNNBase):
+class _Recurrent(_Native, nn.RNNBase):
     """What the three layers share: how a call is unpacked, and how its results are laid out again."""
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
@@ -50,10 +76,6 @@ class _Recurrent(_Compressible, nn.RNNBase):
         self._update_flat_weights()  # parametrised, pruned, or with a parameter more
         return self._flat_weights
 
-    def _flat(self) -> tuple[list[Tensor], int]:
-        """The weights in their flat order, and how many layers and directions they are of."""
-        return self._weights(), self.num_layers * (2 if self.bidirectional else 1)
-
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
@@ -62,24 +84,11 @@ class _Recurrent(_Compressible, nn.RNNBase):
             return call(input, hx, lengths, reset, **extra)
         return self._function(input, hx, lengths=lengths, reset=reset, batch_first=self.batch_first, **extra)
 
-    def _short(self, cell: str, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
-        """The whole stack in one native call, or one layer that is to be differentiated, where nothing speaks against
-        it; else None."""
-        if torch.compiler.is_compiling() or not backend.native_scan():
-            return None
-        if torch.is_grad_enabled():
-            if self.num_layers != 1 or self.bidirectional or self.proj_size:
-                return None
-            layout = "batch_first" if self.batch_first else "layer"
-            return training.layer(input, h0, c0, self._weights(), cell, layout)
-        if self.training and self.dropout:
-            return None
-        shape = cell, self.num_layers, self.bidirectional, self.batch_first
-        if self._compressed is not None:
-            return self._compressed.infer(self, input, h0, c0, *shape)
-        if direct.layer is None:
-            return None
-        return direct.layer(self._parameters, self._flat_weights_names, input, h0, c0, *shape)
+    def _stack(self, cell: str, x: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
+        """The layer in one native call, without ``lengths`` and ``reset``; else None."""
+        layout = "batch_first" if self.batch_first else "layer"
+        names = self._flat_weights_names
+        return self._in_one_call(names, x, h0, c0, cell, layout, self.num_layers, self.bidirectional)
 
     def _function(self, input: Tensor, hx: Hidden, **kwargs: Any) -> tuple:
         raise NotImplementedError
@@ -168,7 +177,7 @@ class RNN(_Recurrent):
     ) -> tuple:
         """Returns ``(output, h_n)``."""
         if lengths is None and reset is None:
-            done = self._short("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
+            done = self._stack("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
@@ -217,7 +226,7 @@ class GRU(_Recurrent):
     ) -> tuple:
         """Returns ``(output, h_n)``."""
         if lengths is None and reset is None:
-            done = self._short("gru" if self.reset_after else "gru_reset_before", input, hx, None)
+            done = self._stack("gru" if self.reset_after else "gru_reset_before", input, hx, None)
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
@@ -259,35 +268,21 @@ class LSTM(_Recurrent):
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
         h0, c0 = checks.lstm_state(hx)
         if lengths is None and reset is None and not return_all_states:
-            done = self._short("lstm", input, h0, c0)
+            done = self._stack("lstm", input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
         return self._call(input, pair, lengths, reset, return_all_states=return_all_states)
 
 
-class _Cell(_Compressible):
-    def _short(self, name: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
-        """One step in one native call, where nothing speaks against it; else None."""
-        if torch.compiler.is_compiling() or not backend.native_scan():
-            return None
-        own = self._parameters  # asking the module for each takes longer than the arithmetic
-        if torch.is_grad_enabled():
-            if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
-                return None
-            present = [w for w in map(own.get, _CELL_WEIGHTS) if w is not None]
-            return training.layer(input, h, c, present, name, "cell")
-        if direct.cell is None or direct.cell_layer is None:
-            return None
-        if self._compressed is None:
-            return direct.cell_layer(own, input, h, c, name)
-        if any(key not in own for key in _CELL_WEIGHTS):  # parametrised
-            return None
-        copies = self._compressed.of([own[key] for key in _CELL_WEIGHTS], name)
-        if copies is None:
-            return None
-        s_ih, s_hh = copies.scales or (None, None)
-        return direct.cell(input, h, c, *copies.weights, s_ih, s_hh, name, *copies.sizes[:1])
+class _Cell(_Native):
+    def _weights(self) -> list[Tensor]:
+        own: Any = self._parameters  # asking the module for each takes longer than the arithmetic
+        weights = own.values() if list(own) == _CELL_WEIGHTS else [getattr(self, name) for name in _CELL_WEIGHTS]
+        return [w for w in weights if w is not None]
+
+
+_CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
 class RNNCell(_Cell, nn.RNNCell):
@@ -295,7 +290,7 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
-        done = self._short("rnn_" + self.nonlinearity, input, hx, None)
+        done = self._in_one_call(_CELL_WEIGHTS, input, hx, None, "rnn_" + self.nonlinearity, "cell")
         if done is not None:
             return done[0]
         return functional.rnn_cell(
@@ -329,7 +324,7 @@ class GRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns the new hidden state."""
         name = "gru" if self.reset_after else "gru_reset_before"
-        done = self._short(name, input, hx, None)
+        done = self._in_one_call(_CELL_WEIGHTS, input, hx, None, name, "cell")
         if done is not None:
             return done[0]
         return functional.gru_cell(
@@ -343,7 +338,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
         h, c = checks.lstm_state(hx)
-        done = self._short("lstm", input, h, c)
+        done = self._in_one_call(_CELL_WEIGHTS, input, h, c, "lstm", "cell")
         if done is not None:
             return done[0], done[1]
         return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

@@ -1,6 +1,6 @@
 """The schemas of a stack of recurrent layers in one call, for CUDA: what is independent in it runs side by side.
 
-Above the scan, and made of it: layers in a wavefront over windows of time, both directions at once, and on the way back
+Above the scan, and made of it: layers in a wavefront over windows of time, both directions at once, and in backward
 the gradients of the weights beside the walks. Letters as in :mod:`fastseq.ops`; L layers, D directions.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def order_of(x: Tensor) -> list[int]:
-    """The dimensions of x as they lie in memory, outermost first, as ``torch.empty_like`` has them; but the last, of
+    """The dimensions of x in the order of memory, outermost first, as ``torch.empty_like`` has them; but the last, of
     features, is always innermost. A dimension along which x is broadcast has no place in memory: it keeps its place
     among the others."""
     sizes, strides, inward = x.shape, x.stride(), [x.dim() - 1]

@@ -1,4 +1,4 @@
-"""Which rows a program has, and which tiles of the other side they meet: those that nobody sees are never visited."""
+"""Which rows a program has, and which tiles of the other side they meet: fully masked tiles are skipped."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def cleared(reset, t, rows, B, given, reset_t, reset_b):
 
 @triton.jit
 def block(w, outputs, inputs, N, K, UPCAST: tl.constexpr):
-    """A block of w [N, K] as it lies: [outputs, inputs]."""
+    """A block of w [N, K], not transposed: [outputs, inputs]."""
     at = w + outputs[:, None] * K + inputs[None, :]
     tile = tl.load(at, mask=(outputs < N)[:, None] & (inputs < K)[None, :], other=0.0)
     if UPCAST:

@@ -7,7 +7,7 @@ two parts, W_hh in four blocks a gate, and a tuple has what there is for each pa
 before the product (gru_reset_before) needs all of r * h_prev for the candidate, and a projection all of o * tanh(c):
 there a step takes two launches.
 
-gates_x = W_ih x + b_ih is one product for all steps, made before; a single step (FUSE_X) makes it on the way.
+gates_x = W_ih x + b_ih is one product for all steps, made before; a single step (FUSE_X) makes it itself.
 What varies from call to call (T, B, the direction, which optional tensors are there) is a run-time number, so that
 neither another T nor another B compiles anything. An absent tensor's pointer is never followed: its loads are masked
 off by a bit of ``given``.

@@ -38,7 +38,7 @@ def read_step(
     dy, tape, y, states, t, wide, units, length, begin, has_before, mask, B, given, direction, x_t, x_b, H,
     CELL: tl.constexpr, G: tl.constexpr,
 ):
-    """What a step reads of its own, as it lies: dy_t, the tape's four blocks, and c_{t-1} (LSTM), h_{t-1} (GRU) or h_t.
+    """What a step reads of its own, unchanged: dy_t, the tape's four blocks, and c_{t-1} (LSTM), h_{t-1} (GRU) or h_t.
 
     Blocks that a cell does without repeat the first.
     """

@@ -1,4 +1,4 @@
-"""Attention's way back on the emulated machine as a Hopper GPU runs it: TMA, mbarriers, products of warpgroups."""
+"""Attention's backward pass on the emulated machine as a Hopper GPU runs it: TMA, mbarriers, products of warpgroups."""
 
 from __future__ import annotations
 

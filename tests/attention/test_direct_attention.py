@@ -163,7 +163,7 @@ def spied(monkeypatch, *names):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Calls of inference that went the short way, as they go."""
+    """Calls of inference that took the fast path, as they go."""
     return spied(monkeypatch, "attend", "multihead")
 
 

@@ -1,4 +1,4 @@
-"""Which tiles the Triton attention visits, and in which order: those that nobody sees never, the longest first."""
+"""Which tiles the Triton attention visits, and in which order: fully masked ones never, the longest first."""
 
 from __future__ import annotations
 

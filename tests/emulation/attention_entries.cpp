@@ -94,7 +94,7 @@ FASTSEQ_ENTRY(hopper_refusal_entry) {
   return hopper_refusal(call, place);
 }
 
-// The same of the kernels of the way back.
+// The same of the backward kernels.
 FASTSEQ_ENTRY(attention_backward_refusal_entry) {
   Reader in{p, n, x};
   AttentionBackward call;
@@ -148,7 +148,7 @@ FASTSEQ_KERNEL(32, 1) order_kernel(FASTSEQ_IN_PLACE AttentionCall call, FASTSEQ_
 }
 }  // namespace attention
 
-// Which tiles of 128 rows a call's blocks make on Hopper: of the forward kernel, or of the way back (of keys, of queries).
+// Which tiles of 128 rows a call's blocks make on Hopper: of the forward kernel, or of the backward kernels (of keys, of queries).
 FASTSEQ_ENTRY(hopper_order_entry) {
   Reader in{p, n, x};
   AttentionForward call;

@@ -26,7 +26,7 @@ MODES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "gru_reset_before":
 
 
 def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.float32, **options):
-    """What ``direct.stack`` and the operator take."""
+    """What :func:`infer` and the operator take."""
     layer = getattr(torch.nn, MODES[cell])(shape[-1], hidden, layers, dtype=dtype, **options)
     weights = [p.detach() for p in layer._flat_weights]
     rows = layers * (2 if options.get("bidirectional") else 1)
@@ -35,6 +35,18 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
     c = torch.randn(rows, *batch, hidden, dtype=dtype) if cell == "lstm" else None
     tail = (cell, layers, bool(options.get("bidirectional")), bool(options.get("batch_first")))
     return [torch.randn(shape, dtype=dtype), h, c, weights, [], *tail]
+
+
+def infer(x, h, c, weights, scales, cell, layers=1, bidirectional=False, batch_first=False, *sizes):
+    """A stack by the native call."""
+    layout = "batch_first" if batch_first else "layer"
+    return direct.infer(weights, None, scales, x, h, c, cell, layout, layers, bidirectional, *(sizes or (0, 0)))
+
+
+def infer_cell(x, h, c, weights, cell, scales=None, hidden=0):
+    """One step of a cell by the native call."""
+    names = list(weights) if isinstance(weights, dict) else None
+    return direct.infer(weights, names, scales, x, h, c, cell, "cell", 1, False, hidden, hidden)
 
 
 def by_operator(args):
@@ -98,7 +110,7 @@ def test_the_operators_bits(cell, dtype):
                 args = arguments(cell, layers, shape, dtype=dtype, **options)
                 for given in (args, [args[0], None, None, *args[3:]]):
                     with torch.no_grad():
-                        found = direct.stack(*given)
+                        found = infer(*given)
                     assert found is not None
                     for a, b in zip(found, by_operator(given), strict=True):
                         assert a.shape == b.shape
@@ -114,15 +126,17 @@ def test_a_layer_is_its_parameters(cell):
     parameters = dict(zip(names, weights, strict=True))
     equal = ["".join(name) for name in names]  # equal, not the same
     with torch.no_grad():
-        want = direct.stack(x, h, c, weights, scales, *shape)
+        want = infer(x, h, c, weights, scales, *shape)
+        tail = (None, x, h, c, shape[0], "layer", *shape[1:3], 0, 0)
         for given in (names, equal):
-            found = direct.layer(parameters, given, x, h, c, *shape)
+            found = direct.infer(parameters, given, *tail)
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
         others = [
             (parameters, names[:-1]),
             (parameters, [*names, "more"]),
             (parameters, [*names[1:], names[0]]),
             (parameters, tuple(names)),
+            (parameters, None),
             ({**parameters, "w0": None}, names),
             ({**parameters, "w0": weights[0].double()}, names),
             ({**parameters, "mask": weights[0]}, names),
@@ -130,9 +144,9 @@ def test_a_layer_is_its_parameters(cell):
             ({}, []),
         ]
         for given in others:
-            assert direct.layer(*given, x, h, c, *shape) is None
-        assert direct.layer(parameters, names, x, h, c) is None
-    assert direct.layer(parameters, names, x, h, c, *shape) is None, "gradients are on"
+            assert direct.infer(*given, *tail) is None
+        assert direct.infer(parameters, names, *tail[:-1]) is None
+    assert direct.infer(parameters, names, *tail) is None, "gradients are on"
 
 
 @pytest.mark.parametrize("cell", MODES)
@@ -142,16 +156,18 @@ def test_a_cell_is_its_parameters(cell):
     parameters = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=True))
     with torch.no_grad():
         for given in (parameters, {**parameters, "bias_ih": None, "bias_hh": None}):
-            want = direct.cell(x, h, c, *given.values(), None, None, cell)
-            found = direct.cell_layer(given, x, h, c, cell)
+            want = infer_cell(x, h, c, [w for w in given.values() if w is not None], cell)
+            found = infer_cell(x, h, c, given, cell)
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-        for name in parameters:
+        names = list(parameters)
+        tail = (None, x, h, c, cell, "cell", 1, False, 0, 0)
+        for name in names:
             given = {key: value for key, value in parameters.items() if key != name}
-            assert direct.cell_layer(given, x, h, c, cell) is None
-        assert direct.cell_layer({**parameters, "weight_ih": None}, x, h, c, cell) is None
-        assert direct.cell_layer(weights, x, h, c, cell) is None
-        assert direct.cell_layer(parameters, x, h, c) is None
-    assert direct.cell_layer(parameters, x, h, c, cell) is None, "gradients are on"
+            assert direct.infer(given, names, *tail) is None
+            assert direct.infer({**parameters, name: None}, names, *tail) is None
+        assert direct.infer(parameters, names, *tail[:6], 2, *tail[7:]) is None
+        assert direct.infer(parameters, names, *tail[:5], "row", *tail[6:]) is None
+    assert direct.infer(parameters, names, *tail) is None, "gradients are on"
 
 
 def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
@@ -160,21 +176,20 @@ def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
     with torch.no_grad():
         try:
             assert direct._bind() is None
-            stack = direct.stack
-            assert stack(*args) is None
-            assert stack(*arguments()) is not None
-            assert stack(args[0][:3], *args[1:]) is not None
+            assert infer(*args) is None
+            assert infer(*arguments()) is not None
+            assert infer(args[0][:3], *args[1:]) is not None
         finally:
             monkeypatch.undo()
             direct._bind()
-        assert direct.stack(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.auto.BF16_ROWS
+        assert infer(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.auto.BF16_ROWS
 
 
 def test_results_share_no_memory():
     for cell in MODES:
         x, h, c, *rest = arguments(cell, shape=(1, 2, 5))
         with torch.no_grad():
-            found = direct.stack(x, h, c, *rest)
+            found = infer(x, h, c, *rest)
         places = {t.untyped_storage().data_ptr() for t in (*found, x, h, *([] if c is None else [c]))}
         assert len(places) == len(found) + (2 if c is None else 3)
 
@@ -184,7 +199,7 @@ def test_strange_strides():
     weights = [torch.empty(*w.shape[:-1], 2 * w.shape[-1])[..., ::2].copy_(w) for w in rest[0]]
     odd_h = torch.empty(3, 1, 34)[..., ::2].transpose(0, 1).copy_(h)
     with torch.no_grad():
-        found = direct.stack(x.transpose(0, 1).contiguous().transpose(0, 1), odd_h, c, weights, *rest[1:])
+        found = infer(x.transpose(0, 1).contiguous().transpose(0, 1), odd_h, c, weights, *rest[1:])
     assert all(torch.equal(a, b) for a, b in zip(found, by_operator([x, h, c, *rest]), strict=True))
 
 
@@ -233,12 +248,12 @@ def test_it_declines_whatever_is_not_plain():
     args = arguments()
     x, h, c, weights, *tail = args
     with torch.no_grad():
-        assert direct.stack(*args) is not None
+        assert infer(*args) is not None
         for mode in (Functions(), Dispatch(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile()):
             with mode:
-                assert direct.stack(*args) is None
-        assert direct.stack(*args) is not None
-        assert torch.func.vmap(lambda x: torch.tensor(direct.stack(x, *args[1:]) is None))(x[None]).all()
+                assert infer(*args) is None
+        assert infer(*args) is not None
+        assert torch.func.vmap(lambda x: torch.tensor(infer(x, *args[1:]) is None))(x[None]).all()
         bad = [
             [x.as_subclass(Counting), *args[1:]],
             [x, h, c, [weights[0].as_subclass(Counting), *weights[1:]], *tail],
@@ -259,19 +274,16 @@ def test_it_declines_whatever_is_not_plain():
             [x, h, c, weights, [], "lstm", "one", *tail[3:]],
             [x, h, c, weights, [], "lstm", 0, *tail[3:]],
             [x, h, c, weights, [x[0, 0]], *tail[1:]],
-            [x, h, c, weights, None, *tail[1:]],
             [x, h, c, [w.to(torch.int8) if w.dim() == 2 else w for w in weights], [], *tail[1:]],
             [x, h, c, [w.half() for w in weights], [], *tail[1:]],
-            [x, h, c, weights],
-            [],
         ]
         for given in bad:
-            assert direct.stack(*given) is None
-        assert direct.cell(x[0], h[0], c[0], *weights, None, None, "lstm") is not None
-        end = (None, None, "lstm")
-        for given in ([], [x[0], h[0], c[0], None, *weights[1:], *end], [None, h[0], c[0], *weights, *end]):
-            assert direct.cell(*given) is None
-    assert direct.stack(*args) is None, "gradients are on"
+            assert infer(*given) is None
+        assert infer_cell(x[0], h[0], c[0], weights, "lstm") is not None
+        assert infer_cell(x[0], h[0], c[0], [None, *weights[1:]], "lstm") is None
+        assert infer_cell(None, h[0], c[0], weights, "lstm") is None
+        assert direct.infer() is None
+    assert infer(*args) is None, "gradients are on"
 
 
 def test_a_profiler_sees_the_operator():
@@ -302,12 +314,12 @@ def test_a_fake_tensor_passes():
 def test_swapped_and_replaced_weights_are_seen():
     args, other = arguments(), arguments()
     with torch.no_grad():
-        direct.stack(*args)
+        infer(*args)
         for mine, theirs in zip(args[3], other[3], strict=True):
             torch.utils.swap_tensors(mine, theirs)
         other[3].clear()
         gc.collect()
-        assert all(torch.equal(a, b) for a, b in zip(direct.stack(*args), by_operator(args), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(infer(*args), by_operator(args), strict=True))
         layer, x = fastseq.nn.RNN(5, 17), torch.randn(4, 3, 5)
         layer(x)
         for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
@@ -339,12 +351,11 @@ def test_nothing_is_left_behind():
 
         def rounds():
             for _ in range(300):
-                direct.stack(*args)
-                direct.stack(args[0].double(), *args[1:])
-                direct.layer(parameters, names, *args[:3], *args[5:])
-                direct.layer(parameters, names[1:], *args[:3], *args[5:])
-                direct.cell_layer(parameters, args[0][0], args[1][0], args[2][0], "lstm")
-                direct.cell(args[0][0], args[1][0], args[2][0], *args[3], None, None, "lstm")
+                infer(*args)
+                infer(args[0].double(), *args[1:])
+                direct.infer(parameters, names, None, *args[:3], "lstm", "layer", 1, False, 0, 0)
+                direct.infer(parameters, names[1:], None, *args[:3], "lstm", "layer", 1, False, 0, 0)
+                infer_cell(args[0][0], args[1][0], args[2][0], parameters, "lstm")
 
         tensors = [args[0], args[1], args[2], *args[3], args[3], names, parameters, *names, "lstm"]
         leaves_nothing_behind(rounds, tensors)

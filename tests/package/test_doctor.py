@@ -52,7 +52,7 @@ def test_the_facts_are_there(findings):
 def test_missing_kernels_come_with_the_command_that_builds_them(findings):
     told = [entry for entry in findings.problems if "native CPU kernels are missing" in entry["problem"]]
     assert bool(told) == (ops.NATIVE_MISSING is not None)
-    assert all("pip install" in entry["mend"] for entry in told)
+    assert all("pip install" in entry["fix"] for entry in told)
 
 
 def test_the_exit_status_says_whether_the_layers_work(findings, monkeypatch, capsys):
@@ -125,7 +125,7 @@ def test_an_unbuilt_checkout_that_hides_the_installed_package_is_told(tmp_path):
         in done.stdout
     )
     assert f"the native CPU kernels are missing (they are in the hidden package, {site / 'fastseq'})" in done.stdout
-    assert f"mend: cd /   # or any folder but {checkout}" in done.stdout
+    assert f"fix: cd /   # or any folder but {checkout}" in done.stdout
     assert "but without the native kernels" in done.stdout
 
 

@@ -350,7 +350,10 @@ def test_the_report_is_a_table():
     assert str(fastseq.patch(model)).splitlines() == [
         "fastseq.patch: 1 layer changed, 1 left",
         "  changed  1  torch.nn.LSTM -> fastseq.nn.LSTM",
-        f"  left     2  {Mine.__module__}.Mine: a subclass of torch.nn.LSTM: its own code may rely on torch's forward",
+        f"  left     2  {Mine.__module__}.Mine: a subclass of torch.nn.LSTM: its own code may rely on torch's forward; "
+        "see keep_class=",
+        "  note     tools that look for torch.nn's recurrent classes miss these layers: see keep_class=, "
+        'weights="int8"',
     ]
     assert str(fastseq.unpatch(nn.Linear(3, 4))) == "fastseq.unpatch: 0 layers changed, 0 left"
 
@@ -380,3 +383,61 @@ def test_a_report_taken_for_the_model_says_that_patch_works_in_place():
                 getattr(report, name)
         assert not hasattr(report, "eval")
         assert pickle.loads(pickle.dumps(report)) == copy.deepcopy(report) == report
+
+
+class Inheriting(nn.LSTM):
+    """Adds to torch's layer and changes nothing of it, as layers of other packages do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, batch_first=True)
+
+    def start(self, batch: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, batch, self.hidden_size), torch.zeros(1, batch, self.hidden_size)
+
+
+class Overriding(nn.GRU):
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, hx)[0]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layer_may_keep_its_class(grad):
+    model = nn.ModuleList(
+        [nn.RNN(3, 3), nn.GRU(3, 3, 2), nn.LSTM(3, 3), Inheriting(3), Overriding(3, 3), nn.LSTMCell(3, 3)]
+    )
+    classes, x = [type(layer) for layer in model], torch.randn(4, 2, 3)
+    model.requires_grad_(grad)
+
+    def outputs() -> list[Tensor]:
+        return [layer(x)[0] for layer in model[:4]]
+
+    theirs = outputs()
+    report = fastseq.patch(model, keep_class=True)
+    assert [change.name for change in report.changed] == ["0", "1", "2", "3", "5"]
+    assert report.changed[3].new == "fastseq.nn.LSTM"
+    assert not report.notes
+    assert [left.reason for left in report.left] == ["a subclass of torch.nn.GRU that overrides forward"]
+    assert all(isinstance(layer, cls) for layer, cls in zip(model, classes, strict=True))
+    assert isinstance(model[3], fastseq.nn.LSTM)
+    assert model[3].start(2)[0].shape == (1, 2, 3)
+    for layer, right in zip(model, theirs, strict=False):
+        torch.testing.assert_close(layer(x)[0], right)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(other) is type(layer)
+            torch.testing.assert_close(other(x)[0], right)
+    assert not fastseq.patch(model, keep_class=True)
+    torch.testing.assert_close(torch.compile(model[3], backend="eager")(x)[0], theirs[3])
+    assert len(fastseq.unpatch(model)) == 5
+    assert [type(layer) for layer in model] == classes
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), theirs, strict=True))
+    torch._dynamo.reset()
+
+
+def test_tools_that_look_for_torchs_classes_find_layers_that_keep_them():
+    model = nn.Sequential(nn.LSTM(3, 3))
+    fastseq.patch(model)
+    assert not isinstance(model[0], nn.LSTM)
+    fastseq.unpatch(model)
+    fastseq.patch(model, keep_class=True)
+    assert isinstance(model[0], nn.LSTM)
+    assert [name for name, m in model.named_modules() if isinstance(m, (nn.LSTM, nn.GRU, nn.RNN))] == ["0"]

@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 from support import flat, needs_native
+from test_direct import infer, infer_cell
 from torch import nn
 
 import fastseq
-from fastseq import direct
 from fastseq.nn.compressed import KINDS, compress
 
 pytestmark = needs_native
@@ -297,9 +297,9 @@ def test_weights_that_cannot_be_read_are_declined():
     small = [pack(p.to(torch.int8), 3, 0) if p.dim() == 2 else p for p in w]
     half = [pack(p.to(torch.bfloat16), 3, 0) if p.dim() == 2 else p for p in w]
     x, scale = torch.randn(3, 2, 5), torch.ones(51)
-    y = direct.stack(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0]
+    y = infer(x, None, None, small, [scale, scale], "gru", 1, False, False, 17, 17)[0]
     assert y.shape == (3, 2, 17)
-    step = direct.cell(x[0], None, None, *small, scale, scale, "gru", 17)[0]
+    step = infer_cell(x[0], None, None, small, "gru", [scale, scale], 17)[0]
     torch.testing.assert_close(step, y[0])
     sizes = (17, 17)
     bad = [
@@ -324,9 +324,9 @@ def test_weights_that_cannot_be_read_are_declined():
     ]
     for given, weights, scales, hidden_and_outputs in bad:
         arguments = (given, None, None, weights, scales, "gru", 1, False, False, *hidden_and_outputs)
-        assert direct.stack(*arguments) is None
-    assert direct.cell(x[0], None, None, *small, None, None, "gru", 17) is None
-    assert direct.cell(x[0], None, None, *half, None, None, "gru") is None
+        assert infer(*arguments) is None
+    assert infer_cell(x[0], None, None, small, "gru", None, 17) is None
+    assert infer_cell(x[0], None, None, half, "gru") is None
     for wrong in (w[0], torch.zeros(50, 5, dtype=torch.int8), torch.zeros(51, dtype=torch.int8)):
         with pytest.raises(RuntimeError, match="pack_weights"):
             pack(wrong, 3, 0)

@@ -22,7 +22,7 @@ from fastseq import ops
 from fastseq.ops import layers as ops_layers
 from fastseq.recurrent import autograd_layers, layers
 from fastseq.recurrent.autograd_layers import Kind, Layers, reference_layers
-from fastseq.recurrent.functional import Stack
+from fastseq.recurrent.call import RecurrentCall
 
 pytestmark = [pytest.mark.device("native"), missing]
 
@@ -408,7 +408,7 @@ def test_lanes_that_do_not_wait_are_noticed(bidirectional: bool) -> None:
         other = [found(*schedule) for schedule in SCHEDULES[1:]]
     finally:
         library().fastseq_lanes_deaf(0)
-    y, dx = 0, -1 - 4 * 3 * (1 + bidirectional) - 2  # forward alone, and what comes last on the way back
+    y, dx = 0, -1 - 4 * 3 * (1 + bidirectional) - 2  # forward alone, and what comes last in backward
     for place in (y, dx):
         assert sum(not torch.equal(o[place], expected[place]) for o in other) > len(other) // 2
 
@@ -440,11 +440,14 @@ def test_what_the_layers_of_the_package_call(grad: bool) -> None:
     for w in weights:
         w.requires_grad_(grad)
     for dropout in (0.0, 1e-12):
-        stack = Stack("lstm", 2, True, dropout, True, True)
+        tensors = ("lstm", x, h0, c0, weights)
+        options = {"num_layers": 2, "dropout": dropout, "training": True, "bidirectional": True}
         with machine("cluster", 1, 64):
-            found = layers.run(stack, x, h0, c0, weights, None, None, True)
-            assert layers.run(stack, x, h0, c0, weights, None, None, False)[3] is None
+            found = layers.run(RecurrentCall(*tensors, want_states=True, **options))
+            assert layers.run(RecurrentCall(*tensors, **options))[3] is None
         for ours, wanted in zip(found, whole, strict=True):
             assert ours.requires_grad == grad
             assert torch.allclose(ours, wanted, rtol=0, atol=1e-6)
-    assert layers.suits("native", x, 5) == (devices.DEVICE == "cuda"), "the CPU has a call of its own"
+    assert layers.suits("native", RecurrentCall(*tensors)) == (devices.DEVICE == "cuda"), (
+        "the CPU has a call of its own"
+    )

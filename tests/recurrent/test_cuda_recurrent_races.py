@@ -30,7 +30,7 @@ T, B, H = 4, 5, 19
 
 
 class Walk:
-    """One draw of a cell, what an undisturbed walk of the right kernels gives, and walks of others to hold to it."""
+    """One draw of a cell, what the right kernels give, and walks of others to hold to it."""
 
     def __init__(self, cell: str, role: str) -> None:
         torch.manual_seed(1)

@@ -23,7 +23,8 @@ from recurrent_support import (
 from support import CELLS, DTYPES, needs_native
 from torch import Tensor
 
-from fastseq import autograd, ops
+from fastseq import ops
+from fastseq.recurrent.autograd import Inputs, Kept, Walk, torch_products
 
 pytestmark = needs_native
 
@@ -276,8 +277,14 @@ def test_absent_states_are_zeros(cell: str, option: str) -> None:
         )
         assert all(torch.equal(a, b) for a, b in zip(own[:5], theirs[:5], strict=True))
         torches, again = (
-            autograd.torch_products(
-                back[0], back[1], x, w_ih, y, tape, given[6], lengths, reset, plain, reverse, True, True
+            torch_products(
+                back[0],
+                back[1],
+                Inputs(x, w_ih, w_hh, None, None, w_hr, given[6], None, lengths, reset),
+                Kept(y, states, tape),
+                Walk(plain, reverse, "native"),
+                True,
+                True,
             )
             for given in (absent, zeros)
         )

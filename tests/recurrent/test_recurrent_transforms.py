@@ -10,14 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq import ops
-from fastseq.recurrent.functional import scan
+from fastseq.recurrent.autograd import Inputs, Walk
+from fastseq.recurrent.run import scan
 
 CASES = [(cell, {}) for cell in CELLS] + [("lstm", {"projected": 2}), ("gru", {"biases": False})]
 IDS = [cell + "".join(f"-{k}" for k in kwargs) for cell, kwargs in CASES]
 
 
 def call(backend, inputs, cell, *, lengths=None, reset=None, reverse=False):
-    return tuple(t for t in scan(backend, *inputs, lengths, reset, cell, reverse, True) if t is not None)
+    return tuple(t for t in scan(Walk(cell, reverse, backend), Inputs(*inputs, lengths, reset), True) if t is not None)
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])
@@ -276,7 +277,7 @@ def test_functionalize_of_attention():
 @pytest.mark.parametrize(("name", "kwargs", "shape"), FUNCTIONS.values(), ids=FUNCTIONS)
 def test_vectorized_jacobians(name, kwargs, shape, library, monkeypatch):
     if library == "torch's products":  # those of a backend that has no gradient in one call
-        monkeypatch.setattr("fastseq.autograd.GRADIENT", {})
+        monkeypatch.setattr("fastseq.recurrent.autograd.GRADIENT", {})
         monkeypatch.setattr("fastseq.direct.layer_gradient", lambda *_: None)
     layer, f, x = output_of(name, kwargs, shape)
     want = torch.autograd.functional.jacobian(f, x)

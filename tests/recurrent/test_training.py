@@ -51,9 +51,9 @@ def trained(layer, x, states, seed=0, outputs=None):
 
 def generally(monkeypatch, *args, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "layer_forward", None)
+        patch.setattr(direct, "layer_forward", lambda *_: None)
+        patch.setattr(direct, "layer_gradient", lambda *_: None)
         found, gradients = trained(*args, **kwargs)
-    assert "Layer" not in found[0].grad_fn.name()
     return found, gradients
 
 
@@ -335,7 +335,7 @@ def test_it_declines_what_is_not_fit(monkeypatch):
             if (i, bad) != (9, None):  # one bias alone is for the layers to refuse
                 assert direct.layer_forward(*given) is None, (i, bad)
         assert direct.layer_forward(*good[:-1]) is None
-        need = (True, True, True, False, False, False, True, True, True, True)
+        need = (True,) * 7
         y, h_n, c_n, states, tape = direct.layer_forward(*good)
         walk = [need, y, h_n, c_n, x, h, h, y, states, tape, "lstm", "layer", False, w_ih, w_hh]
         assert direct.layer_gradient(*walk) is not None
@@ -463,7 +463,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
     ours.load_state_dict(theirs.state_dict())
     want = masked_rollout(theirs)
     if way == "general":
-        monkeypatch.setattr(direct, "layer_forward", None)
+        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
     found = masked_rollout(torch.compile(ours, backend="aot_eager") if way == "compiled" else ours)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
@@ -474,7 +474,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
 @pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
 def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell, general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", None)
+        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
     layer, x = build(mode, as_cell), torch.randn(*(() if as_cell else (4,)), 3, 5)
 
     def gradients(changed):
@@ -497,7 +497,7 @@ def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell,
 @pytest.mark.parametrize("general", [False, True])
 def test_a_second_derivative_refuses_what_was_changed_in_place(general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", None)
+        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
     layer, x = build("lstm", dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     y = layer(x)[0]
     with torch.no_grad():

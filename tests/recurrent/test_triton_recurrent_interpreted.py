@@ -17,7 +17,7 @@ from support import CELLS
 from triton_support import needs_interpreter
 
 import fastseq
-from fastseq import autograd, ops
+from fastseq import ops
 
 pytestmark = needs_interpreter
 
@@ -54,7 +54,7 @@ def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype,
         if tuning.padded(shape[3]) > 64 or (dtype is torch.bfloat16 and shape[2] > 60):
             continue
         if (cell, dtype, role) == ("lstm", torch.float32, "sequence") and shape[3] > 32:
-            continue  # whose way back has the step role: test_the_ways_there_and_back_may_have_different_roles
+            continue  # whose backward has the step role: test_the_ways_there_and_back_may_have_different_roles
         for biases in (True, False) if shape == SHAPES[-3] else (True,):
             seed(cell, dtype, shape)
             lengths, reset, reverse = options(option, *shape[:2])
@@ -299,7 +299,7 @@ def test_opcheck(cell: str) -> None:
     args = (*inputs, lengths, reset, ops.NUMBER[cell], False, True, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastseq.scan_forward.triton, args, test_utils=tests)
-    y, _, _, states, tape = autograd.FORWARD["triton"](*args)
+    y, _, _, states, tape = torch.ops.fastseq.scan_forward.triton(*args)
     dy = torch.randn_like(y)
     back = (dy, None, None, None, y, states if cell == "lstm" else None, tape if ops.TAPE[cell] else None)
     torch.library.opcheck(

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 # T, B, I, H: one program; many of them over units, and over units and batch in tiles of 16 and of 64 rows. Few
-# variants, as each of them is compiled on the way.
+# variants, as each of them is compiled meanwhile.
 ONE = (5, 3, 7, 16)
 SIZES = [ONE] if INTERPRETED else [ONE, (33, 5, 20, 208), (9, 130, 33, 512)]
 OPTIONS = ["lengths+reset+reverse"] if INTERPRETED else ["plain", "lengths+reset+reverse"]

@@ -14,7 +14,7 @@ from triton_recurrent_schedule import side_by_side
 from triton_support import needs_interpreter
 
 import fastseq
-from fastseq import autograd, ops
+from fastseq import ops
 
 pytestmark = needs_interpreter
 
@@ -71,7 +71,7 @@ def test_second_derivatives_go_through_the_reference(cell: str, counted: list[st
         (first,) = torch.autograd.grad(f, inputs[2], create_graph=True)
         found.append((first, *torch.autograd.grad(first.square().sum(), [inputs[0], inputs[2]])))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-    # The last is the first derivative's own gradient (cos y), on its way back through y.
+    # The last is the first derivative's own gradient (cos y), backward through y.
     assert counted == ["scan_forward", "scan_backward", "scan_backward"]
 
 
@@ -105,7 +105,7 @@ def test_what_the_fake_kernels_promise_is_what_comes(projected: int) -> None:
             )
             if not save:
                 continue
-            y, _, _, all_c, tape = autograd.FORWARD["triton"](*args)
+            y, _, _, all_c, tape = torch.ops.fastseq.scan_forward.triton(*args)
             kept = (y, all_c if cell == "lstm" else None, tape if tape.dim() > 1 else None)
             back = (torch.randn_like(y), None, None, None, *kept, inputs[2], inputs[5], inputs[6], inputs[7])
             torch.library.opcheck(

@@ -3,7 +3,7 @@
 //   m' = max(m, max_j s[i,j]);  p = exp(s - m');  l' = l exp(m - m') + sum_j p;  o' = o exp(m - m') + p v
 //
 // Scores are made transposed, S^T [keys, 64] = K Q^T, lanes being queries: row operations need no shuffles, and only
-// Q^T is ever copied. O [64, Dv] += P V takes P by columns and V as it lies. Where 16-bit inputs have no instructions
+// Q^T is ever copied. O [64, Dv] += P V takes P by columns and V unpacked. Where 16-bit inputs have no instructions
 // of their own, blocks of K and V are widened once for several query blocks.
 #include <atomic>
 

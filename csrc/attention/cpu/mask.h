@@ -134,7 +134,7 @@ inline Seen visibility(const AttentionCall& call, const Sequence& s, long b, lon
 }
 
 // Calls each(row, rows, first query, end query) for the keys in sixes, with the queries that see any of them; a six
-// that nobody sees is left out.
+// that is fully masked is skipped.
 template <class Each>
 FASTSEQ_INLINE void for_seen_rows(const uint64_t* words, long keys, int rows_at_once, const Each& each) {
   for (long row = 0; row < keys; row += rows_at_once) {

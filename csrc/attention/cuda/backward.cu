@@ -1,4 +1,4 @@
-// Attention's way back: what each row of o needs (delta, lse), the sinks' gradient, and the order of the parts.
+// Attention's backward: what each row of o needs (delta, lse), the sinks' gradient, and the order of the parts.
 #include "attention/cuda/gradient.cuh"
 
 namespace fastseq::cuda {

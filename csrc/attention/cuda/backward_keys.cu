@@ -1,6 +1,6 @@
 // dk and dv: a block owns a tile of keys of one key head and meets the queries of all query heads that share it.
 //
-// Scores are held transposed, rows are keys: p and ds are A operands of the products with do and q as they lie in
+// Scores are held transposed, rows are keys: p and ds are A operands of the products with do and q as stored in
 // registers. q and do have two buffers each, so that the next ones come in under all four products. Where dk and dv are
 // too wide for the registers, kParts blocks share the columns and each computes the scores.
 #include "attention/cuda/gradient.cuh"

@@ -1,4 +1,4 @@
-// What the kernels of attention's way back share.
+// What attention's backward kernels share.
 //
 //   p[i,j] = 2^(s[i,j] - lse[i]);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
 //   dv[j] = sum_i p do[i];  dk[j] = scale sum_i ds q[i];  dq[i] = scale sum_j ds k[j];  dbias = ds

@@ -3,7 +3,7 @@
 //
 // A block owns a tile of rows of one side, the near one, and meets tiles of the other, the far one. For dk and dv
 // (kOfKeys) k and v are near, q and do of all query heads that share them far; for dq it is the other way around. Rows of
-// scores are near rows, so that p and ds are A operands of the sums as they lie in registers:
+// scores are near rows, so that p and ds are A operands of the sums as held in registers:
 //
 //   s = near_s far_sᵀ;  dp = near_p far_pᵀ;  p, ds from them;  sum_s += ds far_s;  sum_p += p far_p (kOfKeys)
 //

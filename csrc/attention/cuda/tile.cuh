@@ -75,7 +75,7 @@ struct Reader {
   const unsigned char* tile;
   unsigned start;
 };
-// A operands [16, 16]: rows row.. of the tile, as they lie.
+// A operands [16, 16]: rows row.. of the tile, not transposed.
 template <class Tile>
 FASTSEQ_DEVICE Reader<Tile> reader_of_a(const unsigned char* tile, unsigned row) {
   return {tile, Tile::offset(row + (lane() & 15), lane() >> 4)};

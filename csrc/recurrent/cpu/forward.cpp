@@ -32,9 +32,9 @@ struct Forward {
   int G;
   long Hp, Pp, Hv, Pv;  // padded units and their vectors
   long chunk;           // steps
-  bool packed_x, packed_h;  // W_ih, and the matrices of each step; else they are read as they lie
+  bool packed_x, packed_h;  // W_ih, and the matrices of each step; else they are read unpacked
   bool convert;
-  bool once;                // a single step of few rows: one walk through the weights as they lie
+  bool once;                // a single step of few rows: one pass over the unpacked weights
   Barrier* barriers;
   long I;               // input features, in whole terms
   const Panel<S, W> *w_ih, *w_hh, *w_hr;  // packed
@@ -106,7 +106,7 @@ struct Forward {
     bytes = arena.used;
   }
 
-  // Packing costs a few walks through the matrices. Read as they lie, each row of each step has to bring together lanes
+  // Packing costs a few walks through the matrices. Unpacked, each row of each step has to add lanes
   // of its sums, which counts for the more the fewer columns there are; a single step has that once for both matrices.
   bool pays_to_pack(long columns, std::initializer_list<const ScanView*> matrices) const {
     if (kPrepared) return true;
@@ -215,7 +215,7 @@ struct Forward {
     }
 
     // A call of one step and few rows: each gate's rows of W_ih and W_hh are read once, in the order in which they lie,
-    // and meet in one sum. Where x and h can be read as they lie, no thread needs anything from another.
+    // and meet in one sum. Where x and h need no copy, no thread needs anything from another.
     void step_once() {
       const bool copy_h = sizeof(S) != sizeof(E) || !p.h0.data || p.h0.e != 1;
       A* h = f.h[0].h;

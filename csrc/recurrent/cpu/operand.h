@@ -79,7 +79,7 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load_terms(const S* p) {
     return out;
   }
 }
-// kLanes terms of E out of elements of W: as they lie where W is E, else widened.
+// kLanes terms of E out of elements of W: loaded where W is E, else widened.
 template <class E, class W>
 FASTSEQ_INLINE Vec<Accumulator<E>> load_terms_as(const W* p) {
   if constexpr (kTerm<E> == 1)

@@ -156,7 +156,7 @@ constexpr long panel_row(long K) {
   return (K + PanelOf<S, W>::k - 1) / PanelOf<S, W>::k * PanelOf<S, W>::k;
 }
 
-// One weight matrix as the products want it: packed, or (packed null) as it lies.
+// One weight matrix as the products want it: packed, or (packed null) unpacked.
 template <class S, class W = S>
 struct Weights {
   using A = Accumulator<S>;

@@ -74,7 +74,7 @@ struct Products {
   long columns, depth, chunk, width[kSources];  // depth: columns in whole terms
   int G, threads, jobs;
   Job job[3];
-  E *w_ih, *rows_in;             // packed; [threads][kInputRows][depth], where rows of dgates cannot be used as they lie
+  E *w_ih, *rows_in;             // packed; [threads][kInputRows][depth], where rows of dgates cannot be used in place
   A* rows_out;                   // [threads][kInputRows][Ip]
   E *panel[kSources], *block;    // [panel][term of chunk][kPanel]; [threads][term of chunk][kBlock]
   A *dw[2], *db[2];              // gradients of w_ih and w_hh: [columns][dw_row]; of the biases

@@ -1,7 +1,7 @@
 // Products of the scan: a few rows of activations times all gates of a few vectors of units, held in registers.
 //
 // Packed weights lie as [unit vector][term of k][gate][lane], so a tile streams them once for all of its rows. Unpacked
-// ones are read as they lie, as dot products along k: no preparation, for calls too short to pay for one.
+// ones are read unpacked, as dot products along k: no preparation, for calls too short to pay for one.
 //
 // Weights that were packed beforehand, of a type smaller than the activations', lie likewise with words of several k in
 // the place of terms (operand.h).

@@ -110,7 +110,7 @@ struct ForwardLayers : Layers {
   }
   const Tensor& buffer(const ScanPiece& p) const { return gates[2 * lane(p) + p.window % 2]; }
 
-  // A whole x in batch order is projected as it lies; a window of one has no rows at one distance from each other.
+  // A whole x in batch order is projected in one product; a window of one has no rows at one distance from each other.
   bool batch_first(const ScanPiece& p) const { return p.layer == 0 && !x.is_contiguous(); }
   void project(const ScanPiece& p) const {
     const Tensor input = batch_first(p) ? rows_as_matrix(transposed(x), x.size(2))

@@ -118,7 +118,7 @@ FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const
       // This lane's share of the first tile. (Reckoned anew: there is no register to keep a part of it in.)
       const int vector = exchange.offset() + (n * kScanTileColumns + lane() / 4) * exchange.layout.column +
                          lane() % 4 * 8 + (p.first_k + k0) * kScanTileBytes;
-      if (kHeld > 0 && kGroup > 1 && in_registers == kHeld && count >= kHeld) {  // nothing to ask on the way
+      if (kHeld > 0 && kGroup > 1 && in_registers == kHeld && count >= kHeld) {  // no condition inside the loop
 #pragma unroll
         for (int i0 = 0; i0 < kHeld; i0 += kGroup) {
           uint2 b[kGroup];

@@ -2,7 +2,7 @@
 //
 // Time is cut into windows. Layer l walks window k while layer l - 1 walks window k + 1; the two directions of a layer
 // walk at once, and then there is one window, as the second begins where the first ends. Beside the walks a lane of its
-// own has the products: forward the next window's projection, on the way back the gradients of the weights, window by
+// own has the products: forward the next window's projection, in backward the gradients of the weights, window by
 // window in one order. Pieces of a lane run in the order in which they are listed.
 #pragma once
 #include <cstdint>

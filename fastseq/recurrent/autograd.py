@@ -1,0 +1,324 @@
+"""The scan as one differentiable function.
+
+A backend walks the cell forward and back. The large products of the backward pass (``dx``, ``dW``, ``db``) are one
+matrix product each for the whole sequence: the backend's own where it has them, else torch's, written here once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq import autograd, direct, ops
+from fastseq.recurrent import reference
+from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
+
+FORWARD = {name: getattr(torch.ops.fastseq.scan_forward, name) for name in ops.BACKENDS}
+BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops.BACKENDS}
+# The whole gradient, of the backends that have it in one call; native on the CPU.
+GRADIENT = {"native": torch.ops.fastseq.scan_gradient.native}
+
+
+class Inputs(NamedTuple):
+    """The tensors of a scan, in the operators' order and shapes (``ops.SCAN_FORWARD``)."""
+
+    x: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+    h0: Tensor | None = None
+    c0: Tensor | None = None
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What a scan's forward pass leaves to its backward pass, beside its inputs."""
+
+    y: Tensor
+    states: Tensor | None
+    tape: Tensor | None
+
+
+class Walk(NamedTuple):
+    """Which cell is walked, in which direction, on which backend."""
+
+    cell: str
+    reverse: bool
+    backend: str
+
+
+Grads = Sequence[Tensor | None]
+"""Of y, h_n, c_n and every c_t."""
+
+
+@functools.lru_cache
+def values_read(
+    cell: str, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
+) -> tuple[bool, ...]:
+    """Of which of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 and y the fused gradient reads the values. As with torch's
+    layers, the others may be changed in place before the backward pass."""
+    gru = cell.startswith("gru")
+    w_hh = not one_step or need_h0 or cell == "gru_reset_before"
+    y = not one_step or cell.startswith("rnn")
+    return need_w_ih, need_x, w_hh, False, False, True, gru or need_w_hh, True, y
+
+
+class Scan(torch.autograd.Function):
+    """One layer, one direction, on an operator backend, for torch.compile and the transforms of torch.func.
+
+    Arguments: :class:`Inputs`, then :class:`Walk`, flat. Results: y, h_n; then an LSTM's c_n and states; then the tape,
+    but for an RNN.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        cell, reverse, backend = args[10:]
+        y, h_n, c_n, states, tape = FORWARD[backend](*args[:10], ops.NUMBER[cell], reverse, True, True)
+        if cell == "lstm":
+            return y, h_n, c_n, states, tape
+        return (y, h_n, tape) if ops.TAPE[cell] else (y, h_n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, ctx.reverse, ctx.backend = inputs[10:]
+        tape = output[-1] if len(output) > 2 else None
+        if tape is not None:
+            ctx.mark_non_differentiable(tape)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:10], output[0], output[3] if len(output) > 3 else None, tape)
+
+    @staticmethod
+    def backward(ctx: Any, *results: Tensor | None) -> tuple:
+        inputs, kept = Inputs(*ctx.saved_tensors[:10]), Kept(*ctx.saved_tensors[10:])
+        grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
+        walk = Walk(ctx.cell, ctx.reverse, ctx.backend)
+        return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 5)
+
+
+class Layer(torch.autograd.Function):
+    """A layer of one direction, or a cell, in eager mode: it saves what its backward pass reads, and takes the native
+    calls past torch's dispatcher where ``fast``.
+
+    ``layout`` says how the input, the states and the results are laid out (:mod:`fastseq.recurrent.layout`).
+    Results: y; h_n, if not of a cell; an LSTM's c_n; with ``want_states`` every c_t. None where the layout is not the
+    scan's and the native call does not take the arguments.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        extra: tuple[Tensor | None, Tensor | None, bool],
+        w_hr: Tensor | None,
+        walk: tuple[Walk, str, bool],
+        *weights: Tensor,
+    ) -> Any:
+        (cell, reverse, backend), layout, fast = walk
+        lengths, reset, want_states = extra
+        w_ih, w_hh, *biases = weights
+        b_ih, b_hh = biases or (None, None)
+        made: Any = None
+        if fast:
+            made = direct.layer_forward(x, h0, c0, cell, layout, reverse, w_ih, w_hh, b_ih, b_hh)
+        if made is None:
+            if layout != "scan":
+                return None
+            made = FORWARD[backend](
+                x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse, True, True
+            )  # fmt: skip
+            made = (*made[:2], *(made[2:4] if cell == "lstm" else (None, None)), made[4] if ops.TAPE[cell] else None)
+        y, h_n, c_n, states, tape = made
+        ctx.set_materialize_grads(False)
+        one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
+        need = ctx.needs_input_grad
+        r_x, r_w_ih, r_w_hh, _, _, r_w_hr, r_h0, r_c0, r_y = values_read(
+            cell, one_step, need[0], need[6], need[7], need[1]
+        )
+        kept_y = y if r_y else y.detach()  # else the result would hold its own graph
+        read = (r_x, r_h0, r_c0, r_w_hr, True, True, r_y, True, True, r_w_ih, r_w_hh, False, False)
+        autograd.save(ctx, (x, h0, c0, w_hr, lengths, reset, kept_y, states, tape, *weights), read)
+        ctx.walk, ctx.want_states = walk, want_states
+        results = (y, h_n, c_n, states if want_states else None)
+        return tuple(t for t in results if t is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        x, h0, c0, w_hr, lengths, reset, y, states, tape, *weights = autograd.saved(ctx)
+        walk, layout, fast = ctx.walk
+        need = ctx.needs_input_grad
+        lstm, is_cell = walk.cell == "lstm", layout == "cell"
+        dy, dh_n = grads[0], None if is_cell else grads[1]
+        dc_n = grads[1 if is_cell else 2] if lstm else None
+        if (
+            fast
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and not any(d is not None and autograd.is_batched(d) for d in grads)
+        ):
+            found = direct.layer_gradient(
+                (*need[:3], *need[6:]), dy, dh_n, dc_n, x, h0, c0, y, states, tape, walk.cell, layout, walk.reverse,
+                *weights[:2],
+            )  # fmt: skip
+            if found is not None:
+                return (*found[:3], None, None, None, *found[3:])
+        rank = x.dim()
+        b_ih, b_hh = weights[2:] or (None, None)
+        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0 = gradient(
+            (
+                steps_in(layout, rank, dy),
+                state_in(layout, rank, dh_n),
+                state_in(layout, rank, dc_n),
+                grads[3] if ctx.want_states else None,
+            ),
+            Inputs(
+                steps_in(layout, rank, x), weights[0], weights[1], b_ih, b_hh, w_hr, state_in(layout, rank, h0),
+                state_in(layout, rank, c0), lengths, reset,
+            ),
+            Kept(steps_in(layout, rank, y), states, tape),
+            walk,
+            (need[0], *need[6:8], *(need[8:] or (False, False)), need[4], *need[1:3]),
+        )  # fmt: skip
+        found = steps_out(layout, rank, dx), state_out(layout, rank, dh0), state_out(layout, rank, dc0)
+        return (*found, None, dw_hr, None, *(dw_ih, dw_hh, db_ih, db_hh)[: len(weights)])
+
+
+def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of the first eight inputs, None where not needed; differentiable in grad mode."""
+    if need[5] and grads[0] is None and grads[1] is None and kept.y.shape[0] == 1:
+        need = (*need[:5], False, *need[6:])  # the c of one step does not depend on w_hr
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        found = fused_gradient(grads, inputs, kept, walk, need)
+    elif autograd.needs_reference():
+        found = reference_gradient(grads, inputs, walk, need)
+    else:
+        found = _differentiable_gradient(grads, inputs, kept, walk, need)
+    return tuple(g if n else None for g, n in zip(found, need, strict=True))
+
+
+def _differentiable_gradient(
+    grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The fused gradient, whose own derivative is the reference's. A place that is not needed holds an empty tensor."""
+
+    def present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        empty = kept.y.detach().new_empty
+        return tuple(empty(0) if g is None or not n else g for g, n in zip(found, need, strict=True))
+
+    def kernel(*t: Any) -> tuple[Tensor, ...]:
+        return present(fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need))
+
+    def by_reference(*t: Any) -> tuple[Tensor, ...]:
+        return present(reference_gradient(t[:4], Inputs(*t[4:]), walk, need))
+
+    return autograd.apply(autograd.WithReference, kernel, by_reference, 12, 14, *grads, *inputs, *kept)
+
+
+def fused_gradient(
+    grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first eight inputs by a backend; anything, or None, where not needed."""
+    x, w_ih, w_hh, _, _, w_hr, h0, c0, lengths, reset = inputs
+    flags = (need[0], need[1] or need[2] or need[3] or need[4])
+    if walk.backend in GRADIENT and x.device.type == "cpu":
+        dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden = GRADIENT[walk.backend](
+            *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, *kept, ops.NUMBER[walk.cell], walk.reverse, *flags
+        )  # fmt: skip
+    else:
+        dgates, dhidden, dh0, dc0 = BACKWARD[walk.backend](
+            *grads, *kept, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[walk.cell], walk.reverse
+        )
+        dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(dgates, dhidden, inputs, kept, walk, *flags)
+    dw_hr = None
+    if w_hr is not None and need[5]:
+        assert kept.states is not None and kept.tape is not None  # noqa: PT018
+        o = kept.tape[..., 3 * kept.states.shape[-1] :]
+        dw_hr = _rows(dhidden).t() @ _rows(o * torch.tanh(kept.states).to(o.dtype))
+    return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
+
+
+def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The same by the reference: slower, and differentiable itself."""
+    wanted = [n for n, t in enumerate(inputs[:8]) if t is not None and need[n]]
+    outputs = [n for n, g in enumerate(grads) if g is not None]
+
+    def forward(*own: Tensor) -> tuple[Tensor, ...]:
+        given = [own[wanted.index(n)] if n in wanted else t for n, t in enumerate(inputs)]
+        results: Any = reference.scan(*given, cell=walk.cell, reverse=walk.reverse)  # type: ignore[arg-type]
+        return tuple(results[n] for n in outputs)
+
+    vjp: Any = torch.func.vjp(forward, *(inputs[n] for n in wanted))[1]
+    found = [inputs.x.new_empty(0)] * 8
+    for place, grad in zip(wanted, vjp(tuple(g for g in grads if g is not None)), strict=True):
+        found[place] = grad
+    return tuple(found)
+
+
+def torch_products(
+    dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk, with_dx: bool, with_weights: bool
+) -> tuple[Tensor | None, ...]:
+    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_gradient``."""
+    dx = dw_ih = dw_hh = db_ih = db_hh = None
+    x, lengths = inputs.x, inputs.lengths
+    flat = _rows(dgates)
+    if with_dx:
+        dx = (flat @ inputs.w_ih).reshape(x.shape)
+    if with_weights:
+        if lengths is not None:  # the padding may hold anything, and 0 * NaN is NaN
+            steps = torch.arange(x.shape[0], device=x.device)
+            x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
+        dw_ih = flat.t() @ _rows(x)
+        dw_hh = _dw_hh(dgates, dhidden, inputs, kept, walk)
+        db_ih = db_hh = flat.sum(0)
+        if walk.cell == "gru":
+            db_hh = torch.cat((db_ih[: -dhidden.shape[-1]], dhidden.sum((0, 1))))
+    return dx, dw_ih, dw_hh, db_ih, db_hh
+
+
+def _dw_hh(dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk) -> Tensor:
+    """dW_hh = sum over steps of dgates_tᵀ · h_prev_t, without laying out h_prev: it is y, one step aside."""
+    y, lengths, cell = kept.y, inputs.lengths, walk.cell
+    if inputs.reset is not None:  # a cleared state has no part in the product
+        keep = ~inputs.reset[:, :, None]
+        dgates = dgates * keep
+        dhidden = dhidden * keep if cell == "gru" else dhidden
+
+    start = y.new_zeros(y.shape[1:]) if inputs.h0 is None else inputs.h0
+
+    def product(d: Tensor) -> Tensor:
+        if walk.reverse:
+            first = d[-1] if lengths is None else _at(d, (lengths - 1).clamp_min(0))
+            later, before = d[:-1], y[1:]
+        else:
+            first, later, before = d[0], d[1:], y[:-1]
+        return torch.addmm(first.t() @ start, _rows(later).t(), _rows(before))
+
+    if cell not in ("gru", "gru_reset_before"):
+        return product(dgates)
+    hidden = start.shape[-1]
+    if cell == "gru":
+        candidate = product(dhidden)
+    else:
+        assert kept.tape is not None
+        q = kept.tape[..., 3 * hidden :]  # r * h_prev
+        candidate = _rows(dgates[..., 2 * hidden :]).t() @ _rows(q)
+    return torch.cat((product(dgates[..., : 2 * hidden]), candidate))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[T, B, N]`` as ``[T * B, N]``; of flatten, the vmap of ``is_grads_batched`` knows nothing."""
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def _at(values: Tensor, steps: Tensor) -> Tensor:
+    """``values[steps[b], b]`` of ``values [T, B, N]``."""
+    return values.gather(0, steps.to(torch.int64)[None, :, None].expand(1, -1, values.shape[-1]))[0]

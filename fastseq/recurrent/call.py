@@ -1,0 +1,65 @@
+"""A call of RNN, GRU or LSTM as one object: its tensors, and how its layers are stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastseq import ops
+
+Result = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""y, h_n, an LSTM's c_n, and every c_t where asked for."""
+
+
+@dataclass
+class RecurrentCall:
+    """Tensors as :func:`fastseq.functional.lstm` takes them; ``weights`` come flat, a layer and direction at a time, in
+    torch's order: w_ih, w_hh, then b_ih, b_hh with biases, then w_hr with a projection."""
+
+    cell: str
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor]
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    batch_sizes: Tensor | None = None
+    want_states: bool = False
+    num_layers: int = 1
+    has_biases: bool = True
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    projected: bool = False
+    is_cell: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the weights of one layer and direction are called."""
+        biases = ("bias_ih", "bias_hh") * self.has_biases
+        return ("weight_ih", "weight_hh", *biases, *("weight_hr",) * self.projected)
+
+    @property
+    def directions(self) -> int:
+        """1, or 2 where bidirectional."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def rows(self) -> int:
+        """Layers and directions, which the states have in rows."""
+        return self.num_layers * self.directions
+
+    @property
+    def hidden(self) -> int:
+        """Units of a layer and direction."""
+        return self.weights[1].shape[0] // ops.GATES[self.cell]
+
+    def weights_of(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """w_ih, w_hh, b_ih, b_hh, w_hr of the ``index``-th layer and direction; None for those absent."""
+        width = 2 + 2 * self.has_biases + self.projected
+        w = self.weights[index * width : (index + 1) * width]
+        b_ih, b_hh = w[2:4] if self.has_biases else (None, None)
+        return w[0], w[1], b_ih, b_hh, w[-1] if self.projected else None

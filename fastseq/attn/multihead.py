@@ -1,7 +1,7 @@
 """The layer MultiheadAttention as functions of its inputs and parameters: its pieces, and the whole in one native call.
 
-Without gradients the layer is one native call (csrc/attention/direct_multihead.cpp). With them, and where that call does
-not take the arguments, the pieces are put together from operations that know their derivatives.
+Without gradients the layer is one native call (csrc/attention/direct_multihead.cpp). With them, and where that call
+does not take the arguments, the pieces are put together from operations that know their derivatives.
 """
 
 from __future__ import annotations

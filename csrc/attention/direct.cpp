@@ -44,14 +44,14 @@ struct Heads {
         !take_pairs(call, bias, mask, q.code))
       return false;
     dtype = dtype_of(q.handle());
-    call.dtype = attention_dtype(dtype);
+    call.dtype = dtype;
     call.q = q.view(), call.k = k.view(), call.v = v.view();
     call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
     return true;
   }
 };
 
-AttentionCall::View contiguous_view(void* data, int64_t heads, int64_t length, int64_t dim) {
+View contiguous_view(void* data, int64_t heads, int64_t length, int64_t dim) {
   return {data, heads * length * dim, length * dim, dim};
 }
 
@@ -83,7 +83,7 @@ PyObject* run(PyObject* const* tensors, PyObject* const* settings, bool with_lse
 
 void attend_into(AttentionForward& call) {
   if (!call.lse.data) {
-    const size_t number = call.dtype == AttentionCall::Dtype::f64 ? 8 : 4;
+    const size_t number = call.dtype == Dtype::f64 ? 8 : 4;
     call.lse.data = denominators.of(size_t(call.batch * call.heads_q * call.length_q) * number);
   }
   call.lse = {call.lse.data, call.heads_q * call.length_q, call.length_q, 1};

@@ -10,13 +10,6 @@
 
 namespace fastseq {
 
-inline AttentionCall::Dtype attention_dtype(Dtype dtype) {
-  return dtype == Dtype::f64    ? AttentionCall::Dtype::f64
-         : dtype == Dtype::f32  ? AttentionCall::Dtype::f32
-         : dtype == Dtype::bf16 ? AttentionCall::Dtype::bf16
-                                : AttentionCall::Dtype::f16;
-}
-
 // An ordinary tensor, its facts asked once, kept alive: other threads may run meanwhile.
 class Strided {
  public:
@@ -43,7 +36,7 @@ class Strided {
     for (int64_t i = 0; same && i < rank; ++i) same = sizes[i] == shape.begin()[i];
     return same;
   }
-  AttentionCall::View view() const { return {data, strides[0], strides[1], strides[2]}; }  // of four dimensions
+  View view() const { return {data, strides[0], strides[1], strides[2]}; }  // of four dimensions
   bool has_unit_rows() const { return strides[rank - 1] == 1 || sizes[rank - 1] == 1; }
 
   int64_t rank = 0;
@@ -57,7 +50,7 @@ class Strided {
 };
 
 // A new tensor of these sizes, of four dimensions that lie in memory as x's do; and its view.
-inline PyObject* make_as(const Strided& x, const int64_t* sizes, Dtype dtype, AttentionCall::View& view) {
+inline PyObject* make_as(const Strided& x, const int64_t* sizes, Dtype dtype, View& view) {
   int64_t strides[kMostDimensions];
   strides_as(4, x.sizes, x.strides, sizes, strides);
   const torch::stable::Tensor tensor = empty(sizes, strides, 4, dtype);
@@ -84,21 +77,22 @@ inline bool read(PyObject* object, long& to) {
 inline double scale_of(int64_t dim) { return std::pow(double(dim), -0.5); }
 
 // Bias or mask, broadcast where it has a size of 1 or no such dimension.
-inline bool take_scores(const AttentionCall& call, const Strided& x, AttentionCall::Scores& to) {
+inline bool take_scores(const AttentionCall& call, const Strided& x, Pairs& to) {
   if (!x.given()) return true;
   const int64_t wanted[4] = {call.batch, call.heads_q, call.length_q, call.length_k}, missing = 4 - x.rank;
   if (missing < 0) return false;
-  to.data = x.data;
+  int64_t strides[4] = {};
   for (int64_t i = 0; i < x.rank; ++i) {
     if (x.sizes[i] != 1 && x.sizes[i] != wanted[missing + i]) return false;
-    to.stride[missing + i] = x.sizes[i] == 1 ? 0 : x.strides[i];
+    strides[missing + i] = x.sizes[i] == 1 ? 0 : x.strides[i];
   }
+  to = {x.data, strides[0], strides[1], strides[2], strides[3]};
   return true;
 }
 inline bool take_pairs(AttentionCall& call, Strided& bias, const Strided& mask, int32_t code) {
   if (!take_scores(call, bias, call.bias) || !take_scores(call, mask, call.mask)) return false;
   if (bias.given() && bias.code != code && bias.code != aoti_torch_dtype_float32()) return false;
-  if (bias.given()) call.bias_dtype = attention_dtype(dtype_of(bias.handle()));
+  if (bias.given()) call.bias_dtype = dtype_of(bias.handle());
   return !mask.given() || mask.code == aoti_torch_dtype_bool();
 }
 

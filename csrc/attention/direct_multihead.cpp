@@ -183,7 +183,7 @@ class Multihead {
     if (rank_ == 3 && key_.sizes[1 - time] != call_.batch) return false;
     rows_q_ = call_.batch * call_.length_q, rows_k_ = call_.batch * call_.length_k;
     dtype_ = dtype_of(query_.handle());
-    call_.dtype = attention_dtype(dtype_);
+    call_.dtype = dtype_;
     call_.heads_q = call_.heads_k = heads_;
     call_.dim = call_.dim_v = E_ / heads_;
     call_.scale = scale_of(call_.dim), call_.bottom_right = false;
@@ -198,7 +198,7 @@ class Multihead {
   int64_t width_k() const { return matrices_ == 3 ? E_ : matrices_ == 2 ? 2 * E_ : 3 * E_; }
 
   // The heads in rows of `width` elements, from `column` on.
-  AttentionCall::View heads_of(void* data, int64_t width, int64_t column, int64_t length) const {
+  View heads_of(void* data, int64_t width, int64_t column, int64_t length) const {
     data = static_cast<char*>(data) + column * int64_t(bytes_of(dtype_));
     if (by_sequence_) return {data, length * width, call_.dim, width};
     return {data, width, call_.dim, call_.batch * width};

@@ -47,8 +47,8 @@ OPTIONS = AttentionCall._fields[3:]
 TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tensor, Tensor | None))
 """The fields that hold tensors; they come first."""
 
-NOT_PAGED = ("cu_seqlens_k", "seed", "dropout_p")
-"""What the operator on pages is not given."""
+PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p"))
+"""Those of the operator on pages."""
 
 
 def tensors_of(call: AttentionCall) -> tuple:

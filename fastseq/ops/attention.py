@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.attn.call import NOT_PAGED, OPTIONS, SCHEMA, AttentionCall
+from fastseq.attn.call import OPTIONS, PAGED_OPTIONS, SCHEMA, AttentionCall
 from fastseq.ops.define import loop_over
 
 OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
-PAGED_SCHEMA = ", ".join(
-    SCHEMA[name].replace("?", "" if name == "lengths_k" else "?") for name in OPTIONS if name not in NOT_PAGED
-)
+PAGED_SCHEMA = ", ".join({**SCHEMA, "lengths_k": "Tensor lengths_k"}[name] for name in PAGED_OPTIONS)
 
 
 def empty_as(x: Tensor, features: int) -> Tensor:
@@ -50,13 +48,12 @@ def fake_attention_backward(d_o, dlse, q, k, v, o, lse, *rest):
 
 
 def fake_attention_paged(q, k, v, block_table, *options):
-    names = (name for name in OPTIONS if name not in NOT_PAGED)
-    return fake_attention_forward(*AttentionCall(q, k, v, **dict(zip(names, options, strict=True))))
+    return fake_attention_forward(*AttentionCall(q, k, v, **dict(zip(PAGED_OPTIONS, options, strict=True))))
 
 
 def paged(call: AttentionCall, block_table: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse of a call whose k and v are pools of pages, by the operator that reads them where they lie."""
-    options = (getattr(call, name) for name in OPTIONS if name not in NOT_PAGED)
+    options = (getattr(call, name) for name in PAGED_OPTIONS)
     return torch.ops.fastseq.attention_paged.triton(call.q, call.k, call.v, block_table, *options)
 
 

@@ -105,7 +105,7 @@ microseconds, the same otherwise."""
 _NAMES = (
     *("stack", "layer", "cell", "cell_layer", "plan", "planned", "unchanged"),
     *("undisturbed", "layer_forward", "layer_gradient"),
-    *("attend", "attend_forward", "attend_backward", "multihead"),
+    *("attend", "attend_backward", "multihead"),
 )
 
 
@@ -120,5 +120,5 @@ def _functions() -> tuple[Callable[..., Any] | None, ...]:
 (
     stack, layer, cell, cell_layer, plan, planned, unchanged,
     undisturbed, layer_forward, layer_gradient,
-    attend, attend_forward, attend_backward, multihead,
+    attend, attend_backward, multihead,
 ) = _functions()  # fmt: skip

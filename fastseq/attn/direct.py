@@ -19,22 +19,18 @@ from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple
-) -> Tensor | None:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple) -> Tensor | None:
     """o of dense attention that is not checked; None where the short way is not to be taken.
 
     ``settings``: scale, causal, bottom_right, window, softcap, and whether k and v may have fewer heads.
     """
     if direct.attend is None or torch.compiler.is_compiling() or not native_attention():
         return None
-    if not torch.is_grad_enabled():
-        return direct.attend(q, k, v, bias, mask, *settings)
-    if bias is not None and getattr(bias, "requires_grad", True):
+    if bias is not None and torch.is_grad_enabled() and getattr(bias, "requires_grad", True):
         return None
-    made = direct.attend_forward(q, k, v, bias, mask, settings)  # type: ignore[misc]
-    if made is None:
-        return None
+    made = direct.attend(q, k, v, bias, mask, settings)
+    if type(made) is not tuple:  # it is o and lse where gradients are on
+        return made
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return _recorded(q, k, v, (bias, mask, made, settings))
     return made[0]

@@ -24,18 +24,6 @@ AOTITorchError (*addmm_out)(AtenTensorHandle out, AtenTensorHandle b, AtenTensor
                             double beta, double alpha);
 AOTITorchError (*mm_out)(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
 
-// Torch's products record nothing: they are called past its dispatch, but call other operators themselves.
-class Unrecorded {
- public:
-  Unrecorded() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~Unrecorded() { aoti_torch_grad_mode_set_enabled(before_); }
-  Unrecorded(const Unrecorded&) = delete;
-  Unrecorded& operator=(const Unrecorded&) = delete;
-
- private:
-  const bool before_;
-};
-
 Tensor viewed(AtenTensorHandle x, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
               int64_t offset) {
   AtenTensorHandle made;
@@ -112,7 +100,6 @@ class Multihead {
     if (need_weights_) weights = empty(shape + (average_ ? 0 : alone), average_ ? 4 : 4 - alone, call_.dtype);
     if (need_weights_ && average_) averaged = empty(mean + alone, 3 - alone, call_.dtype);
     compute(products(), [&] {
-      const Unrecorded guard;
       attend(y, o);
       if (weights && call_.dtype == Dtype::f64) weigh<double>(*weights, averaged);
       if (weights && call_.dtype == Dtype::f32) weigh<float>(*weights, averaged);

@@ -64,3 +64,13 @@ def settings_of(call: AttentionCall) -> tuple:
 def options_of(call: AttentionCall) -> tuple:
     """All but q, k and v."""
     return call[3:]
+
+
+def with_four_dimensions(x: Tensor | None) -> Tensor | None:
+    """A bias or a mask with the dimensions that it broadcasts along."""
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The scale that a user gave, or 1 / sqrt(D)."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseq import direct
 from fastseq.attn import autograd as autograd_attention
-from fastseq.attn.call import AttentionCall
+from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
 from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
 
@@ -63,11 +63,3 @@ class Attended(torch.autograd.Function):
 
 
 _recorded = recorder(Attended)
-
-
-def with_four_dimensions(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
-
-
-def scale_of(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)

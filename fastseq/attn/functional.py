@@ -16,8 +16,7 @@ from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
-from fastseq.attn.call import AttentionCall
-from fastseq.attn.direct import scale_of, with_four_dimensions
+from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
 from fastseq.checks import ArgumentError
 from fastseq.ops import attention as ops_attention

@@ -67,6 +67,7 @@ COMMON_FLAGS = [
 # g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+BOTH = [Path("csrc/attention/marshal.cpp")]  # what both extensions have
 CUDA_ARCHITECTURES = {"80": ["sm_80"], "90a": ["sm_90a"], "100": ["sm_100", "compute_100"]}
 
 
@@ -300,7 +301,7 @@ def find_nvcc() -> str:
 
 def build_cuda(report: Report) -> Path:
     """Compiles and links the CUDA extension, for all architectures in one file. Raises Unavailable."""
-    files = [*sources("csrc/*/cuda/*.cpp"), *sources("csrc/*/cuda/*.cu")]
+    files = [*sources("csrc/*/cuda/*.cpp"), *sources("csrc/*/cuda/*.cu"), *BOTH]
     torch = Torch.find()
     if torch.cuda is None:
         raise Unavailable(f"torch {torch.version} is built without CUDA; install a CUDA build of torch")

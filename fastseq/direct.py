@@ -106,7 +106,7 @@ microseconds, the same otherwise."""
 _NAMES = (
     *("infer", "unchanged"),
     *("is_plain", "layer_forward", "layer_gradient"),
-    *("attend", "attend_forward", "attend_backward", "multihead"),
+    *("attend", "attend_backward", "multihead"),
 )
 
 
@@ -125,5 +125,5 @@ def _functions() -> tuple[Callable[..., Any], ...]:
 (
     infer, unchanged,
     is_plain, layer_forward, layer_gradient,
-    attend, attend_forward, attend_backward, multihead,
+    attend, attend_backward, multihead,
 ) = _functions()  # fmt: skip

@@ -33,7 +33,7 @@ SOURCES = [
     CUDA / "plan.cpp",
     build.HERE / "attention_entries.cpp",
 ]
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @dataclass
@@ -66,7 +66,8 @@ def operators() -> ctypes.CDLL:
     """Builds and loads the operators over emulated kernels, as overloads of their own."""
     folders = [build.HERE, build.ROOT, build.ROOT / "csrc"]
     jobs = [(path, ["-O1"]) for path in SOURCES[:-1]]
-    jobs += [(CUDA / "ops.cpp", ["-O1", *ABI]), (build.HERE / "attention_library.cpp", ["-O1", *ABI])]
+    facing_torch = (CUDA / "ops.cpp", CUDA.parent / "marshal.cpp", build.HERE / "attention_library.cpp")
+    jobs += [(path, ["-O1", *ABI]) for path in facing_torch]
     jobs += [(build.HERE / name, build.MACHINE) for name in build.RUNTIME]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: build.compile_one(*job, folders), jobs))

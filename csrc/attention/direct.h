@@ -1,21 +1,14 @@
-// What the fast paths of attention share (direct.cpp, direct_multihead.cpp): tensors whose facts are asked once,
-// and the settings of a call.
+// What the fast paths of attention share (direct.cpp, direct_multihead.cpp): tensors whose facts are asked once, and the
+// settings of a call.
 #pragma once
 #include <algorithm>
 #include <cmath>
 
-#include "attention/layout.h"
 #include "attention/cpu/attention.h"
+#include "attention/layout.h"
 #include "core/direct_objects.h"
 
 namespace fastseq {
-
-inline AttentionCall::Dtype attention_dtype(Dtype dtype) {
-  return dtype == Dtype::f64    ? AttentionCall::Dtype::f64
-         : dtype == Dtype::f32  ? AttentionCall::Dtype::f32
-         : dtype == Dtype::bf16 ? AttentionCall::Dtype::bf16
-                                : AttentionCall::Dtype::f16;
-}
 
 // An ordinary tensor, its facts asked once, kept alive: other threads may run meanwhile.
 class Strided {
@@ -39,11 +32,9 @@ class Strided {
   bool given() const { return borrowed_.impl; }
   AtenTensorHandle handle() { return borrowed_.handle(); }
   bool is(std::initializer_list<int64_t> shape) const {
-    bool same = rank == int64_t(shape.size());
-    for (int64_t i = 0; same && i < rank; ++i) same = sizes[i] == shape.begin()[i];
-    return same;
+    return rank == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), sizes);
   }
-  AttentionCall::View view() const { return {data, strides[0], strides[1], strides[2]}; }  // of four dimensions
+  View view() const { return {data, strides[0], strides[1], strides[2]}; }  // of four dimensions
   bool has_unit_rows() const { return strides[rank - 1] == 1 || sizes[rank - 1] == 1; }
 
   int64_t rank = 0;
@@ -56,15 +47,6 @@ class Strided {
   Object kept_{nullptr};
 };
 
-// A new tensor of these sizes, of four dimensions that lie in memory as x's do; and its view.
-inline PyObject* make_as(const Strided& x, const int64_t* sizes, Dtype dtype, AttentionCall::View& view) {
-  int64_t strides[kMostDimensions];
-  strides_as(4, x.sizes, x.strides, sizes, strides);
-  const torch::stable::Tensor tensor = empty(sizes, strides, 4, dtype);
-  view = {tensor.data_ptr(), strides[0], strides[1], strides[2]};
-  return wrapped(tensor);
-}
-
 // Exact types only: whatever else converts to them is for the careful way to judge.
 inline bool read(PyObject* object, bool& to) {
   to = object == Py_True;
@@ -75,39 +57,41 @@ inline bool read(PyObject* object, double& to) {
   to = PyFloat_AsDouble(object);
   return !PyErr_Occurred() && std::isfinite(to);
 }
-inline bool read(PyObject* object, long& to) {
+inline bool read(PyObject* object, int64_t& to) {
   if (!PyLong_CheckExact(object)) return false;
   to = PyLong_AsLong(object);
   return !PyErr_Occurred() && to >= -1;
 }
 
-inline double scale_of(int64_t dim) { return std::pow(double(dim), -0.5); }
-
-// Bias or mask, broadcast where it has a size of 1 or no such dimension.
-inline bool take_scores(const AttentionCall& call, const Strided& x, AttentionCall::Scores& to) {
+// Bias or mask, broadcast where it has a size of 1 or no such dimension. False: it does not fit.
+inline bool take_pairs(const AttentionCall& call, const Strided& x, Pairs& to) {
   if (!x.given()) return true;
   const int64_t wanted[4] = {call.batch, call.heads_q, call.length_q, call.length_k}, missing = 4 - x.rank;
-  if (missing < 0) return false;
-  to.data = x.data;
-  for (int64_t i = 0; i < x.rank; ++i) {
-    if (x.sizes[i] != 1 && x.sizes[i] != wanted[missing + i]) return false;
-    to.stride[missing + i] = x.sizes[i] == 1 ? 0 : x.strides[i];
+  int64_t strides[4] = {};
+  bool fits = missing >= 0;
+  for (int64_t i = 0; fits && i < x.rank; ++i) {
+    fits = x.sizes[i] == 1 || x.sizes[i] == wanted[missing + i];
+    strides[missing + i] = x.sizes[i] == 1 ? 0 : x.strides[i];
   }
-  return true;
+  to = {x.data, strides[0], strides[1], strides[2], strides[3]};
+  return fits;
 }
-inline bool take_pairs(AttentionCall& call, Strided& bias, const Strided& mask, int32_t code) {
-  if (!take_scores(call, bias, call.bias) || !take_scores(call, mask, call.mask)) return false;
-  if (bias.given() && bias.code != code && bias.code != aoti_torch_dtype_float32()) return false;
-  if (bias.given()) call.bias_dtype = attention_dtype(dtype_of(bias.handle()));
+
+// The rest of a call whose sizes, limits and softcap are set: dtype, that of x, scale, threads, bias and mask. False: a
+// size is 0, or bias or mask do not fit.
+inline bool complete(AttentionCall& call, Strided& x, Strided& bias, const Strided& mask) {
+  call.dtype = dtype_of(x.handle());
+  call.scale = std::pow(double(call.dim), -0.5);
+  call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
+  if (std::min({call.batch, call.heads_q, call.length_q, call.heads_k, call.length_k, call.dim, call.dim_v}) == 0 ||
+      !take_pairs(call, bias, call.bias) || !take_pairs(call, mask, call.mask))
+    return false;
+  if (bias.given() && bias.code != x.code && bias.code != aoti_torch_dtype_float32()) return false;
+  if (bias.given()) call.bias_dtype = dtype_of(bias.handle());
   return !mask.given() || mask.code == aoti_torch_dtype_bool();
 }
 
 // The call, into o, and into lse (contiguous) where it has memory.
 void attend_into(AttentionForward& call);
-
-// What a kernel returns: whether there was memory for its scratch.
-inline void require_scratch(bool enough) {
-  if (!enough) throw std::runtime_error("attention: out of memory for the kernel's scratch");
-}
 
 }  // namespace fastseq

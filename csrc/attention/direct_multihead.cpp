@@ -1,5 +1,5 @@
-// A whole MultiheadAttention in inference, called straight from Python: see direct.cpp. x [rows, E] in whichever layout it
-// came, each projection one matrix of rows:
+// A whole MultiheadAttention in inference, called straight from Python: see recurrent/direct.cpp. x [rows, E] in
+// whichever layout it came, each projection one matrix of rows:
 //
 //   [q k v] = x Wᵀ + b  (one product where query, key and value are one tensor, two where key and value are)
 //   o = softmax(q kᵀ / sqrt(D)) v, a head's D columns at a time, read and written where they lie;  y = o W_oᵀ + b_o
@@ -18,26 +18,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle b, AtenTensorHandle x, AtenTensorHandle w,
-                                    double beta, double alpha);
-using MmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
-
-// Set once by bind_multihead(). in_proj_weight, in_proj_bias; weight, bias.
-PyObject* names[4];
-AddmmOut addmm_out;
-MmOut mm_out;
-
-// Torch's products record nothing: they are called past its dispatch, but call other operators themselves.
-class Unrecorded {
- public:
-  Unrecorded() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~Unrecorded() { aoti_torch_grad_mode_set_enabled(before_); }
-  Unrecorded(const Unrecorded&) = delete;
-  Unrecorded& operator=(const Unrecorded&) = delete;
-
- private:
-  const bool before_;
-};
+// Set once by bind_multihead().
+PyObject* names[4];  // in_proj_weight, in_proj_bias, weight, bias
+AOTITorchError (*addmm_out)(AtenTensorHandle out, AtenTensorHandle b, AtenTensorHandle x, AtenTensorHandle w,
+                            double beta, double alpha);
+AOTITorchError (*mm_out)(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
 
 Tensor viewed(AtenTensorHandle x, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
               int64_t offset) {
@@ -59,14 +44,12 @@ struct Linear {
     return weight.is({rows, K}) && weight.code == code && is_contiguous(weight.handle()) &&
            (!bias.given() || (bias.is({rows}) && bias.code == code && is_contiguous(bias.handle())));
   }
+  // x [rows, K] to a new [rows, n].
   void run(AtenTensorHandle x, AtenTensorHandle to, int64_t K, int64_t from, int64_t n) {
     const Tensor w = viewed(weight.handle(), {K, n}, {1, K}, from * K);
-    if (bias.given()) {
-      const Tensor b = viewed(bias.handle(), {n}, {1}, from);
-      TORCH_ERROR_CODE_CHECK(addmm_out(to, b.get(), x, w.get(), 1, 1));
-    } else {
-      TORCH_ERROR_CODE_CHECK(mm_out(to, x, w.get()));
-    }
+    TORCH_ERROR_CODE_CHECK(bias.given()
+                               ? addmm_out(to, viewed(bias.handle(), {n}, {1}, from).get(), x, w.get(), 1, 1)
+                               : mm_out(to, x, w.get()));
   }
 };
 
@@ -75,27 +58,21 @@ constexpr int64_t kMostWeightedKeys = 256;  // about where the weights take as l
 thread_local Workspace unit_vectors;
 
 // The matrix of weights [B, heads, Tq, Tk] of a call: its output for values that are the unit vectors. Sums of one p and
-// of zeros, they are exact; the product takes Tk / D times what it takes with v.
+// of zeros, they are exact; the product takes Tk / D times what it takes with v. And their mean over the heads, if asked.
 template <class A>
-void weigh_into(AttentionForward call, A* weights) {
-  const long keys = call.length_k;
+void weigh_into(AttentionForward call, A* weights, A* mean) {
+  const int64_t keys = call.length_k, pairs = call.length_q * keys;
   A* const unit = static_cast<A*>(unit_vectors.of(size_t(keys * keys) * sizeof(A)));
   std::fill(unit, unit + keys * keys, A(0));
-  for (long j = 0; j < keys; ++j) unit[j * keys + j] = 1;
-  call.v = {unit, 0, 0, keys};
-  call.dim_v = keys;
-  call.o = {weights, call.heads_q * call.length_q * keys, call.length_q * keys, keys};
+  for (int64_t j = 0; j < keys; ++j) unit[j * keys + j] = 1;
+  call.v = {unit, 0, 0, keys}, call.dim_v = keys;
+  call.o = {weights, call.heads_q * pairs, pairs, keys};
   attend_into(call);
-}
-// Their mean over the heads.
-template <class A>
-void average(const AttentionCall& call, const A* weights, A* mean) {
-  const long pairs = call.length_q * call.length_k;
-  for (long b = 0; b < call.batch; ++b, mean += pairs) {
+  for (int64_t b = 0; mean && b < call.batch; ++b, mean += pairs) {
     std::fill(mean, mean + pairs, A(0));
-    for (long h = 0; h < call.heads_q; ++h, weights += pairs)
-      for (long i = 0; i < pairs; ++i) mean[i] += weights[i];
-    for (long i = 0; i < pairs; ++i) mean[i] /= A(call.heads_q);
+    for (int64_t h = 0; h < call.heads_q; ++h, weights += pairs)
+      for (int64_t i = 0; i < pairs; ++i) mean[i] += weights[i];
+    for (int64_t i = 0; i < pairs; ++i) mean[i] /= A(call.heads_q);
   }
 }
 
@@ -103,38 +80,31 @@ class Multihead {
  public:
   // False: the fast path does not take the call. Arguments as `multihead` below.
   bool take(PyObject* const* args) {
-    if (!in_.take(args[0], names[0], names[1]) || !out_.take(args[1], names[2], names[3])) return false;
-    if (!query_.take(args[2]) || !key_.take(args[3]) || !value_.take(args[4]) || !bias_.take(args[5]) ||
-        !mask_.take(args[6]))
-      return false;
-    matrices_ = args[3] != args[4] ? 3 : args[2] != args[3] ? 2 : 1;  // of q, k and v: the same tensor is projected once
     bool batch_first;
-    if (!read(args[7], heads_) || !read(args[8], batch_first) || !read(args[9], call_.causal) ||
+    if (!in_.take(args[0], names[0], names[1]) || !out_.take(args[1], names[2], names[3]) || !query_.take(args[2]) ||
+        !key_.take(args[3]) || !value_.take(args[4]) || !bias_.take(args[5]) || !mask_.take(args[6]) ||
+        !read(args[7], heads_) || !read(args[8], batch_first) || !read(args[9], call_.causal) ||
         !read(args[10], need_weights_) || !read(args[11], average_) || !fit(batch_first))
       return false;
-    if (need_weights_ && (call_.length_k > kMostWeightedKeys || (dtype_ != Dtype::f32 && dtype_ != Dtype::f64)))
-      return false;
-    return in_.fits(3 * E_, E_, query_.code) && out_.fits(E_, E_, query_.code);
+    matrices_ = args[3] != args[4] ? 3 : args[2] != args[3] ? 2 : 1;  // of q, k and v: the same tensor is projected once
+    return in_.fits(3 * E_, E_, query_.code) && out_.fits(E_, E_, query_.code) &&
+           (!need_weights_ || (call_.length_k <= kMostWeightedKeys && accumulator_of(call_.dtype) == call_.dtype));
   }
 
   // (output, weights or None).
   PyObject* run() {
-    const long N = call_.batch, L = call_.length_q, S = call_.length_k;
-    const Tensor y = empty(query_.sizes, rank_, dtype_);
-    const Tensor o = empty({N * L, E_}, dtype_);
-    std::optional<Tensor> heads_weights, weights;
+    const int64_t N = call_.batch, L = call_.length_q, S = call_.length_k;
+    const Tensor y = empty(query_.sizes, rank_, call_.dtype), o = empty({N * L, E_}, call_.dtype);
     const int64_t shape[4] = {N, heads_, L, S}, mean[3] = {N, L, S}, alone = rank_ == 2;
-    if (need_weights_) {
-      heads_weights = empty(shape + (average_ ? 0 : alone), average_ ? 4 : 4 - alone, dtype_);
-      weights = average_ ? empty(mean + alone, 3 - alone, dtype_) : *heads_weights;
-    }
+    std::optional<Tensor> weights, averaged;
+    if (need_weights_) weights = empty(shape + (average_ ? 0 : alone), average_ ? 4 : 4 - alone, call_.dtype);
+    if (need_weights_ && average_) averaged = empty(mean + alone, 3 - alone, call_.dtype);
     compute(products(), [&] {
-      const Unrecorded guard;
       attend(y, o);
-      if (need_weights_)
-        dtype_ == Dtype::f64 ? weigh<double>(*heads_weights, *weights) : weigh<float>(*heads_weights, *weights);
+      if (weights && call_.dtype == Dtype::f64) weigh<double>(*weights, averaged);
+      if (weights && call_.dtype == Dtype::f32) weigh<float>(*weights, averaged);
     });
-    Object output(wrapped(y)), matrix(weights ? wrapped(*weights) : nullptr);
+    Object output(wrapped(y)), matrix(weights ? wrapped(averaged ? *averaged : *weights) : nullptr);
     if (!output.get() || (weights && !matrix.get())) return nullptr;
     return PyTuple_Pack(2, output.get(), weights ? matrix.get() : Py_None);
   }
@@ -145,22 +115,21 @@ class Multihead {
     q_ = project(query_, rows_q_, 0, matrices_ == 1 ? 3 : 1);
     k_ = matrices_ == 1 ? *q_ : project(key_, rows_k_, 1, matrices_ == 2 ? 2 : 1);
     v_ = matrices_ == 3 ? project(value_, rows_k_, 2, 1) : *k_;
-    call_.q = heads_of(q_->data_ptr(), width_q(), 0, call_.length_q);
-    call_.k = heads_of(k_->data_ptr(), width_k(), matrices_ == 1 ? E_ : 0, call_.length_k);
-    call_.v = heads_of(v_->data_ptr(), width_k(), width_k() - E_, call_.length_k);
-    call_.o = heads_of(o.data_ptr(), E_, 0, call_.length_q);
+    const int64_t width_q = matrices_ == 1 ? 3 * E_ : E_, width_k = (4 - matrices_) * E_;
+    call_.q = heads_of(*q_, width_q, 0, call_.length_q);
+    call_.k = heads_of(*k_, width_k, matrices_ == 1 ? E_ : 0, call_.length_k);
+    call_.v = heads_of(*v_, width_k, width_k - E_, call_.length_k);
+    call_.o = heads_of(o, E_, 0, call_.length_q);
     attend_into(call_);
     out_.run(o.get(), viewed(y.get(), {rows_q_, E_}, {E_, 1}, 0).get(), E_, 0, E_);
   }
   template <class A>
-  void weigh(const Tensor& heads_weights, const Tensor& weights) {
-    A* const all = static_cast<A*>(heads_weights.data_ptr());
-    weigh_into(call_, all);
-    if (average_) average(call_, all, static_cast<A*>(weights.data_ptr()));
+  void weigh(const Tensor& weights, const std::optional<Tensor>& mean) {
+    weigh_into(call_, static_cast<A*>(weights.data_ptr()), mean ? static_cast<A*>(mean->data_ptr()) : nullptr);
   }
   // x W^T + b with `matrices` of W_q, W_k, W_v from the `first` on: [rows, matrices * E].
   Tensor project(Strided& x, int64_t rows, int64_t first, int64_t matrices) {
-    const Tensor to = empty({rows, matrices * E_}, dtype_);
+    const Tensor to = empty({rows, matrices * E_}, call_.dtype);
     in_.run(viewed(x.handle(), {rows, E_}, {E_, 1}, 0).get(), to.get(), E_, first * E_, matrices * E_);
     return to;
   }
@@ -173,33 +142,20 @@ class Multihead {
     for (Strided* x : {&query_, &key_, &value_})
       if (x->rank != rank_ || x->code != query_.code || x->sizes[rank_ - 1] != E_ || !is_contiguous(x->handle()))
         return false;
-    for (int64_t i = 0; i < rank_; ++i)
-      if (value_.sizes[i] != key_.sizes[i]) return false;
     by_sequence_ = rank_ == 2 || batch_first;
     const int time = rank_ == 3 && batch_first ? 1 : 0;
     call_.batch = rank_ == 2 ? 1 : query_.sizes[1 - time];
     call_.length_q = query_.sizes[time], call_.length_k = key_.sizes[time];
-    if (std::min({call_.batch, call_.length_q, call_.length_k}) == 0) return false;
-    if (rank_ == 3 && key_.sizes[1 - time] != call_.batch) return false;
+    call_.heads_q = call_.heads_k = heads_, call_.dim = call_.dim_v = E_ / heads_, call_.bottom_right = false;
     rows_q_ = call_.batch * call_.length_q, rows_k_ = call_.batch * call_.length_k;
-    dtype_ = dtype_of(query_.handle());
-    call_.dtype = attention_dtype(dtype_);
-    call_.heads_q = call_.heads_k = heads_;
-    call_.dim = call_.dim_v = E_ / heads_;
-    call_.scale = scale_of(call_.dim), call_.bottom_right = false;
-    call_.threads = worth_asking(call_, int(torch::stable::get_num_threads()));
-    return take_pairs(call_, bias_, mask_, query_.code);
+    return std::equal(key_.sizes, key_.sizes + rank_, value_.sizes) &&
+           (rank_ == 2 || key_.sizes[1 - time] == call_.batch) && complete(call_, query_, bias_, mask_);
   }
-  int64_t products() const {
-    return 2 * E_ * (E_ * (rows_q_ + rows_k_) + rows_q_ * call_.length_k);
-  }
-
-  int64_t width_q() const { return matrices_ == 1 ? 3 * E_ : E_; }
-  int64_t width_k() const { return matrices_ == 3 ? E_ : matrices_ == 2 ? 2 * E_ : 3 * E_; }
+  int64_t products() const { return 2 * E_ * (E_ * (rows_q_ + rows_k_) + rows_q_ * call_.length_k); }
 
   // The heads in rows of `width` elements, from `column` on.
-  AttentionCall::View heads_of(void* data, int64_t width, int64_t column, int64_t length) const {
-    data = static_cast<char*>(data) + column * int64_t(bytes_of(dtype_));
+  View heads_of(const Tensor& x, int64_t width, int64_t column, int64_t length) const {
+    void* const data = static_cast<char*>(x.data_ptr()) + column * int64_t(bytes_of(call_.dtype));
     if (by_sequence_) return {data, length * width, call_.dim, width};
     return {data, width, call_.dim, call_.batch * width};
   }
@@ -207,12 +163,9 @@ class Multihead {
   AttentionForward call_;
   Linear in_, out_;
   Strided query_, key_, value_, bias_, mask_;
-  long heads_;
-  int matrices_;
+  int64_t heads_, E_, rank_, rows_q_, rows_k_, matrices_;
   bool by_sequence_;  // a sequence's rows are neighbours, not a position's
   bool need_weights_, average_;
-  int64_t E_, rank_, rows_q_, rows_k_;
-  Dtype dtype_;
   std::optional<Tensor> q_, k_, v_;
 };
 
@@ -232,8 +185,8 @@ void bind_multihead() {
     if (!names[i]) names[i] = PyUnicode_InternFromString(text[i]);
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
-    addmm_out = reinterpret_cast<AddmmOut>(dlsym(library, "aoti_torch_cpu_addmm_out"));
-    mm_out = reinterpret_cast<MmOut>(dlsym(library, "aoti_torch_cpu_mm_out"));
+    addmm_out = reinterpret_cast<decltype(addmm_out)>(dlsym(library, "aoti_torch_cpu_addmm_out"));
+    mm_out = reinterpret_cast<decltype(mm_out)>(dlsym(library, "aoti_torch_cpu_mm_out"));
   }
 #endif
 }

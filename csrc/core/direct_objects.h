@@ -156,7 +156,6 @@ PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count);
 
 // attention/direct.cpp
 PyObject* attend(PyObject* const* args, Py_ssize_t count);
-PyObject* attend_forward(PyObject* const* args, Py_ssize_t count);
 PyObject* attend_backward(PyObject* const* args, Py_ssize_t count);
 // attention/direct_multihead.cpp
 PyObject* multihead(PyObject* const* args, Py_ssize_t count);

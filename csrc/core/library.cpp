@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "attention/ops.h"
 #include "core/arguments.h"
 #include "core/isa.h"
 #include "core/direct.h"

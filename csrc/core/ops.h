@@ -56,26 +56,4 @@ scan_gradient(const std::optional<torch::stable::Tensor>& dy, const std::optiona
               const std::optional<torch::stable::Tensor>& states, const std::optional<torch::stable::Tensor>& tape,
               int64_t cell, bool reverse, bool with_dx, bool with_weights, bool with_starts);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
-    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-    const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& mask,
-    const std::optional<torch::stable::Tensor>& sinks, const std::optional<torch::stable::Tensor>& alibi_slopes,
-    const std::optional<torch::stable::Tensor>& lengths_q, const std::optional<torch::stable::Tensor>& lengths_k,
-    const std::optional<torch::stable::Tensor>& cu_seqlens_q, const std::optional<torch::stable::Tensor>& cu_seqlens_k,
-    const std::optional<torch::stable::Tensor>& seed, double scale, bool causal, bool bottom_right,
-    int64_t window_left, int64_t window_right, double softcap, double dropout_p);
-
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
-           torch::stable::Tensor>
-attention_backward_cpu(
-    const torch::stable::Tensor& d_o, const std::optional<torch::stable::Tensor>& dlse, const torch::stable::Tensor& q,
-    const torch::stable::Tensor& k, const torch::stable::Tensor& v, const torch::stable::Tensor& o,
-    const torch::stable::Tensor& lse, const std::optional<torch::stable::Tensor>& bias,
-    const std::optional<torch::stable::Tensor>& mask, const std::optional<torch::stable::Tensor>& sinks,
-    const std::optional<torch::stable::Tensor>& alibi_slopes, const std::optional<torch::stable::Tensor>& lengths_q,
-    const std::optional<torch::stable::Tensor>& lengths_k, const std::optional<torch::stable::Tensor>& cu_seqlens_q,
-    const std::optional<torch::stable::Tensor>& cu_seqlens_k, const std::optional<torch::stable::Tensor>& seed,
-    double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
-    double dropout_p, bool bias_grad);
-
 }  // namespace fastseq

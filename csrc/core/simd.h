@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "core/dtype.h"
+
 #ifndef FASTSEQ_ISA
 #define FASTSEQ_ISA baseline
 #endif
@@ -246,6 +248,21 @@ FASTSEQ_INLINE A sum_lanes(Vec<A> v) {
   A out = 0;
   for (int i = 0; i < kLanes<A>; ++i) out += v[i];
   return out;
+}
+
+// body(S{}) with the storage type S of a dtype.
+template <class Body>
+auto for_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f64:
+      return body(double{});
+    case Dtype::f32:
+      return body(float{});
+    case Dtype::bf16:
+      return body(bf16{});
+    default:
+      return body(f16{});
+  }
 }
 
 }  // namespace FASTSEQ_ISA

@@ -36,8 +36,6 @@ Dtype weights_of(AtenTensorHandle w, Dtype beside) {
                   "scan: weights must be of x's dtype, or packed bfloat16 or int8 beside a float32 x");
   return code == code_of(Dtype::i8) ? Dtype::i8 : Dtype::bf16;
 }
-size_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
-Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 static void no_memory(double bytes) {
   STD_TORCH_CHECK(false, "cannot allocate ", int64_t(bytes), " bytes of memory");

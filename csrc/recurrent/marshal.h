@@ -12,13 +12,10 @@
 
 namespace fastseq {
 
-using Dtype = ScanSizes::Dtype;
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
 Dtype dtype_of(AtenTensorHandle x);                 // throws on one that the kernels do not take
 Dtype weights_of(AtenTensorHandle w, Dtype beside);  // of weights beside an x of that dtype; throws likewise
-size_t bytes_of(Dtype dtype);
-Dtype accumulator_of(Dtype dtype);
 
 inline AtenTensorHandle handle_of(const torch::stable::Tensor& x) { return x.get(); }
 inline AtenTensorHandle handle_of(const OptionalTensor& x) { return x ? x->get() : nullptr; }

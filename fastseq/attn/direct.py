@@ -14,34 +14,23 @@ from torch import Tensor
 
 from fastseq import direct
 from fastseq.attn import autograd as autograd_attention
+from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
 from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    bottom_right: bool,
-    window: tuple[int, int] | None,
-    softcap: float,
-    grouped: bool,
-) -> Tensor | None:
-    """o of dense attention that is not checked; None where the short way is not to be taken."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple) -> Tensor | None:
+    """o of dense attention that is not checked; None where the fast path does not take the call.
+
+    ``settings``: scale, causal, bottom_right, window, softcap, and whether k and v may have fewer heads.
+    """
     if torch.compiler.is_compiling() or not native_attention():
         return None
-    if not torch.is_grad_enabled():
-        return direct.attend(q, k, v, bias, mask, scale, causal, bottom_right, window, softcap, grouped)
-    if bias is not None and getattr(bias, "requires_grad", True):
+    if bias is not None and torch.is_grad_enabled() and getattr(bias, "requires_grad", True):
         return None
-    settings = (scale, causal, bottom_right, window, softcap, grouped)
-    made = direct.attend_forward(q, k, v, bias, mask, settings)
-    if made is None:
-        return None
+    made = direct.attend(q, k, v, bias, mask, settings)
+    if type(made) is not tuple:  # it is o and lse where gradients are on
+        return made
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return _recorded(q, k, v, (bias, mask, made, settings))
     return made[0]
@@ -65,20 +54,12 @@ class Attended(torch.autograd.Function):
                 return found
         q, k, v, bias, mask, o, lse = saved
         scale, causal, bottom_right, window, softcap, _ = ctx.settings
-        optional = (*map(with_four_dimensions, (bias, mask)), *(None,) * (autograd_attention.OPTIONAL - 2))
-        settings = (scale_of(q, scale), causal, bottom_right, *(window or (-1, -1)), softcap, 0.0)
-        dq, dk, dv, *_ = autograd_attention.gradient(
-            d_o, None, q, k, v, o, lse, optional, settings, False, "native"
+        left, right = window or (-1, -1)
+        call = AttentionCall(
+            q, k, v, with_four_dimensions(bias), with_four_dimensions(mask), scale=scale_of(q, scale), causal=causal,
+            bottom_right=bottom_right, window_left=left, window_right=right, softcap=softcap,
         )  # fmt: skip
-        return dq, dk, dv, None
+        return *autograd_attention.gradient(d_o, None, o, lse, call, False, "native")[:3], None
 
 
 _recorded = recorder(Attended)
-
-
-def with_four_dimensions(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
-
-
-def scale_of(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -11,20 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.attn.autograd import call_reference
+from fastseq.attn.call import AttentionCall
 from fastseq.attn.reference import dense_positions, visible_pairs
 from fastseq.autograd import functorch_active, needs_reference
 from fastseq.ops import attention as ops_attention
 
 
-def torch_reason(
-    packed: bool, softcap: float, sinks: Tensor | None, want_lse: bool
-) -> str | None:  # fmt: skip
+def torch_reason(call: AttentionCall, want_lse: bool) -> str | None:
     """Why torch's attention cannot run this call; None where it can."""
-    if packed:
+    if call.cu_seqlens_q is not None:
         return "torch's attention takes no packed sequences (cu_seqlens)"
-    if softcap > 0.0:
+    if call.softcap > 0.0:
         return "torch's attention has no softcap"
-    if sinks is not None:
+    if call.sinks is not None:
         return "torch's attention has no sinks"
     if want_lse:
         return "torch's attention does not return the log-sum-exp (return_lse=True)"
@@ -33,15 +32,13 @@ def torch_reason(
     return None
 
 
-def attention(
-    q, k, v,
-    bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
-    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
-) -> Tensor:  # fmt: skip
-    """o, from the operator's argument list; dropout draws from torch's own generator, not from ``seed``."""
+def attention(call: AttentionCall) -> Tensor:
+    """o; dropout draws from torch's own generator, not from ``seed``."""
+    q, k, v, bias, mask, causal = call.q, call.k, call.v, call.bias, call.mask, call.causal
+    lengths_q, lengths_k, bottom_right = call.lengths_q, call.lengths_k, call.bottom_right
     queries, keys = q.shape[2], k.shape[2]
-    limited = window_left >= 0 or window_right >= 0 or lengths_q is not None or lengths_k is not None
-    plain_causal = causal and not limited and bias is None and mask is None and alibi_slopes is None
+    limited = call.window_left >= 0 or call.window_right >= 0 or lengths_q is not None or lengths_k is not None
+    plain_causal = causal and not limited and bias is None and mask is None and call.alibi_slopes is None
     if plain_causal and bottom_right and queries != keys:  # a statement: the value of `and` may be a traced SymBool
         plain_causal = False
     if causal and bottom_right and queries == 1 and lengths_q is None and lengths_k is None:
@@ -50,9 +47,9 @@ def attention(
     empty: Tensor | None = None
     if not plain_causal:
         at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
-        visible = visible_pairs(at, mask, causal, window_left, window_right)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
+        visible = visible_pairs(at, mask, causal, call.window_left, call.window_right)
+        if call.alibi_slopes is not None:
+            slopes = call.alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
             alibi = -slopes[:, None, None] * (at.i + at.shift - at.j).abs()
             bias = alibi if bias is None else bias + alibi
         if bias is not None:
@@ -63,35 +60,35 @@ def attention(
             empty = ~visible.any(-1, keepdim=True)
             attn_mask = visible | empty
     if keys == 0 or q.shape[1] == 0:  # without heads torch's backward divides by zero
-        return call_reference(q, k, v, bias, mask, *(None,) * 7, scale, False, False, -1, -1, 0.0, 0.0)[0]
+        return call_reference(AttentionCall(q, k, v, bias, mask, scale=call.scale))[0]
     o = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=attn_mask,
-        dropout_p=dropout_p,
+        dropout_p=call.dropout_p,
         is_causal=plain_causal,
-        scale=scale,
+        scale=call.scale,
         enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210 - it may be a traced SymBool
     )
     if (
         o.requires_grad
-        and dropout_p == 0.0
+        and call.dropout_p == 0.0
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and not functorch_active()
     ):
-        settings = (scale, plain_causal, bottom_right, -1, -1, 0.0, 0.0)
+        settings = {"scale": call.scale, "causal": plain_causal, "bottom_right": bottom_right}
         o = _SecondDerivative.apply(o, q, k, v, attn_mask, settings)
     return ops_attention.laid_out_as(q, o if empty is None else o.masked_fill(empty, 0.0))
 
 
-def attention_and_weights(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """o and the matrix of weights, by plain products: what torch itself does when it must return the matrix."""
-    if causal:
+def attention_and_weights(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """o and the matrix of weights, by plain products: what torch itself does when it must return the matrix. Of a
+    call's options it knows bias, mask, causal (top left) and dropout_p."""
+    q, k, v, bias, mask = call.q, call.k, call.v, call.bias, call.mask
+    if call.causal:
         below = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = below if mask is None else mask & below
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B,H,Tq,Tk]
@@ -106,7 +103,7 @@ def attention_and_weights(
     weights = torch.softmax(scores, -1)
     if empty is not None:
         weights = weights.masked_fill(empty, 0.0)
-    weights = F.dropout(weights, dropout_p).to(q.dtype)
+    weights = F.dropout(weights, call.dropout_p).to(q.dtype)
     return weights @ v, weights
 
 
@@ -131,7 +128,7 @@ class _SecondDerivative(torch.autograd.Function):
         q, k, v = (x.view_as(x) for x in (q, k, v))  # one tensor given twice is two inputs here
         is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
         bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
-        o, _ = call_reference(q, k, v, bias, mask, *(None,) * 7, *ctx.settings)
+        o, _ = call_reference(AttentionCall(q, k, v, bias, mask, **ctx.settings))
         wanted = [x for x, need in zip((q, k, v, bias), ctx.needs_input_grad[1:5], strict=True) if need]
         found = iter(torch.autograd.grad(o, wanted, d_o, create_graph=True))
         return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:5]), None

@@ -16,7 +16,7 @@ from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
-from fastseq.attn.direct import scale_of, with_four_dimensions
+from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
 from fastseq.checks import ArgumentError
 from fastseq.ops import attention as ops_attention
@@ -113,7 +113,9 @@ def attention(
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
-        o = direct_attention.attend(q, k, v, bias, mask, scale, causal, align == "bottom_right", window, softcap, True)
+        o = direct_attention.attend(
+            q, k, v, bias, mask, (scale, causal, align == "bottom_right", window, softcap, True)
+        )  # fmt: skip
         if o is not None:
             return o
     q, k, v, bias, sinks, alibi_slopes = _autocast(q, k, v, bias, sinks, alibi_slopes)
@@ -153,12 +155,13 @@ def attention(
     checks_attention.check_numbers(scale, softcap, dropout_p)
     bottom_right = checks_attention.check_align(align)
     left, right = checks_attention.check_window(window)
-    return _attend(
-        q, k, v,
-        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
-        scale, bool(causal), bottom_right, left, right, float(softcap), float(dropout_p), return_lse, backend,
-        block_table,
+    call = AttentionCall(
+        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
+        scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left, window_right=right,
+        softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
+    o, lse = _attend(call, return_lse, backend, block_table)
+    return (o, lse) if return_lse else o
 
 
 def scaled_dot_product_attention(
@@ -209,7 +212,9 @@ def scaled_dot_product_attention(
         )
     if dropout_p == 0.0 and not (is_causal and attn_mask is not None):
         bias, mask = (None, attn_mask) if getattr(attn_mask, "dtype", None) is torch.bool else (attn_mask, None)
-        done = direct_attention.attend(query, key, value, bias, mask, scale, is_causal, False, None, 0.0, enable_gqa)
+        done = direct_attention.attend(
+            query, key, value, bias, mask, (scale, is_causal, False, None, 0.0, enable_gqa)
+        )  # fmt: skip
         if done is not None:
             return done
     if backends.context_parallel() and backends.forced() in (None, "torch"):
@@ -244,12 +249,12 @@ def scaled_dot_product_attention(
         checks_attention.check_pairs("attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]), is_bool)
         attn_mask = with_four_dimensions(attn_mask)
         bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
-    o = _attend(
-        query, key, value,
-        bias, mask, None, None, None, None, None, None,
-        scale, bool(is_causal), bottom_right, -1, -1, 0.0, float(dropout_p), False, None,
+    call = AttentionCall(
+        query, key, value, bias, mask, scale=scale_of(query, scale), causal=bool(is_causal), bottom_right=bottom_right,
+        dropout_p=float(dropout_p),
     )  # fmt: skip
-    return o if shape is None else o.reshape(*shape, *o.shape[-2:])  # type: ignore[union-attr, return-value]
+    o, _ = _attend(call)
+    return o if shape is None else o.reshape(*shape, *o.shape[-2:])
 
 
 def attention_and_weights(
@@ -296,18 +301,18 @@ def attention_and_weights(
         return _operator_reason(name, q, v) if named else "its kernels do not return the weights (need_weights=True)"
 
     name = backends.resolve("attention", "", auto.device_key(q.device), reasons, backend)
+    call = AttentionCall(q, k, v, bias, mask, scale=scale_of(q, None), causal=causal, dropout_p=dropout_p)
     if name == "torch":
-        return eager_attention.attention_and_weights(q, k, v, bias, mask, causal, dropout_p)
-    seed = _seed(q) if dropout_p > 0.0 else None
-    scale = q.shape[-1] ** -0.5
+        return eager_attention.attention_and_weights(call)
+    call = call._replace(seed=_seed(q) if dropout_p > 0.0 else None)
     weights = attention_weights(
-        q, k, bias=bias, mask=mask, seed=seed, scale=scale, causal=causal, bottom_right=False, dropout_p=dropout_p
-    )
+        q, k, bias=bias, mask=mask, seed=call.seed, scale=call.scale, causal=causal, bottom_right=False,
+        dropout_p=dropout_p,
+    )  # fmt: skip
     if name == "reference":
         return weights @ v, weights
-    bias, mask = map(with_four_dimensions, (bias, mask))
-    arguments = (q, k, v, bias, mask, *(None,) * 6, seed, scale, causal, False, -1, -1, 0.0, dropout_p)
-    return autograd_attention.run(name, arguments)[0], weights
+    call = call._replace(bias=with_four_dimensions(bias), mask=with_four_dimensions(mask))
+    return autograd_attention.run(name, call)[0], weights
 
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
@@ -384,50 +389,38 @@ def _four_dimensions(
 
 
 def _attend(
-    q, k, v,
-    bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
-    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, return_lse, backend, block_table=None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Choose the backend and run it; the arguments are checked, and in the operator's own form."""
+    call: AttentionCall, return_lse: bool = False, backend: str | None = None, block_table: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Choose the backend and run it: o and lse, which may be None where ``return_lse`` is not set."""
     backends.check_not_context_parallel()
+    q, k, v = call.q, call.k, call.v
     device, kind = auto.device_key(q.device), ""
     if device in auto.ATTENTION_KINDS:
         kind = auto.attention_kind(
             q.dtype,
             q.shape[-2],
             k.shape[-2],
-            untimed=dropout_p > 0.0 or block_table is not None or not (bias is mask is alibi_slopes is None),
-            limits=max(window_left, window_right) >= 0 or not (lengths_q is lengths_k is cu_seqlens_q is None),
+            untimed=call.dropout_p > 0.0
+            or block_table is not None
+            or not (call.bias is call.mask is call.alibi_slopes is None),
+            limits=max(call.window_left, call.window_right) >= 0
+            or not (call.lengths_q is call.lengths_k is call.cu_seqlens_q is None),
             training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )
 
     def reasons(name: str) -> str | None:
         if name == "reference":
             return None
-        if name == "torch":
-            return eager_attention.torch_reason(cu_seqlens_q is not None, softcap, sinks, return_lse)
-        return _operator_reason(name, q, v)
+        return eager_attention.torch_reason(call, return_lse) if name == "torch" else _operator_reason(name, q, v)
 
     name = backends.resolve("attention", kind, device, reasons, backend)
-    seed = _seed(q) if dropout_p > 0.0 and name != "torch" else None
-    scale = scale_of(q, scale)
+    if call.dropout_p > 0.0 and name != "torch":
+        call = call._replace(seed=_seed(q))
     if block_table is not None:
-        if autograd_attention.reads_pages(name, q, k, v, bias, sinks, dropout_p):
-            o, lse = torch.ops.fastseq.attention_paged.triton(
-                q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q,
-                scale, causal, bottom_right, window_left, window_right, softcap,
-            )  # fmt: skip
-            return (o, lse) if return_lse else o
-        k, v, lengths_k, cu_seqlens_k = pages.gather(k, v, block_table, lengths_k, packed=cu_seqlens_q is not None)
-    arguments = (
-        q, k, v,
-        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
-        scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
-    )  # fmt: skip
-    if name == "torch":
-        return eager_attention.attention(*arguments)
-    o, lse = autograd_attention.run(name, arguments)
-    return (o, lse) if return_lse else o
+        if autograd_attention.reads_pages(name, call):
+            return ops_attention.paged(call, block_table)
+        call = pages.gather(call, block_table)
+    return (eager_attention.attention(call), None) if name == "torch" else autograd_attention.run(name, call)
 
 
 checks_attention.hide_unknown(attention)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq.attn import multihead
+from fastseq.attn.call import AttentionCall
 from fastseq.attn.checks import check_strided
 from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
@@ -119,10 +120,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 mask, is_causal = below if mask is None else mask & below, False
             k, v, mask, bias = self._append(k, v, mask, bias, appended)
 
-        return multihead.attend(
-            q, k, v, bias, mask, is_causal, dropout_p, batched, self.batch_first, need_weights, average_attn_weights,
-            self.out_proj.weight, self.out_proj.bias,
-        )  # fmt: skip
+        call = AttentionCall(q, k, v, bias, mask, causal=is_causal, dropout_p=dropout_p)
+        return multihead.attend(call, self, batched, need_weights, average_attn_weights)
 
     def _every_parameter(self) -> Iterator[tuple[str, Tensor | None]]:
         yield from ((name, getattr(self, name)) for name in _PARAMETERS)

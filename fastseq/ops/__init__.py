@@ -13,6 +13,8 @@ import torch
 
 from fastseq.ops import triton as ops_triton
 from fastseq.ops.attention import (
+    OPTIONS_SCHEMA,
+    PAGED_SCHEMA,
     attention_rule,
     fake_attention_backward,
     fake_attention_forward,
@@ -70,6 +72,7 @@ SCAN_GRADIENT = (
     "Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dhidden)"
 )
 
+# The options are the fields of AttentionCall (fastseq/attn/call.py) after q, k and v, in its order.
 # Dense: q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv]. Packed (cu_seqlens given): [total,H,D].
 #   bias [B|1,Hq|1,Tq|1,Tk|1] in q's dtype or float32, mask bool of such a shape (True: may look), sinks [Hq],
 #   alibi_slopes float32 (float64 as q) [Hq], lengths_q, lengths_k int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
@@ -77,28 +80,19 @@ SCAN_GRADIENT = (
 #   shift = 0, or Tk - Tq where bottom_right; a window of -1 has no limit
 # -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)
 #    [B,Hq,Tq], packed [Hq,total]
-_ATTENTION_OPTIONS = (
-    "Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? lengths_q, Tensor? lengths_k, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, bool bottom_right, "
-    "int window_left, int window_right, float softcap, float dropout_p"
-)
-ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor o, Tensor lse)"
+ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}) -> (Tensor o, Tensor lse)"
 
 # -> dq, dk, dv (in memory as q, k, v), dbias (shape and dtype of bias, summed over what was broadcast; empty unless
 #    bias_grad), dsinks (empty without sinks)
 ATTENTION_BACKWARD = (
-    f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ATTENTION_OPTIONS}, "
+    f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS_SCHEMA}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 # Inference on a cache of pages: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,pages of the longest], of which
 # lengths_k int64 [B] rows count; q [B,Hq,Tq,D], or packed [total,Hq,D] with cu_seqlens_q. No gradients, no dropout;
 # else, and what comes out, as ATTENTION_FORWARD with Tk = pages of the longest * page.
-ATTENTION_PAGED = (
-    "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor? bias, Tensor? mask, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor? lengths_q, Tensor lengths_k, Tensor? cu_seqlens_q, float scale, bool causal, "
-    "bool bottom_right, int window_left, int window_right, float softcap) -> (Tensor o, Tensor lse)"
-)
+ATTENTION_PAGED = f"(Tensor q, Tensor k, Tensor v, Tensor block_table, {PAGED_SCHEMA}) -> (Tensor o, Tensor lse)"
 
 # A matrix [(gates + apart)*H, K] of bfloat16 or int8 as the kernels of this instruction set read it, for inference:
 # [vectors of H * words of K * gates, lanes, elements of a word of 4 bytes], then the same of the gates `apart`, which

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.attn.call import OPTIONS, PAGED_OPTIONS, SCHEMA, AttentionCall
 from fastseq.ops.define import loop_over
 
-# Places of arguments in ops._ATTENTION_OPTIONS, the same in both schemas once what comes before it is counted.
-_BIAS, _MASK, _SINKS, _ALIBI, _LENGTHS_Q, _LENGTHS_K, _CU_SEQLENS_Q, _CU_SEQLENS_K, _SEED = range(9)
-_DROPOUT_P = 15
+OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
+PAGED_SCHEMA = ", ".join({**SCHEMA, "lengths_k": "Tensor lengths_k"}[name] for name in PAGED_OPTIONS)
 
 
 def empty_as(x: Tensor, features: int) -> Tensor:
@@ -29,34 +29,32 @@ def laid_out_as(x: Tensor, result: Tensor) -> Tensor:
     return laid_out_as(x, result)
 
 
-def fake_attention_forward(
-    q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
-    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
-):  # fmt: skip
+def fake_attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*arguments)
+    q = call.q
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return empty_as(q, v.shape[-1]), q.new_empty(rows, dtype=accumulator)
+    return empty_as(q, call.v.shape[-1]), q.new_empty(rows, dtype=accumulator)
 
 
-def fake_attention_backward(
-    d_o, dlse, q, k, v, o, lse, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
-    scale, causal, bottom_right, window_left, window_right, softcap, dropout_p, bias_grad,
-):  # fmt: skip
+def fake_attention_backward(d_o, dlse, q, k, v, o, lse, *rest):
+    *options, bias_grad = rest
+    call = AttentionCall(q, k, v, *options)
     return (
         *(empty_as(x, x.shape[-1]) for x in (q, k, v)),
-        bias.new_empty(bias.shape) if bias_grad else q.new_empty(0),
-        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
+        q.new_empty(0) if call.bias is None or not bias_grad else call.bias.new_empty(call.bias.shape),
+        q.new_empty(0) if call.sinks is None else call.sinks.new_empty(call.sinks.shape),
     )
 
 
-def fake_attention_paged(
-    q, k, v, block_table, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q,
-    scale, causal, bottom_right, window_left, window_right, softcap,
-):  # fmt: skip
-    return fake_attention_forward(
-        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
-        scale, causal, bottom_right, window_left, window_right, softcap, 0.0,
-    )  # fmt: skip
+def fake_attention_paged(q, k, v, block_table, *options):
+    return fake_attention_forward(*AttentionCall(q, k, v, **dict(zip(PAGED_OPTIONS, options, strict=True))))
+
+
+def paged(call: AttentionCall, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse of a call whose k and v are pools of pages, by the operator that reads them where they lie."""
+    options = (getattr(call, name) for name in PAGED_OPTIONS)
+    return torch.ops.fastseq.attention_paged.triton(call.q, call.k, call.v, block_table, *options)
 
 
 def native_cuda_reason(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
@@ -74,11 +72,11 @@ def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callabl
 
     def of(op: Callable) -> Callable[..., tuple[Any, Any]]:
         def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-            options, dims = args[leading:], in_dims[leading:]
-            packed = options[_CU_SEQLENS_Q] is not None
+            options, dims = (dict(zip(OPTIONS, x[leading:], strict=False)) for x in (args, in_dims))
+            packed = options["cu_seqlens_q"] is not None
             # Dropout's bits depend on the place in the batch, and sinks have one gradient a batch.
-            one_by_one = packed or options[_DROPOUT_P] > 0.0 or (backward and options[_SINKS] is not None)
-            if one_by_one or dims[_SINKS] is not None or dims[_ALIBI] is not None:
+            one_by_one = packed or options["dropout_p"] > 0.0 or (backward and options["sinks"] is not None)
+            if one_by_one or dims["sinks"] is not None or dims["alibi_slopes"] is not None:
                 return loop_over(op, info.batch_size, in_dims, args)
             return _fold(op, info.batch_size, in_dims, args, leading, backward)
 
@@ -93,16 +91,16 @@ def _fold(
     bias_grad = backward and args[-1]
     q_place = 2 if backward else 0
     batch = args[q_place].shape[0 if in_dims[q_place] is None else int(in_dims[q_place] == 0)]
-    with_a_batch = (*range(leading), *(leading + p for p in (_BIAS, _MASK, _LENGTHS_Q, _LENGTHS_K)))
+    bias, mask, *lengths = (leading + OPTIONS.index(n) for n in ("bias", "mask", "lengths_q", "lengths_k"))
     folded = list(args)
-    for place in with_a_batch:
+    for place in (*range(leading), bias, mask, *lengths):
         arg, dim = args[place], in_dims[place]
         if arg is None:
             continue
-        broadcasts = place in (leading + _BIAS, leading + _MASK)
+        broadcasts = place in (bias, mask)
         if dim is not None:
             arg = arg.movedim(dim, 0)
-        elif broadcasts and arg.shape[0] == 1 and not (place == leading + _BIAS and bias_grad):
+        elif broadcasts and arg.shape[0] == 1 and not (place == bias and bias_grad):
             continue
         else:
             arg = arg.expand(size, *arg.shape)
@@ -111,8 +109,8 @@ def _fold(
         folded[place] = arg.flatten(0, 1)
     outs = [out if out.shape == (0,) else out.unflatten(0, (size, batch)) for out in op(*folded)]
     if bias_grad:
-        bias, dim = args[leading + _BIAS], in_dims[leading + _BIAS]
-        own = bias.shape[0] if dim is None else bias.movedim(dim, 0).shape[1]
+        given, dim = args[bias], in_dims[bias]
+        own = given.shape[0] if dim is None else given.movedim(dim, 0).shape[1]
         if own != batch:
             outs[3] = outs[3].sum(1, keepdim=True)
     return tuple(outs), tuple(None if out.shape == (0,) else 0 for out in outs)

@@ -17,20 +17,20 @@ from fastseq import direct, use_backend
 
 pytestmark = needs_native
 
-BOTH = ["attend_forward", "attend_backward"]
+BOTH = ["attend", "attend_backward"]
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """Native calls that were made and not declined, as they go."""
-    return spied(monkeypatch, "attend", *BOTH)
+    return spied(monkeypatch, *BOTH)
 
 
 def leaves(dtype=torch.float32, **options):
     """q, k and v that want gradients, laid out as a projection leaves them, and the options of the call."""
     args = call(dtype=dtype, **options)
     names = ("bias", "mask", "scale", "causal", "bottom_right", "window", "softcap")
-    options = dict(zip(names, args[3:], strict=False))
+    options = dict(zip(names, (*args[3:5], *args[5]), strict=False))
     options["align"] = "bottom_right" if options.pop("bottom_right") else "top_left"
     return [x.requires_grad_() for x in args[:3]], options
 
@@ -159,7 +159,7 @@ def test_checkpoints(reentrant, taken):
     want = torch.autograd.grad(f(*tensors).sum(), tensors)
     taken.clear()
     checkpoint(f, *tensors, use_reentrant=reentrant).sum().backward()
-    assert taken == (["attend"] if reentrant else BOTH[:1]) + BOTH
+    assert taken == BOTH[:1] + BOTH
     assert all(torch.equal(x.grad, w) for x, w in zip(tensors, want, strict=True))
 
 
@@ -246,13 +246,13 @@ def test_a_backward_that_is_more_than_its_numbers(taken, capfd):
 def test_nothing_is_left_behind():
     (q, k, v), _ = leaves()
     settings = (None, False, True, None, 0.0, True)
-    o, lse = direct.attend_forward(q, k, v, None, None, settings)
+    o, lse = direct.attend(q, k, v, None, None, settings)
     d_o, mask = torch.randn_like(o), torch.ones(5, 7, dtype=torch.bool)
 
     def rounds():
         for _ in range(300):
-            direct.attend_forward(q, k, v, None, mask, settings)
-            direct.attend_forward(q, k.double(), v, None, mask, settings)
+            direct.attend(q, k, v, None, mask, settings)
+            direct.attend(q, k.double(), v, None, mask, settings)
             with torch.no_grad():
                 assert direct.attend_backward(d_o, (q, k, v, None, mask, o, lse), settings) is not None
                 assert direct.attend_backward(d_o[:1], (q, k, v, None, mask, o, lse), settings) is None

@@ -32,7 +32,7 @@ struct Setting {
     a.reset = static_cast<const bool*>(reset), a.reset_t = a.B, a.reset_b = 1;
     DeviceLimits limits{};
     device_limits(limits);
-    plan = make_plan(limits, {cell, ScanDtype::bf16, backward, a.H, a.B},
+    plan = make_plan(limits, {cell, {Dtype::bf16}, backward, a.H, a.B},
                      {int(n[5]), int(n[6]), int(n[7]), int(n[8])});
     workspace = std::aligned_alloc(256, (plan.workspace + 511) / 256 * 256);
     std::memset(workspace, 0, plan.workspace);

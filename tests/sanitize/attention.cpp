@@ -9,7 +9,8 @@ namespace {
 using fastseq::AttentionBackward;
 using fastseq::AttentionCall;
 using fastseq::AttentionForward;
-using View = AttentionCall::View;
+using fastseq::Pairs;
+using fastseq::View;
 
 struct Problem {
   Dtype dtype, bias_dtype, sinks_dtype;
@@ -23,6 +24,7 @@ struct Problem {
   Array q, k, v, bias, sinks, alibi, d_o, dlse;
   std::shared_ptr<unsigned char[]> mask;
   AttentionCall options{};
+  int64_t seed;
 
   explicit Problem(Random& random) {
     dtype = Dtype(random.below(4));
@@ -69,7 +71,7 @@ struct Problem {
     if (random.chance(0.1)) options.window_right = random.below(Tk + 1);
     if (random.chance(0.2)) options.softcap = 2;
     if (random.chance(0.2)) options.dropout_p = 0.3;
-    options.seed = random.bits();
+    seed = int64_t(random.bits());
   }
 
   int64_t draw_offsets(Random& random, int64_t longest, std::vector<int32_t>& cu) {
@@ -113,32 +115,26 @@ struct Problem {
     if (a.absent()) return {};
     return {a.data(), packed ? 0 : long(Hq * rows_q), long(rows_q), 1};
   }
-  static AttentionCall::Scores scores(const void* data, const int64_t* sizes) {
-    AttentionCall::Scores out;
-    out.data = data;
-    for (long i = 3, stride = 1; i >= 0; --i) {
-      out.stride[i] = sizes[i] == 1 ? 0 : stride;
-      stride *= long(sizes[i]);
-    }
-    return out;
+  static Pairs pairs(const void* data, const int64_t* sizes) {
+    int64_t strides[4], stride = 1;
+    for (int i = 3; i >= 0; stride *= sizes[i--]) strides[i] = sizes[i] == 1 ? 0 : stride;
+    return {data, strides[0], strides[1], strides[2], strides[3]};
   }
 
   void fill(AttentionCall& call) const {
     call = options;
-    call.dtype = AttentionCall::Dtype(int(dtype));
-    call.bias_dtype = AttentionCall::Dtype(int(bias_dtype));
-    call.sinks_dtype = AttentionCall::Dtype(int(sinks_dtype));
-    call.batch = long(B), call.heads_q = long(Hq), call.heads_k = long(Hk);
-    call.length_q = long(Tq), call.length_k = long(Tk);
-    call.dim = long(D), call.dim_v = long(Dv);
+    call.dtype = dtype, call.bias_dtype = bias_dtype, call.sinks_dtype = sinks_dtype;
+    call.batch = B, call.heads_q = Hq, call.heads_k = Hk, call.length_q = Tq, call.length_k = Tk;
+    call.dim = D, call.dim_v = Dv;
     call.q = view(q, Hq, rows_q, D), call.k = view(k, Hk, rows_k, D), call.v = view(v, Hk, rows_k, Dv);
     if (packed) call.cu_q = cu_q.data(), call.cu_k = cu_k.data();
     if (!lengths_q.empty()) call.lengths_q = lengths_q.data();
     if (!lengths_k.empty()) call.lengths_k = lengths_k.data();
-    if (!bias.absent()) call.bias = scores(bias.data(), bias_size);
-    if (mask) call.mask = scores(mask.get(), mask_size);
+    if (!bias.absent()) call.bias = pairs(bias.data(), bias_size);
+    if (mask) call.mask = pairs(mask.get(), mask_size);
     if (!sinks.absent()) call.sinks = sinks.data();
     if (!alibi.absent()) call.alibi = alibi.data();
+    if (options.dropout_p > 0) call.seed = &seed;
     call.threads = threads;
   }
 
@@ -170,7 +166,7 @@ struct Problem {
     }
     if (!bias.absent()) {
       dbias = Array(bias_dtype, bias.size());
-      std::memset(dbias.data(), 0, size_t(bias.size()) * size_of(bias_dtype));  // as the kernel asks
+      std::memset(dbias.data(), 0, size_t(bias.size()) * bytes_of(bias_dtype));  // as the kernel asks
       backward.dbias = dbias.data();
       rows = Array(accumulator_of(dtype), 2 * lse.size());
       backward.rows = rows.data();

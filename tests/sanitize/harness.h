@@ -11,16 +11,17 @@
 #include <utility>
 #include <vector>
 
+#include "core/dtype.h"
 #include "core/isa.h"
 #include "core/simd.h"
 #include "core/tiles.h"
 
 namespace driver {
 
-enum class Dtype : int { f64, f32, bf16, f16 };  // as in the kernels' headers
+using fastseq::accumulator_of;
+using fastseq::bytes_of;
+using fastseq::Dtype;
 constexpr const char* kDtypeNames[] = {"f64", "f32", "bf16", "f16"};
-inline size_t size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
-inline Dtype accumulator_of(Dtype d) { return d == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 inline double epsilon_of(Dtype d) {
   return d == Dtype::f64 ? 0x1p-52 : d == Dtype::f32 ? 0x1p-23 : d == Dtype::bf16 ? 0x1p-7 : 0x1p-10;
 }
@@ -32,7 +33,7 @@ class Array {
   Array() = default;
   Array(Dtype dtype, int64_t n, size_t alignment = 0) : dtype_(dtype), n_(n) {
     void* raw = nullptr;
-    size_t bytes = size_t(n) * size_of(dtype);
+    size_t bytes = size_t(n) * bytes_of(dtype);
     if (alignment ? posix_memalign(&raw, alignment, bytes) : !(raw = std::malloc(bytes ? bytes : 1))) std::abort();
     std::memset(raw, 0xff, bytes);
     data_.reset(static_cast<char*>(raw), std::free);
@@ -167,7 +168,7 @@ int over_isas(const std::string& what, double tolerance, const Problem& problem)
 // in 16 bits by a rounding of that type; `steps` such errors feed on each other. A factor of 4 for the few sums and
 // roundings that stand in a row within a step.
 inline double rounding(Dtype dtype, double terms, double steps) {
-  double stored = size_of(dtype) == 2 ? epsilon_of(dtype) : 0;
+  double stored = bytes_of(dtype) == 2 ? epsilon_of(dtype) : 0;
   return 4 * steps * (terms * epsilon_of(accumulator_of(dtype)) + stored);
 }
 

@@ -102,7 +102,7 @@ struct Problem {
 
   void fill(ScanSizes& p) const {
     p.cell = cell;
-    p.dtype = ScanSizes::Dtype(int(dtype));
+    p.dtype = dtype;
     p.T = T, p.B = B, p.I = I, p.H = H, p.P = P;
     p.reverse = reverse;
     p.threads = threads;
@@ -154,7 +154,7 @@ struct Problem {
     if (save && tape) saved = Array(dtype, T * B * tape * H);
     ScanForward p{};
     fill(p);
-    p.weights = ScanSizes::Dtype(int(dtype == Dtype::f64 ? dtype : weights));
+    p.weights = dtype == Dtype::f64 ? dtype : weights;
     p.x = view(x, T, B, I, batch_first);
     p.w_ih = rows(w_ih, G * H, I, transposed);
     p.w_hh = rows(w_hh, G * H, P, transposed);

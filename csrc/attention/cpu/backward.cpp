@@ -215,7 +215,7 @@ class Backward : Gradient<S> {
       out.v = reinterpret_cast<const char*>(x.v), out.v_row = this->v_copy_row() * long(sizeof(Copy));
     return out;
   }
-  static AttentionCall::View bytes(AttentionCall::View view) {
+  static View bytes(View view) {
     constexpr long size = sizeof(S);
     view.batch *= size, view.head *= size, view.row *= size;
     return view;
@@ -299,12 +299,12 @@ class Backward : Gradient<S> {
   A* part(long split, long h, long row) const {
     return dq_parts_ + ((split * call.heads_q + h) * rows_ + row) * width;
   }
-  void write_keys(const AttentionCall::View& out, const Sequence& s, long b, long hk, long split, long step, long dim,
+  void write_keys(const View& out, const Sequence& s, long b, long hk, long split, long step, long dim,
                   const A* in, long row) const {
     for (long j = split * step; j < s.tk; j += splits_ * step)
       for (long i = j; i < least(j + step, s.tk); ++i) write_row(at<S>(out, b, hk, s.k_row + i), in + i * row, dim);
   }
-  void clear(const AttentionCall::View& out, const Sequence& s, long b, long hk, long keys, long dim) const {
+  void clear(const View& out, const Sequence& s, long b, long hk, long keys, long dim) const {
     for (long i = s.tk; i < keys; ++i) write_row(at<S>(out, b, hk, s.k_row + i), nullptr, dim);
   }
 
@@ -327,7 +327,7 @@ class Backward : Gradient<S> {
     for (long h = 0; h < call.heads_q; ++h) {
       double sum = 0;
       for (long b = 0; b < call.batch; ++b) sum += dsink_parts_[b * call.heads_q + h];
-      write_number<S>(call.dsinks, call.sinks_dtype == AttentionCall::Dtype::f32, h, A(sum));
+      write_number<S>(call.dsinks, call.sinks_dtype == Dtype::f32, h, A(sum));
     }
   }
 
@@ -436,18 +436,7 @@ bool run(const AttentionBackward& call) {
 }  // namespace attention
 
 bool attention_backward(const AttentionBackward& call) {
-  using Dtype = AttentionCall::Dtype;
-  switch (call.dtype) {
-    case Dtype::f64:
-      return attention::run<double>(call);
-    case Dtype::f32:
-      return attention::run<float>(call);
-    case Dtype::bf16:
-      return attention::run<bf16>(call);
-    case Dtype::f16:
-      return attention::run<f16>(call);
-  }
-  return false;
+  return for_dtype(call.dtype, [&](auto s) { return attention::run<decltype(s)>(call); });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

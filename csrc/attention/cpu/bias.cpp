@@ -96,7 +96,7 @@ class BiasGradient : Gradient<S> {
         else
           for (int l = 0; l < kQueries; ++l) value += x.sum[j * kQueries + l];
         const long row = start * size[2] + (by_query_ ? rows.begin + i : 0);
-        write_number<S>(call.dbias, call.bias_dtype == AttentionCall::Dtype::f32,
+        write_number<S>(call.dbias, call.bias_dtype == Dtype::f32,
                         row * size[3] + (by_key_ ? columns.begin + j : 0), value);
       }
   }
@@ -124,18 +124,7 @@ class BiasGradient : Gradient<S> {
 }  // namespace attention
 
 bool attention_bias_gradient(const AttentionBackward& call) {
-  using Dtype = AttentionCall::Dtype;
-  switch (call.dtype) {
-    case Dtype::f64:
-      return attention::BiasGradient<double>(call).run();
-    case Dtype::f32:
-      return attention::BiasGradient<float>(call).run();
-    case Dtype::bf16:
-      return attention::BiasGradient<bf16>(call).run();
-    case Dtype::f16:
-      return attention::BiasGradient<f16>(call).run();
-  }
-  return false;
+  return for_dtype(call.dtype, [&](auto s) { return attention::BiasGradient<decltype(s)>(call).run(); });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

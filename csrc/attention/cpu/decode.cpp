@@ -231,11 +231,10 @@ class Decode {
     const A hidden = A(-kInfinity);
     if (!scoring_.plain) {
       const A cap = A(call_.softcap), alibi = slope_of<S>(call_, h);
-      const bool is_float = call_.bias_dtype == AttentionCall::Dtype::f32;
-      const long* step = call_.bias.stride;
-      const long start = b * step[0] + h * step[1] + i * step[2] + j0 * step[3];
-      for (long j = 0; j < n; ++j)
-        bias[j] = call_.bias.data ? read_number<S>(call_.bias.data, is_float, start + j * step[3]) : A(0);
+      const bool is_float = call_.bias_dtype == Dtype::f32;
+      const Pairs& p = call_.bias;
+      const long start = b * p.batch + h * p.head + i * p.row + j0 * p.step;
+      for (long j = 0; j < n; ++j) bias[j] = p.data ? read_number<S>(p.data, is_float, start + j * p.step) : A(0);
       for (long j = n; j < round_up(n, L); ++j) bias[j] = scores[j] = 0;
       for (long j = 0; j < n; j += L) {
         Vec<A> x = load(scores + j) * A(call_.scale);
@@ -251,7 +250,7 @@ class Decode {
     for (long j = most(0, least(n, end)); j < round_up(n, L); ++j) scores[j] = hidden;
     if (call_.mask.data) {
       const uint8_t* mask = at<uint8_t>(call_.mask, b, h, i, j0);
-      const long step = call_.mask.stride[3];
+      const long step = call_.mask.step;
       for (long j = 0; j < n; ++j) scores[j] = mask[j * step] ? scores[j] : hidden;
     }
   }
@@ -287,7 +286,7 @@ class Decode {
   void merge(long b, long h) const {
     const Sequence s(call_, b);
     const bool has_sink = call_.sinks != nullptr;
-    const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == AttentionCall::Dtype::f32, h) : A(0);
+    const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == Dtype::f32, h) : A(0);
     const A unit = scoring_.unit;
     const long first = (b * call_.heads_k + h / group_) * chunks_;
     for (long i = 0; i < s.rows; ++i) {
@@ -329,18 +328,7 @@ class Decode {
 }  // namespace attention
 
 bool attention_decode(const AttentionForward& call) {
-  using Dtype = AttentionCall::Dtype;
-  switch (call.dtype) {
-    case Dtype::f64:
-      return attention::Decode<double>(call).run();
-    case Dtype::f32:
-      return attention::Decode<float>(call).run();
-    case Dtype::bf16:
-      return attention::Decode<bf16>(call).run();
-    case Dtype::f16:
-      return attention::Decode<f16>(call).run();
-  }
-  return false;
+  return for_dtype(call.dtype, [&](auto s) { return attention::Decode<decltype(s)>(call).run(); });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

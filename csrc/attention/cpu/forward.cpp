@@ -278,7 +278,7 @@ class Forward {
   void finish(const Sequence& s, long b, const State& q) const {
     A* const lse = at<A>(call_.lse, b, q.h, s.q_row + q.i0);
     const bool has_sink = call_.sinks != nullptr;
-    const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == AttentionCall::Dtype::f32, q.h) : A(0);
+    const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == Dtype::f32, q.h) : A(0);
     const int rows = int(least(kQueries, s.rows - q.i0));
     for (int i = 0; i < rows; ++i) {
       A top = A(-kInfinity), sum = 0;
@@ -314,18 +314,7 @@ class Forward {
 }  // namespace attention
 
 bool attention_forward(const AttentionForward& call) {
-  using Dtype = AttentionCall::Dtype;
-  switch (call.dtype) {
-    case Dtype::f64:
-      return attention::Forward<double>(call).run();
-    case Dtype::f32:
-      return attention::Forward<float>(call).run();
-    case Dtype::bf16:
-      return attention::Forward<bf16>(call).run();
-    case Dtype::f16:
-      return attention::Forward<f16>(call).run();
-  }
-  return false;
+  return for_dtype(call.dtype, [&](auto s) { return attention::Forward<decltype(s)>(call).run(); });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -147,7 +147,7 @@ class Gradient {
     const A* lse = at<A>(call.lse, b, x.h, s.q_row + x.i0);
     const A* dlse = call.dlse.data ? at<A>(call.dlse, b, x.h, s.q_row + x.i0) : nullptr;
     const bool has_sink = call.sinks != nullptr;
-    const A sink = has_sink ? read_number<S>(call.sinks, call.sinks_dtype == AttentionCall::Dtype::f32, x.h) : A(0);
+    const A sink = has_sink ? read_number<S>(call.sinks, call.sinks_dtype == Dtype::f32, x.h) : A(0);
     for (int i = 0; i < kQueries; ++i) {
       x.share[i] = x.rest[i] = 0;
       if (i >= x.count || lse[i] == A(-kInfinity)) continue;

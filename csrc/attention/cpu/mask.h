@@ -36,13 +36,12 @@ struct Sequence {
 };
 
 template <class T>
-T* at(const AttentionCall::View& view, long b, long h, long row) {
+T* at(const View& view, long b, long h, long row) {
   return static_cast<T*>(view.data) + b * view.batch + h * view.head + row * view.row;
 }
 template <class T>
-const T* at(const AttentionCall::Scores& scores, long b, long h, long i, long j) {
-  const long* s = scores.stride;
-  return static_cast<const T*>(scores.data) + b * s[0] + h * s[1] + i * s[2] + j * s[3];
+const T* at(const Pairs& x, long b, long h, long i, long j) {
+  return static_cast<const T*>(x.data) + b * x.batch + h * x.head + i * x.row + j * x.step;
 }
 
 inline uint64_t bits_between(long begin, long end) {  // [begin, end) of 64
@@ -118,7 +117,7 @@ inline Seen visibility(const AttentionCall& call, const Sequence& s, long b, lon
     }
   }
   if (!call.mask.data) return Seen::some;
-  and_mask(at<uint8_t>(call.mask, b, h, i0, j0), call.mask.stride[2], call.mask.stride[3], count, keys, words);
+  and_mask(at<uint8_t>(call.mask, b, h, i0, j0), call.mask.row, call.mask.step, count, keys, words);
   long skip = 0;
   while (skip < keys && words[skip] == 0) ++skip;
   if (skip == keys) return Seen::none;
@@ -169,7 +168,7 @@ struct Dropout {
   bool active;
 
   explicit Dropout(const AttentionCall& call)
-      : seed(call.seed), threshold(uint64_t(call.dropout_p * 4294967296.0)),
+      : seed(call.seed ? uint64_t(*call.seed) : 0), threshold(uint64_t(call.dropout_p * 4294967296.0)),
         scale(call.dropout_p < 1 ? 1 / (1 - call.dropout_p) : 0), active(call.dropout_p > 0) {}
 
   // words[j - j0]: which of 64 queries from i0 on keep key j. `words` has room for j1 - j0 keys.

@@ -22,7 +22,7 @@ FASTSEQ_INLINE void write_number(void* data, bool is_float, long i, Accumulator<
 template <class S>
 FASTSEQ_INLINE Accumulator<S> slope_of(const AttentionCall& call, long h) {
   if (!call.alibi) return 0;
-  return read_number<Accumulator<S>>(call.alibi, call.alibi_dtype == AttentionCall::Dtype::f32, h);
+  return read_number<Accumulator<S>>(call.alibi, call.alibi_dtype == Dtype::f32, h);
 }
 
 // 2^(score * factor - top * factor) is one instruction and exp2, but the rounding of top * factor comes into it. From
@@ -52,7 +52,7 @@ class Scoring {
   explicit Scoring(const AttentionCall& call)
       : plain(call.softcap == 0 && !call.bias.data && !call.alibi && call.scale > 0),
         unit(A(plain ? call.scale : 1)), factor(A(plain ? call.scale * kLog2e : kLog2e)), call_(call),
-        bias_is_float_(call.bias_dtype == AttentionCall::Dtype::f32) {}
+        bias_is_float_(call.bias_dtype == Dtype::f32) {}
 
   const bool plain;
   const A unit, factor;
@@ -74,13 +74,13 @@ class Scoring {
 
  private:
   void read_bias(long b, long h, long i0, int count, long j0, long keys, A* out) const {
-    const long* step = call_.bias.stride;
-    const long start = b * step[0] + h * step[1] + i0 * step[2] + j0 * step[3];
+    const Pairs& p = call_.bias;
+    const long start = b * p.batch + h * p.head + i0 * p.row + j0 * p.step;
     for (long j = 0; j < keys; ++j)
       for (int i = count; i < round_up(count, L); ++i) out[j * kQueries + i] = 0;
     for (int i = 0; i < count; ++i)
       for (long j = 0; j < keys; ++j)
-        out[j * kQueries + i] = read_number<S>(call_.bias.data, bias_is_float_, start + i * step[2] + j * step[3]);
+        out[j * kQueries + i] = read_number<S>(p.data, bias_is_float_, start + i * p.row + j * p.step);
   }
 
   template <bool kPlain>

@@ -1,50 +1,15 @@
 // softmax(Q Kᵀ) V on NVIDIA GPUs, tiled, forward and backward: plain structs in, launches out, nothing of torch.
-//
-//   s[i,j] = scale * q[i]·k[j];  softcap * tanh(s / softcap);  + bias[i,j];  - alibi * |i + shift - j|
-//   lse[i] = log( sum over visible j of exp s[i,j]  +  exp sink )
-//   o[i]   = sum over visible j of  exp(s[i,j] - lse[i]) v[j]
-//
-// with shift = 0, or tk - tq of each sequence where bottom_right. The matrix of scores is never stored, no sum is shared
-// between blocks but in a fixed order, and the host looks at no tensor's values: a call can be captured in a CUDA graph.
+// The matrix of scores is never stored, no sum is shared between blocks but in a fixed order, and the host looks at no
+// tensor's values: a call can be captured in a CUDA graph.
 #pragma once
 #include <cstdint>
 
+#include "attention/call.h"
+
 namespace fastseq::cuda {
 
-enum class Number : int32_t { f32, bf16, f16 };
-
-// [B,H,T,D] of unit stride in D, or [B,H,T] of unit stride in T; strides in elements. Packed: the batch stride is 0, and
-// sequence b begins at row cu[b].
-struct View {
-  void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-};
-
-// [B,Hq,Tq,Tk] by strides in elements, 0 where it is broadcast.
-struct Pairs {
-  const void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0, step = 0;
-};
-
-// What a caller fills in; `prepare` derives the rest.
-struct AttentionCall {
-  Number dtype = Number::bf16, bias_dtype = Number::f32, sinks_dtype = Number::f32;
-  int32_t batch = 0, heads_q = 0, heads_k = 0;
-  int32_t length_q = 0, length_k = 0;  // of every sequence; packed: rows in all
-  int32_t dim = 0, dim_v = 0;
-  View q, k, v;
-  const int32_t *cu_q = nullptr, *cu_k = nullptr;            // [B+1]: packed
-  const int64_t *lengths_q = nullptr, *lengths_k = nullptr;  // [B]
-  Pairs bias;                                                // bias_dtype
-  Pairs mask;                                                // bytes, not 0: may look
-  const void* sinks = nullptr;                               // sinks_dtype [Hq]
-  const float* alibi = nullptr;                              // [Hq]
-  const int64_t* seed = nullptr;                             // [1]
-  double scale = 1, softcap = 0, dropout_p = 0;
-  bool causal = false, bottom_right = true;
-  int64_t window_left = -1, window_right = -1;
-
-  // Derived.
+// What a caller fills in (dtype is bf16 or f16, slopes are float), and what `prepare` derives from it.
+struct AttentionCall : AttentionArguments<int32_t> {
   int32_t group = 1;               // query heads that share a key head
   int32_t left = 0, right = 0;     // limits, kUnlimited where there are none
   float factor = 0;                // scale * log2(e)
@@ -90,7 +55,7 @@ void prepare(AttentionForward& call);
 void prepare(AttentionBackward& call);
 
 // Why these kernels cannot run a call of this dtype and these features a head; null where they can.
-const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v);
+const char* attention_refusal(Dtype dtype, int64_t dim, int64_t dim_v);
 
 // Where and how a call is launched.
 struct Place {

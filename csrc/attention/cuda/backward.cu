@@ -89,7 +89,7 @@ const char* launch_rows(const AttentionBackward& call, Stream stream) {
 const char* attention_backward_rows(const AttentionBackward& call, const Place& place) {
   using namespace attention;
   const Stream stream = static_cast<Stream>(place.stream);
-  const char* error = call.dtype == Number::bf16 ? launch_rows<Bf16>(call, stream) : launch_rows<Fp16>(call, stream);
+  const char* error = call.dtype == Dtype::bf16 ? launch_rows<Bf16>(call, stream) : launch_rows<Fp16>(call, stream);
   if (error != nullptr || call.dsinks == nullptr) return error;
   Launch shape;
   shape.grid.x = unsigned(call.heads_q);

@@ -42,7 +42,8 @@ FASTSEQ_DEVICE void decode_scores(Fragment<1, kN>& s, const AttentionForward& ca
     const DecodeRow row(call, head_k, r);
     const int centre = row.i + own.shift;
     const int begin = centre - call.left, end = row.i < own.tq ? at_most(own.tk, centre + call.right + 1) : 0;
-    const float slope = kGeneral && call.alibi != nullptr ? call.alibi[row.h] * kLog2e : 0.0f;
+    const float* slopes = static_cast<const float*>(call.alibi);
+    const float slope = kGeneral && slopes != nullptr ? slopes[row.h] * kLog2e : 0.0f;
     const int64_t bias = int64_t(b) * call.bias.batch + int64_t(row.h) * call.bias.head + int64_t(row.i) * call.bias.row;
     const uint8_t* mask = static_cast<const uint8_t*>(call.mask.data);
     if (kGeneral && mask != nullptr)

@@ -39,15 +39,15 @@ FASTSEQ_DEVICE void for_each_element(const Each& each) {
 // tanh to 1e-7 absolutely.
 FASTSEQ_DEVICE float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + ex2(x * (2.0f * kLog2e))); }
 
-FASTSEQ_DEVICE float number_at(const void* data, Number type, int64_t index) {
-  if (type == Number::f32) return static_cast<const float*>(data)[index];
-  if (type == Number::bf16) return to_float(static_cast<const Bf16*>(data)[index]);
+FASTSEQ_DEVICE float number_at(const void* data, Dtype type, int64_t index) {
+  if (type == Dtype::f32) return static_cast<const float*>(data)[index];
+  if (type == Dtype::bf16) return to_float(static_cast<const Bf16*>(data)[index]);
   return to_float(static_cast<const Fp16*>(data)[index]);
 }
-FASTSEQ_DEVICE void put_number(void* data, Number type, int64_t index, float x) {
-  if (type == Number::f32)
+FASTSEQ_DEVICE void put_number(void* data, Dtype type, int64_t index, float x) {
+  if (type == Dtype::f32)
     static_cast<float*>(data)[index] = x;
-  else if (type == Number::bf16)
+  else if (type == Dtype::bf16)
     static_cast<Bf16*>(data)[index] = from_float<Bf16>(x);
   else
     static_cast<Fp16*>(data)[index] = from_float<Fp16>(x);
@@ -81,7 +81,7 @@ FASTSEQ_DEVICE void add_pairs(Fragment<kM, kN>& s, const AttentionCall& call, co
     });
   }
   if (call.alibi != nullptr) {
-    const float slope = call.alibi[c.h] * kLog2e;
+    const float slope = static_cast<const float*>(call.alibi)[c.h] * kLog2e;
     for_each_element<kM, kN>([&](int m, int n, int e) {
       const Element<kKeysFirst> at(c, m, n, e);
       const int distance = at.i + own.shift - at.j;

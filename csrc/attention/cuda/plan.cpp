@@ -91,8 +91,9 @@ const char* hopper_refusal(const AttentionBackward& call, const Place& place) {
   return hopper_refusal_of(call, place, {{call.q, false}, {call.k, true}, {call.v, true}, {call.d_o, false}});
 }
 
-const char* attention_refusal(Number dtype, int64_t dim, int64_t dim_v) {
-  if (dtype == Number::f32) return "the CUDA C++ kernels of attention take bfloat16 and float16 alone";
+const char* attention_refusal(Dtype dtype, int64_t dim, int64_t dim_v) {
+  if (dtype != Dtype::bf16 && dtype != Dtype::f16)
+    return "the CUDA C++ kernels of attention take bfloat16 and float16 alone";
   if (std::max(dim, dim_v) > 256) return "the CUDA C++ kernels of attention take up to 256 features a head";
   return nullptr;
 }

@@ -20,7 +20,7 @@ struct Heads {
 template <class Visit>
 const char* with_heads(const AttentionCall& call, const Visit& visit) {
   const auto with_type = [&](auto heads) {
-    return call.dtype == Number::bf16 ? visit(Bf16(), heads) : visit(Fp16(), heads);
+    return call.dtype == Dtype::bf16 ? visit(Bf16(), heads) : visit(Fp16(), heads);
   };
   if (Heads<64, 64>::fits(call)) return with_type(Heads<64, 64>());
   if (Heads<96, 96>::fits(call)) return with_type(Heads<96, 96>());

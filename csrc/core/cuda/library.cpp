@@ -2,7 +2,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "attention/cuda/ops.h"
+#include "attention/ops.h"
 #include "recurrent/cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CUDA, m) {

@@ -8,7 +8,6 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-using Dtype = ScanSizes::Dtype;
 
 // Below this many multiplications a second thread costs more than it brings: a call, and a step with its barrier.
 constexpr long kParallelCall = 300000;
@@ -71,21 +70,6 @@ void on_threads(int threads, const Job& job) {
     [[maybe_unused]] MatrixScope scope;
     Worker(job, team).walk();
   });
-}
-
-// body(S{}) with the storage type S of a dtype.
-template <class Body>
-auto for_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::f64:
-      return body(double{});
-    case Dtype::f32:
-      return body(float{});
-    case Dtype::bf16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
 }
 
 // The step whose state step t started from, or -1: the initial state.

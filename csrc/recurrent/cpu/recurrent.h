@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "recurrent/cells.h"
+#include "core/dtype.h"
 #include "core/isa.h"
 
 namespace fastseq {
@@ -18,10 +19,8 @@ struct ScanView {
 };
 
 struct ScanSizes {
-  enum class Dtype : int { f64, f32, bf16, f16, i8 };  // of all but states and dstates, which have the accumulator's:
-                                                       // float for the 16-bit ones; i8 is for weights only
   Cell cell;
-  Dtype dtype;
+  Dtype dtype;  // of all but states and dstates, which have the accumulator's: float for the 16-bit ones
   int64_t T, B, I, H, P;
   bool reverse;
   int threads;             // at most this many

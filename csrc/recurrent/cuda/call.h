@@ -47,12 +47,12 @@ inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", ""
 inline Tensor take_steps(const Tensor& a, const Tensor& at) {
   return call("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
 }
-inline ScanDtype dtype_of(ScalarType type) {
-  if (type == ScalarType::BFloat16) return ScanDtype::bf16;
-  if (type == ScalarType::Half) return ScanDtype::f16;
+inline ScanNumber number_of(ScalarType type) {
+  if (type == ScalarType::BFloat16) return {Dtype::bf16};
+  if (type == ScalarType::Half) return {Dtype::f16};
   STD_TORCH_CHECK(type == ScalarType::Float,
                   "scan: the native CUDA kernels take float32, bfloat16 and float16 tensors");
-  return one_tf32_product() ? ScanDtype::tf32 : ScanDtype::f32;
+  return {Dtype::f32, one_tf32_product()};
 }
 // a b as float [M,N], into `out`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -70,10 +70,10 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 class Call {
  public:
   Call(const Tensor& like, int64_t cell_number)
-      : cell(cell_of(cell_number)), dtype(dtype_of(like.scalar_type())), like_(like), current_(like) {}
+      : cell(cell_of(cell_number)), number(number_of(like.scalar_type())), like_(like), current_(like) {}
 
   ScanCell cell;
-  ScanDtype dtype;
+  ScanNumber number;
   void* stream() const { return current_.stream; }
   int device() const { return current_.device; }
 
@@ -119,7 +119,7 @@ class Call {
     a.reset_t = B, a.reset_b = 1;
   }
   ScanPlan plan(bool backward, const ScanWalk& a, int beside = 1) const {
-    return device_plan(current_.device, ScanProblem{cell, dtype, backward, a.H, a.B, beside});
+    return device_plan(current_.device, ScanProblem{cell, number, backward, a.H, a.B, beside});
   }
 
   Tensor empty(std::initializer_list<int64_t> shape, std::optional<ScalarType> type = std::nullopt) const {

@@ -3,6 +3,8 @@
 
 namespace fastseq::cuda {
 
-BackwardKernel cluster_backward(ScanCell cell, ScanDtype dtype) { return backward_kernel<ClusterExchange>(cell, dtype); }
+BackwardKernel cluster_backward(ScanCell cell, ScanNumber number) {
+  return backward_kernel<ClusterExchange>(cell, number);
+}
 
 }  // namespace fastseq::cuda

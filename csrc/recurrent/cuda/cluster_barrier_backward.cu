@@ -3,8 +3,8 @@
 
 namespace fastseq::cuda {
 
-BackwardKernel cluster_barrier_backward(ScanCell cell, ScanDtype dtype) {
-  return backward_kernel<ClusterBarrierExchange>(cell, dtype);
+BackwardKernel cluster_barrier_backward(ScanCell cell, ScanNumber number) {
+  return backward_kernel<ClusterBarrierExchange>(cell, number);
 }
 
 }  // namespace fastseq::cuda

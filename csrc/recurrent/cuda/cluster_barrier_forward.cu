@@ -3,8 +3,8 @@
 
 namespace fastseq::cuda {
 
-ForwardKernel cluster_barrier_forward(ScanCell cell, ScanDtype dtype) {
-  return forward_kernel<ClusterBarrierExchange>(cell, dtype);
+ForwardKernel cluster_barrier_forward(ScanCell cell, ScanNumber number) {
+  return forward_kernel<ClusterBarrierExchange>(cell, number);
 }
 
 }  // namespace fastseq::cuda

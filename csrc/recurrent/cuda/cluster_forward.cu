@@ -3,6 +3,8 @@
 
 namespace fastseq::cuda {
 
-ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype) { return forward_kernel<ClusterExchange>(cell, dtype); }
+ForwardKernel cluster_forward(ScanCell cell, ScanNumber number) {
+  return forward_kernel<ClusterExchange>(cell, number);
+}
 
 }  // namespace fastseq::cuda

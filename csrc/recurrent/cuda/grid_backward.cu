@@ -3,6 +3,6 @@
 
 namespace fastseq::cuda {
 
-BackwardKernel grid_backward(ScanCell cell, ScanDtype dtype) { return backward_kernel<GridExchange>(cell, dtype); }
+BackwardKernel grid_backward(ScanCell cell, ScanNumber number) { return backward_kernel<GridExchange>(cell, number); }
 
 }  // namespace fastseq::cuda

@@ -3,6 +3,6 @@
 
 namespace fastseq::cuda {
 
-ForwardKernel grid_forward(ScanCell cell, ScanDtype dtype) { return forward_kernel<GridExchange>(cell, dtype); }
+ForwardKernel grid_forward(ScanCell cell, ScanNumber number) { return forward_kernel<GridExchange>(cell, number); }
 
 }  // namespace fastseq::cuda

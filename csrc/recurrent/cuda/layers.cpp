@@ -38,7 +38,7 @@ struct Layers {
     width = has_biases ? 4 : 2, G = gates_of(call.cell);
     STD_TORCH_CHECK(num_layers > 0 && int64_t(given.size()) == num_layers * stack.directions * width && x.dim() == 3,
                     "scan: x must be [T, B, I], and weights those of every layer and direction");
-    T = x.size(0), B = x.size(1), H = given[1].size(1), D = stack.directions, size = bytes_of(call.dtype);
+    T = x.size(0), B = x.size(1), H = given[1].size(1), D = stack.directions, size = int(bytes_of(call.number.dtype));
     STD_TORCH_CHECK(T > 0 && B > 0 && H > 0, "scan: a stack of layers in one call needs T, B and H above 0");
     for (int64_t i = 0; i < num_layers * D; ++i) {
       const Tensor* w = &given[i * width];
@@ -63,7 +63,7 @@ struct Layers {
     }
     // Products at half of an H100's rate, by estimate; a step as long as on an H200, where most took 2 to 3.5 us. They
     // decide into how many windows a lone layer is cut, by the square root. Nobody has timed other divisions.
-    const double rate = call.dtype == ScanDtype::f32 ? 4e13 : call.dtype == ScanDtype::tf32 ? 2e14 : 4e14;
+    const double rate = call.number.dtype != Dtype::f32 ? 4e14 : call.number.tf32 ? 2e14 : 4e13;
     const double step = 2.5e-6;
     const double factors = backward ? inputs(0, x) * (stack.with_dx ? 2.0 : 1.0) + H : inputs(0, x);
     stack.products = 2.0 * B * G * H * factors / rate / step;
@@ -136,7 +136,7 @@ struct ForwardLayers : Layers {
     if (p.window < division.windows - 1) a.h_out = floats(carry_h[i]), a.c_out = floats(carry_c[i]);
     if (plan.role == ScanRole::step) return step_forward_all(call, a, weight(p.layer, p.direction, 1));
     clear(p.lane, stream);
-    call.check(scan_forward(a, call.cell, call.dtype, plan, workspace[p.lane].data_ptr(), stream));
+    call.check(scan_forward(a, call.cell, call.number, plan, workspace[p.lane].data_ptr(), stream));
   }
   void run() {
     Lanes lanes(call.device(), call.stream(), division.lanes(), callers());
@@ -164,13 +164,13 @@ struct Sum {
     if (first) return multiply(a, b, target);
     const Tensor product = torch::stable::view(rows_of(scratch, 0, M * N), {M, N});
     multiply(a, b, product);
-    Call::check(scan_add(floats(target), floats(product), target.data_ptr(), M * N, ScanDtype::f32, stream));
+    Call::check(scan_add(floats(target), floats(product), target.data_ptr(), M * N, Dtype::f32, stream));
   }
   void clear(int64_t row, int64_t count) const {
     Tensor rows = rows_of(sum, row, count);
     torch::stable::zero_(rows);
   }
-  void finish(ScanDtype dtype, void* stream) const {
+  void finish(Dtype dtype, void* stream) const {
     if (sum.data_ptr() != out.data_ptr())
       Call::check(scan_add(floats(sum), nullptr, out.data_ptr(), out.numel(), dtype, stream));
   }
@@ -221,7 +221,7 @@ struct BackwardLayers : Layers {
     if (p.window > 0) a.dh_out = floats(carry_h[i]), a.dc_out = floats(carry_c[i]);
     if (plan.role == ScanRole::step) return step_backward_all(call, a, weight(p.layer, p.direction, 1));
     clear(lane(p), stream);
-    call.check(scan_backward(a, call.cell, call.dtype, plan, workspace[lane(p)].data_ptr(), stream));
+    call.check(scan_backward(a, call.cell, call.number, plan, workspace[lane(p)].data_ptr(), stream));
   }
   // dgates W_ih, of both directions.
   void input_gradient(const ScanPiece& p, void* stream) const {
@@ -237,7 +237,7 @@ struct BackwardLayers : Layers {
       parts.push_back(torch::stable::view(rows_of(halves[d], 0, rows * columns), {rows, columns}));
       multiply(slot(dgates, p, d), weight(p.layer, d, 0), parts[d]);
     }
-    Call::check(scan_add(floats(parts[0]), floats(parts[1]), out.data_ptr(), out.numel(), call.dtype, stream));
+    Call::check(scan_add(floats(parts[0]), floats(parts[1]), out.data_ptr(), out.numel(), call.number.dtype, stream));
   }
   // What a window adds to the gradients of W_ih, W_hh and the biases: dgatesᵀ x, dgatesᵀ h_prev, and dgates' sums. h_prev
   // is y, one step aside, and h0 where a walk begins.
@@ -298,11 +298,11 @@ struct BackwardLayers : Layers {
       }
     }
     if (!done) return;
-    of_inputs[i].finish(call.dtype, stream);
-    of_states[i].finish(call.dtype, stream);
+    of_inputs[i].finish(call.number.dtype, stream);
+    of_states[i].finish(call.number.dtype, stream);
     for (int b = 2; b < width; ++b)
       call.check(scan_add(floats(biases[2 * i + (gru ? b - 2 : 0)]), nullptr, dweights[i * width + b].data_ptr(), G * H,
-                          call.dtype, stream));
+                          call.number.dtype, stream));
   }
   Tensors biases;  // sums of dgates' rows, in float32
 
@@ -326,7 +326,7 @@ struct BackwardLayers : Layers {
     const torch::headeronly::IntHeaderOnlyArrayRef axes(over, 1);
     const Tensor added = torch::stable::sum(d, axes, false, ScalarType::Float), target = rows_of(sum, at, columns);
     const float* before = first ? nullptr : floats(target);
-    Call::check(scan_add(floats(added), before, target.data_ptr(), columns, ScanDtype::f32, stream));
+    Call::check(scan_add(floats(added), before, target.data_ptr(), columns, Dtype::f32, stream));
   }
 };
 

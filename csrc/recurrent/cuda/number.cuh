@@ -23,12 +23,18 @@ FASTSEQ_DEVICE T operand(T x) {
 FASTSEQ_DEVICE Tf32 operand(Tf32 x) { return {bits_float(to_tf32(x.value))}; }
 
 template <class T>
-constexpr ScanDtype kDtype = ScanDtype::f32;
+constexpr ScanNumber kNumber = {Dtype::f32};
 template <>
-constexpr ScanDtype kDtype<Bf16> = ScanDtype::bf16;
+constexpr ScanNumber kNumber<Bf16> = {Dtype::bf16};
 template <>
-constexpr ScanDtype kDtype<Fp16> = ScanDtype::f16;
+constexpr ScanNumber kNumber<Fp16> = {Dtype::f16};
 template <>
-constexpr ScanDtype kDtype<Tf32> = ScanDtype::tf32;
+constexpr ScanNumber kNumber<Tf32> = {Dtype::f32, true};
+
+// Whether a product is three of TF32, which keep float32's digits.
+template <class T>
+constexpr bool kThreefold = false;
+template <>
+constexpr bool kThreefold<float> = true;
 
 }  // namespace fastseq::cuda

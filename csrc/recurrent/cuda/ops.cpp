@@ -20,15 +20,15 @@ void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh) {
   ScanStep s;
   s.state = floats(state), s.cell_state = floats(cell_state), s.kept = floats(kept), s.operand = operand.data_ptr();
   s.step = -1;
-  call.check(step_forward(a, call.cell, call.dtype, s, call.stream()));
+  call.check(step_forward(a, call.cell, call.number.dtype, s, call.stream()));
   for (s.step = 0; s.step < a.T; ++s.step) {
     multiply(operand, w_first, product);
     s.phase = 0, s.product = floats(product);
-    call.check(step_forward(a, call.cell, call.dtype, s, call.stream()));
+    call.check(step_forward(a, call.cell, call.number.dtype, s, call.stream()));
     if (!twice) continue;
     multiply(operand, w_again, again);
     s.phase = 1, s.product = floats(again);
-    call.check(step_forward(a, call.cell, call.dtype, s, call.stream()));
+    call.check(step_forward(a, call.cell, call.number.dtype, s, call.stream()));
   }
 }
 
@@ -45,16 +45,16 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
   s.state = floats(state), s.cell_state = floats(cell_state), s.kept = floats(kept), s.product = floats(product);
   for (s.step = 0; s.step < a.T; ++s.step) {
     s.phase = 0, s.operand = candidate.data_ptr();
-    call.check(step_backward(a, call.cell, call.dtype, s, call.stream()));
+    call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
     if (twice) {
       multiply(candidate, w_candidate, product);
       s.phase = 1, s.operand = operand.data_ptr();
-      call.check(step_backward(a, call.cell, call.dtype, s, call.stream()));
+      call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
     }
     if (s.step + 1 < a.T || a.dh0) multiply(operand, w_last, product);
   }
   s.phase = 0;
-  if (a.dh0 || a.dc0) call.check(step_backward(a, call.cell, call.dtype, s, call.stream()));
+  if (a.dh0 || a.dc0) call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
 }
 
 // ---- The operators.
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     step_forward_all(call, a, w);
   } else {
     const Tensor workspace = call.zeroes(plan.workspace);
-    call.check(scan_forward(a, call.cell, call.dtype, plan, workspace.data_ptr(), call.stream()));
+    call.check(scan_forward(a, call.cell, call.number, plan, workspace.data_ptr(), call.stream()));
   }
   return {y, h_n, c_n, c_all, tape};
 }
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     step_backward_all(call, a, w);
   } else {
     const Tensor workspace = call.zeroes(plan.workspace);
-    call.check(scan_backward(a, call.cell, call.dtype, plan, workspace.data_ptr(), call.stream()));
+    call.check(scan_backward(a, call.cell, call.number, plan, workspace.data_ptr(), call.stream()));
   }
   return {dgates, dhidden, dh0, dc0};
 }
@@ -166,11 +166,8 @@ static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier
 std::string native_scan_plan(StringHandle cell, StringHandle dtype_name, bool backward, int64_t H, int64_t B,
                              const std::vector<int64_t>& device) {
   const std::string name = take_text(cell), dtype = take_text(dtype_name);
-  const ScanDtype type = dtype == "bf16"   ? ScanDtype::bf16
-                         : dtype == "fp16" ? ScanDtype::f16
-                         : dtype == "tf32" ? ScanDtype::tf32
-                                           : ScanDtype::f32;
-  const ScanProblem problem{cell_of(name), type, backward, int(H), int(B)};
+  const ScanNumber number{dtype == "bf16" ? Dtype::bf16 : dtype == "fp16" ? Dtype::f16 : Dtype::f32, dtype == "tf32"};
+  const ScanProblem problem{cell_of(name), number, backward, int(H), int(B)};
   ScanPlan plan;
   if (device.empty()) {
     plan = device_plan(kEmulated ? 0 : torch::stable::accelerator::getCurrentDeviceIndex(), problem);

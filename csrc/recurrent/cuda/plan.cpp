@@ -19,7 +19,7 @@ constexpr int kClusters[] = {1, 2, 4, 8, 16};
 constexpr int kFewTiles = 96;
 
 ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& shape, int threads, bool copied) {
-  const int size = bytes_of(q.dtype), gates = gates_of(q.cell), warps = threads / 32;
+  const int size = int(bytes_of(q.number.dtype)), gates = gates_of(q.cell), warps = threads / 32;
   const bool twice = q.cell == ScanCell::gru_reset_before;
   const int direct = twice ? 2 : gates;  // gates of the first product
   ScanLayout l;
@@ -37,7 +37,7 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
     p.splits = std::clamp(warps / p.row_tiles, 1, p.k_tiles);
     p.per_split = parts(p.k_tiles, p.splits);
     p.splits = parts(p.k_tiles, p.per_split);
-    p.held = i ? 0 : std::min(scan_held(role, q.dtype), p.per_split);
+    p.held = i ? 0 : std::min(scan_held(role, q.number), p.per_split);
     p.first_fragment = stored;
     const int tasks = p.row_tiles * p.splits;
     stored += tasks * p.per_split - std::min(tasks, warps) * p.held;
@@ -62,7 +62,7 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
 ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role, int blocks, int columns,
                  int threads) {
   ScanPlan plan;
-  const int step = 16 / bytes_of(q.dtype);
+  const int step = 16 / int(bytes_of(q.number.dtype));
   plan.shape.columns = columns;
   plan.shape.units = up(parts(q.H, blocks), step);
   plan.shape.blocks = parts(q.H, plan.shape.units);  // none without units: who waits for its bytes would wait for ever
@@ -73,7 +73,7 @@ ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role
       if (plan.layout.shared <= static_cast<long long>(limits.shared_per_block)) break;
     }
     // One element a thread, and of W_hh as much as the registers hold; backward, where a warp's products are longer, less.
-    const int held = scan_held(role, q.dtype), each = in_cluster(role) ? 1 : kScanElements;
+    const int held = scan_held(role, q.number), each = in_cluster(role) ? 1 : kScanElements;
     const bool enough = plan.shape.units * columns <= each * threads &&
                         plan.layout.tiles <= (q.backward ? std::min(held, 8) : held) * threads / 32;
     if (wanted || enough || threads == kScanThreads) break;
@@ -158,7 +158,7 @@ ScanPlan plan_grid(const DeviceLimits& limits, const ScanProblem& q, const ScanW
     best.reason = "a grid whose blocks wait for each other needs compute capability 8.0 and cooperative launches";
     return best;
   }
-  const int step = 16 / bytes_of(q.dtype), most = limits.multiprocessors / q.beside;
+  const int step = 16 / int(bytes_of(q.number.dtype)), most = limits.multiprocessors / q.beside;
   double least = 0;
   int fewest = 0;
   for (int share : {1, 2}) {  // groups that divide the device; more have fewer rows each, and more of W_hh a block

@@ -104,7 +104,7 @@ template <class T, int kHeld, int kRoom, class Exchange>
 FASTSEQ_DEVICE void multiply(const ScanProduct& p, const FirstTask& first, const Fragment (&held)[kRoom],
                              const Fragment* stored, float* partial, int partial_rows, int columns,
                              const Exchange& exchange) {
-  constexpr int kChunk = 2, kGroup = kDtype<T> == ScanDtype::f32 ? 1 : 4;
+  constexpr int kChunk = 2, kGroup = kThreefold<T> ? 1 : 4;
   static_assert(kHeld % kChunk == 0 && kHeld % kGroup == 0, "chunks of the held fragments");
   const int warps = nthreads() / 32, tasks = p.row_tiles * p.splits;
   const int k0 = first.split * p.per_split;

@@ -148,10 +148,10 @@ auto pick(ScanCell cell) {
   }
 }
 template <template <ScanCell, class> class Pick>
-auto pick(ScanCell cell, ScanDtype dtype) {
+auto pick(ScanCell cell, Dtype dtype) {
   switch (dtype) {
-    case ScanDtype::bf16: return pick<Pick, Bf16>(cell);
-    case ScanDtype::f16: return pick<Pick, Fp16>(cell);
+    case Dtype::bf16: return pick<Pick, Bf16>(cell);
+    case Dtype::f16: return pick<Pick, Fp16>(cell);
     default: return pick<Pick, float>(cell);
   }
 }
@@ -171,32 +171,32 @@ Launch step_launch(const ScanWalk& a) {
   return launch;
 }
 
-ForwardKernel forward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
-  return role == ScanRole::cluster           ? cluster_forward(cell, dtype)
-         : role == ScanRole::cluster_barrier ? cluster_barrier_forward(cell, dtype)
-                                             : grid_forward(cell, dtype);
+ForwardKernel forward_of(ScanCell cell, ScanNumber number, ScanRole role) {
+  return role == ScanRole::cluster           ? cluster_forward(cell, number)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_forward(cell, number)
+                                             : grid_forward(cell, number);
 }
-BackwardKernel backward_of(ScanCell cell, ScanDtype dtype, ScanRole role) {
-  return role == ScanRole::cluster           ? cluster_backward(cell, dtype)
-         : role == ScanRole::cluster_barrier ? cluster_barrier_backward(cell, dtype)
-                                             : grid_backward(cell, dtype);
+BackwardKernel backward_of(ScanCell cell, ScanNumber number, ScanRole role) {
+  return role == ScanRole::cluster           ? cluster_backward(cell, number)
+         : role == ScanRole::cluster_barrier ? cluster_barrier_backward(cell, number)
+                                             : grid_backward(cell, number);
 }
 
 }  // namespace
 
-const char* step_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step, void* stream) {
+const char* step_forward(const ScanForward& args, ScanCell cell, Dtype dtype, const ScanStep& step, void* stream) {
   return launch(pick<StepForward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
 }
-const char* step_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step,
+const char* step_backward(const ScanBackward& args, ScanCell cell, Dtype dtype, const ScanStep& step,
                           void* stream) {
   return launch(pick<StepBackward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
 }
 
-const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream) {
+const char* scan_add(const float* a, const float* b, void* out, int64_t n, Dtype dtype, void* stream) {
   Launch shape;
   shape.threads = kStepThreads;
   shape.grid.x = static_cast<unsigned>(std::min<int64_t>((n + kStepThreads - 1) / kStepThreads, 1024));
-  const auto kernel = dtype == ScanDtype::bf16 ? &add<Bf16> : dtype == ScanDtype::f16 ? &add<Fp16> : &add<float>;
+  const auto kernel = dtype == Dtype::bf16 ? &add<Bf16> : dtype == Dtype::f16 ? &add<Fp16> : &add<float>;
   return n == 0 ? nullptr : launch(kernel, shape, static_cast<Stream>(stream), a, b, out, n);
 }
 
@@ -204,14 +204,14 @@ const char* scan_clear(void* target, size_t bytes, void* stream) {
   return set_zero(target, bytes, static_cast<Stream>(stream));
 }
 
-const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+const char* scan_forward(const ScanForward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                          void* workspace, void* stream) {
-  return launch(forward_of(cell, dtype, plan.role), plan.launch, static_cast<Stream>(stream), args,
+  return launch(forward_of(cell, number, plan.role), plan.launch, static_cast<Stream>(stream), args,
                 Resident{plan.shape, plan.layout, workspace});
 }
-const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                           void* workspace, void* stream) {
-  return launch(backward_of(cell, dtype, plan.role), plan.launch, static_cast<Stream>(stream), args,
+  return launch(backward_of(cell, number, plan.role), plan.launch, static_cast<Stream>(stream), args,
                 Resident{plan.shape, plan.layout, workspace});
 }
 
@@ -220,8 +220,8 @@ int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& sha
     return in_cluster(role) && shape.cluster > 1 ? resident_clusters(kernel, shape)
                                                           : blocks_per_multiprocessor(kernel, shape);
   };
-  return problem.backward ? ask(backward_of(problem.cell, problem.dtype, role))
-                          : ask(forward_of(problem.cell, problem.dtype, role));
+  return problem.backward ? ask(backward_of(problem.cell, problem.number, role))
+                          : ask(forward_of(problem.cell, problem.number, role));
 }
 
 }  // namespace fastseq::cuda

@@ -11,18 +11,21 @@
 #include <cstdint>
 #include <string>
 
+#include "core/dtype.h"
 #include "recurrent/cells.h"
 #include "primitives/types.cuh"
 
 namespace fastseq::cuda {
 
 using ScanCell = Cell;
-// tf32: float32 whose products with W_hh are single ones of TF32, not three that keep its digits.
-enum class ScanDtype : int { f32, bf16, f16, tf32 };
+// What the scan computes with. tf32: float32 whose products with W_hh are single ones of TF32, not three that keep its
+// digits.
+struct ScanNumber {
+  Dtype dtype;
+  bool tf32 = false;
+};
 enum class ScanRole : int { step, grid, cluster, cluster_barrier };
 constexpr bool in_cluster(ScanRole role) { return role == ScanRole::cluster || role == ScanRole::cluster_barrier; }
-
-constexpr int bytes_of(ScanDtype dtype) { return dtype == ScanDtype::f32 || dtype == ScanDtype::tf32 ? 4 : 2; }
 
 // What both directions share. A launch walks the T steps from time `first` on of `total`; pointers are to all of them.
 // lengths: int64 [B] or null; reset: [total,B] by strides, or null.
@@ -67,8 +70,8 @@ constexpr int kScanThreads = 512;  // of a block of the resident roles, at most
 constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs looks after, at most
 // Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid's blocks
 // have few, and addresses in global memory to keep.
-constexpr int scan_held(ScanRole role, ScanDtype dtype) {
-  return (role == ScanRole::grid ? 4 : 12) / (dtype == ScanDtype::f32 ? 3 : 1) / 4 * 4;
+constexpr int scan_held(ScanRole role, ScanNumber number) {
+  return (role == ScanRole::grid ? 4 : 12) / (number.dtype == Dtype::f32 && !number.tf32 ? 3 : 1) / 4 * 4;
 }
 constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
 // W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.
@@ -109,7 +112,7 @@ struct ScanLayout {
 
 struct ScanProblem {
   ScanCell cell;
-  ScanDtype dtype;
+  ScanNumber number;
   bool backward;
   int H, B;
   int beside = 1;  // scans that are to run at once, each on its share of the device
@@ -139,13 +142,13 @@ ScanPlan make_plan(const DeviceLimits& limits, const ScanProblem& problem, const
 // ---- Launches. Each returns nullptr, or why it could not start; `stream` is a cudaStream_t.
 
 int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& launch);
-const char* scan_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+const char* scan_forward(const ScanForward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                          void* workspace, void* stream);
-const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanPlan& plan,
+const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                           void* workspace, void* stream);
 
 // out[i] = a[i] + b[i] of n floats, in a dtype; b may be null, out may be a.
-const char* scan_add(const float* a, const float* b, void* out, int64_t n, ScanDtype dtype, void* stream);
+const char* scan_add(const float* a, const float* b, void* out, int64_t n, Dtype dtype, void* stream);
 
 // Makes device memory zero, in stream order.
 const char* scan_clear(void* target, size_t bytes, void* stream);
@@ -166,8 +169,8 @@ struct ScanStep {
   float* kept = nullptr;        // [B,H], gru_reset_before's: what phase 0 leaves for phase 1
   void* operand = nullptr;
 };
-const char* step_forward(const ScanForward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step, void* stream);
-const char* step_backward(const ScanBackward& args, ScanCell cell, ScanDtype dtype, const ScanStep& step,
+const char* step_forward(const ScanForward& args, ScanCell cell, Dtype dtype, const ScanStep& step, void* stream);
+const char* step_backward(const ScanBackward& args, ScanCell cell, Dtype dtype, const ScanStep& step,
                           void* stream);
 
 }  // namespace fastseq::cuda

@@ -62,7 +62,7 @@ struct Block {
   Fragment* stored;
   float *partial, *bias;
   FirstTask first[2];
-  static constexpr int kHeld = scan_held(Exchange<T>::kRole, kDtype<T>);
+  static constexpr int kHeld = scan_held(Exchange<T>::kRole, kNumber<T>);
   Fragment held[kHeld ? kHeld : 1];
 
   FASTSEQ_DEVICE explicit Block(const Resident& r)
@@ -268,9 +268,9 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
         }
       };
       const bool wanted = more || a.dh0 || a.dh_out;
-      if (kDtype<T> == ScanDtype::f32) write();  // whose products leave no registers to keep them in
+      if (kThreefold<T>) write();  // whose products leave no registers to keep them in
       if (wanted) exchange.template publish<D>(slice, 0);
-      if (kDtype<T> != ScanDtype::f32) write();  // what no peer waits for, while the gradients are on their way
+      if (!kThreefold<T>) write();  // what no peer waits for, while the gradients are on their way
       if (!wanted) break;
       if (more) {
         t = time_back(a, step + 1);
@@ -342,12 +342,11 @@ ForwardKernel forward_kernel(ScanCell cell) {
   }
 }
 template <template <class> class Exchange>
-ForwardKernel forward_kernel(ScanCell cell, ScanDtype dtype) {
-  switch (dtype) {
-    case ScanDtype::bf16: return forward_kernel<Bf16, Exchange>(cell);
-    case ScanDtype::f16: return forward_kernel<Fp16, Exchange>(cell);
-    case ScanDtype::tf32: return forward_kernel<Tf32, Exchange>(cell);
-    default: return forward_kernel<float, Exchange>(cell);
+ForwardKernel forward_kernel(ScanCell cell, ScanNumber number) {
+  switch (number.dtype) {
+    case Dtype::bf16: return forward_kernel<Bf16, Exchange>(cell);
+    case Dtype::f16: return forward_kernel<Fp16, Exchange>(cell);
+    default: return number.tf32 ? forward_kernel<Tf32, Exchange>(cell) : forward_kernel<float, Exchange>(cell);
   }
 }
 template <class T, template <class> class Exchange>
@@ -360,21 +359,20 @@ BackwardKernel backward_kernel(ScanCell cell) {
   }
 }
 template <template <class> class Exchange>
-BackwardKernel backward_kernel(ScanCell cell, ScanDtype dtype) {
-  switch (dtype) {
-    case ScanDtype::bf16: return backward_kernel<Bf16, Exchange>(cell);
-    case ScanDtype::f16: return backward_kernel<Fp16, Exchange>(cell);
-    case ScanDtype::tf32: return backward_kernel<Tf32, Exchange>(cell);
-    default: return backward_kernel<float, Exchange>(cell);
+BackwardKernel backward_kernel(ScanCell cell, ScanNumber number) {
+  switch (number.dtype) {
+    case Dtype::bf16: return backward_kernel<Bf16, Exchange>(cell);
+    case Dtype::f16: return backward_kernel<Fp16, Exchange>(cell);
+    default: return number.tf32 ? backward_kernel<Tf32, Exchange>(cell) : backward_kernel<float, Exchange>(cell);
   }
 }
 
 // Defined in the files that instantiate them.
-ForwardKernel cluster_forward(ScanCell cell, ScanDtype dtype);
-ForwardKernel cluster_barrier_forward(ScanCell cell, ScanDtype dtype);
-ForwardKernel grid_forward(ScanCell cell, ScanDtype dtype);
-BackwardKernel cluster_backward(ScanCell cell, ScanDtype dtype);
-BackwardKernel cluster_barrier_backward(ScanCell cell, ScanDtype dtype);
-BackwardKernel grid_backward(ScanCell cell, ScanDtype dtype);
+ForwardKernel cluster_forward(ScanCell cell, ScanNumber number);
+ForwardKernel cluster_barrier_forward(ScanCell cell, ScanNumber number);
+ForwardKernel grid_forward(ScanCell cell, ScanNumber number);
+BackwardKernel cluster_backward(ScanCell cell, ScanNumber number);
+BackwardKernel cluster_barrier_backward(ScanCell cell, ScanNumber number);
+BackwardKernel grid_backward(ScanCell cell, ScanNumber number);
 
 }  // namespace fastseq::cuda

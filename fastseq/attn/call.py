@@ -1,0 +1,76 @@
+"""One call of attention as one object: its fields are the operators' arguments, in their order.
+
+A new option of attention is a field here; the schemas (``fastseq/ops/__init__.py``) and the places of arguments in them
+are made of these fields.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+
+class AttentionCall(NamedTuple):
+    """Arguments that were checked. Shapes and dtypes are those of the operator: ``fastseq/ops/__init__.py``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    lengths_q: Tensor | None = None
+    lengths_k: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    causal: bool = False
+    bottom_right: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "int"}
+_TYPES = get_type_hints(AttentionCall)
+
+SCHEMA = {name: f"{_SCHEMA_TYPES[_TYPES[name]]} {name}" for name in AttentionCall._fields}
+"""Each field as the operators' schemas declare it."""
+
+OPTIONS = AttentionCall._fields[3:]
+"""All but q, k and v."""
+
+TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tensor, Tensor | None))
+"""The fields that hold tensors; they come first."""
+
+PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p"))
+"""Those of the operator on pages."""
+
+
+def tensors_of(call: AttentionCall) -> tuple:
+    """All tensors, None where one is absent; ``AttentionCall(*tensors_of(call), *settings_of(call))`` is the call."""
+    return call[: len(TENSORS)]
+
+
+def settings_of(call: AttentionCall) -> tuple:
+    """All that is no tensor."""
+    return call[len(TENSORS) :]
+
+
+def options_of(call: AttentionCall) -> tuple:
+    """All but q, k and v."""
+    return call[3:]
+
+
+def with_four_dimensions(x: Tensor | None) -> Tensor | None:
+    """A bias or a mask with the dimensions that it broadcasts along."""
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The scale that a user gave, or 1 / sqrt(D)."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

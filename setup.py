@@ -213,7 +213,7 @@ def sources(pattern: str) -> list[Path]:
 
 
 def object_of(source: Path, variant: str) -> Path:
-    """Where the object of a source under csrc is kept. Its name has the whole path: files of two folders share a name."""
+    """Where the object of a source under csrc is kept. Its name is the whole path, since folders share file names."""
     return OBJECTS / variant / f"{'-'.join(source.parts[1:])}.o"
 
 

@@ -195,7 +195,7 @@ def _target(module: nn.Module, keep_class: bool) -> type[nn.Module] | None:
         return ours
     if ours is None and not _overridden(cls) and not parametrize.is_parametrized(module):
         ours = next((TO_FASTSEQ[base] for base in cls.__mro__ if base in TO_FASTSEQ), None)
-    return None if ours is None else _with_class(ours, cls)
+    return None if ours is None else _with_class(ours, cls)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -209,11 +209,11 @@ def _with_class(ours: Any, cls: Any) -> type[nn.Module]:
 
 def _reduce_with_class(self: nn.Module, protocol: Any) -> tuple:
     """For copy and pickle, which cannot find a class made here by its name."""
-    ours = next(base for base in type(self).__mro__ if base in TO_TORCH)
+    ours: Any = next(base for base in type(self).__mro__ if base in TO_TORCH)
     return _new_with_class, (ours, type(self)._own_class), object.__reduce_ex__(self, protocol)[2]
 
 
-def _new_with_class(ours: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
+def _new_with_class(ours: Any, cls: Any) -> nn.Module:
     return object.__new__(_with_class(ours, cls))
 
 
@@ -226,7 +226,7 @@ def _overridden(cls: type) -> list[str]:
 
 
 def _class_note(report: Report, keep_class: bool) -> list[str]:
-    """What tools that look for torch's classes do not find any more. Of our cells and of attention they find the base."""
+    """What tools that look for torch's classes no longer find. Our cells and attention derive from torch's."""
     layers = {f"torch.nn.{cls.__name__}" for cls in (nn.RNN, nn.GRU, nn.LSTM)}
     if keep_class or not any(change.old in layers for change in report.changed):
         return []

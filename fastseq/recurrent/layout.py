@@ -1,8 +1,8 @@
 """How a caller lays out what the scan has as x and y ``[T,B,n]`` and states ``[B,n]``.
 
-``scan``: so. ``layer``: x as well, or ``[T,n]`` of one sequence, states ``[1,B,n]`` or ``[1,n]``; ``batch_first``: but
-x ``[B,T,n]``. ``cell``: ``[B,n]`` or ``[n]``, states alike. ``rank`` is x's; None stays None. csrc/recurrent/inference.h
-has the same names.
+``scan``: so. ``layer``: x as well, or ``[T,n]`` of one sequence, states ``[1,B,n]`` or ``[1,n]``. ``batch_first``: as
+``layer``, but x ``[B,T,n]``. ``cell``: ``[B,n]`` or ``[n]``, states alike. ``rank`` is x's; None stays None.
+csrc/recurrent/inference.h has the same names.
 """
 
 from __future__ import annotations

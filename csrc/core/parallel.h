@@ -5,13 +5,20 @@
 // accept: always divide work by team.size as found inside, never by what was asked for.
 #pragma once
 #include <atomic>
+#include <chrono>
 #if defined(FASTSEQ_STD_THREADS)  // the sanitizer build: ThreadSanitizer cannot see inside OpenMP's runtime
 #include <thread>
 #include <vector>
 #elif defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__linux__) || defined(__APPLE__)
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#elif defined(__APPLE__)
 #include <sched.h>
 #endif
 #if defined(__x86_64__)
@@ -25,35 +32,68 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-// A centralised sense-counting barrier. A waiter spins for some microseconds, then yields its core each round, so that
-// a team with more threads than free cores still moves on.
+// A centralised barrier. A waiter spins for a while and then sleeps. On a machine with other work to do, a member of the
+// team may not be scheduled for milliseconds, and a waiter that spins or yields can keep it from a core for many times
+// as long. A member that arrives asks the system for nothing unless somebody sleeps.
 struct Barrier {
   alignas(64) std::atomic<int> waiting{0};
-  alignas(64) std::atomic<unsigned> round{0};
+  alignas(64) std::atomic<unsigned> round{0};  // counts by two; odd while somebody sleeps
+  std::atomic<bool> slept{false};
 
   void wait(int size) {
     if (size == 1) return;
-    unsigned mine = round.load(std::memory_order_relaxed);
+    const unsigned mine = round.load(std::memory_order_relaxed) & ~1u;
     if (waiting.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       waiting.store(0, std::memory_order_relaxed);
-      round.store(mine + 1, std::memory_order_release);
+      if (round.exchange(mine + 2, std::memory_order_acq_rel) & 1) wake_all();
       return;
     }
-    for (int spins = 0; round.load(std::memory_order_acquire) == mine; ++spins) {
-      if (spins < 2000) {
+    if (spin(mine)) return;
+    slept.store(true, std::memory_order_relaxed);
+    unsigned expected = mine;
+    round.compare_exchange_strong(expected, mine + 1, std::memory_order_relaxed);
+    while (!passed(mine)) sleep_while(mine + 1);
+  }
+
+ private:
+  bool passed(unsigned mine) const { return (round.load(std::memory_order_acquire) & ~1u) != mine; }
+
+  // False where the time is over. It is long enough for members with unequal work on a quiet machine. After that somebody
+  // slept it is short: two members that share a core spend it at every wait.
+  bool spin(unsigned mine) const {
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point now{}, end{};
+    do {
+      for (int spins = 0; spins < 64; ++spins) {
+        if (passed(mine)) return true;
 #if defined(__x86_64__)
         _mm_pause();
 #elif defined(__aarch64__)
         asm volatile("yield");
 #endif
-      } else {
-#if defined(__linux__) || defined(__APPLE__)
-        sched_yield();
-#endif
       }
-    }
+      now = Clock::now();
+      if (end == Clock::time_point{})
+        end = now + std::chrono::microseconds(slept.load(std::memory_order_relaxed) ? 5 : 100);
+    } while (now < end);
+    return false;
+  }
+
+  // May return early.
+  void sleep_while([[maybe_unused]] unsigned value) {
+#if defined(__linux__)
+    syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#elif defined(__APPLE__)
+    sched_yield();
+#endif
+  }
+  void wake_all() {
+#if defined(__linux__)
+    syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
   }
 };
+static_assert(sizeof(std::atomic<unsigned>) == 4, "a futex is a word of 32 bits");
 
 struct Team {
   int rank;

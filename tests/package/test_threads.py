@@ -166,6 +166,42 @@ def test_a_call_asks_for_no_thread_that_has_nothing_to_do_at_a_step():
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="gives threads their cores as Linux does")
+@pytest.mark.skipif(
+    hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2, reason="wants a core for each thread"
+)
+def test_a_thread_sleeps_while_the_other_is_not_scheduled_and_results_are_the_same():
+    """The other thread shares its core with a busy process, so it is late again and again."""
+    run_python(
+        """
+        import os, resource, subprocess, sys, torch, fastseq
+
+        torch.set_num_threads(2)
+        torch.set_grad_enabled(False)
+        layer, x = fastseq.nn.LSTM(256, 256), torch.randn(2000, 1, 256)
+        tasks = lambda: {int(task) for task in os.listdir("/proc/self/task")}
+        sleeps = lambda: resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        main, before = os.getpid(), tasks()
+        expected = layer(x)[0]
+        (other,) = tasks() - before
+        here, there = sorted(os.sched_getaffinity(0))[:2]
+        os.sched_setaffinity(main, {here})
+        os.sched_setaffinity(other, {there})
+        busy = f"import os; os.sched_setaffinity(0, [{there}]); print(flush=True)" + chr(10)
+        busy += f"while os.getppid() == {main}: pass"
+        with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            count = sleeps()
+            for _ in range(3):
+                assert torch.equal(layer(x)[0], expected)
+            count = sleeps() - count
+            process.kill()
+        assert count >= 10, f"slept {count} times: at the ends of calls, but not within them"
+        """,
+        OMP_WAIT_POLICY="passive",
+    )
+
+
 @pytest.mark.parametrize("threads", ["2", "4"])
 def test_oversubscribed_machine_moves_on(threads):
     """Several processes with more threads than cores: a barrier that never yields would crawl past the timeout."""

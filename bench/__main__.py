@@ -1,7 +1,7 @@
-"""The command line: ``python -m bench`` runs cases; ``python -m bench NAME`` hands over to bench/NAME.py.
+"""The command line: ``python -m bench`` runs cases; ``python -m bench NAME`` hands over to a module of that name.
 
-A module of this package that has ``main(argv: list[str]) -> int`` is a subcommand, and the first line of its docstring
-is its description.
+A module that has ``main(argv: list[str]) -> int`` is a subcommand, and the first line of its docstring is its
+description. bench/gpu/command.py is ``gpu``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ REFUSED, USAGE, INTERRUPTED = 1, cli.USAGE, cli.INTERRUPTED
 
 
 def subcommands() -> dict[str, Callable[[list[str]], int]]:
-    """The modules of this package that have a ``main``."""
-    names = [module.name for module in pkgutil.iter_modules(bench.__path__) if not module.name.startswith("_")]
-    modules = {name: importlib.import_module(f"bench.{name}") for name in names}
-    return {name: module.main for name, module in modules.items() if hasattr(module, "main")}
+    """The modules of bench, bench.gpu and bench.studies that have a ``main``."""
+    found = [module.name for module in pkgutil.walk_packages(bench.__path__, "bench.") if not module.ispkg]
+    modules = [importlib.import_module(name) for name in found if not name.endswith("__main__")]
+    names = {module: module.__name__.replace("gpu.command", "gpu").rpartition(".")[2] for module in modules}
+    return {name: module.main for module, name in names.items() if hasattr(module, "main")}
 
 
 def parser(commands: dict[str, Callable[[list[str]], int]]) -> argparse.ArgumentParser:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import speed_figures, study_figures
+from bench import speed_figures
 from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, load, measured
+from bench.studies import figures as study_figures
 from fastseq.demo import plots
 
 TEMPLATES = Path(__file__).resolve().parent

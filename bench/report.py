@@ -344,7 +344,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and the figures of docs instead")
     options = parser.parse_args(argv)
     try:
-        from bench import choosing, page
+        from bench import page
+        from bench.studies import choosing
 
         if options.docs:
             written = choosing.write(options.results)

@@ -118,7 +118,7 @@ def written(text: str, markers: tuple[str, str], between: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Entry point; 2 where a file cannot be read."""
-    from bench import gpu_speed  # which is made of this
+    from bench.gpu import speed as gpu_speed  # which is made of this
 
     parser = argparse.ArgumentParser(prog="python -m bench support", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")

@@ -1,4 +1,4 @@
-"""The process that measures, and may be lost: ``python -m bench.gpu_worker``, which ``python -m bench gpu`` runs.
+"""The process that measures, and may be lost: ``python -m bench.gpu.worker``, which ``python -m bench gpu`` runs.
 
 It takes the cases in the plan's order and writes each result to the journal. ``--warm I/N`` only calls every contestant
 of every N-th case once, so that what is compiled at the first call is in the compilers' caches.
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import FAMILIES, chosen
-from bench.gpu_journal import Journal
-from bench.gpu_run import DEFAULT, RUNNERS, Bench, EventClock, HostClock, Measured, gpu_attention, gpu_recurrent, scope
+from bench.gpu.cases import FAMILIES, chosen
+from bench.gpu.journal import Journal
+from bench.gpu.run import DEFAULT, RUNNERS, Bench, EventClock, HostClock, Measured, gpu_attention, gpu_recurrent, scope
 from bench.report import entry_document
 from bench.run import Entry
 
@@ -109,7 +109,7 @@ def warm(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.gpu_worker", description=__doc__)
+    out = argparse.ArgumentParser(prog="python -m bench.gpu.worker", description=__doc__)
     out.add_argument("family", choices=FAMILIES)
     out.add_argument("--journal", type=Path, required=True)
     out.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from bench import auto as beside
-from bench import gpu_cases, gpu_speed, model_attention, support
+from bench import support
 from bench.cases import Case
+from bench.gpu import auto as beside
+from bench.gpu import cases as gpu_cases
+from bench.gpu import speed as gpu_speed
+from bench.studies import model_attention
 from fastseq import auto
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 FIRST = auto.Row(auto.HOPPER, "scan", auto.ONE_STEP, ("triton", "torch", "reference"), "for this test")
 STEP = gpu_cases.Layers("inference", "bfloat16", "gru", 1, 4, 64)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import findings, speed_figures, study_figures
-from bench.cost import RECURRENT, WHOLE
+from bench import speed_figures
 from bench.exhibits import Document, Exhibit, Results, commit_of, date_of, device_of, load, measured, on_gpu
-from bench.page import TEMPLATES
+from bench.studies import figures as study_figures
+from bench.studies import findings
+from bench.studies.cost import RECURRENT, WHOLE
 from fastseq import cli
 from fastseq.demo import plots
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SHOWN = ("memory-recall", "memory-copying", "memory-adding", "memory-text", "reach-state", "cost-training")
 """Exhibits of docs/choosing.md."""
@@ -103,7 +104,7 @@ def text(results: Results) -> str:
     """docs/choosing.md as it must read for these results."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    jinja = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True,
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
                         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip
     page: str = jinja.get_template("choosing.md.j2").render(**facts(results))
     return page

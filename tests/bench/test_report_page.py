@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import choosing, exhibits, findings, page, speed_figures
+from bench import exhibits, page, speed_figures
 from bench.__main__ import main
+from bench.studies import choosing, findings
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 HANDED = "python -m bench report"
 
@@ -204,7 +205,7 @@ def test_the_page_on_choosing_is_what_the_results_say():
     assert (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8") == choosing.text(results), (
         "run: python -m bench report --docs"
     )
-    template = (ROOT / "bench" / "choosing.md.j2").read_text(encoding="utf-8")
+    template = (ROOT / "bench" / "studies" / "choosing.md.j2").read_text(encoding="utf-8")
     literal = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", template, flags=re.S)
     assert set(re.findall(r"\d+(?:[.,]\d+)*", literal)) <= {"50", "200", "1", "0"}
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from bench import gpu_attention
-from bench.gpu_cases import Heads, decode, dense
-from bench.gpu_report import surroundings
-from bench.gpu_run import EventClock, HostClock, told
+from bench.gpu import attention as gpu_attention
+from bench.gpu.cases import Heads, decode, dense
+from bench.gpu.report import surroundings
+from bench.gpu.run import EventClock, HostClock, told
 from bench.report import write_json
 
 ROLES = ("forward", "backward_keys", "backward_queries", "decode")

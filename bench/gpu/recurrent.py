@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastseq
 from bench.check import ResetBeforeGRU
-from bench.gpu_cases import Layers
+from bench.gpu.cases import Layers
 from bench.peers import Entrant, Outputs, Unavailable
 from fastseq import ops
 

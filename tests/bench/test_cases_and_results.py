@@ -422,7 +422,7 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
 
 
 def test_smaller_weights_are_compared_on_a_trained_model(tmp_path, capsys):
-    from bench.weights import main
+    from bench.studies.weights import main
 
     path = tmp_path / "weights.json"
     assert main(["--steps", "2", "--width", "16", "--min-time", "0.01", "--json", str(path)]) == 0

@@ -16,7 +16,7 @@ import torch
 from bench.report import SCHEMA, Printer, duration, environment, times
 from bench.run import NOISY, Options, geomean
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def slug(device: str) -> str:

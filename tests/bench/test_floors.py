@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from bench import gpu_cases, model, model_attention
+from bench.gpu import cases as gpu_cases
+from bench.studies import model, model_attention
 
 
 def test_more_work_never_takes_less() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import tune
+from bench.gpu import tune
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
 
 

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import torch
 
 import fastseq
-from bench import gpu_attention, gpu_recurrent
 from bench.cases import Case
 from bench.check import FLOOR, errors
-from bench.gpu_cases import Heads, Layers
+from bench.gpu import attention as gpu_attention
+from bench.gpu import recurrent as gpu_recurrent
+from bench.gpu.cases import Heads, Layers
 from bench.peers import Entrant, Outputs, Unavailable
 from bench.run import Entry, Timing
 from fastseq.backend import operator_reason

@@ -26,8 +26,8 @@ from torch import nn
 import fastseq
 from bench import peak
 from bench.report import RESULTS, unwritable
-from bench.resume import OtherStudy, Study, Unit
 from bench.run import time_in_turns
+from bench.studies.resume import OtherStudy, Study, Unit
 
 KINDS = ("rnn", "gru", "lstm", "attention")
 RECURRENT = {"rnn": fastseq.nn.RNN, "gru": fastseq.nn.GRU, "lstm": fastseq.nn.LSTM}
@@ -138,8 +138,8 @@ def in_subprocess(
     if device.type == "cpu" and not peak.CLEAR_REFS.exists():
         return None
     handed = json.dumps([kind, mode, dataclasses.asdict(protocol), str(device), threads])
-    command = [sys.executable, "-m", "bench.cost", handed]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "bench.studies.cost", handed]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if found.returncode:
         raise RuntimeError(f"measuring the memory of {kind}, {mode}: {found.stderr.strip()[-500:]}")
     return json.loads(found.stdout)

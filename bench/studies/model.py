@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from bench.studies import model_attention
 from fastseq.kernels import tuning_recurrent as tuning
-
-from bench import model_attention
 
 
 @dataclass(frozen=True)

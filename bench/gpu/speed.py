@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench import auto, model, model_attention, support
+from bench import support
 from bench.cases import DTYPES
-from bench.gpu_cases import FAMILIES, Heads
-from bench.gpu_report import slug
+from bench.gpu import auto
+from bench.gpu.cases import FAMILIES, Heads
+from bench.gpu.report import slug
 from bench.report import duration, times
+from bench.studies import model, model_attention
 
 Document = dict[str, Any]
 

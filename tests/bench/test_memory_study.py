@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.memory
-from bench import findings, learners, tasks
+import bench.studies.memory
 from bench.__main__ import main
-from bench.memory import Protocol, chosen_rate, plan
-from bench.resume import OtherStudy, Study, key
+from bench.studies import findings, learners, tasks
+from bench.studies.memory import Protocol, chosen_rate, plan
+from bench.studies.resume import OtherStudy, Study, key
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Protocol(
     steps=3,
     batch=4,
@@ -43,7 +43,7 @@ TINY = Protocol(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Protocol:
     """`memory --quick`, of next to nothing."""
-    monkeypatch.setattr(bench.memory, "QUICK", TINY)
+    monkeypatch.setattr(bench.studies.memory, "QUICK", TINY)
     return TINY
 
 
@@ -184,7 +184,7 @@ def test_a_file_of_other_settings_is_neither_continued_nor_overwritten(tmp_path,
 
 def test_the_same_seed_gives_the_same_result(tiny):
     unit = {"part": "sweep", "task": "recall", "kind": "gru", "distance": 5, "rate": 1e-2}
-    first, second = (bench.memory.measure(unit, tiny, []) for _ in range(2))
+    first, second = (bench.studies.memory.measure(unit, tiny, []) for _ in range(2))
     assert first["score"] == second["score"]
     assert first["learned"] == pytest.approx(second["learned"])
 
@@ -192,7 +192,7 @@ def test_the_same_seed_gives_the_same_result(tiny):
 def test_training_ends_early_once_solved_and_the_rest_counts_as_learned():
     protocol = dataclasses.replace(TINY, steps=400, batch=32, width=16, rates=(1e-2,))
     unit = {"part": "study", "task": "recall", "kind": "attention", "distance": 2, "seed": 0}
-    found = bench.memory.measure(unit, protocol, [])
+    found = bench.studies.memory.measure(unit, protocol, [])
     assert found["solved_at"] == found["steps"] < 400
     assert found["score"] > 0.95
     assert found["learned"] > 1 - found["steps"] / 400
@@ -224,7 +224,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     program = f"""
 import time
 from pathlib import Path
-from bench.resume import Study
+from bench.studies.resume import Study
 study = Study(Path({str(path)!r}), "a study", {{}}, 1)
 study.run([{{"n": n}} for n in range(6)], lambda unit: time.sleep(0.3) or {{"by": "the first"}})
 """

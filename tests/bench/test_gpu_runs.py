@@ -19,12 +19,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gpu, gpu_attention, gpu_cases, gpu_journal, gpu_recurrent, gpu_report, gpu_run, gpu_worker, support
-from bench.gpu_cases import Heads, Layers
-from bench.gpu_journal import Journal, supervise
+from bench import support
+from bench.gpu import attention as gpu_attention
+from bench.gpu import cases as gpu_cases
+from bench.gpu import command as gpu
+from bench.gpu import journal as gpu_journal
+from bench.gpu import recurrent as gpu_recurrent
+from bench.gpu import report as gpu_report
+from bench.gpu import run as gpu_run
+from bench.gpu import worker as gpu_worker
+from bench.gpu.cases import Heads, Layers
+from bench.gpu.journal import Journal, supervise
 from bench.peers import Entrant, Unavailable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LSTM = Layers("training", "float32", "lstm", 4, 3, 8)
 
 
@@ -222,7 +230,7 @@ def test_a_case_that_cannot_be_set_up_is_recorded(monkeypatch: pytest.MonkeyPatc
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from bench.gpu_journal import Journal
+from bench.gpu.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 gone = {line["name"] for line in journal.lines() if line["event"] != "start"}
 for name in sys.argv[2:]:

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench import learners, tasks
 from bench.report import RESULTS, unwritable
-from bench.resume import OtherStudy, Study, Unit
+from bench.studies import learners, tasks
+from bench.studies.resume import OtherStudy, Study, Unit
 
 SOLVED, WINDOW = 0.99, 25
 """Training ends early once the mean score of the last 25 batches is 0.99: then nothing is left to learn."""

@@ -1,4 +1,4 @@
-"""A plugin of pytest that keeps a journal (gpu_journal.py) of tests: ``-p bench.gpu_record --journal FILE``.
+"""A plugin of pytest that keeps a journal (journal.py) of tests: ``-p bench.gpu.record --journal FILE``.
 
 Tests that the journal has are left out, so that a run that broke off goes on where it was. A process whose GPU answers
 no more, as after a wild write, ends at once: every later test would fail in it.
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_journal import Journal
+from bench.gpu.journal import Journal
 
 BROKEN = 70
 """Exit status of a process whose GPU is gone."""

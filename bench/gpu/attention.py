@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastseq
-from bench.gpu_cases import Heads
+from bench.gpu.cases import Heads
 from bench.peers import Entrant, Outputs, Unavailable
 
 ROWS = 2048

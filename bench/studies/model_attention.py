@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.gpu_cases import Heads, attention_core, attention_grid
+from bench.gpu.cases import Heads, attention_core, attention_grid
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from bench.exhibits import Document
-from bench.learners import KINDS
-from bench.tasks import TASKS
+from bench.studies.learners import KINDS
+from bench.studies.tasks import TASKS
 
 REMEMBERED = 0.9
 """A distance counts as remembered where every seed scored so much there, and at all shorter distances."""

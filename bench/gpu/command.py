@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import FAMILIES, chosen
-from bench.gpu_journal import Journal, end, last_line, supervise
-from bench.gpu_report import beside_earlier, case_lost, earlier, print_cases, slug, surroundings, timings_document
-from bench.gpu_report import tests_document as document_of_tests
-from bench.gpu_run import DEFAULT, RUNNERS
+from bench.gpu.cases import FAMILIES, chosen
+from bench.gpu.journal import Journal, end, last_line, supervise
+from bench.gpu.report import beside_earlier, case_lost, earlier, print_cases, slug, surroundings, timings_document
+from bench.gpu.report import tests_document as document_of_tests
+from bench.gpu.run import DEFAULT, RUNNERS
 from bench.report import Printer, write_json
 from fastseq.backend import operator_reason
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("tests", "sanitizer", *FAMILIES)
 NO_GPU, INTERRUPTED = 2, 130
 SHARE = {"tests": 0.33, "sanitizer": 0.1}
@@ -115,7 +115,7 @@ def tests(run: Run, until: float) -> None:
             return
         journal, log = Journal(run.scratch / f"tests-{kernels}.jsonl"), run.scratch / f"tests-{kernels}.log"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        command += ["-p", "bench.gpu_record"]
+        command += ["-p", "bench.gpu.record"]
         command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
         workers = min(10, int((os.cpu_count() or 2) * share))
         if importlib.util.find_spec("xdist") is not None and workers > 1:
@@ -198,7 +198,7 @@ def sanitizers(run: Run, until: float) -> None:
 
 def worker(run: Run, family: str, journal: Path, until: float) -> list[str]:
     options = run.options
-    command = [sys.executable, "-m", "bench.gpu_worker", family, "--journal", str(journal), "--device", options.device]
+    command = [sys.executable, "-m", "bench.gpu.worker", family, "--journal", str(journal), "--device", options.device]
     command += ["--until", str(time.time() + until - time.monotonic()), "--min-time", str(options.min_time)]
     return command
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench import gpu, gpu_cases
+from bench.gpu import cases as gpu_cases
+from bench.gpu import command as gpu
 from fastseq import ops
 
 # As the tool is called: --tool NAME --error-exitcode 99 COMMAND. One finds nothing, one finds errors in a command that
@@ -69,7 +70,7 @@ def test_every_tool_looks_at_the_kernels_of_both_families(
     calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
     for name in TOOLS:
         for family in gpu.FAMILIES:
-            (line,) = (c for c in calls if c.startswith(f"--tool {name} ") and f"gpu_worker {family} " in c)
+            (line,) = (c for c in calls if c.startswith(f"--tool {name} ") and f"gpu.worker {family} " in c)
             assert line.endswith("--tiny --check --contestant native")
 
 

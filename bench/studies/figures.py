@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench import findings
-from bench.cost import KINDS as COST_KINDS
-from bench.cost import MODES, RECURRENT, SHORT, WHOLE
 from bench.exhibits import Document, Exhibit, mean_range, mebibytes, number
-from bench.findings import COST_LABELS, label
-from bench.tasks import TASKS
+from bench.studies import findings
+from bench.studies.cost import KINDS as COST_KINDS
+from bench.studies.cost import MODES, RECURRENT, SHORT, WHOLE
+from bench.studies.findings import COST_LABELS, label
+from bench.studies.tasks import TASKS
 from fastseq.demo import plots
 from fastseq.demo.plots import Curve
 

@@ -1,14 +1,13 @@
 """Attention on a GPU: inputs, the truth of a few heads, and the contestants.
 
-A truth of all heads in float64 would take longer than the whole run. It is computed for some pairs of a sequence and
-a head of keys, first, last and one between, with all heads of queries that share it; an answer is compared there, and
-must be finite everywhere.
+A truth of all heads in float64 would take longer than the whole run. It is computed for at most three pairs of a
+sequence and a head of keys (the first, the last and a middle one), with all heads of queries that share it. An answer
+is compared there, and must be finite everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,37 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastseq
+from bench.cases import AttentionInputs, Draw, draw_heads
 from bench.gpu.cases import Heads
 from bench.peers import Entrant, Outputs, Unavailable
+from bench.peers import cumulative as ends_of
 
 ROWS = 2048
 """Rows of the score matrix that the truth holds at a time."""
 
 
-@dataclass
-class HeadsInputs:
-    """q [B,Hq,Tq,D], k and v [B,Hk,Tk,D], d_o as q; varlen [total,H,D]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    d_o: Tensor
-
-
-def inputs(case: Heads, device: str) -> HeadsInputs:
-    rng = torch.Generator(device).manual_seed(case.generator().initial_seed())
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, device=device).to(case.torch_dtype)
-
-    if case.kind == "varlen":
-        total = sum(case.lengths())
-        q = normal(total, case.heads, case.dim)
-        k, v = (normal(total, case.kv_heads, case.dim) for _ in range(2))
-    else:
-        q = normal(case.batch, case.heads, case.queries, case.dim)
-        k, v = (normal(case.batch, case.kv_heads, case.keys, case.dim) for _ in range(2))
-    return HeadsInputs(q, k, v, normal(*q.shape) if case.training else torch.empty(0))
+def inputs(case: Heads, device: str) -> AttentionInputs:
+    """q [B,Hq,Tq,D], k and v [B,Hk,Tk,D], d_o as q; varlen [total,H,D]: all unit normal."""
+    draw = Draw(case, device)
+    q, k, v = draw_heads(draw, case, sum(case.lengths()) if case.kind == "varlen" else None)
+    return AttentionInputs(q, k, v, draw.gradient(*q.shape), None)
 
 
 # --- the truth --------------------------------------------------------------------------------------------------------
@@ -59,7 +41,7 @@ def sampled(case: Heads) -> list[tuple[int, int]]:
 
 
 def places(case: Heads) -> list[tuple[Any, Any]]:
-    """How to take the sampled heads of queries, and of keys, out of a whole tensor: each [heads,T,D] after `pick`."""
+    """How to index the sampled heads of queries, and of keys, in a whole tensor: each [heads,T,D] after `pick`."""
     group, ends = case.heads // case.kv_heads, [0]
     found: list[tuple[Any, Any]] = []
     for length in case.lengths():
@@ -86,7 +68,7 @@ def attend(case: Heads, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor | None, dty
     j = torch.arange(k.shape[1], device=q.device)
     o = torch.empty_like(q)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32  # of parts, as one large product would have
+    sums = torch.float64 if dtype == torch.float64 else torch.float32  # of parts, as in one large product
     dk, dv = dk.to(sums), dv.to(sums)
     for head in range(q.shape[0]):
         for start in range(0, q.shape[1], ROWS):
@@ -108,7 +90,7 @@ def attend(case: Heads, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor | None, dty
     return {"o": o} if d_o is None else {"d_q": dq, "d_k": dk.to(dtype), "d_v": dv.to(dtype)}
 
 
-def answers(case: Heads, given: HeadsInputs, device: str, dtype: torch.dtype) -> Outputs:
+def answers(case: Heads, given: AttentionInputs, device: str, dtype: torch.dtype) -> Outputs:
     """The truth, or the formula in another dtype, of the sampled heads: each tensor flat, heads one after another."""
     parts: dict[str, list[Tensor]] = {}
     for own, key in places(case):
@@ -120,22 +102,21 @@ def answers(case: Heads, given: HeadsInputs, device: str, dtype: torch.dtype) ->
 
 
 def compared(case: Heads, outputs: Outputs) -> Outputs:
-    """A contestant's answer at the sampled heads; NaN where it is not finite anywhere."""
+    """A contestant's answer at the sampled heads; all NaN if any value of the whole answer is not finite."""
     found = {}
     for name, tensor in outputs.items():
         of_keys = name in ("d_k", "d_v")
-        parts = [pick(case, tensor, place[of_keys]).flatten() for place in places(case)]
-        found[name] = (
-            torch.cat(parts) if bool(tensor.isfinite().all()) else torch.full_like(torch.cat(parts), torch.nan)
-        )
+        found[name] = torch.cat([pick(case, tensor, place[of_keys]).flatten() for place in places(case)])
+        if not bool(tensor.isfinite().all()):
+            found[name] = torch.full_like(found[name], torch.nan)
     return found
 
 
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def entrant(case: Heads, function: Callable[[Tensor, Tensor, Tensor], Tensor], given: HeadsInputs) -> Entrant:
-    """One call of ``function(q, k, v)``; or, of a backward case, one walk back through a call made before."""
+def entrant(case: Heads, function: Callable[[Tensor, Tensor, Tensor], Tensor], given: AttentionInputs) -> Entrant:
+    """One call of ``function(q, k, v)``; in a backward case, the backward pass of a call made before."""
     if not case.training:
         return Entrant(lambda: function(given.q, given.k, given.v), lambda o: compared(case, {"o": o}))
     leaves = [tensor.clone().requires_grad_() for tensor in (given.q, given.k, given.v)]
@@ -148,11 +129,10 @@ def entrant(case: Heads, function: Callable[[Tensor, Tensor, Tensor], Tensor], g
 
 
 def cumulative(case: Heads, device: str) -> Tensor:
-    """int32 [B+1]: where each sequence begins, and the end."""
-    return F.pad(torch.tensor(case.lengths(), device=device).cumsum(0), (1, 0)).to(torch.int32)
+    return ends_of(torch.tensor(case.lengths(), device=device))
 
 
-def ours(case: Heads, given: HeadsInputs, device: str) -> Entrant:
+def ours(case: Heads, given: AttentionInputs, device: str) -> Entrant:
     """fastseq.attention on the backend in force."""
     options: dict[str, Any] = {"causal": case.causal}
     if case.window:
@@ -168,10 +148,10 @@ def ours(case: Heads, given: HeadsInputs, device: str) -> Entrant:
     return entrant(case, run, given)
 
 
-def sdpa(kernel: str) -> Callable[[Heads, HeadsInputs, str], Entrant]:
+def sdpa(kernel: str) -> Callable[[Heads, AttentionInputs, str], Entrant]:
     """torch's scaled_dot_product_attention made to use one of its kernels (``MATH``, ``CUDNN_ATTENTION``, ...)."""
 
-    def prepare(case: Heads, given: HeadsInputs, device: str) -> Entrant:
+    def prepare(case: Heads, given: AttentionInputs, device: str) -> Entrant:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         if case.window or case.kind == "varlen":
@@ -192,12 +172,12 @@ def sdpa(kernel: str) -> Callable[[Heads, HeadsInputs, str], Entrant]:
 
 
 def unavailable(error: RuntimeError) -> Exception:
-    """torch says of a kernel that was forced and cannot do it only that there is none."""
+    """Whether an error means that a forced kernel of torch cannot run this: it then says that there is no kernel."""
     nothing = any(words in str(error) for words in ("available kernel", "No viable backend"))
     return Unavailable(str(error).splitlines()[0]) if nothing else error
 
 
-def varlen_entrant(case: Heads, given: HeadsInputs, device: str) -> Entrant:
+def varlen_entrant(case: Heads, given: AttentionInputs, device: str) -> Entrant:
     """torch.nn.attention.varlen: FlashAttention on packed sequences."""
     if case.kind != "varlen":
         raise Unavailable("for packed sequences")
@@ -217,9 +197,9 @@ def varlen_entrant(case: Heads, given: HeadsInputs, device: str) -> Entrant:
 _flex: Callable[..., Any] | None = None
 
 
-def flex_entrant(case: Heads, given: HeadsInputs, device: str) -> Entrant:
-    """FlexAttention, compiled; on what it is for and what its compilation is worth here: windows, the largest causal
-    cases, and decoding."""
+def flex_entrant(case: Heads, given: AttentionInputs, device: str) -> Entrant:
+    """FlexAttention, compiled; on the cases it is made for and worth compiling: windows, the largest causal cases, and
+    decoding."""
     global _flex
     if case.kind == "varlen" or not (case.window or case.kind == "decode" or (case.causal and case.keys >= 8192)):
         raise Unavailable("FlexAttention is measured on windows, decoding, and causal cases from 8192 on")

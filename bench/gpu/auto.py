@@ -1,7 +1,7 @@
-"""AUTO beside the figures: what bench/results says of each of its rows for a GPU, and whether the row may stand.
+"""AUTO beside the result files: what bench/results says of each of its rows for a GPU, and whether it supports the row.
 
-A row that puts a kernel of ours before torch needs, of a device that the row is for: a file in which the tests of that
-kernel passed, and one of times in which it is no slower than the best peer, in the geometric mean over the row's cases.
+A row that puts a kernel of ours before torch needs result files of a device of the row's kind. In one, the tests of
+that kernel passed; in another, it is no slower than the best peer, in the geometric mean over the row's cases.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from bench import support
-from bench.report import Printer, times
+from bench.exhibits import outcomes
+from bench.formats import NONE, times
+from bench.gpu.report import best_peer, load
+from bench.report import RESULTS, Document, print_table
 from bench.run import geomean
 from fastseq import auto
-
-Document = dict[str, Any]
 
 OURS = {"native": "C++", "triton": "Triton"}
 FAMILIES = {"scan": "recurrent", "attention": "attention"}
@@ -48,9 +48,9 @@ def kind_of(op: str, shape: Mapping[str, Any], device: str) -> str:
 
 @dataclass
 class Standing:
-    """What a device's files say of a row: its cases, and by kernel of ours their ratios to the best peer, by name.
+    """What a device's files say of a row: its cases, and for each kernel of ours the ratios to the best peer, by case.
 
-    alone: names of cases that a kernel of ours does, and no peer at all.
+    alone: names of cases that a kernel of ours can run and no peer can.
     """
 
     row: auto.Row
@@ -63,12 +63,16 @@ class Standing:
     def mean(self, name: str) -> float | None:
         return geomean(list(self.ratios.get(name, {}).values()))
 
-    def told(self, name: str) -> tuple[str, str]:
-        """Mean and worst of a kernel, for a table."""
-        ratios = self.ratios.get(name)
-        if not ratios:
-            return "no peer" if self.alone.get(name) else "–", "–"
-        return times(self.mean(name)), times(min(ratios.values()))
+    def shown(self) -> list[str]:
+        """Mean and worst of each kernel, for a table."""
+        out = []
+        for name in OURS:
+            ratios = self.ratios.get(name)
+            if ratios:
+                out += [times(self.mean(name)), times(min(ratios.values()))]
+            else:
+                out += ["no peer" if self.alone.get(name) else NONE, NONE]
+        return out
 
     @property
     def first(self) -> list[str]:
@@ -81,23 +85,22 @@ def standing(row: auto.Row, device: str, documents: Mapping[str, Document]) -> S
     """Gather it from one device's files."""
     found = Standing(row, device)
     for name in OURS:
-        found.outcomes[name] = support.outcomes(documents.get("tests"), name, FAMILIES[row.op])
+        found.outcomes[name] = outcomes(documents.get("tests"), name, FAMILIES[row.op])
     for case in documents.get(FAMILIES[row.op], {}).get("cases", ()):
         if "shape" not in case or kind_of(row.op, case["shape"], row.device) != row.kind:
             continue
         found.cases.append(case)
-        peers = [entry for name, entry in case["contestants"].items() if not entry.get("backend")]
         for name in OURS:
             ratio = case["ratios"].get(name, {}).get("best")
             if ratio is not None:
                 found.ratios.setdefault(name, {})[case["name"]] = ratio
-            elif "median_us" in case["contestants"].get(name, {}) and not any("median_us" in p for p in peers):
+            elif "median_us" in case["contestants"].get(name, {}) and best_peer(case) is None:
                 found.alone.setdefault(name, []).append(case["name"])
     return found
 
 
 def complaints(found: Standing) -> Iterator[str]:
-    """Why a row may not stand as it is; nothing where it may."""
+    """Why the files do not support a row; nothing if they do."""
     for name in found.first:
         passed = found.outcomes[name].get("passed", 0)
         wrong = {outcome: n for outcome, n in found.outcomes[name].items() if outcome not in ("passed", "skipped")}
@@ -111,8 +114,8 @@ def complaints(found: Standing) -> Iterator[str]:
 
 
 def standings(results: Path) -> list[Standing]:
-    """Every row for a GPU by its capability, beside each device that has it, or beside nothing."""
-    devices = support.load(results)
+    """Every row for GPUs of some capability, beside each device that has it, or beside "no device"."""
+    devices = load(results)
     found = []
     for row in auto.AUTO:
         if row.device.startswith("cuda "):
@@ -122,15 +125,12 @@ def standings(results: Path) -> list[Standing]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the rows beside the figures; 1 where a row may not stand."""
+    """Print the rows beside the files; 1 if these do not support a row."""
     parser = argparse.ArgumentParser(prog="python -m bench auto", description=__doc__)
-    parser.add_argument("--results", type=Path, default=support.ROOT / "bench" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     found = standings(options.results)
-    rows = [
-        [s.row.title, s.device, str(len(s.cases)), " ".join(s.row.order), *s.told("native"), *s.told("triton")]
-        for s in found
-    ]
+    rows = [[s.row.title, s.device, str(len(s.cases)), " ".join(s.row.order), *s.shown()] for s in found]
     header = [
         "row",
         "device",
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
         "order",
         *(head for label in OURS.values() for head in (f"{label}: mean", "worst")),
     ]
-    Printer().table("AUTO's rows, and ours beside the best peer", header, rows)
+    print_table("AUTO's rows, and ours beside the best peer", header, rows)
     wrong = [f"{s.row.title}: {complaint}" for s in found for complaint in complaints(s)]
     for line in wrong:
         print(line, file=sys.stderr)

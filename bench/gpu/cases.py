@@ -1,7 +1,7 @@
 """What is measured on a GPU: the cases, and the order in which a short run takes them.
 
-The whole product of shapes, types and options is far more than a run has time for. So: first a core, named below, of
-what matters most; then cases that bring in values which no earlier one had; then the rest, shuffled, always alike.
+The whole product of shapes, types and options is far more than a run has time for. So: first a core of what matters
+most; then cases with values that no earlier case had; then the rest in an order that is shuffled but always the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 
-from bench.cases import DTYPES, Case
+from bench.cases import DTYPES, GATES, Case, Recurrent
 
 FAMILIES = ("recurrent", "attention")
 HALVES = ("bfloat16", "float16")
@@ -47,16 +47,20 @@ class Layers(Case):
         return "recurrent"
 
     @property
-    def default(self) -> bool:
-        return True
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def plain(self) -> Recurrent:
+        """The layer and its inputs as a case of the CPU's benchmark, without lengths."""
+        return Recurrent(self.mode, self.dtype, self.cell, self.steps, self.batch, self.hidden, self.hidden,
+                         layers=self.layers, directions=self.directions)  # fmt: skip
 
     @property
     def operations(self) -> float:
-        """Floating-point operations of the products; walking back takes twice those of the way there."""
-        gates = {"rnn": 1, "rnn_relu": 1, "lstm": 4}.get(self.cell, 3)
-        directions = 2 if self.bidirectional else 1
-        wide = self.hidden + (self.layers - 1) * directions * self.hidden  # of x, layer by layer
-        rows = 2.0 * self.steps * self.batch * gates * self.hidden * directions
+        """Floating-point operations of the products; the backward pass has twice those of the forward pass."""
+        wide = self.hidden + (self.layers - 1) * self.directions * self.hidden  # of x, layer by layer
+        rows = 2.0 * self.steps * self.batch * GATES[self.cell] * self.hidden * self.directions
         return rows * (wide + self.layers * self.hidden) * (3 if self.training else 1)
 
     @property
@@ -65,17 +69,17 @@ class Layers(Case):
 
     @property
     def seconds(self) -> float:
-        """What the case is taken to need, timing and all: for the plan."""
-        a_call = self.steps * self.layers * (2 if self.bidirectional else 1) * 10e-6 * (3 if self.training else 1)
+        """What the case is expected to need, timing included: for the plan."""
+        a_call = self.steps * self.layers * self.directions * 10e-6 * (3 if self.training else 1)
         return 1.0 + 25 * a_call + (0.5 if self.steps > 500 else 0.0)
 
 
 @dataclass(frozen=True)
 class Heads(Case):
-    """softmax(q kᵀ/√D) v on a GPU; ``forward``, or ``backward`` (the way back alone).
+    """softmax(q kᵀ/√D) v on a GPU; ``forward``, or ``backward`` (the backward pass alone).
 
-    kind: ``dense``; ``decode`` (one query, the last); ``varlen`` (B sequences laid end to end, the longest of
-    ``queries``). window: a query looks at so many keys before it, and itself (0: at all).
+    kind: ``dense``; ``decode`` (one query, the last); ``varlen`` (a packed batch of B sequences, the longest of
+    ``queries``). window: a query sees so many keys before it, and its own (0: all keys).
     """
 
     kind: str
@@ -105,10 +109,6 @@ class Heads(Case):
         return "attention"
 
     @property
-    def default(self) -> bool:
-        return True
-
-    @property
     def training(self) -> bool:
         return self.mode == "backward"
 
@@ -121,7 +121,7 @@ class Heads(Case):
 
     @property
     def pairs(self) -> float:
-        """Pairs of a query and a key it sees, over the batch; of one head."""
+        """Pairs of a query and a key it sees, in the whole batch, for one head."""
         total = 0.0
         for queries in self.lengths():
             keys = queries if self.kind == "varlen" else self.keys
@@ -149,7 +149,7 @@ class Heads(Case):
 
     @property
     def seconds(self) -> float:
-        """What the case is taken to need: its truth in float64 for a few heads, the check, and the timing."""
+        """What the case is expected to need: its truth in float64 for a few heads, the check, and the timing."""
         return 1.5 + self.operations / self.heads * 3 / 10e12 + 40 * self.operations / 200e12 + 2 * (self.keys > 8000)
 
 
@@ -160,7 +160,7 @@ BATCHES, HIDDEN, STEPS = (1, 4, 16, 17, 64, 128), (64, 128, 192, 256, 512, 768, 
 
 
 def recurrent_core() -> Iterator[Layers]:
-    """The sweet spot of cuDNN, what it does not do well, and a single step."""
+    """The cases cuDNN is best at, those it is not good at, and a single step."""
     for mode in ("inference", "training"):
         yield Layers(mode, "float16", "lstm", 1024, 16, 768)
         yield Layers(mode, "bfloat16", "lstm", 1024, 16, 512)
@@ -209,7 +209,7 @@ def varlen(mode: str, dtype: str, length: int, dim: int, causal: bool) -> Heads:
 
 
 def attention_core() -> Iterator[Heads]:
-    """What is published of others (D 128, 8k), then each soft spot."""
+    """What others publish (D 128, 8k), then each case that is hard for us."""
     for mode in ("forward", "backward"):
         for causal in (False, True):
             yield dense(mode, "bfloat16", 8192, 128, causal)
@@ -245,20 +245,20 @@ def attention_grid() -> Iterator[Heads]:
 
 
 def _axes(case: Case) -> Iterator[tuple[object, ...]]:
-    """The values a case brings: each of its fields, by mode and, in the recurrent layers, cell."""
+    """The values of a case: each of its fields, by mode and, in the recurrent layers, cell."""
     fields = asdict(case)
     for name, value in fields.items():
         yield case.mode, fields.get("cell", fields.get("kind")), name, value
 
 
 def ordered(core: Iterable[Case], grid: Iterable[Case]) -> list[Case]:
-    """The core, then the rest by how many values each brings that no earlier one had, then shuffled."""
+    """The core, then the rest by how many values each has that no earlier one had, then shuffled."""
     first = list(dict.fromkeys(core))
     chosen, seen = list(first), {axis for case in first for axis in _axes(case)}
     rest = sorted(dict.fromkeys(grid), key=lambda case: zlib.crc32(case.name.encode()))
     rest = [case for case in rest if case not in set(first)]
     later: list[Case] = []
-    for least in (4, 3, 2, 1):  # the richest first, without sorting everything after each
+    for least in (4, 3, 2, 1):  # those with most new values first, without sorting again after each
         later = []
         for case in rest:
             new = [axis for axis in _axes(case) if axis not in seen]

@@ -1,9 +1,9 @@
 """Tests, sanitizers and timings of the GPU kernels, in minutes; results in bench/results/<device>-*.json.
 
-What it does, in this order: the numeric suites with ``--device cuda``, compute-sanitizer over small cases of the CUDA
-C++ kernels, and the recurrent and attention cases, each checked before it is timed. All that runs on the GPU does so in
-a process that may crash, hang or run out of memory: what it was at is noted, and the rest goes on. Results are written
-as they come. Ctrl-C, SIGTERM and the end of the minutes leave whole files of what was done until then.
+In this order: the numeric suites with ``--device cuda``, compute-sanitizer over small cases of the CUDA C++ kernels,
+and the recurrent and attention cases, each checked before it is timed. Everything on the GPU runs in a process that may
+crash, hang or run out of memory: what it was doing is noted, and the rest goes on. Results are written as they come.
+Ctrl-C, SIGTERM and the end of the minutes leave whole files of what was done until then.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ import torch
 
 from bench.gpu.cases import FAMILIES, chosen
 from bench.gpu.journal import Journal, end, last_line, supervise
-from bench.gpu.report import beside_earlier, case_lost, earlier, print_cases, slug, surroundings, timings_document
+from bench.gpu.report import beside_earlier, case_lost, earlier_cases, print_cases, slug, surroundings, timings_document
 from bench.gpu.report import tests_document as document_of_tests
 from bench.gpu.run import DEFAULT, RUNNERS
-from bench.report import Printer, write_json
+from bench.report import RESULTS, ROOT, Document, write_json
+from fastseq import cli
 from fastseq.backend import operator_reason
 
-ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("tests", "sanitizer", *FAMILIES)
-NO_GPU, INTERRUPTED = 2, 130
+NO_GPU = 2
 SHARE = {"tests": 0.33, "sanitizer": 0.1}
-"""Of the time, at most; the timings have what is left, in halves, and of theirs a fifth goes to compiling."""
+"""Of the time, at most. The timings share the rest equally, and a fifth of each share is for compiling."""
 STALL = {"tests": 100.0, "recurrent": 60.0, "attention": 90.0}
-"""Seconds of silence after which a child is taken to hang: a first call may compile for long."""
+"""Seconds of silence after which a child is assumed to hang: a first call may compile for long."""
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 @dataclass
 class Run:
-    """One run: where results go, until when, and whether somebody asked it to stop."""
+    """One run: where results go, until when, and whether it was asked to stop."""
 
     options: argparse.Namespace
-    environment: dict[str, Any]
+    environment: Document
     until: float
     scratch: Path
     stop: bool = False
@@ -60,7 +60,7 @@ class Run:
     def path(self, what: str) -> Path:
         return Path(self.options.out) / f"{slug(self.environment['device'])}-{what}.json"
 
-    def write(self, what: str, document: dict[str, Any]) -> None:
+    def write(self, what: str, document: Document) -> None:
         path = self.path(what)
         write_json(path, document)
         if path not in self.files:
@@ -71,10 +71,27 @@ class Run:
         return self.until - time.monotonic()
 
     def supervise(
-        self, command: list[str], journal: Journal, until: float, stall: float, changed: Callable[[], None], log: Path,
+        self, command: list[str], journal: Journal, until: float, stall: float, changed: Callable[[], None],
         fine: Sequence[int] = (0,),
     ) -> str:  # fmt: skip
+        log = journal.path.with_suffix(".log")
         return supervise(command, journal, log, until, stall, changed, lambda: self.stop, ROOT, fine)
+
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """A child that is not supervised."""
+        with log.open("wb") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
+
+    def wait(self, children: Sequence[subprocess.Popen[bytes]], until: float) -> list[subprocess.Popen[bytes]]:
+        """Until all have ended, or the time is up or the run is asked to stop; returns those ended then."""
+        try:
+            while any(child.poll() is None for child in children) and time.monotonic() < until and not self.stop:
+                time.sleep(0.1)
+        finally:
+            late = [child for child in children if child.poll() is None]
+            for child in late:
+                end(child)
+        return late
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -83,7 +100,7 @@ class Run:
 def suites() -> list[str]:
     """The test files that have something to run on a GPU; not those that schedule the interpreter's own programs."""
     found = []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
         text = file.read_text()
         marked = "needs_interpreter" in text or "mark.device" in text
         if marked and "_schedule import" not in text and file.name != "test_devices.py":
@@ -92,7 +109,7 @@ def suites() -> list[str]:
 
 
 def suites_of(kernels: str, device: str, files: Sequence[str]) -> list[str]:
-    """Those of ``files`` whose operators ``kernels`` have on a device; the emulated suites are of CUDA C++ alone."""
+    """Those of ``files`` whose operators ``kernels`` have on a device; the emulated suites are for CUDA C++ alone."""
 
     def there(file: str) -> bool:
         op = "attention_forward" if "attention" in file else "scan_forward"
@@ -103,9 +120,9 @@ def suites_of(kernels: str, device: str, files: Sequence[str]) -> list[str]:
 
 
 def tests(run: Run, until: float) -> None:
-    """Every suite, on each family of kernels that is there, side by side: Triton's mostly wait for its compiler."""
+    """Every suite, on each backend that is there, side by side: Triton's tests mostly wait for its compiler."""
     device = run.options.device
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, Document] = {}
     lock = threading.Lock()
 
     def suite(kernels: str, share: float) -> None:
@@ -113,9 +130,18 @@ def tests(run: Run, until: float) -> None:
         if not files:
             parts[kernels] = {"reason": "their operators are not registered", "tests": {}, "lost": []}
             return
-        journal, log = Journal(run.scratch / f"tests-{kernels}.jsonl"), run.scratch / f"tests-{kernels}.log"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        command += ["-p", "bench.gpu.record"]
+        journal = Journal(run.scratch / f"tests-{kernels}.jsonl")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "bench.gpu.record",
+        ]
         command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
         workers = min(10, int((os.cpu_count() or 2) * share))
         if importlib.util.find_spec("xdist") is not None and workers > 1:
@@ -128,8 +154,8 @@ def tests(run: Run, until: float) -> None:
                 parts[kernels] = {"reason": "", "tests": done, "failures": failures, "lost": journal.lost()}
                 run.write("tests", document_of_tests(parts, run.environment, False))
 
-        fine = (0, 1, 5)  # pytest's own words: all passed, some failed, none were left to run
-        why = run.supervise([*command, *files], journal, until, STALL["tests"], changed, log, fine)
+        fine = (0, 1, 5)  # pytest's statuses: all passed, some failed, none were left to run
+        why = run.supervise([*command, *files], journal, until, STALL["tests"], changed, fine)
         with lock:
             parts.setdefault(kernels, {"tests": {}, "lost": []})["reason"] = why
 
@@ -162,32 +188,33 @@ def sanitizers(run: Run, until: float) -> None:
     """compute-sanitizer's tools over small cases of the CUDA C++ kernels, side by side."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     reason = operator_reason("native", "cuda") or (None if tool else "there is no compute-sanitizer")
-    found: dict[str, Any] = {"reason": reason or "", "tools": {}}
+    found: Document = {"reason": reason or "", "tools": {}}
     if reason is None:
         going = {}
         for name in TOOLS:
             for family in FAMILIES:
-                journal, log = (run.scratch / f"{name}-{family}.{end}" for end in ("jsonl", "log"))
-                command = [str(tool), "--tool", name, "--error-exitcode", "99", *worker(run, family, journal, until)]
+                journal = Journal(run.scratch / f"{name}-{family}.jsonl")
+                command = [
+                    str(tool),
+                    "--tool",
+                    name,
+                    "--error-exitcode",
+                    "99",
+                    *worker(run, family, journal.path, until),
+                ]
                 command += ["--tiny", "--check", "--contestant", "native"]
-                with log.open("wb") as output:
-                    started = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
-                going[name, family] = (started, Journal(journal), log)
-        while any(child.poll() is None for child, *_ in going.values()) and time.monotonic() < until and not run.stop:
-            time.sleep(0.2)
-        for (name, family), (child, journal_of, log) in going.items():
-            late = child.poll() is None
-            if late:
-                end(child)
-            cases = [line["case"] for line in journal_of.done().values()]
-            late |= child.returncode == 0 and len(cases) < len(chosen(family, [], True))
+                going[name, family] = run.start(command, journal.path.with_suffix(".log")), journal
+        ended = run.wait([child for child, _ in going.values()], until)
+        for (name, family), (child, journal) in going.items():
+            cases = [line["case"] for line in journal.done().values()]
+            late = child in ended or (child.returncode == 0 and len(cases) < len(chosen(family, [], True)))
             wrong = [case["name"] for case in cases if case["contestants"]["native"]["status"] == "refused"]
+            log = journal.path.with_suffix(".log")
             said = [line for line in log.read_text(errors="replace").splitlines() if "=====" in line]
-            found["tools"][f"{name}, {family}"] = {
-                "status": "out of time" if late else "clean" if child.returncode == 0 and not wrong else "errors",
-                "cases": len(cases), "wrong": wrong, "said": said[-12:] or [last_line(log)],
-            }  # fmt: skip
-            run.failed |= found["tools"][f"{name}, {family}"]["status"] == "errors"
+            status = "out of time" if late else "clean" if child.returncode == 0 and not wrong else "errors"
+            said = said[-12:] or [last_line(log)]
+            found["tools"][f"{name}, {family}"] = {"status": status, "cases": len(cases), "wrong": wrong, "said": said}
+            run.failed |= status == "errors"
     run.write("sanitizer", {"schema": 1, "environment": run.environment, **found})
     told = {name: tool["status"] for name, tool in found["tools"].items()}
     print(f"compute-sanitizer: {reason or told}", flush=True)
@@ -212,48 +239,34 @@ def selection(run: Run) -> list[str]:
 def warm(run: Run, family: str, until: float) -> None:
     """Compile what the first cases will call, on all processors at once."""
     count = max(1, min(8, (os.cpu_count() or 2) // 2))
-    children = []
-    for n in range(count):
-        command = [*worker(run, family, run.scratch / "warm.jsonl", until), *selection(run), "--warm", f"{n}/{count}"]
-        with (run.scratch / f"warm-{family}-{n}.log").open("wb") as output:
-            children.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT))
-    try:
-        while any(child.poll() is None for child in children) and time.monotonic() < until and not run.stop:
-            time.sleep(0.1)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                end(child)
+    command = [*worker(run, family, run.scratch / "warm.jsonl", until), *selection(run)]
+    logs = [run.scratch / f"warm-{family}-{n}.log" for n in range(count)]
+    run.wait([run.start([*command, "--warm", f"{n}/{count}"], log) for n, log in enumerate(logs)], until)
 
 
 def timings(run: Run, family: str, until: float) -> None:
     """The cases of a family, in the plan's order."""
     if run.options.device == "cuda":
         warm(run, family, time.monotonic() + (until - time.monotonic()) / 5)
-    journal, log = Journal(run.scratch / f"{family}.jsonl"), run.scratch / f"{family}.log"
+    journal = Journal(run.scratch / f"{family}.jsonl")
     planned = len(chosen(family, run.options.case, run.options.tiny))
+    before = earlier_cases(run.path(family), run.environment)
 
-    before = earlier(run.path(family), run.environment)
-
-    def cases() -> list[dict[str, Any]]:
+    def cases() -> list[Document]:
         found = [line["case"] for line in journal.done().values()]
         known = {case["name"] for case in found}
         return found + [case_lost(line) for line in journal.lost() if line["name"] not in known]
 
-    def write(complete: bool, why: str) -> None:
-        everything = beside_earlier(cases(), before)
-        run.write(family, timings_document(everything, run.environment, planned, complete, why))
+    def write(why: str = "the run is not over") -> None:
+        run.write(family, timings_document(beside_earlier(cases(), before), run.environment, planned, why))
 
-    def changed() -> None:
-        write(False, "the run is not over")
-
-    why = run.supervise([*worker(run, family, journal.path, until), *selection(run)], journal, until + 10,
-                        STALL[family], changed, log)  # fmt: skip
+    command = [*worker(run, family, journal.path, until), *selection(run)]
+    why = run.supervise(command, journal, until + 10, STALL[family], write)
     if not why and len(cases()) < planned:
         why = "out of time"
-    write(not why, why)
-    done = timings_document(cases(), run.environment, planned, not why, why)
-    print_cases(done, Printer(), {name: runner.label for name, runner in RUNNERS.items()})
+    write(why)
+    done = timings_document(cases(), run.environment, planned, why)
+    print_cases(done, {name: runner.label for name, runner in RUNNERS.items()})
     for case in done["cases"]:
         wrong = [name for name, entry in case["contestants"].items() if entry["status"] == "refused"]
         run.failed |= any(RUNNERS[name].backend is not None for name in wrong)
@@ -268,10 +281,10 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, help="default: all of them")
     out.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)s)")
-    out.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result files")
+    out.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     out.add_argument("--case", nargs="+", default=[], metavar="PART", help="only cases with one of these in their name")
     out.add_argument("--test", nargs="+", default=[], metavar="FILE", help="only these test files, or tests")
-    out.add_argument("--contestant", nargs="+", choices=RUNNERS, help="who takes part (default: all there are)")
+    out.add_argument("--contestant", nargs="+", choices=RUNNERS, help="default: all that are installed")
     out.add_argument("--min-time", type=float, default=0.12, help="seconds for each contestant of a case")
     out.add_argument("--plan", action="store_true", help="print the cases in their order and what they may need; end")
     out.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
@@ -296,7 +309,7 @@ def print_plan(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; it then writes what it has."""
+    """Ctrl-C and SIGTERM ask the run to stop; it then writes the results so far."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         run.stop = True
@@ -310,16 +323,14 @@ def signals(run: Run) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; 2 without a GPU, 1 where a test failed or an answer was wrong, 130 where it was stopped."""
+    """Entry point; 2 without a GPU, 1 if a test failed or an answer was wrong, 130 if it was stopped."""
     options = parser().parse_args(argv)
     if options.plan:
         print_plan(options)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "python -m bench gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)",
-            file=sys.stderr,
-        )
+        said = "torch finds no GPU on this machine (torch.cuda.is_available() is False)"
+        print(f"python -m bench gpu: {said}", file=sys.stderr)
         return NO_GPU
     options.contestant = options.contestant or DEFAULT[options.device]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -344,4 +355,4 @@ def main(argv: list[str]) -> int:
                 print(f"{phase}: {time.monotonic() - begun:.0f} s", flush=True)
     for path in run.files:
         print(path)
-    return INTERRUPTED if run.stop else int(run.failed)
+    return cli.INTERRUPTED if run.stop else int(run.failed)

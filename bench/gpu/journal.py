@@ -1,7 +1,7 @@
 """Running what may crash or hang: a child writes what it finished, line by line; a supervisor starts it again.
 
 A line is a JSON object with ``event``: ``start`` (about to do ``name``), ``done`` (``name``, and what it found) or
-``lost`` (written by the supervisor: the child ended or ``hung`` at ``name``, and ``at``, which part of it).
+``lost`` (written by the supervisor: the child ended or ``hung`` in ``name``, at the part ``at`` of it).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRACE = 5.0
 
 
 class Journal:
-    """Lines of a file; a line cut short by a crash is no line."""
+    """Lines of a file; a line cut short by a crash is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class Journal:
         return found
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """What was finished, by name; what was finished twice as it was the last time."""
+        """What was finished, by name; the last result of each."""
         return {line["name"]: line for line in self.lines() if line["event"] == "done"}
 
     def lost(self) -> list[dict[str, Any]]:
@@ -68,12 +68,12 @@ class Journal:
 
 
 LOOK = 1.0
-"""Seconds between two looks at a child that count as its silence at most. Where they are more, the looks were
-held up themselves, by a machine that was stopped or is busy with others, and that says nothing of the child."""
+"""Seconds between two looks at a child that count as its silence, at most. If more time passed, the supervisor itself
+was delayed, by a machine that was stopped or busy, which says nothing about the child."""
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ends a child and all that it started: asks, then insists; does not wait for one that no signal reaches."""
+    """Ends a child and all that it started: SIGTERM, then SIGKILL; does not wait for one that no signal ends."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)
@@ -96,12 +96,12 @@ def supervise(
     folder: Path | None = None,
     fine: Sequence[int] = (0,),
 ) -> str:
-    """Run ``command`` until it ends well; where it dies, or writes nothing for ``stall`` seconds, note what is lost and
-    run it again. Returns why the work is not complete, or "".
+    """Run ``command`` until it succeeds. If it dies, or writes nothing for ``stall`` seconds, note what is lost and run
+    it again. Returns why the work is not complete, or "".
 
     Args:
         until: on the clock of ``time.monotonic``: a child that runs then is ended.
-        changed: called when the journal has grown; stopped: asked all the time.
+        changed: called when the journal has grown; stopped: asked several times a second.
         fine: the exit statuses with which the work is done.
     """
     empty_handed = 0
@@ -125,7 +125,7 @@ def supervise(
                 elif stopped():
                     why = "stopped"
                 elif silent > stall:
-                    why = f"nothing was heard of it for {stall:.0f} s"
+                    why = f"it wrote nothing for {stall:.0f} s"
         finally:
             if process.poll() is None:
                 end(process)

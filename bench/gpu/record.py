@@ -1,7 +1,7 @@
 """A plugin of pytest that keeps a journal (journal.py) of tests: ``-p bench.gpu.record --journal FILE``.
 
-Tests that the journal has are left out, so that a run that broke off goes on where it was. A process whose GPU answers
-no more, as after a wild write, ends at once: every later test would fail in it.
+Tests that are in the journal are left out, so that an interrupted run continues. A process whose GPU no longer answers,
+as after an invalid write, ends at once, because every later test would fail in it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Record:
-    """``size``: so much of the journal was there when the run began. All workers must leave out the same tests, also
-    one that is started late, in the place of one that crashed."""
+    """``size``: bytes of the journal when the run began. All workers must leave out the same tests, including one that
+    is started late to replace one that crashed."""
 
     def __init__(self, journal: Journal, worker: bool, size: int) -> None:
         self.journal, self.worker, self.size = journal, worker, size
@@ -65,7 +65,7 @@ class Record:
             if isinstance(report.longrepr, tuple):
                 reason = report.longrepr[2]
         self.outcome[report.nodeid] = (worst, reason, seconds + report.duration)
-        if report.when not in ("setup", "call", "teardown"):  # its worker crashed: no more is heard of it
+        if report.when not in ("setup", "call", "teardown"):  # its worker crashed: no other report follows
             self.pytest_runtest_logfinish(report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:

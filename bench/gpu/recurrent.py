@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
+from bench.cases import GATES, recurrent_inputs
 from bench.check import ResetBeforeGRU
 from bench.gpu.cases import Layers
-from bench.peers import Entrant, Outputs, Unavailable
+from bench.peers import Entrant, Outputs, Unavailable, build_layer, entrant, named_states
 from fastseq import ops
-
-GATES = {"rnn": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 
 
 @dataclass
@@ -31,88 +30,36 @@ class LayersInputs:
 
 
 def inputs(case: Layers, device: str) -> LayersInputs:
-    """Unit normal x and dy, weights uniform in ±1/√H."""
-    rng = torch.Generator(device).manual_seed(case.generator().initial_seed())
-    directions = 2 if case.bidirectional else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, device=device).to(case.torch_dtype)
-
-    def weight(*shape: int) -> Tensor:
-        drawn = torch.rand(*shape, generator=rng, device=device) * 2 - 1
-        return (drawn / case.hidden**0.5).to(case.torch_dtype)
-
-    rows, state = GATES[case.cell] * case.hidden, {}
-    for layer in range(case.layers):
-        width = case.hidden * (directions if layer else 1)
-        for end in ("", "_reverse")[:directions]:
-            shapes = {"weight_ih": (rows, width), "weight_hh": (rows, case.hidden), "bias_ih": (rows,)}
-            for name, shape in {**shapes, "bias_hh": (rows,)}.items():
-                state[f"{name}_l{layer}{end}"] = weight(*shape)
-    lengths = None
+    """Those of the plain case; lengths from all steps down to a quarter."""
+    drawn, lengths = recurrent_inputs(case.plain, device), None
     if case.packed:
         lengths = torch.linspace(case.steps, max(1, case.steps // 4), case.batch).long()
-    dy = normal(case.steps, case.batch, directions * case.hidden) if case.training else torch.empty(0)
-    return LayersInputs(normal(case.steps, case.batch, case.hidden), dy, lengths, state)
+    return LayersInputs(drawn.x, drawn.dy, lengths, drawn.state)
 
 
-def build(library: Any, case: Layers, state: dict[str, Tensor], dtype: torch.dtype, device: str) -> nn.Module:
-    """The stack of ``library`` (torch.nn or fastseq.nn) with these weights."""
-    options: dict[str, Any] = {"num_layers": case.layers, "bidirectional": case.bidirectional}
-    kind = "GRU" if case.cell.startswith("gru") else case.cell.removesuffix("_relu").upper()
-    if case.cell == "gru_reset_before":
-        options["reset_after"] = False
-    if case.cell == "rnn_relu":
-        options["nonlinearity"] = "relu"
-    layer = getattr(library, kind)(case.hidden, case.hidden, dtype=dtype, device=device, **options)
-    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()})
-    if isinstance(layer, nn.RNNBase):
-        layer.flatten_parameters()
-    return layer.train(case.training)
-
-
-def entrant(case: Layers, run: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, dy: Tensor, layer: nn.Module,
-            pad: Callable[[Tensor], Tensor] = lambda y: y) -> Entrant:  # fmt: skip
-    """One call; in training with the walk back into x and every weight. ``pad`` brings a peer's y to [T,B,N]."""
-
-    def named(answer: tuple[Tensor, Any]) -> Outputs:
-        y, state = answer
-        outputs = {"y": pad(y)}
-        return outputs | ({"h_n": state[0], "c_n": state[1]} if isinstance(state, tuple) else {"h_n": state})
-
-    if not case.training:
-        return Entrant(lambda: run(x), named)
-    x = x.clone().requires_grad_()
-    parameters = dict(layer.named_parameters())
-    leaves = [x, *parameters.values()]
-
-    def train() -> tuple[Any, Any]:
-        answer = run(x)
-        grads = torch.autograd.grad(answer[0], leaves, dy)
-        return answer, grads
-
-    def gradients(answer: tuple[Any, Any]) -> Outputs:
-        names = ["d_x", *(f"d_{name}" for name in parameters)]
-        return named(answer[0]) | dict(zip(names, answer[1], strict=True))
-
-    return Entrant(train, gradients)
+def one_call(
+    case: Layers, run: Callable[[Tensor], Any], x: Tensor, dy: Tensor, layer: nn.Module,
+    named: Callable[[Any], Outputs] = named_states, unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Entrant:  # fmt: skip
+    """One call; in training with the gradients of x and every weight."""
+    gradient = dy if case.training else None
+    return entrant(run, {"x": x}, named, gradient, layer, unpack=unpack, differentiate=torch.autograd.grad)
 
 
 def ours(case: Layers, given: LayersInputs, device: str) -> Entrant:
     """fastseq.nn on the backend in force; unequal lengths by ``lengths=``."""
-    layer = build(fastseq.nn, case, given.state, case.torch_dtype, device)
-    lengths = None if given.lengths is None else given.lengths.to(device)
-    options = {} if lengths is None else {"lengths": lengths}
-    return entrant(case, lambda x: layer(x, **options), given.x, given.dy, layer)
+    layer = build_layer(fastseq.nn, case.plain, given.state, case.torch_dtype)
+    options = {} if given.lengths is None else {"lengths": given.lengths.to(device)}
+    return one_call(case, lambda x: layer(x, **options), given.x, given.dy, layer)
 
 
 BARRIER = "cluster_barrier"
-"""The role of the CUDA C++ scan that is there to be measured beside ``cluster``."""
+"""The role of the CUDA C++ scan that exists to be measured beside ``cluster``."""
 
 
 @contextlib.contextmanager
 def in_role(role: str | None) -> Iterator[None]:
-    """The Triton scan, or the CUDA C++ one, takes a role inside the ``with`` block; with None as its tables say."""
+    """The Triton scan, or the CUDA C++ one, takes a role inside the ``with`` block; None: the role of its tables."""
     if role is None or (role == BARRIER and ops.NATIVE_CUDA_MISSING is not None):
         yield
         return
@@ -133,29 +80,33 @@ def in_role(role: str | None) -> Iterator[None]:
 
 
 def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
-    """:func:`ours` in the role in force, where the device can have it: tells whether the tables should ask for it."""
+    """:func:`ours` in the role in force, if the device can run it: shows whether the tables should choose it."""
     if case.steps == 1:
         raise Unavailable("a single step is one launch in any role")
     from fastseq.kernels import recurrent_launch
 
     try:
-        cell = "rnn_tanh" if case.cell == "rnn" else case.cell
-        recurrent_launch.tile(cell, given.x, case.hidden, False, case.training)
+        recurrent_launch.tile(kernel_cell(case), given.x, case.hidden, False, case.training)
     except ValueError as reason:
         raise Unavailable(str(reason)) from None
     return ours(case, given, device)
 
 
 def barrier(case: Layers, given: LayersInputs, device: str) -> Entrant:
-    """:func:`ours` with a barrier of the cluster a step, where both ways fit: tells which exchange is the faster."""
-    cell = "rnn_tanh" if case.cell == "rnn" else case.cell
+    """:func:`ours` with a barrier of the cluster in each step, if forward and backward fit: shows which exchange is
+    faster."""
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(given.x.dtype)
     kind = kind or ("tf32" if torch.ops.fastseq.one_tf32_product() else "fp32")
     for backward in (False, True)[: 1 + case.training]:
-        plan = torch.ops.fastseq.native_scan_plan(cell, kind, backward, case.hidden, case.batch, [])
+        plan = torch.ops.fastseq.native_scan_plan(kernel_cell(case), kind, backward, case.hidden, case.batch, [])
         if not plan.startswith(f"role={BARRIER} "):
             raise Unavailable(plan.partition("reason=")[2])
     return ours(case, given, device)
+
+
+def kernel_cell(case: Layers) -> str:
+    """The kernels' name of the cell."""
+    return "rnn_tanh" if case.cell == "rnn" else case.cell
 
 
 def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype | None = None) -> Entrant:
@@ -163,10 +114,10 @@ def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.d
     dtype = dtype or case.torch_dtype
     if case.cell == "gru_reset_before":
         raise Unavailable("torch has no GRU that resets before the product")
-    layer = build(nn, case, given.state, dtype, device)
+    layer = build_layer(nn, case.plain, given.state, dtype)
     x, dy = given.x.to(dtype), given.dy.to(dtype)
     if given.lengths is None:
-        return entrant(case, layer, x, dy, layer)
+        return one_call(case, layer, x, dy, layer)
     packed = nn.utils.rnn.pack_padded_sequence(x, given.lengths)
     d_packed = nn.utils.rnn.pack_padded_sequence(dy, given.lengths).data if case.training else dy
     sizes = packed.batch_sizes
@@ -179,23 +130,22 @@ def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.d
         y, state = layer(nn.utils.rnn.PackedSequence(data, sizes))
         return y.data, state
 
-    made = entrant(case, run, packed.data, d_packed, layer, unpack)
-    if case.training:
-        inner = made.outputs
-        made.outputs = lambda answer: {n: unpack(t) if n == "d_x" else t for n, t in inner(answer).items()}
-    return made
+    def named(answer: tuple[Tensor, Any]) -> Outputs:
+        return named_states((unpack(answer[0]), answer[1]))
+
+    return one_call(case, run, packed.data, d_packed, layer, named, unpack)
 
 
 def flashrnn_entrant(case: Layers, given: LayersInputs, device: str) -> Entrant:
-    """FlashRNN's fused kernels, with the product of x by torch. Biases are added in one, which an LSTM and a plain RNN
-    allow."""
+    """FlashRNN's fused kernels, with the product of x by torch. The two biases are added into one, which is right for
+    an LSTM and a plain RNN."""
     plain = case.layers == 1 and not case.bidirectional and not case.packed
     if case.cell not in ("lstm", "rnn") or not plain or case.dtype == "float32":
         raise Unavailable("FlashRNN is measured on one layer of an LSTM or plain RNN in 16 bits")
     from flashrnn import flashrnn  # type: ignore[import-not-found]
 
     gates, hidden = GATES[case.cell], case.hidden
-    layer = build(nn, case, given.state, case.torch_dtype, device)
+    layer = build_layer(nn, case.plain, given.state, case.torch_dtype)
     w_ih, w_hh, b_ih, b_hh = (layer.get_parameter(f"{n}_l0") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
 
     def run(x: Tensor) -> tuple[Tensor, Any]:
@@ -209,7 +159,7 @@ def flashrnn_entrant(case: Layers, given: LayersInputs, device: str) -> Entrant:
         y = states[0].reshape(case.batch, case.steps, hidden).transpose(0, 1)  # states [S,B,T,heads,D]
         return y, tuple(ends[:2]) if case.cell == "lstm" else ends[0]
 
-    return entrant(case, run, given.x, given.dy, layer)
+    return one_call(case, run, given.x, given.dy, layer)
 
 
 def answers(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype) -> Outputs:
@@ -218,7 +168,7 @@ def answers(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype) 
         if case.cell == "gru_reset_before":
             layer = ResetBeforeGRU(given.state, dtype)
             h0 = torch.zeros(1, case.batch, case.hidden, dtype=dtype, device=device)
-            made = entrant(case, lambda x: layer(x, h0), given.x.to(dtype), given.dy.to(dtype), layer)
+            made = one_call(case, lambda x: layer(x, h0), given.x.to(dtype), given.dy.to(dtype), layer)
         else:
             made = torch_entrant(case, given, device, dtype)
         return {name: tensor.detach() for name, tensor in made.outputs(made.call()).items()}

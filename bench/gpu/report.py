@@ -1,4 +1,4 @@
-"""Results of a run on a GPU as plain data, as tables, and as the README's table of what ran where."""
+"""Results of runs on a GPU: as plain data, as tables, and read from bench/results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.report import SCHEMA, Printer, duration, environment, times
-from bench.run import NOISY, Options, geomean
-
-ROOT = Path(__file__).resolve().parents[2]
+from bench.formats import NONE, time_of, times
+from bench.report import ROOT, SCHEMA, Document, environment, print_table, refusals, summarize, versions
+from bench.run import NOISY
 
 
 def slug(device: str) -> str:
@@ -25,7 +24,7 @@ def slug(device: str) -> str:
 
 
 def sources() -> str:
-    """A digest of all that is compiled or run: tells whether two runs had the same sources, with or without git."""
+    """A digest of all that is compiled or run: shows whether two runs had the same sources, with or without git."""
     digest = hashlib.sha256()
     for folder in ("csrc", "fastseq", "kernels"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -34,18 +33,12 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def surroundings(device: str, commit: str | None) -> dict[str, Any]:
+def surroundings(device: str, commit: str | None) -> Document:
     """The environment of bench/report.py, and the GPU's."""
-    found = environment(Options(torch.get_num_threads()))
+    found = environment(torch.get_num_threads())
     found["commit"] = found["commit"] or commit
     found["sources"] = sources()
-    versions: dict[str, Any] = {}
-    for package in ("triton", "pytest", "flashrnn"):
-        try:
-            versions[package] = __import__("importlib.metadata").metadata.version(package)
-        except Exception:
-            versions[package] = None
-    found["versions"] |= versions | {"cuda": torch.version.cuda}
+    found["versions"] |= versions("triton", "pytest", "flashrnn") | {"cuda": torch.version.cuda}
     found |= {"device": found["cpu"], "driver": None}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -68,33 +61,31 @@ def _driver() -> str | None:
     return said.split()[0] if said.strip() else None
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------------------------
 
 
-def case_lost(line: Mapping[str, Any]) -> dict[str, Any]:
+def case_lost(line: Mapping[str, Any]) -> Document:
     """A case whose process was lost, and which was not measured after that."""
     where = f" (at {line['at']})" if line.get("at") else ""
     return {"name": line["name"], "reason": f"{line['reason']}{where}", "contestants": {}, "ratios": {}}
 
 
-def timings_document(
-    cases: Sequence[dict[str, Any]], environ: dict[str, Any], planned: int, complete: bool, why: str
-) -> dict[str, Any]:
-    """``complete``: every case of the plan was measured; why not, is in ``stopped``. Times are microseconds."""
+def timings_document(cases: Sequence[Document], environ: Document, planned: int, why: str) -> Document:
+    """``why``: the reason for which not every case of the plan was measured, or "". Times are microseconds."""
     return {
         "schema": SCHEMA,
-        "complete": complete,
+        "complete": not why,
         "stopped": why,
         "planned": planned,
         "environment": environ,
         "cases": list(cases),
-        "summary": summary(cases),
+        "summary": summarize(cases),
         "notes": notes(cases),
     }
 
 
-def earlier(path: Path, environ: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases of the file that is there, if of the same device, each with the commit at which it was measured."""
+def earlier_cases(path: Path, environ: Document) -> list[Document]:
+    """The cases of an existing file, if of the same device, each with the commit at which it was measured."""
     if not path.exists():
         return []
     before = json.loads(path.read_text())
@@ -103,47 +94,23 @@ def earlier(path: Path, environ: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"commit": before["environment"]["commit"], **case} for case in before["cases"]]
 
 
-def beside_earlier(cases: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def beside_earlier(cases: Sequence[Document], before: Sequence[Document]) -> list[Document]:
     """``cases``, and those of before that were not measured again: a run adds to what is known of a device."""
     names = {case["name"] for case in cases}
     return [*cases, *(case for case in before if case["name"] not in names)]
 
 
-def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each of our backends, in each group and in all: geometric mean and lowest of the ratios to each peer."""
-    ratios: dict[tuple[str, str, str], dict[str, float]] = {}
-    for case in cases:
-        for ours, against in case["ratios"].items():
-            for peer, ratio in against.items():
-                if ratio is not None:
-                    for of in (case["family"], case["group"]):
-                        ratios.setdefault((of, ours, peer), {})[case["name"]] = ratio
-    lines = []
-    for (of, ours, peer), found in ratios.items():
-        worst = min(found, key=lambda name: found[name])
-        lines.append(
-            {"of": of, "backend": ours, "peer": peer, "count": len(found), "geomean": geomean(list(found.values())),
-             "worst": found[worst], "worst_case": worst}
-        )  # fmt: skip
-    return lines
-
-
-def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """What went wrong, and where rounds spread."""
-    found, noisy = [], 0
-    for case in cases:
-        if case["reason"]:
-            found.append(f"not measured: {case['name']}: {case['reason']}")
-        for name, entry in case["contestants"].items():
-            if entry["status"] == "refused":
-                found.append(f"refused: {name} on {case['name']}: {entry['reason']}")
-            noisy += "iqr_us" in entry and entry["iqr_us"] > NOISY * entry["median_us"]
+def notes(cases: Sequence[Document]) -> list[str]:
+    """What failed, how many times spread widely, and what was measured at another commit."""
+    found = [f"not measured: {case['name']}: {case['reason']}" for case in cases if case["reason"]] + refusals(cases)
     old = Counter(case["commit"] for case in cases if "commit" in case)
     found += [f"{count} cases were measured at an earlier commit, {str(commit)[:10]}" for commit, count in old.items()]
+    timed = [entry for case in cases for entry in case["contestants"].values() if "iqr_us" in entry]
+    noisy = sum(entry["iqr_us"] > NOISY * entry["median_us"] for entry in timed)
     return found + [f"{noisy} times spread (interquartile range over median) by more than {NOISY:.0%}"] * (noisy > 0)
 
 
-def tests_document(parts: Mapping[str, dict[str, Any]], environ: dict[str, Any], complete: bool) -> dict[str, Any]:
+def tests_document(parts: Mapping[str, Document], environ: Document, complete: bool) -> Document:
     """Counts by kernels and by file; every test that failed or was lost, with its reason."""
     kernels = {}
     for name, part in parts.items():
@@ -164,36 +131,53 @@ def tests_document(parts: Mapping[str, dict[str, Any]], environ: dict[str, Any],
     return {"schema": SCHEMA, "complete": complete, "environment": environ, "kernels": kernels}
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def print_cases(document: dict[str, Any], printer: Printer, labels: Mapping[str, str]) -> None:
+def print_cases(document: Document, labels: Mapping[str, str]) -> None:
     """A table of all cases, the means, and the notes."""
     cases = document["cases"]
-    names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
+    names = dict.fromkeys(name for case in cases for name in case["contestants"])
     shown = [n for n in names if any("median_us" in c["contestants"].get(n, {}) for c in cases)]
+    ours = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
     rows = []
     for case in cases:
-        row = [case["name"]]
-        for name in shown:
-            entry = case["contestants"].get(name, {})
-            median = entry.get("median_us")
-            row.append(duration(median / 1e6) if median else "refused" if entry.get("status") == "refused" else "–")
-        rates = [f"{e['tflops']:.3g}" for n in shown if "tflops" in (e := case["contestants"].get(n, {}))]
-        row.append(rates[0] if rates else "–")
-        row += [times(against.get("best")) for against in case["ratios"].values()]
-        rows.append(row + [""] * (len(shown) + 2 + len(_ours(cases)) - len(row)))
-    header = ["case", *(labels.get(n, n) for n in shown), "TFLOP/s", *(f"{n} / best peer" for n in _ours(cases))]
+        entries = case["contestants"]
+        rate = next((f"{entries[n]['tflops']:.3g}" for n in shown if "tflops" in entries.get(n, {})), NONE)
+        best = [times(case["ratios"].get(n, {}).get("best")) for n in ours]
+        rows.append([case["name"], *(time_of(entries.get(n)) for n in shown), rate, *best])
+    header = ["case", *(labels.get(n, n) for n in shown), "TFLOP/s", *(f"{n} / best peer" for n in ours)]
     if rows:
-        printer.table(f"{len(cases)} of {document['planned']} cases", header, rows)
+        print_table(f"{len(cases)} of {document['planned']} cases", header, rows)
     for line in document["summary"]:
         if line["peer"] == "best":
             mean, worst = times(line["geomean"]), times(line["worst"])
-            printer.line(f"{line['of']}, {line['backend']}: {mean} the best peer's speed over {line['count']} cases, "
-                         f"worst {worst} ({line['worst_case']})")  # fmt: skip
+            print(f"{line['of']}, {line['backend']}: {mean} the best peer's speed over {line['count']} cases, "
+                  f"worst {worst} ({line['worst_case']})")  # fmt: skip
     for note in document["notes"]:
-        printer.line(note)
+        print(note)
 
 
-def _ours(cases: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+# --- bench/results --------------------------------------------------------------------------------------------------
+
+
+def load(results: Path) -> dict[str, dict[str, Document]]:
+    """Result files by GPU, and then by what they are: tests, recurrent, attention."""
+    found: dict[str, dict[str, Document]] = {}
+    for what in ("tests", "recurrent", "attention"):
+        for path in sorted(results.glob(f"*-{what}.json")):
+            document = json.loads(path.read_text())
+            if document["environment"].get("driver") is not None:
+                found.setdefault(document["environment"]["device"], {})[what] = document
+    return found
+
+
+def commit(document: Document) -> str:
+    """Its environment's, shortened, and how many cases were measured at others."""
+    commit = document["environment"]["commit"] or "an unknown commit"
+    changes = " with changes" if commit.endswith("+changes") else ""
+    before = sum("commit" in case for case in document.get("cases", ()))
+    return f"{commit[:10]}{changes}" + f", {before} cases at earlier ones" * (before > 0)
+
+
+def best_peer(case: Document) -> tuple[str, float] | None:
+    """The fastest contestant that is not ours, and its microseconds."""
+    peers = {n: e["median_us"] for n, e in case["contestants"].items() if not e.get("backend") and "median_us" in e}
+    return min(peers.items(), key=lambda pair: pair[1]) if peers else None

@@ -1,7 +1,7 @@
-"""One case on a GPU: every contestant checked, those that passed timed in turns; and the process that does so.
+"""One case on a GPU: every contestant checked, those that passed timed in turns.
 
-As bench/run.py, with a GPU's clock: events around blocks of calls, or around each call with the L2 cache swept between
-where memory's speed is what counts. A contestant may enter twice: as it is called, and captured in a CUDA graph.
+As bench/run.py, with a GPU's clock: events around blocks of calls, or, where the speed of memory counts, around each
+call with the L2 cache overwritten before it. A contestant may take part twice: as called, and captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,31 +10,30 @@ import contextlib
 import gc
 import importlib.util
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 import fastseq
 from bench.cases import Case
-from bench.check import FLOOR, errors
-from bench.gpu import attention as gpu_attention
-from bench.gpu import recurrent as gpu_recurrent
-from bench.gpu.cases import Heads, Layers
-from bench.peers import Entrant, Outputs, Unavailable
-from bench.run import Entry, Timing
+from bench.check import Judge
+from bench.check import errors as errors_of
+from bench.gpu import attention, recurrent
+from bench.gpu.cases import Layers
+from bench.peers import Entrant, Unavailable
+from bench.run import Entry, Result, Timing, block, in_force
 from fastseq.backend import operator_reason
 
 ROUNDS, FEWEST = 9, 5
 SWEEP = 256 << 20
-"""Bytes written between calls where the caches must be cold: several times the largest L2."""
+"""Bytes written between calls to empty the caches: several times the largest L2."""
 MOST_CALLS = 200
 
 
 class Clock(Protocol):
-    """Seconds a call, of a block of calls; ``cold``: with caches swept before each."""
+    """Seconds of a block of calls; ``cold``: with caches emptied before each, which is not timed."""
 
     def __call__(self, call: Callable[[], object], calls: int, cold: bool) -> float: ...
 
@@ -48,180 +47,155 @@ class EventClock:
     def __call__(self, call: Callable[[], object], calls: int, cold: bool) -> float:
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls if cold else 1)]
         torch.cuda.synchronize()
-        if cold:
-            if self._dirt is None:
-                self._dirt = torch.empty(SWEEP, dtype=torch.uint8, device="cuda")
-            for start, end in pairs:
+        if cold and self._dirt is None:
+            self._dirt = torch.empty(SWEEP, dtype=torch.uint8, device="cuda")
+        for start, end in pairs:
+            if cold and self._dirt is not None:
                 self._dirt.zero_()
-                start.record()
+            start.record()
+            for _ in range(1 if cold else calls):
                 call()
-                end.record()
-        else:
-            pairs[0][0].record()
-            for _ in range(calls):
-                call()
-            pairs[0][1].record()
+            end.record()
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / calls / 1e3
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
-class HostClock:
+def host_clock(call: Callable[[], object], calls: int, cold: bool) -> float:
     """Time by the host, for a run on the CPU."""
+    return block(call, calls)
 
-    def __call__(self, call: Callable[[], object], calls: int, cold: bool) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+
+def clock_of(device: str) -> Clock:
+    return EventClock() if device == "cuda" else host_clock
+
+
+Prepare = Callable[[Any, Any, str], Entrant]
+MODULES: dict[str, Any] = {"recurrent": recurrent, "attention": attention}
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Who takes part: ``backend`` of fastseq where it is one of ours, else a peer.
+    """A contestant: ``backend`` of fastseq if it is one of ours, else a peer.
 
-    ``role``: that of our scan, where it is not to be what the tables say.
+    prepare: by family of cases. role: of our scan, if it differs from that of the tables.
     """
 
     name: str
     label: str
     backend: str | None
-    prepare: dict[str, Callable[[Any, Any, str], Entrant]]
+    prepare: dict[str, Prepare]
     needs: str = ""
     role: str | None = None
 
+    @contextlib.contextmanager
+    def scope(self, case: Case) -> Iterator[None]:
+        """The settings under which this contestant's calls are made."""
+        with in_force(self.backend), recurrent.in_role(self.role), torch.set_grad_enabled(case.training):
+            yield
 
-_OURS: dict[str, Callable[[Any, Any, str], Entrant]]
-_OURS = {"recurrent": gpu_recurrent.ours, "attention": gpu_attention.ours}
+
+def _sdpa(name: str, label: str, kernel: str) -> Runner:
+    return Runner(name, f"SDPA, {label}", None, {"attention": attention.sdpa(kernel)})
+
+
+_OURS: dict[str, Prepare] = {"recurrent": recurrent.ours, "attention": attention.ours}
+_PERSISTENT: dict[str, Prepare] = {"recurrent": recurrent.persistent}
+_BARRIER: dict[str, Prepare] = {"recurrent": recurrent.barrier}
 RUNNERS = {
     runner.name: runner
     for runner in (
         Runner("triton", "fastseq, Triton", "triton", _OURS),
         Runner("native", "fastseq, C++", "native", _OURS),
-        Runner(
-            "persistent", "Triton, persistent", "triton", {"recurrent": gpu_recurrent.persistent}, role="persistent"
-        ),
-        Runner(
-            "barrier", "C++, cluster barrier", "native", {"recurrent": gpu_recurrent.barrier}, role="cluster_barrier"
-        ),
+        Runner("persistent", "Triton, persistent", "triton", _PERSISTENT, role="persistent"),
+        Runner("barrier", "C++, cluster barrier", "native", _BARRIER, role=recurrent.BARRIER),
         Runner("reference", "fastseq, reference", "reference", _OURS),
-        Runner("torch", "torch.nn", None, {"recurrent": gpu_recurrent.torch_entrant}),
-        Runner("flashrnn", "FlashRNN", None, {"recurrent": gpu_recurrent.flashrnn_entrant}, "flashrnn"),
-        Runner("cudnn", "SDPA, cuDNN", None, {"attention": gpu_attention.sdpa("CUDNN_ATTENTION")}),
-        Runner("flash", "SDPA, flash", None, {"attention": gpu_attention.sdpa("FLASH_ATTENTION")}),
-        Runner("math", "SDPA, math", None, {"attention": gpu_attention.sdpa("MATH")}),
-        Runner("varlen", "varlen_attn", None, {"attention": gpu_attention.varlen_entrant}),
-        Runner("flex", "FlexAttention", None, {"attention": gpu_attention.flex_entrant}),
+        Runner("torch", "torch.nn", None, {"recurrent": recurrent.torch_entrant}),
+        Runner("flashrnn", "FlashRNN", None, {"recurrent": recurrent.flashrnn_entrant}, "flashrnn"),
+        _sdpa("cudnn", "cuDNN", "CUDNN_ATTENTION"),
+        _sdpa("flash", "flash", "FLASH_ATTENTION"),
+        _sdpa("math", "math", "MATH"),
+        Runner("varlen", "varlen_attn", None, {"attention": attention.varlen_entrant}),
+        Runner("flex", "FlexAttention", None, {"attention": attention.flex_entrant}),
     )
 }
 DEFAULT = {
     "cuda": ("triton", "native", "persistent", "barrier", "torch", "flashrnn", "cudnn", "flash", "varlen", "flex"),
     "cpu": ("native", "reference", "torch", "math"),
 }
-"""Who takes part by device; on the CPU only to try the runner itself."""
-
-
-@dataclass
-class Measured:
-    """A case and what became of each contestant; ``reason`` where the case itself could not be set up."""
-
-    case: Case
-    budget: dict[str, float] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)
-    reason: str = ""
-
-    def ratio(self, ours: str, peer: str) -> float | None:
-        """The peer's time over ours; ``best``: of the fastest peer there is."""
-        if peer == "best":
-            found = [self.ratio(ours, name) for name in self.entries if RUNNERS[name].backend is None]
-            return min((ratio for ratio in found if ratio is not None), default=None)
-        mine, theirs = (self.entries[name].timing if name in self.entries else None for name in (ours, peer))
-        return theirs.median / mine.median if mine and theirs else None
+"""Contestants by device; on the CPU only to try the runner itself."""
 
 
 @dataclass
 class Bench:
-    """How cases are measured. ``contestants``: names in RUNNERS; clock: None only
-    checks; min_time: seconds for each contestant in a case."""
+    """How cases are measured. contestants: names in RUNNERS; clock: None only checks; min_time: seconds for each
+    contestant in a case."""
 
     device: str
     contestants: Sequence[str]
     clock: Clock | None
     min_time: float = 0.12
-    graphs: bool = True
     watch: Callable[[str], None] = lambda name: None
-    """Told whose call is about to run for the first times, so that a crash can be laid at its door."""
+    """Called with the name of the contestant whose first calls follow, so that a crash can be attributed to it."""
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: Case) -> Result:
         """Check and time; whatever a contestant does, the others go on, and the reason is kept."""
-        found = Measured(case)
-        family = case.family
-        taking_part = [RUNNERS[name] for name in self.contestants if family in RUNNERS[name].prepare]
+        found = Result(case, ours=frozenset(name for name, runner in RUNNERS.items() if runner.backend))
+        module = MODULES["recurrent" if isinstance(case, Layers) else "attention"]
         try:
             self.watch("")
-            given, truth, found.budget = self.set_up(case)
+            given = module.inputs(case, self.device)
+            judge = Judge.by(lambda dtype: module.answers(case, given, self.device, dtype), case)
+            found.budget = judge.budget
         except Exception as error:
             found.reason = told(error)
             self.tidy(error)
             return found
         entrants: list[tuple[Runner, Entrant]] = []
-        for runner in taking_part:
-            entry = found.entries[runner.name] = Entry()
-            entrants += [(runner, entrant) for entrant in self.admit(runner, case, given, truth, found.budget, entry)]
-            gc.collect()  # of what was refused
+        for runner in (RUNNERS[name] for name in self.contestants):
+            if case.family in runner.prepare:
+                entry = found.entries[runner.name] = Entry()
+                entrants += [(runner, entrant) for entrant in self.admit(runner, case, given, judge, entry)]
+                gc.collect()  # frees what a refused contestant held
         if entrants and self.clock is not None:
-            del given, truth
-            self.time(case, entrants, found)
+            del given, judge
+            self.time(case, entrants, found, self.clock)
         return found
 
-    def set_up(self, case: Case) -> tuple[Any, Outputs, dict[str, float]]:
-        """Inputs, the truth in float64, and the error allowed: twice that of the formula in the case's own dtype."""
-        module: Any = gpu_recurrent if isinstance(case, Layers) else gpu_attention
-        given = module.inputs(case, self.device)
-        truth = module.answers(case, given, self.device, torch.float64)
-        own = errors(module.answers(case, given, self.device, case.torch_dtype), truth)
-        return given, truth, {name: 2 * error + FLOOR[case.dtype] for name, error in own.items()}
+    def admit(self, runner: Runner, case: Case, given: Any, judge: Judge, entry: Entry) -> list[Entrant]:
+        """Prepare a contestant and compare its answer with the truth."""
 
-    def admit(
-        self, runner: Runner, case: Case, given: Any, truth: Outputs, budget: dict[str, float], entry: Entry
-    ) -> list[Entrant]:
-        """Prepare a contestant and hold its answer to the budget."""
+        def errors(entrant: Entrant) -> dict[str, float]:
+            return errors_of(entrant.outputs(entrant.call()), judge.truth)
+
         if runner.needs and importlib.util.find_spec(runner.needs) is None:
             entry.reason = f"the package {runner.needs} is not installed"
             return []
         try:
             self.watch(runner.name)
-            with scope(runner, case):
+            with runner.scope(case):
                 reason = operator_reason(runner.backend or "", self.device)
                 if reason is not None:
                     raise Unavailable(reason)
-                entrant = runner.prepare[case.family](case, given, self.device)
+                entrants = [runner.prepare[case.family](case, given, self.device)]
                 entry.backend = runner.backend
-                entry.errors = errors(entrant.outputs(entrant.call()), truth)
-                captured = self.captured(entrant, case)
-                if captured is not None:
-                    again = errors(captured.outputs(captured.call()), truth)
-                    entry.errors = {name: max(error, again[name]) for name, error in entry.errors.items()}
-        except (Unavailable, fastseq.BackendError) as reason:
-            entry.reason = told(reason)
-            return []
-        except Exception as error:  # it is out, the others are not
-            refused = gpu_attention.unavailable(error) if isinstance(error, RuntimeError) else error
-            entry.status = "unavailable" if isinstance(refused, Unavailable) else "refused"
-            entry.reason = told(error)
+                wrong = [errors(entrants[0])]
+                if (captured := self.captured(entrants[0], case)) is not None:
+                    entrants.append(captured)
+                    wrong.append(errors(captured))
+                entry.errors = {name: max(each[name] for each in wrong) for name in judge.truth}
+        except Exception as error:  # this contestant is out, the others are not
+            refused = attention.unavailable(error) if isinstance(error, RuntimeError) else error
+            known = isinstance(refused, Unavailable | fastseq.BackendError)
+            entry.status, entry.reason = "unavailable" if known else "refused", told(error)
             self.tidy(error)
             return []
-        over = {name: error for name, error in entry.errors.items() if not error <= budget[name]}
-        if over:
-            name = max(over, key=lambda name: over[name] / budget[name])
-            entry.status = "refused"
-            entry.reason = f"{name} is off by {over[name]:.1e} of its largest value; {budget[name]:.1e} is allowed"
-            return []
-        entry.status = "checked"
-        return [entrant] if captured is None else [entrant, captured]
+        fault = judge.fault(entry.errors)
+        entry.status, entry.reason = ("checked", "") if fault is None else ("refused", fault)
+        return [] if fault else entrants
 
     def captured(self, entrant: Entrant, case: Case) -> Entrant | None:
-        """The same call as a CUDA graph, replayed; None where that cannot be."""
-        if not self.graphs or self.device != "cuda" or case.training:
+        """The same call as a CUDA graph, replayed; None if it cannot be captured."""
+        if self.device != "cuda" or case.training:
             return None
         try:
             side = torch.cuda.Stream()
@@ -233,7 +207,7 @@ class Bench:
             with torch.cuda.graph(graph):
                 answer = entrant.call()
         except RuntimeError:
-            torch.cuda.synchronize()  # raises where more than the capture is broken
+            torch.cuda.synchronize()  # raises if more than the capture is broken
             return None
 
         def replay() -> Any:
@@ -242,18 +216,16 @@ class Bench:
 
         return Entrant(replay, entrant.outputs, "graph")
 
-    def time(self, case: Case, entrants: Sequence[tuple[Runner, Entrant]], found: Measured) -> None:
-        """Blocks in turns, in an order that moves on by one every round; the medians count."""
-        cold = isinstance(case, Heads) and case.kind == "decode"
-        going, seconds, inner = list(entrants), [[] for _ in entrants], [1 for _ in entrants]  # type: ignore[var-annotated]
+    def time(self, case: Case, going: Sequence[tuple[Runner, Entrant]], found: Result, clock: Clock) -> None:
+        """Blocks in turns, in an order that shifts by one every round; the medians count."""
+        cold = getattr(case, "kind", "") == "decode"
+        timed = [Timing(1) for _ in going]
         out: dict[int, str] = {}
-        clock = self.clock
-        assert clock is not None
 
-        def block(n: int, calls: int) -> float | None:
+        def one(n: int, calls: int) -> float | None:
             runner, entrant = going[n]
             try:
-                with scope(runner, case):
+                with runner.scope(case):
                     return clock(entrant.call, calls, cold)
             except Exception as error:
                 out[n] = told(error)
@@ -263,42 +235,31 @@ class Bench:
         gc.collect()
         for n, (runner, _) in enumerate(going):
             self.watch(runner.name)
-            block(n, 1)
-            once = block(n, 2)
-            if once is not None:
-                inner[n] = max(1, min(MOST_CALLS, math.ceil(self.min_time / ROUNDS / max(once, 1e-7))))
-        slowest = max((block(n, 1) or 0.0) for n in range(len(going)))
-        rounds = ROUNDS if slowest * ROUNDS <= 10 * self.min_time else FEWEST
-        for turn in range(rounds):
+            one(n, 1)
+            if (twice := one(n, 2)) is not None:
+                calls = math.ceil(self.min_time / ROUNDS / max(twice / 2, 1e-7))
+                timed[n].calls = max(1, min(MOST_CALLS, calls))
+        slowest = max((one(n, 1) or 0.0) for n in range(len(going)))
+        for turn in range(ROUNDS if slowest * ROUNDS <= 10 * self.min_time else FEWEST):
             for place in range(len(going)):
                 n = (place + turn) % len(going)
-                if n not in out and (value := block(n, inner[n])) is not None:
-                    seconds[n].append(value)
+                if n not in out and (seconds := one(n, timed[n].calls)) is not None:
+                    timed[n].blocks.append(seconds)
         for n, (runner, entrant) in enumerate(going):
             entry = found.entries[runner.name]
-            if n in out:
+            if n not in out:
+                entry.status, entry.timings[entrant.setting] = "timed", timed[n]
+            else:
                 entry.reason = out[n]
-                if entry.status != "timed":
-                    entry.status = "refused"
-            elif len(seconds[n]) >= 2:
-                entry.status = "timed"
-                entry.timings[entrant.setting] = Timing.of(seconds[n], inner[n])
+                entry.status = "timed" if entry.status == "timed" else "refused"
 
     def tidy(self, error: BaseException) -> None:
-        """Gives memory back after a failure, and raises where the GPU itself does not answer any more."""
+        """Frees memory after a failure, and raises if the GPU itself no longer answers."""
         error.__traceback__ = None
         gc.collect()
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def scope(runner: Runner, case: Case) -> Iterator[None]:
-    """The settings a contestant's calls are made under."""
-    backend = fastseq.use_backend(runner.backend) if runner.backend else contextlib.nullcontext()
-    with backend, gpu_recurrent.in_role(runner.role), torch.set_grad_enabled(case.training):
-        yield
 
 
 def told(error: BaseException) -> str:

@@ -1,9 +1,9 @@
 """Which tiles of the Triton attention kernels are the fastest on this GPU: candidates compiled, checked, and timed.
 
-Processes on all processors compile candidates, the most promising of every role and width first; one more process
-times what is compiled: each alone, after its answer was held against that of the tile in force. What does not compile,
-does not fit or is wrong stays in the report with its reason. A process that crashes or hangs is begun anew. The tiles
-themselves are in kernels/tuning_attention.py; nothing here changes them.
+Processes on all processors compile candidates, the most promising of every role and width first. One more process times
+what is compiled, each candidate alone, after its answer was compared with that of the tile in force. A candidate that
+does not compile, does not fit or is wrong stays in the report with its reason. A process that crashes or hangs is
+replaced. The tiles in force are in kernels/tuning_attention.py; nothing here changes them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import multiprocessing
 import os
 import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, TimeoutError, as_completed
 from itertools import product, zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,23 +25,24 @@ from typing import Any
 
 import torch
 
-from bench.gpu import attention as gpu_attention
+from bench.gpu import attention
 from bench.gpu.cases import Heads, decode, dense
 from bench.gpu.report import surroundings
-from bench.gpu.run import EventClock, HostClock, told
+from bench.gpu.run import clock_of, told
 from bench.report import write_json
+from fastseq import cli
 
 ROLES = ("forward", "backward_keys", "backward_queries", "decode")
 WIDTHS = (64, 128, 256)
-NO_GPU, INTERRUPTED = 2, 130
+NO_GPU = 2
 PRODUCTS = {"forward": 2, "backward_keys": 4, "backward_queries": 3, "decode": 2}
-"""Products of tiles that a role's kernel makes."""
+"""Products of tiles in a role's kernel."""
 SPILLED = 256
 """Bytes that a thread may spill before a candidate is not worth timing."""
 TOLERANCE = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 2.0**-18}
 """Difference from the answer of the tile in force, of its largest value."""
 PATIENCE = {"compile": 60.0, "measure": 25.0}
-"""Seconds after which a process that gives no answer is taken to hang."""
+"""Seconds after which a process without an answer is assumed to hang."""
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ class Bench:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.clock = EventClock() if device == "cuda" else HostClock()
+        self.clock = clock_of(device)
         self.kept: dict[tuple[str, str], Prepared] = {}
 
     def prepared(self, case: Heads, role: str) -> Prepared:
@@ -182,7 +183,7 @@ class Bench:
         from fastseq.kernels import attention_launch as launch
         from fastseq.kernels.attention_problem import Problem
 
-        given = gpu_attention.inputs(case, self.device)
+        given = attention.inputs(case, self.device)
         options: list[Any] = [*[None] * 9, case.dim**-0.5, case.causal, True, case.window or -1, -1, 0.0, 0.0]
         x = Problem(given.q, given.k, given.v, *options)
         o = torch.empty_like(given.q)
@@ -250,9 +251,9 @@ class Bench:
                     return {"reason": f"off by {error:.1e} in {case.name}", "tile": tile._asdict()}
             call = self.captured(own.run)
             cold = case.kind == "decode" and self.device == "cuda"
-            once = self.clock(call, 2, cold)
+            once = self.clock(call, 2, cold) / 2
             calls = max(1, min(200, int(min_time / 3 / max(once, 1e-7))))
-            seconds = sorted(self.clock(call, calls, cold) for _ in range(3))
+            seconds = sorted(self.clock(call, calls, cold) / calls for _ in range(3))
         work = PRODUCTS[role] * 2 * case.dim * case.pairs * case.heads
         entry = {"seconds": seconds[1], "least": seconds[0], "tflops": work / seconds[1] / 1e12}
         if case.kind == "decode":
@@ -288,7 +289,7 @@ def serve(device: str, pipe: Connection) -> None:
 
 
 class Helper:
-    """A process that answers one request at a time, and is begun anew when it was lost or hung."""
+    """A process that answers one request at a time, and is replaced if it is lost or hangs."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -314,10 +315,10 @@ class Helper:
         return {"reason": f"{what}: {reason}"}
 
     def end(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.join()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -334,45 +335,38 @@ def interleaved(options: argparse.Namespace) -> list[Candidate]:
 
 
 def tune(options: argparse.Namespace, until: float, done: Callable[[Candidate], None]) -> bool:
-    """Compile and time until the candidates or the time end; False where it was cut short."""
-    planned = interleaved(options)
-    waiting: queue.SimpleQueue[Candidate] = queue.SimpleQueue()
-    compiled: queue.PriorityQueue[tuple[int, Candidate]] = queue.PriorityQueue()
-    place = {id(candidate): n for n, candidate in enumerate(planned)}
-    for candidate in planned:
-        waiting.put(candidate)
-    helpers = [Helper(options.device) for _ in range(options.jobs + 1)]
+    """Compile and time until the candidates or the time end; False if it was cut short."""
+    planned, left = interleaved(options), 0
+    timing, compiling = Helper(options.device), [Helper(options.device) for _ in range(options.jobs)]
+    free: queue.SimpleQueue[Helper] = queue.SimpleQueue()
+    for helper in compiling:
+        free.put(helper)
 
-    def work(helper: Helper) -> None:
-        with contextlib.suppress(queue.Empty):
-            while time.monotonic() < until:
-                candidate = waiting.get_nowait()
-                own = cases(candidate.role, candidate.width, options.tiny)
-                candidate.found |= helper.ask("compile", own, candidate.role, candidate.tile)
-                compiled.put((place[id(candidate)], candidate))
-        helper.end()
+    def compiled(candidate: Candidate) -> Candidate:
+        own, helper = cases(candidate.role, candidate.width, options.tiny), free.get()
+        candidate.found |= helper.ask("compile", own, candidate.role, candidate.tile)
+        free.put(helper)
+        return candidate
 
-    threads = [threading.Thread(target=work, args=(helper,), daemon=True) for helper in helpers[1:]]
-    for thread in threads:
-        thread.start()
-    left = len(planned)
+    pool = ThreadPoolExecutor(options.jobs)
     try:
-        while left and time.monotonic() < until:
-            try:
-                _, candidate = compiled.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            left -= 1
+        going = [pool.submit(compiled, candidate) for candidate in planned]
+        left = len(going)
+        for future in as_completed(going, max(0.0, until - time.monotonic())):
+            candidate = future.result()
             for case in cases(candidate.role, candidate.width, options.tiny):
                 if "reason" not in candidate.found and time.monotonic() < until:
-                    answer = helpers[0].ask("measure", case, candidate.role, candidate.tile, options.min_time)
+                    answer = timing.ask("measure", case, candidate.role, candidate.tile, options.min_time)
                     timings = candidate.found.get("cases", {}) | answer.pop("cases", {})
                     candidate.found |= answer | {"cases": timings}
+            left -= 1
             done(candidate)
+    except TimeoutError:
+        return False
     finally:
-        for helper in helpers:
-            with contextlib.suppress(Exception):
-                helper.end()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for helper in (timing, *compiling):
+            helper.end()
     return not left
 
 
@@ -439,4 +433,4 @@ def main(argv: list[str]) -> int:
     print("\n".join(report(tried, options.tiny)))
     if not complete:
         print("cut short: not every candidate was timed")
-    return INTERRUPTED if interrupted else 0
+    return cli.INTERRUPTED if interrupted else 0

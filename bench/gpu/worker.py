@@ -7,7 +7,6 @@ of every N-th case once, so that what is compiled at the first call is in the co
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -18,17 +17,18 @@ import torch
 
 from bench.gpu.cases import FAMILIES, chosen
 from bench.gpu.journal import Journal
-from bench.gpu.run import DEFAULT, RUNNERS, Bench, EventClock, HostClock, Measured, gpu_attention, gpu_recurrent, scope
-from bench.report import entry_document
-from bench.run import Entry
+from bench.gpu.run import DEFAULT, MODULES, RUNNERS, Bench, clock_of
+from bench.report import Document, measured_case
+from bench.run import Entry, Result
 
 TRIES = 3
-"""How often a case is begun again, each time without the contestant that was running when it was lost."""
+"""How often a case is started again, each time without the contestant that was running when it was lost."""
 
 
-def given_up(lost: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Who takes no further part, and why: whoever hung once, which costs a minute a time, or was lost TRIES times."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def given_up(lost: Sequence[Document]) -> dict[str, str]:
+    """Who takes no further part, and why: a contestant that hung once, which costs a minute each time, or was lost
+    TRIES times."""
+    found: dict[str, list[Document]] = {}
     for line in lost:
         if line["at"]:
             found.setdefault(line["at"], []).append(line)
@@ -39,73 +39,53 @@ def given_up(lost: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def document(found: Measured) -> dict[str, Any]:
-    """A result as plain data: as bench/report.py has it, with rates of each contestant and ratios of each of ours."""
+def document(found: Result) -> Document:
+    """A result as plain data, with rates of each contestant and ratios of each of ours."""
     case: Any = found.case
-    contestants = {}
+    out = measured_case(found) | {"operations": case.operations, "bytes": case.bytes, "reason": found.reason}
     for name, entry in found.entries.items():
-        contestants[name] = entry_document(entry)
         if entry.timing:
-            contestants[name]["tflops"] = case.operations / entry.timing.median / 1e12
+            out["contestants"][name]["tflops"] = case.operations / entry.timing.median / 1e12
             if case.bytes is not None:
-                contestants[name]["gb_s"] = case.bytes / entry.timing.median / 1e9
-    peers = [name for name in found.entries if RUNNERS[name].backend is None]
-    return {
-        "name": case.name,
-        "group": case.group,
-        "family": case.family,
-        "shape": dataclasses.asdict(case),
-        "operations": case.operations,
-        "bytes": case.bytes,
-        "budget": {name: value if value < float("inf") else None for name, value in found.budget.items()},
-        "reason": found.reason,
-        "contestants": contestants,
-        "ratios": {
-            name: {peer: found.ratio(name, peer) for peer in (*peers, "best")}
-            for name in found.entries
-            if RUNNERS[name].backend is not None
-        },
-    }
+                out["contestants"][name]["gb_s"] = case.bytes / entry.timing.median / 1e9
+    return out | {"ratios": {name: found.ratios(name) for name in found.entries if name in found.ours}}
 
 
 def work(options: argparse.Namespace) -> None:
-    """Measure until the time is up or the cases are."""
+    """Measure until the time is up or the cases are done."""
     journal = Journal(options.journal)
     finished, lost = journal.done(), journal.lost()
     left_out = given_up(lost)
-    clock = None if options.check else EventClock() if options.device == "cuda" else HostClock()
+    clock = None if options.check else clock_of(options.device)
     for case in chosen(options.family, options.case, options.tiny):
         if time.time() >= options.until:
             return
         gone = [line for line in lost if line["name"] == case.name]
         if case.name in finished or len(gone) >= TRIES or any(not line["at"] for line in gone):
             continue
-        without = {line["at"]: Entry("refused", line["reason"]) for line in gone}
-        without = {name: Entry("unavailable", why) for name, why in left_out.items()} | without
+        without = {name: Entry("unavailable", why) for name, why in left_out.items()}
+        without |= {line["at"]: Entry("refused", line["reason"]) for line in gone}
         journal.write("start", case.name)
         names = [name for name in options.contestant if name not in without]
-        bench = Bench(options.device, names, clock, options.min_time, watch=journal.now_at)
-        found = bench.measure(case)
+        found = Bench(options.device, names, clock, options.min_time, journal.now_at).measure(case)
         found.entries |= {name: entry for name, entry in without.items() if name in options.contestant}
         journal.write("done", case.name, case=document(found))
 
 
 def warm(options: argparse.Namespace) -> None:
-    """Call every contestant once, whatever comes of it."""
+    """Call every contestant that compiles once, and ignore errors: they are measured and reported later."""
     first, step = map(int, options.warm.split("/"))
-    module: Any = gpu_recurrent if options.family == "recurrent" else gpu_attention
     for case in chosen(options.family, options.case, options.tiny)[first::step]:
-        given = module.inputs(case, options.device)
-        for name in options.contestant:
-            runner = RUNNERS[name]
+        given = MODULES[options.family].inputs(case, options.device)
+        for runner in (RUNNERS[name] for name in options.contestant):
             if time.time() >= options.until:
                 return
-            if case.family in runner.prepare and (runner.backend == "triton" or name == "flex"):
+            if case.family in runner.prepare and (runner.backend == "triton" or runner.name == "flex"):
                 try:
-                    with scope(runner, case):
+                    with runner.scope(case):
                         runner.prepare[case.family](case, given, options.device).call()
-                except Exception as error:  # measured later, where it is reported
-                    print(f"{case.name}, {name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                except Exception as error:
+                    print(f"{case.name}, {runner.name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""docs/choosing.md, the figures that docs and README show: all made from the committed result files."""
+"""docs/choosing.md and the figures of docs and README, made from the committed result files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ SHOWN = ("memory-recall", "memory-copying", "memory-adding", "memory-text", "rea
 
 
 def sources(results: Results) -> tuple[str, Document, str, Document]:
-    """The study of memory and the measurement of cost that docs speak of: the fullest ones, with their files' names.
+    """The study of memory and the measurement of cost that docs describe: the fullest ones, with their files' names.
 
     Raises:
         ValueError: one of them is missing, or was cut short.
     """
     found: list[Any] = []
     for kind in ("memory", "cost"):
-        document = results.best(kind)
-        if document is None or not document["complete"]:
+        files: dict[str, Document] = getattr(results, kind)
+        name = max(files, key=lambda name: measured(files[name]), default=None)
+        if name is None or not files[name]["complete"]:
             raise ValueError(f"docs need a whole run of `python -m bench {kind}` among the results")
-        found += [next(name for name, each in getattr(results, kind).items() if each is document), document]
+        found += [name, files[name]]
     return found[0], found[1], found[2], found[3]
 
 

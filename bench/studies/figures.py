@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.exhibits import Document, Exhibit, mean_range, mebibytes, number
+from bench.exhibits import Document, Exhibit
+from bench.formats import duration, mean_range, mebibytes, number
 from bench.studies import findings
 from bench.studies.cost import KINDS as COST_KINDS
 from bench.studies.cost import MODES, RECURRENT, SHORT, WHOLE
@@ -198,8 +199,6 @@ def _panel(curves: list[Curve], lengths: list[int], what: str, straight: bool = 
 
 
 def _times(document: Document, mode: str) -> Exhibit:
-    from bench.report import duration
-
     taken = {kind: findings.times(document, mode, kind, WHOLE) for kind in COST_KINDS}
     lengths = sorted(taken["lstm"])
     passed = {kind: findings.overtakes(taken["attention"], taken[kind]) for kind in RECURRENT}

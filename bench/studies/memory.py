@@ -7,22 +7,18 @@ small sweep. Every result is written at once; the same command continues an inte
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.report import RESULTS, unwritable
+from bench.report import RESULTS
 from bench.studies import learners, tasks
-from bench.studies.resume import OtherStudy, Study, Unit
+from bench.studies.resume import Unit, arguments, conduct
 
 SOLVED, WINDOW = 0.99, 25
 """Training ends early once the mean score of the last 25 batches is 0.99: then nothing is left to learn."""
@@ -32,7 +28,8 @@ SWEEP_SEED = 1000
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that a result depends on, beside its unit. Widths are attention's: the other kinds get as many parameters."""
+    """Everything a result depends on except its unit. Widths are attention's: the other kinds get as many
+    parameters."""
 
     steps: int = 600
     batch: int = 32
@@ -67,8 +64,8 @@ TEXT = "text"
 
 
 def plan(protocol: Protocol, seeds: int) -> list[Unit]:
-    """Sweeps first, for every rate hangs on them, unless there is one rate only; then seed by seed, so that a run cut
-    short is balanced."""
+    """Sweeps first, because they decide the learning rates, unless there is only one rate; then seed by seed, so that a
+    run that is cut short is balanced."""
     names = [*tasks.TASKS, TEXT]
     units: list[Unit] = []
     for task in names if len(protocol.rates) > 1 else ():
@@ -205,30 +202,15 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; 2 on bad arguments, 130 where it was interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer steps and distances, one seed, one learning rate")
+    """Entry point; 2 on bad arguments, 130 if it was interrupted."""
+    quick = "fewer steps and distances, one seed, one learning rate"
+    parser = arguments("memory", __doc__, quick, "in bench/results")
     parser.add_argument("--seeds", type=int, help="default: 3, with --quick 1; more may be added to a finished run")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="default: in bench/results")
-    parser.add_argument("--restart", action="store_true", help="throw away what the file holds")
     options = parser.parse_args(argv)
     seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
+    if seeds < 1:
+        parser.error("--seeds must be positive")
     path = options.json or RESULTS / f"cpu-memory-study{'-quick' * options.quick}.json"
-    if seeds < 1 or options.threads < 1:
-        parser.error("--seeds and --threads must be positive")
-    if refusal := unwritable(path):
-        parser.error(f"--json {refusal}")
-    torch.set_num_threads(options.threads)
     protocol = QUICK if options.quick else Protocol()
-    try:
-        command = "python -m bench memory" + " --quick" * options.quick
-        study = Study(path, command, dataclasses.asdict(protocol), options.threads, options.restart)
-    except OtherStudy as error:
-        print(f"python -m bench memory: {error}", file=sys.stderr)
-        return 2
-    if not study.run(plan(protocol, seeds), lambda unit: measure(unit, protocol, study.results)):
-        return 130
-    return 0
+    return conduct(parser, options, path, protocol, plan(protocol, seeds),
+                   lambda study, unit: measure(unit, protocol, study.results))  # fmt: skip

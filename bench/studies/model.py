@@ -1,16 +1,26 @@
 """The least time a step of the Triton recurrent kernels can take on an H200, from counted bytes, products, barriers.
 
-A floor to lay beside a measured time, not a prediction: every part runs at its limit, and where two can overlap the
-longer one counts. What is counted is in the kernels (kernels/recurrent*.py) and their tiles; what a limit is, below.
+A floor to compare a measured time with, not a prediction: every part runs at its limit, and of two that can overlap the
+longer one counts. The counts come from the kernels (kernels/recurrent*.py) and their tiles, the limits are below.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from bench.studies import model_attention
 from fastseq.kernels import tuning_recurrent as tuning
+
+from bench.cases import DTYPES
+from bench.formats import NONE, duration, markdown, time_of
+from bench.gpu.auto import OURS
+from bench.gpu.cases import Heads
+from bench.gpu.report import best_peer, load
+from bench.gpu.tables import NOTHING
+from bench.report import Document
+from bench.studies import model_attention
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,56 @@ def floor(
     rows = over_batch * step.block_b
     product = 2 * rows * gates * hidden**2 / (machine.operations(dtype) * used / machine.sms)
     weights = over_batch * gates * hidden**2 * size / (machine.l2 * used / machine.sms)
-    between = machine.launch if role != "persistent" else 0.0  # there only what another has written must arrive
+    between = machine.launch if role != "persistent" else 0.0  # there only what another program has written must arrive
     synchronisation = meetings * (between + machine.latency_l2 + machine.gates / machine.clock)
     if role == "persistent":
         return Floor(role, product, weights, traffic, synchronisation)
     return Floor("step", product, weights, traffic, synchronisation, meetings * machine.host)
+
+
+# --- beside what was measured ---------------------------------------------------------------------------------------
+
+
+def floors(results: Path) -> str:
+    """Measured times beside the floors, for the GPU that these are of: the tables of docs/gpu.md."""
+    documents = next((d for name, d in load(results).items() if H200.name in name), {})
+    out = []
+    if steps := list(_steps(documents.get("recurrent", {"cases": []}))):
+        out += ["A step of a layer; the floor, that of the Triton role, has no product of x, the times have it:", ""]
+        out += [*markdown(["", "floor", "C++", "Triton", "best peer"], steps, right=True), ""]
+    if calls := list(_calls(documents.get("attention", {"cases": []}))):
+        shares = [head for name in ("C++", "Triton", "best peer") for head in (name, "of the floor")]
+        out += ["A call of attention:", "", *markdown(["", "floor", "bound by", *shares], calls, right=True)]
+    return "\n".join(out).strip() or NOTHING
+
+
+def _steps(document: Document) -> Iterator[list[str]]:
+    for case in document["cases"]:
+        shape = case.get("shape")
+        if not shape or shape["mode"] != "inference" or shape["packed"]:
+            continue
+        if shape["layers"] > 1 or shape["bidirectional"]:
+            continue
+        cell = "rnn_tanh" if shape["cell"] == "rnn" else shape["cell"]
+        least, peer = floor(cell, DTYPES[shape["dtype"]], shape["batch"], shape["hidden"]), best_peer(case)
+        assert least is not None
+        ours = [time_of(case["contestants"].get(name), shape["steps"]) for name in OURS]
+        theirs = NONE if peer is None else duration(peer[1] / 1e6 / shape["steps"])
+        yield [f"`{case['name']}`", duration(least.step), *ours, theirs]
+
+
+def _calls(document: Document) -> Iterator[list[str]]:
+    names = {field.name for field in fields(Heads)}
+    for case in document["cases"]:
+        if "shape" not in case:
+            continue
+        least = model_attention.floor(Heads(**{name: case["shape"][name] for name in names}))
+        peer = best_peer(case)
+        row = [f"`{case['name']}`", duration(least.seconds), least.bound]
+        ours = [case["contestants"].get(name, {}).get("median_us") for name in OURS]
+        for median in (*ours, peer[1] if peer else None):
+            row += [NONE, NONE] if median is None else [duration(median / 1e6), f"{1e8 * least.seconds / median:.0f} %"]
+        yield row
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """The least time attention can take on an H200, case by case: products, exponentials, bytes (python -m bench model).
 
-Each part runs at its limit, and on Hopper the three overlap: the floor is the longest. What is measured can be laid
-beside it; no kernel comes under it.
+Each part runs at its limit, and on Hopper the three overlap, so the floor is the longest of them. No kernel is faster
+than it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Floor:
 
 
 def floor(case: Heads, limits: Limits = H200) -> Floor:
-    """The floor of one call. The way back has two kernels, for dK with dV and for dQ. Both need every exponential, and
-    the products of the scores and of dP: seven in all, where a single kernel would have five."""
+    """The floor of one call. The backward pass has two kernels, for dK with dV and for dQ. Both need every exponential,
+    and the products of the scores and of dP: seven in all, where a single kernel would have five."""
     kernels = 2 if case.training else 1
     products = case.operations * (7 / 5 if case.training else 1)
     exponentials = case.pairs * case.heads * kernels

@@ -1,24 +1,27 @@
-"""Long studies in short units: each one's result is on disk before the next begins, and is not measured again."""
+"""Long studies in short units: each result is on disk before the next unit begins, and is not measured again."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import environment, write_json
-from bench.run import Options
+import torch
+
+from bench.progress import Progress
+from bench.report import environment, unwritable, write_json
 from fastseq import cli
 
 Unit = Mapping[str, Any]
-"""What tells a unit from all others: plain names and numbers."""
+"""Plain names and numbers that identify a unit."""
 
 
 class OtherStudy(ValueError):
-    """The file holds results of other settings: they cannot be continued, and are not overwritten."""
+    """The file holds results of other settings: it cannot be continued, and is not overwritten."""
 
 
 def key(unit: Unit) -> str:
@@ -32,10 +35,10 @@ class Study:
         """Reads what ``path`` holds already.
 
         Raises:
-            OtherStudy: the file was made with another protocol, or is no such file at all.
+            OtherStudy: the file was made with another protocol, or is not a result file of this command.
         """
         self.path = path
-        self.environment = environment(Options(threads))
+        self.environment = environment(threads)
         self.protocol = json.loads(json.dumps(protocol))
         self.document: dict[str, Any] = {
             "schema": 1,
@@ -54,7 +57,7 @@ class Study:
                 raise OtherStudy(f"{path} is not a result file of `{command}`: {error!r}") from None
             if not same:
                 raise OtherStudy(
-                    f"{path} was measured with other settings; give --json another path, or --restart to begin anew"
+                    f"{path} was measured with other settings; give --json another path, or --restart to discard them"
                 )
         self.done = {key(result["unit"]): result for result in self.results}
 
@@ -69,62 +72,57 @@ class Study:
         write_json(self.path, self.document, last=False)
 
     def run(self, plan: Sequence[Unit], measure: Callable[[Unit], dict[str, Any]]) -> bool:
-        """Measure what is missing, in the order of ``plan``. False where Ctrl-C ended it."""
+        """Measure what is missing, in the order of ``plan``. False if Ctrl-C ended it."""
         left = [unit for unit in plan if key(unit) not in self.done]
-        said = (
-            f"{len(plan) - len(left)} of {len(plan)} units are in {self.path} already" if len(left) < len(plan) else ""
-        )
-        progress = Progress(len(plan), len(plan) - len(left), said)
+        finished = len(plan) - len(left)
+        if finished:
+            print(f"{finished} of {len(plan)} units are in {self.path} already", file=sys.stderr)
         try:
-            for unit in left:
-                progress.begin(" ".join(str(value) for value in unit.values()))
-                self.add(unit, measure(unit))
-                progress.done()
+            with Progress(len(plan), finished) as progress:
+                for unit in left:
+                    progress.begin(" ".join(str(value) for value in unit.values()))
+                    self.add(unit, measure(unit))
+                    progress.done()
         except KeyboardInterrupt:
-            progress.end()
             if not cli.is_file(self.path):  # nothing was written yet
                 write_json(self.path, self.document)
-            print(f"interrupted; the same command goes on from here ({len(self.done)} units kept)", file=sys.stderr)
+            print(f"interrupted; the same command continues from here ({len(self.done)} units kept)", file=sys.stderr)
             return False
-        progress.end()
         self.document["complete"] = True
         write_json(self.path, self.document)
         return True
 
 
-class Progress:
-    """A bar on a terminal where rich is installed, a line a unit elsewhere; on stderr."""
+def arguments(name: str, description: str | None, quick: str, default: str) -> argparse.ArgumentParser:
+    """The options that all studies have. ``quick`` is the help of --quick, ``default`` that of --json."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"default: {default}")
+    parser.add_argument("--restart", action="store_true", help="discard what the file holds")
+    return parser
 
-    def __init__(self, total: int, finished: int, said: str) -> None:
-        self.total, self.finished, self.started, self.name = total, finished, time.monotonic(), ""
-        self.bar: Any = None
-        if said:
-            print(said, file=sys.stderr)
-        if sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-                from rich.progress import Progress as Bar
-            except ImportError:
-                return
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.bar = Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1)
-            self.task = self.bar.add_task("", total=total, completed=finished)
-            self.bar.start()
 
-    def begin(self, name: str) -> None:
-        self.name = name
-        if self.bar is not None:
-            self.bar.update(self.task, description=name)
-
-    def done(self) -> None:
-        self.finished += 1
-        if self.bar is not None:
-            self.bar.advance(self.task)
-        else:
-            clock = time.monotonic() - self.started
-            print(f"[{self.finished}/{self.total}, {clock:.0f} s] {self.name}", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+def conduct(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    path: Path,
+    protocol: object,
+    plan: Sequence[Unit],
+    measure: Callable[[Study, Unit], dict[str, Any]],
+) -> int:
+    """Run a study by its options; returns the exit status: 2 on bad arguments, 130 if it was interrupted."""
+    if options.threads < 1:
+        parser.error("--threads must be positive")
+    if refusal := unwritable(path):
+        parser.error(f"--json {refusal}")
+    torch.set_num_threads(options.threads)
+    command = parser.prog + " --quick" * options.quick
+    try:
+        study = Study(path, command, dataclasses.asdict(protocol), options.threads, options.restart)  # type: ignore[call-overload]
+    except OtherStudy as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return cli.USAGE
+    return 0 if study.run(plan, lambda unit: measure(study, unit)) else cli.INTERRUPTED

@@ -1,11 +1,11 @@
-"""What smaller weights cost and bring: loss on held-out text and time of a step, of trained character models.
+"""What smaller weights cost and gain: loss on held-out text and time of a step, of trained character models.
 
 Trains the demo's GRU and LSTM on the standard library's sources, then runs each with its float32 weights, with
 ``fastseq.patch(weights="bfloat16")``, with ``weights="int8"``, and through torch's dynamic quantisation.
 
 With --grid instead: fastseq with bfloat16 weights beside torch and ONNX Runtime in float32 on every shape of the
-recurrent grid, all with weights that bfloat16 holds exactly, so that all are held to one truth. These are the cases
-that ``python -m bench --case bf16-weights`` chooses too.
+recurrent grid, all with weights that are exact in bfloat16, so that all are compared with one truth. These are the
+cases of ``python -m bench --case bf16-weights``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastseq
+from bench.cases import select
+from bench.peers import DEFAULT_PEERS, OURS, PEERS
 from bench.report import environment, unwritable, write_json
 from bench.run import Options, time_in_turns
+from bench.session import run
+from fastseq import cli
+from fastseq.demo import data
+from fastseq.demo.models import Recurrent
 
 MODELS = ("gru", "lstm")
 HELD_OUT = 40_000
-"""Characters of held-out text that the loss is the mean over."""
+"""Characters of held-out text over which the loss is averaged."""
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; 2 on bad arguments, 130 where it was interrupted."""
+    """Entry point; 2 on bad arguments, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m bench weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,10 +54,8 @@ def main(argv: list[str]) -> int:
     if options.json is not None and (refusal := unwritable(options.json)):
         parser.error(f"--json {refusal}")
     if options.grid:
-        from bench.__main__ import main as bench
-
-        grid = ["--case", "bf16-weights", "--threads", str(options.threads), "--min-time", str(options.min_time)]
-        return bench(grid if options.json is None else [*grid, "--json", str(options.json)])
+        contestants = [OURS, *(PEERS[name] for name in DEFAULT_PEERS if PEERS[name].missing() is None)]
+        return run(select(["bf16-weights"]), contestants, Options(options.threads, options.min_time), options.json)
     torch.set_num_threads(options.threads)
     found = []
     try:
@@ -60,9 +64,9 @@ def main(argv: list[str]) -> int:
             _print(found[-1])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return cli.INTERRUPTED
     if options.json is not None:
-        machine = environment(Options(options.threads, options.min_time))
+        machine = environment(options.threads)
         write_json(options.json, {"environment": machine, "steps": options.steps, "models": found})
     return 0
 
@@ -70,9 +74,6 @@ def main(argv: list[str]) -> int:
 def compare(name: str, width: int, steps: int, min_time: float) -> dict[str, Any]:
     """Train the model and measure its variants: losses in nats a character, microseconds of a step of one character
     through the recurrent layer."""
-    from fastseq.demo import data
-    from fastseq.demo.models import Recurrent
-
     torch.manual_seed(0)
     text = data.load(None, 1000)
     model = Recurrent(nn.GRU if name == "gru" else nn.LSTM, len(text.symbols), width)
@@ -99,7 +100,7 @@ def compare(name: str, width: int, steps: int, min_time: float) -> dict[str, Any
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:
-    """The model as torch runs it, as fastseq does, and with smaller weights by each."""
+    """The model as torch runs it, as fastseq runs it, and with smaller weights in each."""
     found: dict[str, nn.Module] = {"torch float32": model}
     for label, weights in (("float32", None), ("bfloat16", "bfloat16"), ("int8", "int8")):
         found[f"fastseq {label}"] = copy.deepcopy(model)

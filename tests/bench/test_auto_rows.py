@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from bench import support
+from bench import readme
 from bench.cases import Case
 from bench.gpu import auto as beside
 from bench.gpu import cases as gpu_cases
-from bench.gpu import speed as gpu_speed
-from bench.studies import model_attention
+from bench.gpu import tables
+from bench.studies import model, model_attention
 from fastseq import auto
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,24 +111,27 @@ def test_tables_of_speed_tell_kinds_cases_and_floors(tmp_path):
     floor = model_attention.floor(call)
     cases = [measured(STEP, 10.0, 20.0), measured(call, 4e6 * floor.seconds, 2e6 * floor.seconds, "native")]
     write(tmp_path, cases, {"passed": 1})
-    text = gpu_speed.speed(tmp_path)
+    text = tables.speed(tmp_path)
     assert "NVIDIA H200 (driver 580), torch 2.11, cuDNN 9.19, 2026-11-26" in text
     assert "1 cases of recurrent layers at commit cccccccccc" in text
     triton = auto.row(auto.HOPPER, "scan", auto.ONE_STEP).order[0]
     assert f"| scan, {auto.ONE_STEP} | 1 | {triton} | – | – | 2.00× | 2.00× |" in text
     assert f"| `{STEP.name}` | 20.0 µs torch | – | 10.0 µs | – | 2.00× |" in text
-    (line,) = [line for line in gpu_speed.floors(tmp_path).splitlines() if call.name in line]
+    (line,) = [line for line in model.floors(tmp_path).splitlines() if call.name in line]
     assert " | 25 % | – | – | " in line
     assert line.endswith("| 50 % |")
-    assert gpu_speed.floors(tmp_path / "none") == gpu_speed.speed(tmp_path / "none") == gpu_speed.NOTHING
+    assert model.floors(tmp_path / "none") == tables.speed(tmp_path / "none") == tables.NOTHING
 
 
 @pytest.mark.parametrize(
-    ("file", "markers", "made"),
-    [("README.md", support.SPEED, gpu_speed.speed), ("docs/gpu.md", support.FLOORS, gpu_speed.floors)],
-    ids=["speed", "floors"],
+    ("file", "name", "made"),
+    [
+        ("README.md", "support", tables.support),
+        ("README.md", "gpu", tables.speed),
+        ("docs/gpu.md", "floors", model.floors),
+    ],
+    ids=["support", "speed", "floors"],
 )
-def test_the_documents_say_what_the_files_say(file: str, markers: tuple[str, str], made: Callable[[Path], str]):
+def test_the_documents_say_what_the_files_say(file: str, name: str, made: Callable[[Path], str]):
     text = (ROOT / file).read_text()
-    shown = text[text.index(markers[0]) + len(markers[0]) : text.index(markers[1])].strip()
-    assert shown == made(RESULTS), "run python -m bench support"
+    assert text == readme.replaced(text, name, made(RESULTS)), "run python -m bench support"

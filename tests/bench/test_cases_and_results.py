@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import itertools
 import json
 import math
-import sys
-import types
 
 import pytest
 import torch
 
-import bench.__main__ as command_line
 import fastseq
-from bench import cases, check, peak, peers, report, run
-from bench.__main__ import main
+from bench import cases, check, formats, peak, peers, report, run, session
+from bench.__main__ import COMMANDS, main
 from bench.run import Entry, Options, Result, Timing
 
 CHECK_ONLY = Options(threads=2)
@@ -38,9 +37,7 @@ def threads_as_before():
 def result_of(name, times, **entry):
     """A result of made-up medians in seconds; None for a contestant that could not run."""
     entries = {
-        who: Entry("timed", timings={"": Timing(median, 0.0, median, 5, 1)}, **entry)
-        if median
-        else Entry(reason="not made")
+        who: Entry("timed", timings={"": Timing(1, [median] * 2)}, **entry) if median else Entry(reason="not made")
         for who, median in times.items()
     }
     return Result(cases.registry()[name], {}, entries)
@@ -79,7 +76,7 @@ def test_a_pattern_is_a_substring_or_a_glob():
 
 def test_a_case_is_the_same_numbers_each_time_and_not_those_of_another():
     first, again, other = (
-        run.make_inputs(cases.registry()[name]) for name in ("gru-step-H64", "gru-step-H64", "gru_cell-step-H64")
+        cases.make_inputs(cases.registry()[name]) for name in ("gru-step-H64", "gru-step-H64", "gru_cell-step-H64")
     )
     assert torch.equal(first.x, again.x)
     assert torch.equal(first.state["weight_hh_l0"], again.state["weight_hh_l0"])
@@ -101,7 +98,7 @@ def test_a_stack_passes_its_check_in_every_layer_and_direction():
     case = cases.Recurrent("training", "float32", "lstm", 9, 3, 5, 17, layers=2, directions=2)
     result = run.measure(case, [peers.OURS, peers.PEERS["torch"]], CHECK_ONLY, clock=False)
     assert result.failed == [], [result.entries[who].reason for who in result.failed]
-    judge = check.Judge.of(case, run.make_inputs(case))
+    judge = check.Judge.of(case, cases.make_inputs(case))
     assert {"d_weight_hh_l1_reverse", "d_weight_ih_l0", "d_x", "h_n", "c_n"} <= judge.budget.keys()
 
 
@@ -109,7 +106,7 @@ def test_a_stack_passes_its_check_in_every_layer_and_direction():
 @pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm", "rnn"])
 def test_onnx_runtime_agrees_with_our_float64_reference(cell):
     case = cases.Recurrent("inference", "float32", cell, 9, 3, 5, 17)
-    inputs = run.make_inputs(case)
+    inputs = cases.make_inputs(case)
     with fastseq.use_backend("reference"), torch.no_grad():
         wide = check.cast(inputs, torch.float64)
         reference = peers.layer_entrant(case, peers.build_layer(fastseq.nn, case, inputs.state, torch.float64), wide)
@@ -125,7 +122,7 @@ def test_onnx_runtime_agrees_with_our_float64_reference(cell):
 def test_the_two_forms_of_gru_differ():
     """Else the test above would prove nothing."""
     after, before = (cases.Recurrent("inference", "float32", c, 9, 3, 5, 17) for c in ("gru", "gru_reset_before"))
-    inputs = run.make_inputs(after)
+    inputs = cases.make_inputs(after)
     truth = check.standard(before, inputs, torch.float64)
     assert min(check.errors(check.standard(after, inputs, torch.float64), truth).values()) > 1e-3
 
@@ -204,7 +201,7 @@ def test_a_ratio_is_the_peers_time_over_ours():
 
 
 def test_the_fastest_setting_stands_for_a_contestant():
-    entry = Entry("timed", timings={"padded": Timing(3.0, 0.1, 2.9, 5, 1), "loop": Timing(2.0, 0.1, 1.9, 5, 1)})
+    entry = Entry("timed", timings={"padded": Timing(1, [3.0]), "loop": Timing(2, [4.0])})
     assert (entry.setting, entry.timing.median) == ("loop", 2.0)
 
 
@@ -214,25 +211,32 @@ def test_a_summary_is_geometric_and_names_the_worst():
         result_of("rnn-inference-T1-B1-I128-H128", {"fastseq": 1.0, "torch": 1.0, "ort": 8.0}),
         result_of("gru-inference-T1-B1-I64-H64", {"fastseq": 1.0, "torch": 2.0, "ort": None}),
     ]
-    found = {(line.of, line.peer): line for line in report.summarize(results, ["torch", "ort"])}
-    assert found["rnn inference fp32", "torch"].geomean == pytest.approx(2.0)
-    assert found["rnn inference fp32", "ort"].geomean == pytest.approx(4.0)
-    assert found["rnn inference fp32", "best"].geomean == pytest.approx(2**0.5)
-    assert found["rnn inference fp32", "best"].worst_case == "rnn-inference-T1-B1-I128-H128"
-    assert found["recurrent inference fp32", "torch"].geomean == pytest.approx(2.0)
-    assert found["recurrent inference fp32", "ort"].count == 2
+    found = {(line["of"], line["peer"]): line for line in report.summarize([report.case_document(r) for r in results])}
+    assert found["rnn inference fp32", "torch"]["geomean"] == pytest.approx(2.0)
+    assert found["rnn inference fp32", "ort"]["geomean"] == pytest.approx(4.0)
+    assert found["rnn inference fp32", "best"]["geomean"] == pytest.approx(2**0.5)
+    assert found["rnn inference fp32", "best"]["worst_case"] == "rnn-inference-T1-B1-I128-H128"
+    assert found["recurrent inference fp32", "torch"]["geomean"] == pytest.approx(2.0)
+    assert found["recurrent inference fp32", "ort"]["count"] == 2
 
 
 def test_median_interquartile_range_and_least():
-    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0], inner=7)
-    assert timing == Timing(median=3.0, iqr=2.0, least=1.0, rounds=5, inner=7)
-    assert timing.spread == pytest.approx(2 / 3)
+    blocks = [7 * seconds for seconds in (5.0, 1.0, 2.0, 4.0, 3.0)]  # of 7 calls each
+    found = report.entry_document(Entry("timed", timings={"": Timing(7, blocks)}))
+    assert [found[name] for name in ("median_us", "iqr_us", "least_us")] == pytest.approx([3e6, 2e6, 1e6])
+    assert (found["rounds"], found["inner"]) == (5, 7)
+
+
+def test_a_case_is_noisy_if_the_rounds_of_a_contestant_spread():
+    for spread, noisy in ((0.05, False), (0.1, True)):
+        entry = Entry("timed", timings={"": Timing(1, [1 - spread, 1 - spread, 1, 1 + spread, 1 + spread])})
+        assert Result(cases.registry()[SMALL], {}, {"torch": entry}).noisy == noisy
 
 
 def test_contestants_take_turns_in_an_order_that_moves_on():
     order = []
     timings = run.time_in_turns([lambda: order.append(0), lambda: order.append(1)], 1e-6)
-    assert [timing.rounds >= 3 for timing in timings] == [True, True]
+    assert [len(timing.times) >= 3 for timing in timings] == [True, True]
     turns = set(itertools.pairwise(order))
     assert (0, 1) in turns
     assert (1, 0) in turns
@@ -244,7 +248,7 @@ def test_contestants_take_turns_in_an_order_that_moves_on():
      (0.024, "24.0 ms"), (12.3, "12.3 s")],
 )  # fmt: skip
 def test_durations_are_told_in_three_digits(seconds, text):
-    assert report.duration(seconds) == text
+    assert formats.duration(seconds) == text
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys
             raise KeyboardInterrupt
         return run.measure(case, *rest)
 
-    monkeypatch.setattr(command_line, "measure", measure)
+    monkeypatch.setattr(session, "measure", measure)
     path = tmp_path / "out.json"
     arguments = ["--case", "rnn-inference-T1-B1", "--peer", "torch", "--min-time", "0.001"]
     assert main([*arguments, "--json", str(path)]) == 130
@@ -311,37 +315,31 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys
     assert "interrupted: 1 of 3 cases" in printed
 
 
-def test_the_report_is_plain_text_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert main(["--case", SMALL, "--peer", "torch", "--min-time", "0.001"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(SMALL) and line.rstrip().endswith(("%", "!")) for line in lines)
-
-
-def test_a_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = [
-        result_of("rnn-inference-T1-B1-I64-H64", {"fastseq": 1.0, "torch": 4.0, "ort": 0.5}),
-        result_of("lstm_cell-step-H64", {"fastseq": 1.0, "torch": 2.0, "ort": None}),
-        result_of("gru_reset_before-training-T1-B1-I64-H64", {"fastseq": 1.0, "torch": None, "ort": None}),
-    ]
-    report.plot(results, tmp_path / "out.svg", "title")
-    assert (tmp_path / "out.svg").read_text().count("<svg") == 1
+def test_the_report_is_plain_text():
+    """As in a file or a pipe: a line a case, columns aligned, with or without rich."""
+    results = [report.case_document(result_of(SMALL, {"fastseq": 1e-6, "torch": 3e-6, "ort": None}))]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        report.print_report(report.document(results, CHECK_ONLY, True, {}))
+    lines = said.getvalue().splitlines()
+    header, row = (next(line for line in lines if line.startswith(start)) for start in ("case", SMALL))
+    assert header.split() == ["case", "backend", "fastseq", "torch", "/", "torch", "spread"]
+    assert row.split() == [SMALL, "–", "1.00", "µs", "3.00", "µs", "3.00×", "0%"]
+    assert len(header) == len(row)
 
 
 def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "measure", None)
+    monkeypatch.setattr(session, "measure", None)
     assert main(["--list", "--quick"]) == 0
     assert set(capsys.readouterr().out.split()) == cases.QUICK
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--case", "no-such-case"], ["--json", "/no/such/folder/out.json"], ["--plot", "picture.xyz"],
-     ["--dtype", "float16", "--quick"]],
-)  # fmt: skip
+    [["--case", "no-such-case"], ["--json", "/no/such/folder/out.json"], ["--dtype", "float16", "--quick"]],
+)
 def test_bad_arguments_are_told_before_anything_runs(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "measure", None)
+    monkeypatch.setattr(session, "measure", None)
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("python -m bench: ")
 
@@ -353,30 +351,33 @@ def test_arguments_out_of_range_are_refused(arguments):
     assert refusal.value.code == 2
 
 
-def test_a_module_with_a_main_is_a_subcommand(monkeypatch, capsys):
-    seen = []
-    module = types.ModuleType("bench.cases", "Tells a thing.\n\nAnd more.")
-    module.main = lambda argv: seen.append(argv) or 7
-    module.main.__module__ = "bench.cases"
-    monkeypatch.setitem(sys.modules, "bench.cases", module)
-    assert main(["cases", "--flag"]) == 7
-    assert seen == [["--flag"]]
-    with pytest.raises(SystemExit):
+def test_help_lists_every_subcommand_with_its_first_line(capsys):
+    with pytest.raises(SystemExit) as stop:
         main(["--help"])
-    assert "cases    Tells a thing." in capsys.readouterr().out
+    assert stop.value.code == 0
+    listed = capsys.readouterr().out.partition("subcommands")[2]
+    for name, module in COMMANDS.items():
+        first = importlib.import_module(module).__doc__.splitlines()[0]
+        assert f"  {name:8} {first}" in listed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_subcommand_takes_the_rest_of_the_line(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: python -m bench {name}" in capsys.readouterr().out
 
 
 def test_peak_memory_counts_what_a_training_step_holds():
     case = cases.registry()["attention-training-B1-H8-T1024-D64"]
     if not peak.CLEAR_REFS.exists():
         pytest.skip("the system does not tell its high-water mark")
-    found = peak.in_subprocess(case, "torch", threads=1, backend=None)
+    found = peak.in_a_process(run.peak_bytes, case.name, "torch", Options(threads=1))
     assert found > 4 * 1024 * 8 * 64 * 4  # o and three gradients at least
 
 
 def test_a_processor_is_told_by_its_generation_too():
-    from bench import report
-
     said = (
         "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t: fma avx2\n\nprocessor\t: 1\n"
     )

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import bench.studies.cost
+from bench import peak
 from bench.__main__ import main
 from bench.studies import findings
-from bench.studies.cost import KINDS, MODES, RECURRENT, SHORT, WHOLE, Protocol, make, watched
+from bench.studies.cost import KINDS, MODES, RECURRENT, SHORT, WHOLE, Protocol, make
 
 CPU = torch.device("cpu")
 TINY = Protocol("cpu, 1 threads", width=16, heads=2, lengths=(16, 32), memory_lengths=(16, 64), min_time=0.001)
@@ -42,16 +43,16 @@ def test_attention_is_causal():
 
 
 def test_memory_is_what_was_taken_while_watched():
-    if not bench.studies.cost.peak.CLEAR_REFS.exists():
+    if not peak.CLEAR_REFS.exists():
         pytest.skip("the system does not tell the peak of resident memory")
-    with watched(CPU) as found:
+    with peak.watched(CPU) as found:
         torch.zeros(16 << 20, dtype=torch.uint8).add_(1)
     assert 15 << 20 < found["bytes"] < 24 << 20
 
 
 def test_a_quick_run_has_every_contestant_and_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench.studies.cost, "quick", lambda device: dataclasses.replace(TINY, device=device))
-    monkeypatch.setattr(bench.studies.cost, "in_subprocess", lambda kind, *_: {16: 1000, 64: 4000})
+    monkeypatch.setattr(bench.studies.cost.peak, "in_a_process", lambda *_: {16: 1000, 64: 4000})
     path = tmp_path / "cost.json"
     arguments = ["cost", "--quick", "--device", "cpu", "--threads", "1", "--json", str(path)]
     assert main(arguments) == 0
@@ -70,13 +71,13 @@ def test_a_quick_run_has_every_contestant_and_goes_on(monkeypatch, tmp_path, cap
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
-    if not bench.studies.cost.peak.CLEAR_REFS.exists():
+    if not peak.CLEAR_REFS.exists():
         pytest.skip("the system does not tell the peak of resident memory")
     protocol = dataclasses.replace(TINY, width=64, memory_lengths=(16, 4096))
-    found = bench.studies.cost.in_subprocess("lstm", "training", protocol, CPU, 1)
-    assert list(found) == ["16", "4096"]
+    found = peak.in_a_process(bench.studies.cost.peaks, "lstm", "training", protocol, CPU, 1)
+    assert list(found) == [16, 4096]
     gates = 4096 * 4 * 64 * 4
-    assert found["4096"] > gates, "the gates that the way back needs"
+    assert found[4096] > gates, "the gates that the backward pass needs"
 
 
 def test_one_curve_overtakes_another_where_it_stays_above():

@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path, capsys):
     document = json.loads((tmp_path / "s.json").read_text())
     assert [result["value"] for result in document["results"]] == [0, 1]
     assert not document["complete"]
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continues from here" in capsys.readouterr().err
     again = Study(tmp_path / "s.json", "a study", {}, 1)
     measured = []
     assert again.run([{"n": n} for n in range(4)], lambda unit: measured.append(unit["n"]) or {"value": unit["n"]})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastseq
-from bench import cases, check, peak, peers, readme, report, run, speed_figures
+from bench import cases, check, peers, readme, report, run, speed_figures
 from bench.run import Entry, Options, Result, Timing
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -73,7 +73,7 @@ def test_the_grid_is_there_in_both_modes_and_every_type():
 @options
 def test_the_truth_is_the_formula(mode, on):
     case = small(mode, on)
-    inputs = run.make_inputs(case)
+    inputs = cases.make_inputs(case)
     truth = check.standard(case, inputs, torch.float64)
     expected = by_hand(case, inputs)
     assert truth.keys() == expected.keys()
@@ -117,7 +117,7 @@ def test_torch_runs_with_its_fast_path_and_without(mode, monkeypatch):
     found = {}
     case = small(mode)
     with torch.set_grad_enabled(case.training):
-        for entrant in peers.torch_entrants(case, run.make_inputs(case), 1):
+        for entrant in peers.torch_entrants(case, cases.make_inputs(case), 1):
             taken.clear()
             entrant.call()
             found[entrant.setting] = bool(taken)
@@ -143,17 +143,17 @@ def test_weights_are_made_as_a_model_has_them_and_read_in_inference_mode():
 
 def test_the_inputs_hold_what_the_options_speak_of():
     case = small("training", ("padded",))
-    inputs = run.make_inputs(case)
+    inputs = cases.make_inputs(case)
     assert inputs.lengths[0] == case.steps
     assert (inputs.lengths >= case.steps // 4).all()
     assert (inputs.lengths < case.steps).any()
     assert all(weight.abs().min() > 0 for weight in inputs.state.values())
-    assert run.make_inputs(small("inference")).lengths is None
+    assert cases.make_inputs(small("inference")).lengths is None
 
 
 def test_memory_is_warmed_up_on_the_same_options():
     case = cases.registry()["multihead-training-B4-T200-E512-H8-causal"]
-    assert peak.miniature(case) == dataclasses.replace(case, batch=1, steps=32)
+    assert run.miniature(case) == dataclasses.replace(case, batch=1, steps=32)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_memory_is_warmed_up_on_the_same_options():
 def made_up(name):
     """A result in which torch takes twice our time."""
     entries = {
-        who: Entry("timed", timings={"": Timing(median, 0.0, median, 5, 1)}, backend=backend)
+        who: Entry("timed", timings={"": Timing(1, [median] * 2)}, backend=backend)
         for who, median, backend in (("fastseq", 1e-3, "native"), ("torch", 2e-3, None))
     }
     return Result(cases.registry()[name], {}, entries)
@@ -171,7 +171,7 @@ def made_up(name):
 def document_of(results):
     environment = {"cpu": "a chip", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02", "commit": "abc",
                    "versions": {"torch": "2.11", "onnxruntime": "1.2"}}  # fmt: skip
-    return report.document(results, Options(threads=2), True, environment)
+    return report.document([report.case_document(r) for r in results], Options(threads=2), True, environment)
 
 
 def test_each_mode_has_a_row_and_each_option_one_that_is_folded():

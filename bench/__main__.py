@@ -13,7 +13,7 @@ import torch
 
 import fastseq
 from bench.cases import DTYPES, QUICK, select
-from bench.peers import DEFAULT_PEERS, OURS, PEERS, Contestant
+from bench.peers import OURS, PEERS, Contestant
 from bench.report import unwritable
 from bench.run import Options
 from bench.session import run
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--dtype", nargs="+", default=[], choices=DTYPES, action="extend",
                      help="data types (default: float32, and bfloat16 for the functions of attention)")  # fmt: skip
     out.add_argument("--peer", nargs="+", choices=PEERS, action="extend",
-                     help=f"whom to measure against (default: {' '.join(DEFAULT_PEERS)})")  # fmt: skip
+                     help="whom to measure against (default: all)")  # fmt: skip
     out.add_argument("--quick", action="store_true", help=f"{len(QUICK)} representative cases in under a minute")
     out.add_argument("--list", action="store_true", help="print the names of the cases chosen, and end")
     out.add_argument("--threads", type=_positive(int), default=torch.get_num_threads(), help="default: %(default)s")
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _peers(names: Sequence[str] | None) -> list[Contestant]:
     """The peers named, or the default ones that are installed."""
     chosen = []
-    for name in dict.fromkeys(names or DEFAULT_PEERS):
+    for name in dict.fromkeys(names or PEERS):
         missing = PEERS[name].missing()
         if missing is None:
             chosen.append(PEERS[name])

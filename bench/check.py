@@ -95,10 +95,10 @@ class Judge:
     def of(cls, case: Case, inputs: Inputs) -> Judge:
         return cls.by(lambda dtype: standard(case, inputs, dtype), case)
 
-    def fault(self, found: dict[str, float], looseness: float = 0.0) -> str | None:
+    def fault(self, found: dict[str, float]) -> str | None:
         """What is wrong with an answer of these errors; None if it is right."""
-        over = {name: e for name, e in found.items() if not e <= self.budget[name] + looseness}
+        over = {name: e for name, e in found.items() if not e <= self.budget[name]}
         if not over:
             return None
         name = max(over, key=lambda name: over[name] / self.budget[name])
-        return f"{name} is off by {over[name]:.1e} of its largest value; {self.budget[name] + looseness:.1e} is allowed"
+        return f"{name} is off by {over[name]:.1e} of its largest value; {self.budget[name]:.1e} is allowed"

@@ -6,11 +6,10 @@ rises above the memory resident before. Inputs and weights are not counted; grad
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,31 +34,20 @@ def measurable(device: torch.device) -> bool:
     return device.type != "cpu" or CLEAR_REFS.exists()
 
 
-@contextlib.contextmanager
-def watched(device: torch.device) -> Iterator[dict[str, int]]:
-    """By how much memory rose inside the ``with`` block, at most: ``found["bytes"]`` afterwards."""
-    found: dict[str, int] = {}
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which memory rises during two calls, at most."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        yield found
-        found["bytes"] = torch.cuda.max_memory_allocated() - before
-        return
-    ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier is used again, and not counted
-    before = _status("VmRSS")
-    CLEAR_REFS.write_text("5")
-    yield found
-    found["bytes"] = _status("VmHWM") - before
-
-
-def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that two calls take at most."""
-    with watched(device) as found:
-        for _ in range(2):
-            call()
-    return found["bytes"]
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier is used again, and not counted
+        before = _status("VmRSS")
+        CLEAR_REFS.write_text("5")
+    for _ in range(2):
+        call()
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")) - before
 
 
 def _status(field: str) -> int:

@@ -8,7 +8,6 @@ each setting is an entrant, and the fastest counts.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,15 +39,13 @@ class Entrant:
 @dataclass(frozen=True)
 class Contestant:
     """prepare: takes a case, its inputs and the number of threads.
-    alone: its idle workers spin, so it is timed by itself and not among the others.
-    looseness: error allowed in addition to the budget of check.py, relative to the largest value."""
+    alone: its idle workers spin, so it is timed by itself and not among the others."""
 
     name: str
     label: str
     prepare: Callable[[Any, Any, int], Iterable[Entrant]]
     needs: tuple[str, ...] = ()
     alone: bool = False
-    looseness: float = 0.0
 
     def missing(self) -> str | None:
         """The first package it needs and that is not installed."""
@@ -305,19 +302,6 @@ def torch_loop(case: Attention, inputs: AttentionInputs) -> Entrant:
     return attention_entrant(case, attend, heads(inputs), setting="loop")
 
 
-def torch_int8_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """torch's dynamic quantisation: int8 weights, activations quantised at each call."""
-    if not isinstance(case, Recurrent) or case.cell not in ("gru", "lstm") or case.training:
-        raise Unavailable("dynamic quantisation is for the inference of LSTM and GRU")
-    if case.dtype != "float32":
-        raise Unavailable("dynamic quantisation needs float32")
-    layer = nn.Sequential(build_layer(nn, case, inputs.state, torch.float32))  # it replaces children of a module
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantized = torch.ao.quantization.quantize_dynamic(layer, {type(layer[0])}, dtype=torch.qint8)[0]
-    yield layer_entrant(case, quantized, inputs)
-
-
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
 ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
@@ -362,8 +346,9 @@ def onnx_model(case: Recurrent, state: dict[str, Tensor]) -> bytes:
     return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
 
 
-def onnx_sessions(case: Case, inputs: Any, threads: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(setting, session, feed) with spinning workers, which is the default, and without if there are workers."""
+def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """session.run with the caller's arrays as inputs and new arrays as outputs, as a call of a layer has them: with
+    spinning workers, which is the default, and without if there are workers."""
     if not isinstance(case, Recurrent):
         raise Unavailable("ONNX Runtime is a peer of the recurrent cases")
     if case.training:
@@ -373,74 +358,41 @@ def onnx_sessions(case: Case, inputs: Any, threads: int) -> Iterator[tuple[str, 
     import onnxruntime
 
     model = onnx_model(case, inputs.state)
-    feed = {"X": inputs.x, "h_0": inputs.h0} | ({} if inputs.c0 is None else {"c_0": inputs.c0})
-    arrays = {name: (tensor[None] if case.as_cell else tensor).numpy() for name, tensor in feed.items()}
+    given = {"X": inputs.x, "h_0": inputs.h0} | ({} if inputs.c0 is None else {"c_0": inputs.c0})
+    arrays = {name: (tensor[None] if case.as_cell else tensor).numpy() for name, tensor in given.items()}
+
+    def outputs(answer: list[Any]) -> Outputs:
+        """ONNX's Y [T,1,B,H] and states [1,B,H] as torch's layer or cell returns them."""
+        y, *states = (torch.from_numpy(array) for array in answer)
+        found = {f"{name}_n": s[0] if case.as_cell else s for name, s in zip("hc", states, strict=False)}
+        return found if case.as_cell else {"y": y[:, 0]} | found
+
+    def calls(session: Any) -> Callable[[], Any]:
+        names, feed = [output.name for output in session.get_outputs()], dict(arrays)
+
+        def step() -> Any:
+            answer = session.run(names, feed)
+            feed.update(zip(("h_0", "c_0"), answer[1:], strict=False))
+            return answer
+
+        return step if case.mode == "step" else lambda: session.run(names, feed)
+
     for spinning in (True, False)[: 1 if threads == 1 else 2]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        yield ("spinning" if spinning else "not spinning"), session, dict(arrays)
-
-
-def onnx_outputs(case: Any, arrays: list[Any]) -> Outputs:
-    """ONNX's Y [T,1,B,H] and states [1,B,H] as torch's layer or cell returns them."""
-    y, *states = (torch.from_numpy(array) for array in arrays)
-    outputs = {f"{name}_n": s[0] if case.as_cell else s for name, s in zip("hc", states, strict=False)}
-    return outputs if case.as_cell else {"y": y[:, 0]} | outputs
-
-
-def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """session.run with the caller's arrays as inputs and new arrays as outputs, as a call of a layer has them."""
-    for setting, session, feed in onnx_sessions(case, inputs, threads):
-        names = [output.name for output in session.get_outputs()]
-
-        def call(session: Any = session, feed: Any = feed, names: Any = names) -> Any:
-            return session.run(names, feed)
-
-        def step(session: Any = session, feed: Any = feed, names: Any = names) -> Any:
-            answer = session.run(names, feed)
-            feed["h_0"] = answer[1]
-            if len(answer) == 3:
-                feed["c_0"] = answer[2]
-            return answer
-
-        yield Entrant(step if case.mode == "step" else call, lambda arrays: onnx_outputs(case, arrays), setting)
-
-
-def onnx_bound_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """The same with inputs bound to the session once and outputs kept by it. This is less work than a call of a layer:
-    no argument is passed, nothing is returned, and a step's state is not carried on. So it is not a default peer."""
-    for setting, session, feed in onnx_sessions(case, inputs, threads):
-        binding = session.io_binding()
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, array)
-        for output in session.get_outputs():
-            binding.bind_output(output.name)
-
-        def call(session: Any = session, binding: Any = binding, feed: Any = feed) -> Any:  # feed: kept alive
-            session.run_with_iobinding(binding)
-            return binding
-
-        yield Entrant(call, lambda bound: onnx_outputs(case, bound.copy_outputs_to_cpu()), setting)
+        yield Entrant(calls(session), outputs, "spinning" if spinning else "not spinning")
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
 
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
-
-_ORT = ("onnx", "onnxruntime")
 PEERS = {
-    peer.name: peer
-    for peer in (
-        Contestant("torch", "torch", torch_entrants),
-        Contestant("ort", "ONNX RT", onnx_entrants, _ORT, alone=True),
-        Contestant("ort-bound", "ONNX RT, bound", onnx_bound_entrants, _ORT, alone=True),
-        Contestant("torch-int8", "torch int8", torch_int8_entrants, looseness=0.1),
-    )
+    "torch": Contestant("torch", "torch", torch_entrants),
+    "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
-DEFAULT_PEERS = ("torch", "ort")
 
 
 def label(name: str) -> str:

@@ -256,7 +256,7 @@ def admit(
     except Exception as error:  # the contestant is refused, with the error as the reason; the others go on
         entry.status, entry.reason = "refused", f"{type(error).__name__}: {error}"
         return []
-    fault = judge.fault(entry.errors, contestant.looseness)
+    fault = judge.fault(entry.errors)
     entry.status, entry.reason = ("checked", "") if fault is None else ("refused", fault)
     return [] if fault else entrants
 

@@ -36,8 +36,8 @@ def kind_of(op: str, shape: Mapping[str, Any], device: str) -> str:
     """AUTO's kind of a case, from its ``shape``."""
     dtype = getattr(torch, shape["dtype"])
     if op == "scan":
-        walks = shape["layers"] * (2 if shape["bidirectional"] else 1)
-        sizes = (shape["steps"], shape["batch"], shape["hidden"], shape["hidden"], walks)
+        scans = shape["layers"] * (2 if shape["bidirectional"] else 1)
+        sizes = (shape["steps"], shape["batch"], shape["hidden"], shape["hidden"], scans)
         return auto.scan_kind(device, shape["cell"], dtype, *sizes, shape["packed"])
     if device not in auto.ATTENTION_KINDS:
         return ""
@@ -84,8 +84,7 @@ class Standing:
 def standing(row: auto.Row, device: str, documents: Mapping[str, Document]) -> Standing:
     """Gather it from one device's files."""
     found = Standing(row, device)
-    for name in OURS:
-        found.outcomes[name] = outcomes(documents.get("tests"), name, FAMILIES[row.op])
+    found.outcomes = {name: outcomes(documents.get("tests"), name, FAMILIES[row.op]) for name in OURS}
     for case in documents.get(FAMILIES[row.op], {}).get("cases", ()):
         if "shape" not in case or kind_of(row.op, case["shape"], row.device) != row.kind:
             continue
@@ -131,13 +130,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     found = standings(options.results)
     rows = [[s.row.title, s.device, str(len(s.cases)), " ".join(s.row.order), *s.shown()] for s in found]
-    header = [
-        "row",
-        "device",
-        "cases",
-        "order",
-        *(head for label in OURS.values() for head in (f"{label}: mean", "worst")),
-    ]
+    heads = (head for label in OURS.values() for head in (f"{label}: mean", "worst"))
+    header = ["row", "device", "cases", "order", *heads]
     print_table("AUTO's rows, and ours beside the best peer", header, rows)
     wrong = [f"{s.row.title}: {complaint}" for s in found for complaint in complaints(s)]
     for line in wrong:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 
-from bench.cases import DTYPES, GATES, Case, Recurrent
+from bench.cases import DTYPES, GATES, Attention, Case, Recurrent
 
 FAMILIES = ("recurrent", "attention")
 HALVES = ("bfloat16", "float16")
@@ -75,38 +75,21 @@ class Layers(Case):
 
 
 @dataclass(frozen=True)
-class Heads(Case):
+class Heads(Attention):
     """softmax(q kᵀ/√D) v on a GPU; ``forward``, or ``backward`` (the backward pass alone).
 
     kind: ``dense``; ``decode`` (one query, the last); ``varlen`` (a packed batch of B sequences, the longest of
     ``queries``). window: a query sees so many keys before it, and its own (0: all keys).
     """
 
-    kind: str
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    dim: int
-    causal: bool = False
     window: int = 0
-
-    @property
-    def name(self) -> str:
-        heads = f"H{self.heads}" + (f"kv{self.kv_heads}" if self.kv_heads != self.heads else "")
-        length = f"Tk{self.keys}" if self.kind == "decode" else f"T{self.queries}"
-        what = "attention" if self.kind == "dense" else f"attention_{self.kind}"
-        more = "-causal" * self.causal + f"-window{self.window}" * (self.window > 0)
-        return f"{what}-{self.mode}-B{self.batch}-{heads}-{length}-D{self.dim}{more}-{DTYPES[self.dtype]}"
-
-    @property
-    def group(self) -> str:
-        return f"attention {self.kind} {self.mode} {DTYPES[self.dtype]}"
 
     @property
     def family(self) -> str:
         return "attention"
+
+    def _suffix(self) -> str:
+        return f"-window{self.window}" * (self.window > 0) + f"-{DTYPES[self.dtype]}"
 
     @property
     def training(self) -> bool:

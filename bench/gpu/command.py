@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -131,18 +133,8 @@ def tests(run: Run, until: float) -> None:
             parts[kernels] = {"reason": "their operators are not registered", "tests": {}, "lost": []}
             return
         journal = Journal(run.scratch / f"tests-{kernels}.jsonl")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "bench.gpu.record",
-        ]
-        command += ["--journal", str(journal.path), "--device", device, "--kernels", kernels]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-p", "bench.gpu.record", "--journal", str(journal.path), "--device", device, "--kernels", kernels]
         workers = min(10, int((os.cpu_count() or 2) * share))
         if importlib.util.find_spec("xdist") is not None and workers > 1:
             command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "20"]
@@ -190,20 +182,13 @@ def sanitizers(run: Run, until: float) -> None:
     reason = operator_reason("native", "cuda") or (None if tool else "there is no compute-sanitizer")
     found: Document = {"reason": reason or "", "tools": {}}
     if reason is None:
-        going = {}
-        for name in TOOLS:
-            for family in FAMILIES:
-                journal = Journal(run.scratch / f"{name}-{family}.jsonl")
-                command = [
-                    str(tool),
-                    "--tool",
-                    name,
-                    "--error-exitcode",
-                    "99",
-                    *worker(run, family, journal.path, until),
-                ]
-                command += ["--tiny", "--check", "--contestant", "native"]
-                going[name, family] = run.start(command, journal.path.with_suffix(".log")), journal
+        going: dict[tuple[str, str], Any] = {}
+        options = {"case": [], "tiny": True, "check": True, "contestant": ["native"]}
+        for name, family in product(TOOLS, FAMILIES):
+            journal = Journal(run.scratch / f"{name}-{family}.jsonl")
+            command = [str(tool), "--tool", name, "--error-exitcode", "99"]
+            command += worker(run, family, journal.path, until, **options)
+            going[name, family] = run.start(command, journal.path.with_suffix(".log")), journal
         ended = run.wait([child for child, _ in going.values()], until)
         for (name, family), (child, journal) in going.items():
             cases = [line["case"] for line in journal.done().values()]
@@ -223,25 +208,22 @@ def sanitizers(run: Run, until: float) -> None:
 # --- timings ----------------------------------------------------------------------------------------------------------
 
 
-def worker(run: Run, family: str, journal: Path, until: float) -> list[str]:
-    options = run.options
-    command = [sys.executable, "-m", "bench.gpu.worker", family, "--journal", str(journal), "--device", options.device]
-    command += ["--until", str(time.time() + until - time.monotonic()), "--min-time", str(options.min_time)]
-    return command
-
-
-def selection(run: Run) -> list[str]:
-    options = run.options
-    chosen = ["--case", *options.case] if options.case else []
-    return chosen + ["--contestant", *options.contestant] + ["--tiny"] * options.tiny
+def worker(run: Run, family: str, journal: Path, until: float, **more: object) -> list[str]:
+    """The command that measures cases of a family; ``more``: options that differ from the run's."""
+    names = ("device", "case", "contestant", "min_time", "tiny")
+    options = {name: getattr(run.options, name) for name in names} | {"check": False, "warm": ""}
+    options |= {"family": family, "journal": str(journal), "until": time.time() + until - time.monotonic()}
+    return [sys.executable, "-m", "bench.gpu.worker", json.dumps(options | more)]
 
 
 def warm(run: Run, family: str, until: float) -> None:
     """Compile what the first cases will call, on all processors at once."""
     count = max(1, min(8, (os.cpu_count() or 2) // 2))
-    command = [*worker(run, family, run.scratch / "warm.jsonl", until), *selection(run)]
-    logs = [run.scratch / f"warm-{family}-{n}.log" for n in range(count)]
-    run.wait([run.start([*command, "--warm", f"{n}/{count}"], log) for n, log in enumerate(logs)], until)
+    children = []
+    for n in range(count):
+        command = worker(run, family, run.scratch / "warm.jsonl", until, warm=f"{n}/{count}")
+        children.append(run.start(command, run.scratch / f"warm-{family}-{n}.log"))
+    run.wait(children, until)
 
 
 def timings(run: Run, family: str, until: float) -> None:
@@ -260,8 +242,7 @@ def timings(run: Run, family: str, until: float) -> None:
     def write(why: str = "the run is not over") -> None:
         run.write(family, timings_document(beside_earlier(cases(), before), run.environment, planned, why))
 
-    command = [*worker(run, family, journal.path, until), *selection(run)]
-    why = run.supervise(command, journal, until + 10, STALL[family], write)
+    why = run.supervise(worker(run, family, journal.path, until), journal, until + 10, STALL[family], write)
     if not why and len(cases()) < planned:
         why = "out of time"
     write(why)

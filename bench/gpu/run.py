@@ -10,7 +10,7 @@ import contextlib
 import gc
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,7 +83,7 @@ class Runner:
     name: str
     label: str
     backend: str | None
-    prepare: dict[str, Prepare]
+    prepare: Mapping[str, Prepare]
     needs: str = ""
     role: str | None = None
 
@@ -98,16 +98,14 @@ def _sdpa(name: str, label: str, kernel: str) -> Runner:
     return Runner(name, f"SDPA, {label}", None, {"attention": attention.sdpa(kernel)})
 
 
-_OURS: dict[str, Prepare] = {"recurrent": recurrent.ours, "attention": attention.ours}
-_PERSISTENT: dict[str, Prepare] = {"recurrent": recurrent.persistent}
-_BARRIER: dict[str, Prepare] = {"recurrent": recurrent.barrier}
+_OURS: Mapping[str, Prepare] = {"recurrent": recurrent.ours, "attention": attention.ours}
 RUNNERS = {
     runner.name: runner
     for runner in (
         Runner("triton", "fastseq, Triton", "triton", _OURS),
         Runner("native", "fastseq, C++", "native", _OURS),
-        Runner("persistent", "Triton, persistent", "triton", _PERSISTENT, role="persistent"),
-        Runner("barrier", "C++, cluster barrier", "native", _BARRIER, role=recurrent.BARRIER),
+        Runner("persistent", "Triton, persistent", "triton", {"recurrent": recurrent.persistent}, role="persistent"),
+        Runner("barrier", "C++, cluster barrier", "native", {"recurrent": recurrent.barrier}, role=recurrent.BARRIER),
         Runner("reference", "fastseq, reference", "reference", _OURS),
         Runner("torch", "torch.nn", None, {"recurrent": recurrent.torch_entrant}),
         Runner("flashrnn", "FlashRNN", None, {"recurrent": recurrent.flashrnn_entrant}, "flashrnn"),

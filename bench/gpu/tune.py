@@ -106,7 +106,7 @@ CANDIDATES: dict[tuple[str, int], str] = {
 """Tiles to try, as :func:`tile_of` reads them, the most promising first."""
 
 _NUMBERS = {"w": "num_warps", "s": "num_stages", "r": "registers", "p": "persistent", "n": "programs"}
-_SWITCHES = {"tma": "tma", "ahead": "ahead"}
+_SWITCHES = ("tma", "ahead")
 
 
 def tile_of(text: str) -> dict[str, int]:
@@ -116,7 +116,7 @@ def tile_of(text: str) -> dict[str, int]:
     fields: dict[str, int] = {"block_m": int(block_m), "block_n": int(block_n)}
     for word in words:
         if word in _SWITCHES:
-            fields[_SWITCHES[word]] = True
+            fields[word] = True
         else:
             fields[_NUMBERS[word[0]]] = int(word[1:])
     return fields
@@ -125,7 +125,7 @@ def tile_of(text: str) -> dict[str, int]:
 def text_of(tile: dict[str, int]) -> str:
     """The inverse of :func:`tile_of`."""
     numbers = [f"{letter}{tile[name]}" for letter, name in _NUMBERS.items() if tile.get(name)]
-    switches = [word for word, name in _SWITCHES.items() if tile.get(name)]
+    switches = [name for name in _SWITCHES if tile.get(name)]
     return " ".join([f"{tile['block_m']}x{tile['block_n']}", *numbers, *switches])
 
 

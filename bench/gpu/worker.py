@@ -1,12 +1,14 @@
-"""The process that measures, and may be lost: ``python -m bench.gpu.worker``, which ``python -m bench gpu`` runs.
+"""The process that measures, and may be lost: ``python -m bench gpu`` starts it with its options as JSON.
 
-It takes the cases in the plan's order and writes each result to the journal. ``--warm I/N`` only calls every contestant
-of every N-th case once, so that what is compiled at the first call is in the compilers' caches.
+It takes the cases in the plan's order and writes each result to the journal. ``warm`` (``I/N``): it only calls every
+contestant of every N-th case once, so that what is compiled at the first call is in the compilers' caches. ``check``:
+it compares answers, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +17,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu.cases import FAMILIES, chosen
+from bench.gpu.cases import chosen
 from bench.gpu.journal import Journal
-from bench.gpu.run import DEFAULT, MODULES, RUNNERS, Bench, clock_of
+from bench.gpu.run import MODULES, RUNNERS, Bench, clock_of
 from bench.report import Document, measured_case
 from bench.run import Entry, Result
 
@@ -53,7 +55,7 @@ def document(found: Result) -> Document:
 
 def work(options: argparse.Namespace) -> None:
     """Measure until the time is up or the cases are done."""
-    journal = Journal(options.journal)
+    journal = Journal(Path(options.journal))
     finished, lost = journal.done(), journal.lost()
     left_out = given_up(lost)
     clock = None if options.check else clock_of(options.device)
@@ -88,23 +90,7 @@ def warm(options: argparse.Namespace) -> None:
                     print(f"{case.name}, {runner.name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.gpu.worker", description=__doc__)
-    out.add_argument("family", choices=FAMILIES)
-    out.add_argument("--journal", type=Path, required=True)
-    out.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    out.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970")
-    out.add_argument("--case", nargs="*", default=[])
-    out.add_argument("--contestant", nargs="*", default=[])
-    out.add_argument("--min-time", type=float, default=0.12)
-    out.add_argument("--tiny", action="store_true", help="a few small cases instead of the plan")
-    out.add_argument("--check", action="store_true", help="compare answers, and time nothing")
-    out.add_argument("--warm", metavar="I/N")
-    return out
-
-
 if __name__ == "__main__":
-    arguments = parser().parse_args()
-    arguments.contestant = arguments.contestant or DEFAULT[arguments.device]
+    given = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(max(1, min(4, torch.get_num_threads())))
-    warm(arguments) if arguments.warm else work(arguments)
+    warm(given) if given.warm else work(given)

@@ -144,12 +144,14 @@ def _reach(document: Document, of: str) -> Exhibit:
         command=str(document["command"]),
         draw=draw,
         note=f"{formula} on held-out text, root mean square over sequences and directions, geometric mean over seeds. "
-        + ("An LSTM's h and c are taken together." if of == "state" else "For attention, what stands for its state."),
+        + (
+            "An LSTM's h and c are taken together." if of == "state" else "Attention has no state: this is its measure."
+        ),
     )
 
 
 def _rates(document: Document) -> Exhibit:
-    """How each kind of layer came by its learning rate; a table alone."""
+    """The learning rate of each kind of layer, and how it was chosen; a table alone."""
     tasks = [*findings.tasks_in(document), *(["text"] if findings.studied(document, "text") else [])]
     chosen = {task: findings.rates(document, task) for task in tasks}
     sizes = {r["unit"]["kind"]: {} for r in document["results"]}  # type: dict[str, dict[str, int]]
@@ -176,7 +178,7 @@ def _rates(document: Document) -> Exhibit:
 
 
 def cost(document: Document) -> list[Exhibit]:
-    """Time, memory, and what walking one step after another costs."""
+    """Time, memory, and the cost of taking one step after another."""
     modes = [mode for mode in MODES if findings.times(document, mode, "lstm", WHOLE)]
     found = [_times(document, mode) for mode in modes]
     found += [_sequential(document, mode) for mode in modes]
@@ -219,7 +221,7 @@ def _times(document: Document, mode: str) -> Exhibit:
         command=str(document["command"]),
         draw=lambda: _panel(curves, lengths, "microseconds a step"),
         note=f"One layer, {document['protocol']['width']} wide, one sequence, on {document['protocol']['device']}. "
-        "A flat line is a cost in proportion to T; attention's rises with T, for it does T² work.",
+        "A flat line is a cost in proportion to T; attention's rises with T, because its work is T².",
     )  # fmt: skip
 
 
@@ -232,7 +234,7 @@ def _sequential(document: Document, mode: str) -> Exhibit:
     last = ", ".join(f"{COST_LABELS[kind]} {values[-1]:.1f} times" for kind, values in price.items())
     return Exhibit(
         name=f"sequential-{mode}",
-        title=f"What it costs to walk step after step, {mode}",
+        title=f"The cost of taking one step after another, {mode}",
         alt="Lines of the time of one sequence over that of as many steps in short sequences. "
         f"At {lengths[-1]:,} steps: {last}",
         header=["T", *(f"{COST_LABELS[kind]}: one sequence / short ones" for kind in RECURRENT)],
@@ -240,7 +242,7 @@ def _sequential(document: Document, mode: str) -> Exhibit:
         command=str(document["command"]),
         draw=lambda: _panel(curves, lengths, "one sequence / sequences of 16 steps", True),
         note="The same number of steps, once as one sequence and once as sequences of 16 steps side by side: equal "
-        "work, but only the latter can be done at once. It is what a recurrent layer pays for time that cannot be "
+        "work, but only the latter can be done at once. It is the price of a recurrent layer, whose steps cannot be "
         "parallelised.",
     )
 

@@ -1,4 +1,4 @@
-"""What the study of memory and the measurement of cost found, as numbers: means over seeds, reaches, crossings."""
+"""The results of the study of memory and the measurement of cost as numbers: means over seeds, reaches, crossings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bench.studies.learners import KINDS
 from bench.studies.tasks import TASKS
 
 REMEMBERED = 0.9
-"""A distance counts as remembered where every seed scored so much there, and at all shorter distances."""
+"""A distance counts as remembered if every seed scored so much there, and at all shorter distances."""
 
 FALLEN = 0.02
-"""Nats a character: the loss has stopped falling where it is within this of its lowest."""
+"""Nats a character: the loss has stopped falling once it is within this of its lowest."""
 
 COST_LABELS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "attention": "attention"}
 
@@ -47,13 +47,13 @@ def scores(document: Document, task: str, kind: str) -> dict[int, list[float]]:
 
 
 def solved(document: Document, task: str, kind: str, distance: int) -> list[int | None]:
-    """Of each seed, after how many steps it was solved; None where it was not."""
+    """For each seed, after how many steps it was solved; None if it was not."""
     units = [r for r in studied(document, task) if (r["unit"]["kind"], r["unit"]["distance"]) == (kind, distance)]
     return [r["solved_at"] for r in units]
 
 
 def remembered(document: Document, task: str, kind: str) -> int | None:
-    """The longest distance remembered by every seed; None where there is none."""
+    """The longest distance remembered by every seed; None if there is none."""
     longest = None
     for distance, found in scores(document, task, kind).items():
         if min(found) < REMEMBERED:

@@ -1,4 +1,4 @@
-"""Print what of the CUDA C++ scan fits where: the largest H by cell, dtype, and blocks that share W_hh.
+"""Print the largest H that fits the CUDA C++ scan, by cell, dtype, and number of blocks that share W_hh.
 
 Computed by the kernels' own plan (csrc/cuda/recurrent_plan.cpp) from a device's limits; docs/cuda-scan.md shows it.
 """

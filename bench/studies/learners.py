@@ -28,7 +28,7 @@ class Recurrent(nn.Module):
         self.read = nn.Linear(width, outputs)
 
     def embedded(self, x: Tensor) -> Tensor:
-        """[B,T,EMBEDDED]: what the gradient's reach is measured to."""
+        """[B,T,EMBEDDED]: the inputs to which the gradient's reach is measured."""
         return self.embed(x)
 
     def hidden(self, embedded: Tensor, state: object = None) -> tuple[Tensor, object]:
@@ -41,7 +41,7 @@ class Recurrent(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention to what came before, then a small network for each position (pre-norm, Vaswani et al. 2017)."""
+    """Attention to earlier positions, then a small network for each position (pre-norm, Vaswani et al. 2017)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,7 +56,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Two causal blocks over the inputs with sines for positions, which cost no parameters and end nowhere."""
+    """Two causal blocks over the inputs with sines for positions, which need no parameters and have no largest
+    length."""
 
     def __init__(self, features: int, outputs: int, width: int) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ def positions(length: int, width: int) -> Tensor:
 
 
 def lstm(features: int, width: int, forget: float = 0.0) -> nn.RNNBase:
-    """An LSTM as torch draws it, and then ``forget`` added to the forget gate's bias."""
+    """An LSTM as torch initialises it, with ``forget`` added to the forget gate's bias."""
     layer = fastseq.nn.LSTM(features, width, batch_first=True)
     bias = layer.get_parameter("bias_hh_l0")
     with torch.no_grad():
@@ -160,13 +161,13 @@ def of_size(kind: Kind, features: int, outputs: int, attention_width: int) -> Le
 
 
 def reach(model: Learner, x: Tensor, distances: tuple[int, ...]) -> dict[str, dict[int, float]]:
-    """How strongly the last output hangs on what was ``k`` steps back, for each distance k: root mean square gain.
+    """How strongly the last output depends on what was ``k`` steps back, for each distance k: root mean square gain.
 
-    ``input``: ∂out_T/∂in_{T−k}, where ``in`` is what the layer is given at a step and ``out`` what it says.
+    ``input``: ∂out_T/∂in_{T−k}, where ``in`` is the layer's input at a step and ``out`` its output.
     ``state``: ∂h_T/∂h_{T−k}, for an LSTM by everything it carries, (h, c); a recurrent layer only. A gain is the
     Frobenius norm of the Jacobian, of the mean square over sequences, divided by √H: 1 for the identity. Norms are
-    estimated from one random vector a sequence, for E‖vᵀJ‖² = ‖J‖² where v is drawn from N(0, 1); in float64, lest they
-    underflow.
+    estimated from one random vector a sequence, for E‖vᵀJ‖² = ‖J‖² where v is drawn from N(0, 1); in float64, because
+    they would underflow.
     """
     draw = torch.Generator().manual_seed(0)
     model = copy.deepcopy(model).double()

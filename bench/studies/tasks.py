@@ -1,7 +1,7 @@
 """Tasks whose answer lies a known distance back: recall, copying, adding; and the next character of real text.
 
-Every batch of the first three is drawn afresh, so nothing can be learned by heart. A score is 1 where the task is done
-and about 0 where the past is ignored: accuracy or explained variance, with chance taken off.
+Every batch of the first three is drawn anew, so nothing can be memorised. A score is 1 if the task is solved and about
+0 if the past is ignored: accuracy or explained variance, with chance subtracted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """features, outputs: what the model's first and last layer are made for. ``draw(batch, distance, generator)``."""
+    """features, outputs: the sizes of the model's input and output. ``draw(batch, distance, generator)``."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class Task:
         return cross_entropy(predicted.flatten(0, 1), target.flatten())
 
     def score(self, predicted: Tensor, target: Tensor) -> float:
-        """1 where every answer is right, 0 where they are no better than a guess; below 0 where they are worse."""
+        """1 if every answer is right, 0 if they are no better than a guess, below 0 if they are worse."""
         if self.outputs == 1:
             return float(1 - mse_loss(predicted.squeeze(-1), target) / ADDING_VARIANCE)
         right = float((predicted.argmax(-1) == target).float().mean())

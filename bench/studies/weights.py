@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import fastseq
 from bench.cases import select
-from bench.peers import DEFAULT_PEERS, OURS, PEERS
+from bench.peers import OURS, PEERS
 from bench.report import environment, unwritable, write_json
 from bench.run import Options, time_in_turns
 from bench.session import run
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     if options.json is not None and (refusal := unwritable(options.json)):
         parser.error(f"--json {refusal}")
     if options.grid:
-        contestants = [OURS, *(PEERS[name] for name in DEFAULT_PEERS if PEERS[name].missing() is None)]
+        contestants = [OURS, *(peer for peer in PEERS.values() if peer.missing() is None)]
         return run(select(["bf16-weights"]), contestants, Options(options.threads, options.min_time), options.json)
     torch.set_num_threads(options.threads)
     found = []

@@ -42,12 +42,11 @@ def test_attention_is_causal():
         torch.testing.assert_close(layer(x)[0][:, :-1], layer(changed)[0][:, :-1])
 
 
-def test_memory_is_what_was_taken_while_watched():
+def test_memory_is_what_a_call_takes():
     if not peak.CLEAR_REFS.exists():
         pytest.skip("the system does not tell the peak of resident memory")
-    with peak.watched(CPU) as found:
-        torch.zeros(16 << 20, dtype=torch.uint8).add_(1)
-    assert 15 << 20 < found["bytes"] < 24 << 20
+    found = peak.peak_of(lambda: torch.zeros(16 << 20, dtype=torch.uint8).add_(1), CPU)
+    assert 15 << 20 < found < 24 << 20
 
 
 def test_a_quick_run_has_every_contestant_and_goes_on(monkeypatch, tmp_path, capsys):

@@ -70,8 +70,9 @@ def test_every_tool_looks_at_the_kernels_of_both_families(
     calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
     for name in TOOLS:
         for family in gpu.FAMILIES:
-            (line,) = (c for c in calls if c.startswith(f"--tool {name} ") and f"gpu.worker {family} " in c)
-            assert line.endswith("--tiny --check --contestant native")
+            (line,) = (c for c in calls if c.startswith(f"--tool {name} ") and f'"family": "{family}"' in c)
+            options = json.loads(line.partition("bench.gpu.worker ")[2])
+            assert (options["tiny"], options["check"], options["contestant"]) == (True, True, ["native"])
 
 
 def test_small_cases_take_every_kernel_of_attention() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -188,7 +189,7 @@ def multihead_entrant(
 
 def attention_entrant(
     case: Attention,
-    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    function: Callable[..., Any],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     setting: str = "",
@@ -214,7 +215,7 @@ def sdpa_entrant(case: Attention, sdpa: Callable[..., Tensor], inputs: Attention
         options["is_causal"] = True
     if case.heads != case.kv_heads:
         options["enable_gqa"] = True
-    return attention_entrant(case, lambda q, k, v: sdpa(q, k, v, **options), heads(inputs))
+    return attention_entrant(case, partial(sdpa, **options), heads(inputs))
 
 
 def cumulative(lengths: Tensor) -> Tensor:
@@ -236,13 +237,8 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         yield multihead_entrant(case, build_multihead(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
     elif isinstance(case, Attention) and case.kind == "varlen":
         ends = cumulative(inputs.lengths)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            o = fastseq.attention(q, k, v, causal=case.causal, cu_seqlens_q=ends, cu_seqlens_k=ends)
-            assert isinstance(o, Tensor)
-            return o
-
-        yield attention_entrant(case, attend, heads(inputs))
+        options: dict[str, Any] = {"causal": case.causal, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        yield attention_entrant(case, partial(fastseq.attention, **options), heads(inputs))
     elif isinstance(case, Attention):
         yield sdpa_entrant(case, fastseq.scaled_dot_product_attention, inputs)
 
@@ -280,12 +276,8 @@ def torch_padded(case: Attention, inputs: AttentionInputs) -> Entrant:
         return nn.utils.rnn.pad_sequence(list(packed.split(sizes)), batch_first=True).transpose(1, 2).contiguous()
 
     options: dict[str, Any] = {"is_causal": True} if case.causal else {"attn_mask": live[:, None, None]}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-
-    d_o = pad(inputs.d_o) if case.training else inputs.d_o
-    padded = (pad(inputs.q), pad(inputs.k), pad(inputs.v), d_o)
+    padded = (pad(inputs.q), pad(inputs.k), pad(inputs.v), pad(inputs.d_o) if case.training else inputs.d_o)
+    attend = partial(F.scaled_dot_product_attention, **options)
     return attention_entrant(case, attend, padded, lambda tensor: tensor.transpose(1, 2)[live], "padded")
 
 

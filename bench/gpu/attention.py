@@ -8,6 +8,7 @@ is compared there, and must be finite everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def compared(case: Heads, outputs: Outputs) -> Outputs:
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def entrant(case: Heads, function: Callable[[Tensor, Tensor, Tensor], Tensor], given: AttentionInputs) -> Entrant:
+def entrant(case: Heads, function: Callable[..., Any], given: AttentionInputs) -> Entrant:
     """One call of ``function(q, k, v)``; in a backward case, the backward pass of a call made before."""
     if not case.training:
         return Entrant(lambda: function(given.q, given.k, given.v), lambda o: compared(case, {"o": o}))
@@ -139,13 +140,7 @@ def ours(case: Heads, given: AttentionInputs, device: str) -> Entrant:
         options["window"] = (case.window, 0)
     if case.kind == "varlen":
         options["cu_seqlens_q"] = options["cu_seqlens_k"] = cumulative(case, device)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = fastseq.attention(q, k, v, **options)
-        assert isinstance(o, Tensor)
-        return o
-
-    return entrant(case, run, given)
+    return entrant(case, partial(fastseq.attention, **options), given)
 
 
 def sdpa(kernel: str) -> Callable[[Heads, AttentionInputs, str], Entrant]:
@@ -185,35 +180,30 @@ def varlen_entrant(case: Heads, given: AttentionInputs, device: str) -> Entrant:
 
     ends, longest = cumulative(case, device), max(case.lengths())
     window = (-1, 0) if case.causal else (-1, -1)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
-        assert isinstance(o, Tensor)
-        return o
-
-    return entrant(case, run, given)
+    return entrant(case, lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window), given)
 
 
-_flex: Callable[..., Any] | None = None
+@cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 4096  # every shape is compiled; past the limit it would run uncompiled
+    attention: Callable[..., Any] = flex_attention
+    return torch.compile(attention, dynamic=False)
 
 
 def flex_entrant(case: Heads, given: AttentionInputs, device: str) -> Entrant:
     """FlexAttention, compiled; on the cases it is made for and worth compiling: windows, the largest causal cases, and
     decoding."""
-    global _flex
     if case.kind == "varlen" or not (case.window or case.kind == "decode" or (case.causal and case.keys >= 8192)):
         raise Unavailable("FlexAttention is measured on windows, decoding, and causal cases from 8192 on")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    if _flex is None:
-        torch._dynamo.config.recompile_limit = 4096  # every shape is compiled; past the limit it would run uncompiled
-        attention: Callable[..., Any] = flex_attention
-        _flex = torch.compile(attention, dynamic=False)
-    call, left = _flex, case.window or case.keys
+    left = case.window or case.keys
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j >= i - left)
 
     mask = create_block_mask(visible, None, None, case.queries, case.keys, device=device) if case.causal else None
     grouped = case.heads != case.kv_heads
-    return entrant(case, lambda q, k, v: call(q, k, v, block_mask=mask, enable_gqa=grouped), given)
+    return entrant(case, partial(compiled_flex(), block_mask=mask, enable_gqa=grouped), given)

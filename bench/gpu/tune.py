@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import queue
@@ -41,7 +42,7 @@ SPILLED = 256
 """Bytes that a thread may spill before a candidate is not worth timing."""
 TOLERANCE = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 2.0**-18}
 """Difference from the answer of the tile in force, of its largest value."""
-PATIENCE = {"compile": 60.0, "measure": 25.0}
+PATIENCE = {"start": 120.0, "compile": 60.0, "measure": 25.0}
 """Seconds after which a process without an answer is assumed to hang."""
 
 
@@ -172,12 +173,7 @@ class Bench:
     def __init__(self, device: str) -> None:
         self.device = device
         self.clock = clock_of(device)
-        self.kept: dict[tuple[str, str], Prepared] = {}
-
-    def prepared(self, case: Heads, role: str) -> Prepared:
-        if (role, case.name) not in self.kept:
-            self.kept[role, case.name] = self.problem(case, role)
-        return self.kept[role, case.name]
+        self.prepared = functools.cache(self.problem)
 
     def problem(self, case: Heads, role: str) -> Prepared:
         from fastseq.kernels import attention_launch as launch
@@ -276,6 +272,7 @@ def serve(device: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     bench = Bench(device)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
+        pipe.send({"reason": ""})  # it is ready
         while True:
             what, arguments = pipe.recv()
             try:
@@ -296,23 +293,29 @@ class Helper:
         self.process: multiprocessing.process.BaseProcess | None = None
 
     def ask(self, what: str, *arguments: Any) -> dict[str, Any]:
-        if self.process is None or not self.process.is_alive():
-            self.end()
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(self.device, theirs), daemon=True)
-            self.process.start()
-            theirs.close()
         try:
+            if self.process is None or not self.process.is_alive():
+                self.end()
+                context = multiprocessing.get_context("spawn")
+                self.pipe, theirs = context.Pipe()
+                self.process = context.Process(target=serve, args=(self.device, theirs), daemon=True)
+                self.process.start()
+                theirs.close()
+                self.answer("start")
             self.pipe.send((what, arguments))
-            if self.pipe.poll(PATIENCE[what]):
-                found: dict[str, Any] = self.pipe.recv()
-                return found
-            reason = f"no answer in {PATIENCE[what]:.0f} s"
+            return self.answer(what)
+        except TimeoutError as error:
+            reason = str(error)
         except (EOFError, OSError):
             reason = "the process was lost"
         self.end()
         return {"reason": f"{what}: {reason}"}
+
+    def answer(self, what: str) -> dict[str, Any]:
+        if not self.pipe.poll(PATIENCE[what]):
+            raise TimeoutError(f"no answer in {PATIENCE[what]:.0f} s")
+        found: dict[str, Any] = self.pipe.recv()
+        return found
 
     def end(self) -> None:
         process, self.process = self.process, None

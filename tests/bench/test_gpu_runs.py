@@ -160,6 +160,32 @@ def test_the_small_cases_are_right_and_timed(family: str) -> None:
             assert entry.status == "timed" or (entry.status == "unavailable" and entry.reason), name
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_clock_of_a_gpu_times_all_calls_and_nothing_else(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that takes 1 ms for a call and 5 ms for emptying the caches."""
+    now = 0.0
+
+    def passes(ms: float) -> None:
+        nonlocal now
+        now += ms
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: SimpleNamespace(zero_=lambda: passes(5)))
+    assert gpu_run.EventClock()(lambda: passes(1), 7, cold) == pytest.approx(7e-3)
+    assert now == (7 + 7 * 5 if cold else 7)
+
+
 def test_decoding_is_timed_with_cold_caches_and_nothing_else_is() -> None:
     for case in gpu_cases.tiny("attention"):
         clock = FakeClock()

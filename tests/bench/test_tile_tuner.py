@@ -68,7 +68,8 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     bench, result, value = tune.Bench("cpu"), torch.empty(3), 1.0
     launch = SimpleNamespace(run=lambda: result.fill_(value))
-    monkeypatch.setattr(bench, "problem", lambda case, role: tune.Prepared(None, lambda: [launch], [result]))
+    prepared = tune.Prepared(None, lambda: [launch], [result])
+    monkeypatch.setattr(bench, "prepared", lambda case, role: prepared)
     monkeypatch.setattr(bench, "tile", lambda x, role, fields: Tile(16, 16, 1, 1))
     case = tune.cases("forward", 64, True)[0]
     assert "cases" in bench.measure(case, "forward", {}, 1e-9)
@@ -87,6 +88,6 @@ def test_a_lost_process_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert helper.ask("compile", [case], "decode", {}) == {}
     assert "reason" in helper.ask("measure", case, "decode", {"no_field": 1}, 0.01)
     helper.end()
-    monkeypatch.setitem(tune.PATIENCE, "compile", 0.0)  # less than a process takes to begin
+    monkeypatch.setitem(tune.PATIENCE, "start", 0.0)  # less than a process takes to begin
     assert "no answer" in helper.ask("compile", [case], "decode", {})["reason"]
     assert helper.process is None

@@ -1,6 +1,6 @@
 """The registry: what is measured, under which name, on which inputs.
 
-A case is a value: two equal cases have the same inputs, drawn from a seed that is the case's own name.
+A case is a value: two equal cases have the same inputs, because their name is the seed.
 Letters: T time steps, B batch, I input features, H hidden units; in attention H heads, D features a head; E features
 of an embedding, those of all heads.
 """
@@ -8,10 +8,11 @@ of an embedding, those of all heads.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class Case:
-    """What all cases share. ``name`` is unique; ``group`` is the table it stands in; geometric means are given of each
-    group and of each ``family``, a union of groups (empty: in none)."""
+    """What all cases share.
+
+    ``name`` is unique. ``group`` is the table that shows the case. ``family`` is a union of groups, or empty. Geometric
+    means are given for each group and each family. ``default``: measured if the user does not choose data types.
+    """
 
     mode: str
     dtype: str
@@ -32,18 +36,12 @@ class Case:
     def name(self) -> str:
         raise NotImplementedError
 
-    @property
-    def group(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def family(self) -> str:
-        raise NotImplementedError
+    group = family = name
+    default_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
 
     @property
     def default(self) -> bool:
-        """Measured when nothing was asked for in particular."""
-        raise NotImplementedError
+        return self.dtype in self.default_dtypes
 
     @property
     def training(self) -> bool:
@@ -53,8 +51,8 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    def generator(self, device: str = "cpu") -> torch.Generator:
+        return torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
 
     def _suffix(self) -> str:
         return "" if self.dtype == "float32" else f"-{DTYPES[self.dtype]}"
@@ -62,12 +60,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Recurrent(Case):
-    """A layer, or a stack of them, over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that
-    hands its state on; a cell in training has a batch and one step.
+    """A layer, or a stack of layers, over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that
+    passes its state to the next call. A cell in training has a batch and one step.
 
-    cell: ``rnn`` (tanh), ``gru``, ``gru_reset_before`` or ``lstm``; as_cell: the layer's RNNCell, GRUCell, LSTMCell.
-    weights: the matrices have only numbers of this smaller type, in everybody's copy, and fastseq is patched to use it
-    (``fastseq.patch(weights=)``); the peers read them as float32.
+    cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
+    LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
+    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32.
     """
 
     cell: str
@@ -112,16 +110,18 @@ class Recurrent(Case):
 
     @property
     def default(self) -> bool:
-        return self.dtype == "float32" and not self.weights
+        return super().default and not self.weights
 
 
 @dataclass(frozen=True)
 class Attention(Case):
     """softmax(q kᵀ/√D) v; ``forward`` or ``training``.
 
-    kind: ``dense``; ``decode`` (one query); ``mask`` (a boolean padding mask [B,1,1,Tk]); ``varlen`` (sequences of
-    unequal length laid end to end, at most ``queries`` long).
+    kind: ``dense``; ``decode`` (one query); ``mask`` (a boolean padding mask [B,1,1,Tk]); ``varlen`` (a packed batch of
+    sequences of unequal length, at most ``queries`` long).
     """
+
+    default_dtypes: ClassVar = ("float32", "bfloat16")
 
     kind: str
     batch: int
@@ -148,17 +148,14 @@ class Attention(Case):
     def family(self) -> str:
         return "" if self.kind == "varlen" else f"attention {self.mode} {DTYPES[self.dtype]}"
 
-    @property
-    def default(self) -> bool:
-        return self.dtype in ("float32", "bfloat16")
-
 
 @dataclass(frozen=True)
 class Multihead(Case):
-    """The layer MultiheadAttention on itself (x is query, key and value), batch first; ``inference`` or ``training``.
+    """The layer MultiheadAttention in self-attention (x is query, key and value), batch first; ``inference`` or
+    ``training``.
 
-    weights: the mean over heads of the softmax is returned too, which is torch's default; causal: ``is_causal``, and
-    the mask that torch wants beside it; padded: a boolean ``key_padding_mask``, for sequences of unequal length.
+    weights: also return the mean over heads of the softmax, which is torch's default. causal: ``is_causal`` and the
+    mask that torch requires with it. padded: a boolean ``key_padding_mask``, for sequences of unequal length.
     """
 
     batch: int
@@ -185,10 +182,6 @@ class Multihead(Case):
     @property
     def family(self) -> str:
         return f"multihead {self.mode} {DTYPES[self.dtype]}"
-
-    @property
-    def default(self) -> bool:
-        return self.dtype == "float32"
 
 
 RECURRENT_GRID = (
@@ -297,9 +290,11 @@ def registry() -> dict[str, Case]:
 
 
 def select(patterns: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool = False) -> list[Case]:
-    """Cases in the registry's order: of the default data types unless ``dtypes`` names some, of the quick subset if
-    asked, and matching any of ``patterns`` (a glob of the whole name where it has one of ``*?[``, else a substring).
-    A pattern that matches none of the default cases is looked for among all.
+    """Cases in the registry's order.
+
+    dtypes: the default ones of each case unless some are named. patterns: a case must match one of them; a pattern with
+    one of ``*?[`` is a glob of the whole name, any other a substring. A pattern that matches none of the default cases
+    is searched among all cases. quick: only the quick subset.
 
     Raises:
         ValueError: a pattern that matches nothing, or an empty selection.
@@ -334,8 +329,8 @@ def _matches(name: str, pattern: str) -> bool:
 @dataclass
 class RecurrentInputs:
     """x [T,B,I], h0 and c0 [layers * directions,B,H], dy [T,B,directions * H] (gradient of y, in training; of a cell's
-    h), all in the case's dtype. Of a cell without the leading 1 and T. ``state``: the weights under the layer's names;
-    c0: None but for an LSTM."""
+    h), all in the case's dtype. A cell has no leading 1 and no T. ``state``: the weights under the layer's names; c0:
+    None except for an LSTM."""
 
     x: Tensor
     h0: Tensor
@@ -366,79 +361,97 @@ class MultiheadInputs:
     state: dict[str, Tensor]
 
 
-def recurrent_inputs(case: Recurrent) -> RecurrentInputs:
+Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs
+
+
+class Draw:
+    """Random tensors in the data type of a case, from the seed of its name."""
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.rng, self.dtype, self.device, self.training = (
+            case.generator(device),
+            case.torch_dtype,
+            device,
+            case.training,
+        )
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.rng, device=self.device).to(self.dtype)
+
+    def weights(self, shapes: Mapping[str, tuple[int, ...]], bound: float) -> dict[str, Tensor]:
+        """Uniform in ± bound."""
+        drawn = {n: torch.rand(*shape, generator=self.rng, device=self.device) for n, shape in shapes.items()}
+        return {name: ((weight * 2 - 1) * bound).to(self.dtype) for name, weight in drawn.items()}
+
+    def gradient(self, *shape: int) -> Tensor:
+        """Unit normal in training; else empty."""
+        return self.normal(*shape) if self.training else torch.empty(0)
+
+    def lengths(self, batch: int, longest: int) -> Tensor:
+        """int64 [batch]: from a quarter of the longest to all of it; the first is the longest."""
+        lengths = torch.randint(longest // 4, longest + 1, (batch,), generator=self.rng)
+        lengths[0] = longest
+        return lengths
+
+
+def make_inputs(case: Case) -> Inputs:
+    """The case's inputs, the same at each call."""
+    if isinstance(case, Recurrent):
+        return recurrent_inputs(case)
+    return multihead_inputs(case) if isinstance(case, Multihead) else attention_inputs(case)  # type: ignore[arg-type]
+
+
+GATES = {"rnn": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+
+
+def recurrent_inputs(case: Recurrent, device: str = "cpu") -> RecurrentInputs:
     """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
-    rng, dtype, hidden = case.generator(), case.torch_dtype, case.hidden
-    gates = {"rnn": 1, "lstm": 4}.get(case.cell, 3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng).to(dtype)
-
-    def weight(*shape: int) -> Tensor:
-        return ((torch.rand(*shape, generator=rng) * 2 - 1) / hidden**0.5).to(dtype)
-
-    rows, width = gates * hidden, case.directions * hidden
+    draw, hidden, width = Draw(case, device), case.hidden, case.directions * case.hidden
+    rows = GATES[case.cell] * hidden
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(case.layers):
         for direction in range(case.directions):
             end = "" if case.as_cell else f"_l{layer}{'_reverse' * direction}"
-            own = ((rows, width if layer else case.features), (rows, hidden), (rows,), (rows,))
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            shapes |= {name + end: shape for name, shape in zip(names, own, strict=True)}
-    lead = () if case.as_cell else (case.layers * case.directions,)
-    h0 = torch.tanh(normal(*lead, case.batch, hidden))
-    c0 = normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
-    x = normal(case.batch, case.features) if case.as_cell else normal(case.steps, case.batch, case.features)
-    dy = normal(*(() if case.as_cell else (case.steps,)), case.batch, width) if case.training else torch.empty(0)
-    state = {name: weight(*shape) for name, shape in shapes.items()}
+            shapes |= {f"weight_ih{end}": (rows, width if layer else case.features), f"weight_hh{end}": (rows, hidden)}
+            shapes |= {f"bias_ih{end}": (rows,), f"bias_hh{end}": (rows,)}
+    lead, steps = ((), ()) if case.as_cell else ((case.layers * case.directions,), (case.steps,))
+    h0 = torch.tanh(draw.normal(*lead, case.batch, hidden))
+    c0 = draw.normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
+    x = draw.normal(*steps, case.batch, case.features)
+    dy = draw.gradient(*steps, case.batch, width)
+    state = draw.weights(shapes, hidden**-0.5)
     if case.weights:
         smaller = getattr(torch, case.weights)
-        state = {name: w.to(smaller).to(dtype) if w.dim() == 2 else w for name, w in state.items()}
+        state = {name: w.to(smaller).to(w.dtype) if w.dim() == 2 else w for name, w in state.items()}
     return RecurrentInputs(x, h0, c0, dy, state)
 
 
 def attention_inputs(case: Attention) -> AttentionInputs:
     """Draw the inputs of an attention case: all unit normal; lengths from a quarter of the longest to all of it."""
-    rng, dtype = case.generator(), case.torch_dtype
+    draw = Draw(case)
+    lengths = draw.lengths(case.batch, case.keys) if case.kind in ("mask", "varlen") else None
+    packed = int(lengths.sum()) if lengths is not None and case.kind == "varlen" else None
+    q, k, v = draw_heads(draw, case, packed)
+    return AttentionInputs(q, k, v, draw.gradient(*q.shape), lengths)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng).to(dtype)
 
-    lengths = None
-    if case.kind in ("mask", "varlen"):
-        lengths = _lengths(case.batch, case.keys, rng)
-    if case.kind == "varlen":
-        assert lengths is not None
-        total = int(lengths.sum())
-        q = normal(total, case.heads, case.dim)
-        k, v = normal(total, case.kv_heads, case.dim), normal(total, case.kv_heads, case.dim)
-    else:
-        q = normal(case.batch, case.heads, case.queries, case.dim)
-        k, v = (normal(case.batch, case.kv_heads, case.keys, case.dim) for _ in range(2))
-    d_o = normal(*q.shape) if case.training else torch.empty(0)
-    return AttentionInputs(q, k, v, d_o, lengths)
+def draw_heads(draw: Draw, case: Any, packed: int | None) -> list[Tensor]:
+    """q, k and v: unit normal; [packed,heads,D] for a packed batch of so many rows, else [B,heads,T,D]."""
+
+    def one(heads: int, length: int) -> Tensor:
+        if packed is not None:
+            return draw.normal(packed, heads, case.dim)
+        return draw.normal(case.batch, heads, length, case.dim)
+
+    return [one(case.heads, case.queries), one(case.kv_heads, case.keys), one(case.kv_heads, case.keys)]
 
 
 def multihead_inputs(case: Multihead) -> MultiheadInputs:
-    """Draw the inputs of a case of MultiheadAttention: unit normal x and dy; weights uniform in ±√(3/E), so that q, k
-    and v are of about unit variance, and so are scores; biases likewise, for none may be zero; lengths as attention's.
-    """
-    rng, dtype, embed = case.generator(), case.torch_dtype, case.embed
-
-    def weight(*shape: int) -> Tensor:
-        return ((torch.rand(*shape, generator=rng) * 2 - 1) * (3 / embed) ** 0.5).to(dtype)
-
-    shape = (case.batch, case.steps, embed)
-    x = torch.randn(*shape, generator=rng).to(dtype)
-    dy = torch.randn(*shape, generator=rng).to(dtype) if case.training else torch.empty(0)
-    shapes = {"in_proj_weight": (3 * embed, embed), "in_proj_bias": (3 * embed,)}
+    """Draw the inputs of a case of MultiheadAttention: unit normal x and dy; weights uniform in ±√(3/E), so that q, k,
+    v and the scores have about unit variance; biases the same, for none may be zero; lengths as attention's."""
+    draw, embed = Draw(case), case.embed
+    x, dy = draw.normal(case.batch, case.steps, embed), draw.gradient(case.batch, case.steps, embed)
+    shapes: dict[str, tuple[int, ...]] = {"in_proj_weight": (3 * embed, embed), "in_proj_bias": (3 * embed,)}
     shapes |= {"out_proj.weight": (embed, embed), "out_proj.bias": (embed,)}
-    state = {name: weight(*shape) for name, shape in shapes.items()}
-    return MultiheadInputs(x, dy, _lengths(case.batch, case.steps, rng) if case.padded else None, state)
-
-
-def _lengths(batch: int, longest: int, rng: torch.Generator) -> Tensor:
-    """int64 [batch]: from a quarter of the longest to all of it; the first is the longest."""
-    lengths = torch.randint(longest // 4, longest + 1, (batch,), generator=rng)
-    lengths[0] = longest
-    return lengths
+    state = draw.weights(shapes, (3 / embed) ** 0.5)
+    return MultiheadInputs(x, dy, draw.lengths(case.batch, case.steps) if case.padded else None, state)

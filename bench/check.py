@@ -1,31 +1,22 @@
 """The truth of a case, and how far from it an answer may be.
 
-The truth is computed in float64 from the very numbers the contestants get: torch's layer or attention where it has
-one, and for the GRU that resets before its product the recurrence below. An answer's error is the largest difference
-from the truth over the truth's largest magnitude, tensor by tensor. It may be at most twice the error of torch in the
-contestants' own data type, and a floor where torch happens to be nearly exact.
+The truth is computed in float64 from the numbers that the contestants get: by torch's layer or attention, and for the
+GRU that resets before its product by the recurrence below. The error of a tensor is its largest difference from the
+truth over the truth's largest magnitude. It may be at most twice the error of torch in the contestants' data type, plus
+a floor for cases in which torch is nearly exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import Attention, AttentionInputs, Case, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
-from bench.peers import (
-    Entrant,
-    Inputs,
-    Outputs,
-    build_layer,
-    build_multihead,
-    layer_entrant,
-    multihead_entrant,
-    sdpa_entrant,
-    torch_loop,
-)
+from bench.cases import AttentionInputs, Case, Inputs, Recurrent, RecurrentInputs
+from bench.peers import Outputs, layer_entrant, torch_entrants, torch_loop
 
 FLOOR = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 """8 units in the last place of float32, half of one of bfloat16, one of float16."""
@@ -60,24 +51,14 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def standard(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     """torch's answer (and gradients) to a case, computed in ``dtype``."""
     inputs = cast(inputs, dtype)
-    entrant: Entrant
-    if isinstance(case, Recurrent):
+    if isinstance(case, Recurrent) and case.cell == "gru_reset_before":
         assert isinstance(inputs, RecurrentInputs)
-        if case.cell == "gru_reset_before":
-            layer: nn.Module = ResetBeforeGRU(inputs.state, dtype)
-        else:
-            layer = build_layer(nn, case, inputs.state, dtype)
-        entrant = layer_entrant(case, layer, inputs)
-    elif isinstance(case, Multihead):
-        assert isinstance(inputs, MultiheadInputs)
-        entrant = multihead_entrant(case, build_multihead(nn, case, inputs.state, dtype), inputs)
-    else:
-        assert isinstance(case, Attention)
+        entrant = layer_entrant(case, ResetBeforeGRU(inputs.state, dtype), inputs)
+    elif getattr(case, "kind", "") == "varlen":
         assert isinstance(inputs, AttentionInputs)
-        if case.kind == "varlen":
-            entrant = torch_loop(case, inputs)
-        else:
-            entrant = sdpa_entrant(case, F.scaled_dot_product_attention, inputs)
+        entrant = torch_loop(case, inputs)  # type: ignore[arg-type]
+    else:
+        entrant = next(torch_entrants(case, inputs, 1))
     with torch.set_grad_enabled(case.training):
         return {name: tensor.detach() for name, tensor in entrant.outputs(entrant.call()).items()}
 
@@ -98,21 +79,26 @@ def errors(outputs: Outputs, truth: Outputs) -> dict[str, float]:
 
 @dataclasses.dataclass
 class Judge:
-    """Holds a case's truth, and the error torch itself makes in the case's data type."""
+    """Holds a case's truth, and the error allowed: twice that of torch in the case's data type, plus a floor."""
 
     truth: Outputs
     budget: dict[str, float]
 
     @classmethod
-    def of(cls, case: Case, inputs: Inputs) -> Judge:
-        truth = standard(case, inputs, torch.float64)
-        own = errors(standard(case, inputs, case.torch_dtype), truth)
+    def by(cls, answer: Callable[[torch.dtype], Outputs], case: Case) -> Judge:
+        """From a function that gives the right answer, computed in a data type."""
+        truth = answer(torch.float64)
+        own = errors(answer(case.torch_dtype), truth)
         return cls(truth, {name: 2 * error + FLOOR[case.dtype] for name, error in own.items()})
 
-    def fault(self, found: dict[str, float], looseness: float = 0.0) -> str | None:
-        """What is wrong with an answer of these errors; None where it is right."""
-        over = {name: e for name, e in found.items() if not e <= self.budget[name] + looseness}
+    @classmethod
+    def of(cls, case: Case, inputs: Inputs) -> Judge:
+        return cls.by(lambda dtype: standard(case, inputs, dtype), case)
+
+    def fault(self, found: dict[str, float]) -> str | None:
+        """What is wrong with an answer of these errors; None if it is right."""
+        over = {name: e for name, e in found.items() if not e <= self.budget[name]}
         if not over:
             return None
         name = max(over, key=lambda name: over[name] / self.budget[name])
-        return f"{name} is off by {over[name]:.1e} of its largest value; {self.budget[name] + looseness:.1e} is allowed"
+        return f"{name} is off by {over[name]:.1e} of its largest value; {self.budget[name]:.1e} is allowed"

@@ -16,9 +16,9 @@ PLAIN_COMMAND = "python -m bench"
 
 @dataclass
 class Exhibit:
-    """A figure and the same numbers as a table. ``alt`` tells what the figure shows to those who cannot see it.
+    """A figure and the same numbers as a table. ``alt`` describes the figure to readers who cannot see it.
 
-    draw: makes the matplotlib Figure, inside ``plots.style``; None for a table alone. numbers: columns to align right.
+    draw: makes the matplotlib Figure, inside ``plots.style``; None for a table alone.
     """
 
     name: str
@@ -46,11 +46,6 @@ class Results:
     def all(self) -> dict[str, Document]:
         return self.speed | self.memory | self.cost | self.weights | self.tests
 
-    def best(self, kind: str) -> Document | None:
-        """The file of this kind with the most in it: a full run rather than a quick one."""
-        found: dict[str, Document] = getattr(self, kind)
-        return max(found.values(), key=measured, default=None)
-
 
 def measured(document: Document) -> int:
     """How many cases or units a file holds."""
@@ -58,7 +53,7 @@ def measured(document: Document) -> int:
 
 
 def load(folder: Path) -> Results:
-    """Every ``*.json`` of a folder. A file that cannot be read, or is of no known kind, is named with the reason."""
+    """Every ``*.json`` of a folder. A file that cannot be read, or is of no known kind, is listed with the reason."""
     results = Results()
     for path in sorted(folder.glob("*.json")):
         try:
@@ -74,7 +69,7 @@ def load(folder: Path) -> Results:
 
 def by_backend(name: str, document: Document) -> dict[str, Document]:
     """A run that timed several of our backends side by side (on a GPU), as one document for each, in which that backend
-    is fastseq and the others' are left out; any other as it is."""
+    is fastseq and the others are left out; any other document unchanged."""
     backends = dict.fromkeys(b for case in document["cases"] for b, r in case["ratios"].items() if isinstance(r, dict))
     if not backends:
         return {name: document}
@@ -98,21 +93,17 @@ def kind_of(document: Any) -> str:
     """
     if not isinstance(document, dict) or not isinstance(document.get("environment"), dict):
         raise ValueError("not a result file: it has no environment")
-    command = str(document.get("command", ""))
-    for name in ("memory", "cost"):
-        if re.match(rf"{PLAIN_COMMAND} {name}\b", command) and "results" in document:
-            return name
-    if "cases" in document:
-        return "speed"
-    if "models" in document:
-        return "weights"
-    if "kernels" in document:
-        return "tests"
+    command = re.match(rf"{PLAIN_COMMAND} (memory|cost)\b", str(document.get("command", "")))
+    if command and "results" in document:
+        return command[1]
+    for key, kind in (("cases", "speed"), ("models", "weights"), ("kernels", "tests")):
+        if key in document:
+            return kind
     raise ValueError("a result file of no kind that the report knows")
 
 
 def command_of(document: Document, name: str) -> str:
-    """What made the file, as far as it says."""
+    """The command that made the file. Old files do not name it; for these it follows from what they hold."""
     if "command" in document:
         return str(document["command"])
     if "kernels" in document or on_gpu(document):
@@ -127,7 +118,7 @@ def command_of(document: Document, name: str) -> str:
 
 
 def device_of(document: Document) -> str:
-    """The hardware: a GPU's name where the file has one, else the CPU's."""
+    """The hardware: a GPU's name if the file has one, else the CPU's."""
     environment = document["environment"]
     for place in (document, environment):
         for key in ("device", "gpu"):
@@ -141,7 +132,7 @@ def on_gpu(document: Document) -> bool:
 
 
 def commit_of(document: Document) -> str:
-    """Ten digits, and ``+changes`` where the tree was not clean; all of them where a file was made at several."""
+    """Ten digits, and ``+changes`` if the tree was not clean; all commits if a file was made at several."""
     commits = [result.get("commit") for result in document.get("results", ())] or [
         document["environment"].get("commit")
     ]
@@ -153,25 +144,12 @@ def date_of(document: Document) -> str:
     return str(document["environment"].get("date", ""))[:10]
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, without exponents where it is not very small or large."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e5:
-        text = f"{float(f'{value:.{digits}g}'):,f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:.{max(1, digits - 1)}g}"
-
-
-def mean_range(values: Sequence[float], places: int = 2) -> str:
-    """0.93 (0.91–0.96); without the brackets where there is one value."""
-    if not values:
-        return "–"
-    mean = f"{sum(values) / len(values):.{places}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{places}f} to {max(values):.{places}f})"
-
-
-def mebibytes(count: float) -> str:
-    return number(count / 2**20) + " MiB"
+def outcomes(tests: Document | None, backend: str, subject: str) -> dict[str, int]:
+    """How the tests of a backend's ``recurrent`` or ``attention`` kernels came out, from a file of tests."""
+    counts: dict[str, int] = {}
+    suites = tests["kernels"].get(backend, {}).get("suites", {}) if tests else {}
+    for suite, found in suites.items():
+        if subject in suite or ("promises" in suite and subject == "recurrent"):
+            for outcome, count in found.items():
+                counts[outcome] = counts.get(outcome, 0) + count
+    return counts

@@ -1,21 +1,29 @@
-"""The report as one HTML page: nothing is loaded from anywhere, light or dark as the reader's machine is."""
+"""One HTML page of all result files; or, with --docs, docs/choosing.md and the figures of README and docs.
+
+The page loads nothing from anywhere, and is light or dark as the reader's machine is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import speed_figures, study_figures
+from bench import speed_figures as speed
 from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, load, measured
+from bench.formats import NONE
+from bench.report import RESULTS
+from bench.studies import choosing, figures
+from fastseq import cli
 from fastseq.demo import plots
-
-TEMPLATES = Path(__file__).resolve().parent
 
 
 @dataclass
 class Section:
-    """A part of the page: its exhibits with their drawings (empty where an exhibit is a table alone)."""
+    """A part of the page: its exhibits with their drawings (empty if an exhibit is a table alone)."""
 
     name: str
     title: str
@@ -35,7 +43,7 @@ def render(folder: Path, command: str) -> str:
     results = load(folder)
     if not results.all:
         raise ValueError(f"{folder} holds no result file; make one, for example by `python -m bench memory --quick`")
-    jinja = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     devices = dict.fromkeys(device_of(document) for document in results.all.values())
     summary = f"{len(results.all)} result files, measured on {', '.join(devices)}. Every figure has its table under it."
     with plots.style(follow_page=True):
@@ -45,70 +53,54 @@ def render(folder: Path, command: str) -> str:
 
 
 def sections(results: Results) -> list[Section]:
-    """In reading order; a section without results is left out."""
-    made = [
-        *(_section(f"speed-{speed_figures.slug(name)}", f"Speed: {_titled(name)}", _told(name, document),
-                   [*speed_figures.ratios(document, name), *_peaks(document, name)])
-          for name, document in _fullest_first(results.speed)),
-        _section("ledger", "Hardware ledger", [], [speed_figures.ledger(results)]),
-        _section("budgets", "Error budgets", [],
-                 [b for name, document in results.speed.items() if (b := speed_figures.budgets(document, name))]),
-        *(_section(f"study-{speed_figures.slug(name)}", f"Memory: {_titled(name)}", _told(name, document),
-                   study_figures.memory(document))
-          for name, document in _fullest_first(results.memory)),
-        *(_section(f"cost-{speed_figures.slug(name)}", f"Cost of length: {_titled(name)}", _told(name, document),
-                   study_figures.cost(document))
-          for name, document in _fullest_first(results.cost)),
-        _section("weights", "Smaller weights", [],
-                 [speed_figures.weights(document, name) for name, document in results.weights.items()]),
-        _section("environment", "Environment", [], [_environments(results)]),
-    ]  # fmt: skip
-    return [section for section in made if section.exhibits]
+    """In reading order, the fullest file of a kind first; a section without results is left out."""
+    made: list[Section] = []
+
+    def add(name: str, title: str, exhibits: Sequence[Exhibit | None], lines: Sequence[str] = ()) -> None:
+        there = [e for e in exhibits if e is not None]
+        drawn = [(e, plots.svg(e.draw(), e.name, e.alt) if e.draw else "") for e in there]
+        if drawn:
+            made.append(Section(name, title, lines, drawn))
+
+    def fullest(found: Mapping[str, Document]) -> list[tuple[str, Document]]:
+        return sorted(found.items(), key=lambda pair: -measured(pair[1]))
+
+    def each(kind: str, title: str, name: str, document: Document, exhibits: Sequence[Exhibit | None]) -> None:
+        add(f"{kind}-{speed.slug(name)}", f"{title}: {name.removesuffix('.json')}", exhibits, _about(name, document))
+
+    for name, document in fullest(results.speed):
+        each("speed", "Speed", name, document, [*speed.ratios(document, name), speed.peaks(document, name)])
+    add("ledger", "Hardware ledger", [speed.ledger(results)])
+    add("budgets", "Error budgets", [speed.budgets(document, name) for name, document in results.speed.items()])
+    for name, document in fullest(results.memory):
+        each("study", "Memory", name, document, figures.memory(document))
+    for name, document in fullest(results.cost):
+        each("cost", "Cost of length", name, document, figures.cost(document))
+    add("weights", "Smaller weights", [speed.weights(document, name) for name, document in results.weights.items()])
+    add("environment", "Environment", [_environments(results)])
+    return made
 
 
-def _fullest_first(found: dict[str, Document]) -> list[tuple[str, Document]]:
-    return sorted(found.items(), key=lambda pair: -measured(pair[1]))
-
-
-def _peaks(document: Document, name: str) -> list[Exhibit]:
-    found = speed_figures.peaks(document, name)
-    return [found] if found else []
-
-
-def _titled(name: str) -> str:
-    return name.removesuffix(".json")
-
-
-def _told(name: str, document: Document) -> list[str]:
-    """Where and when, and what a reader must know beside the numbers."""
+def _about(name: str, document: Document) -> list[str]:
+    """Where and when a file was measured, and what a reader must know beside the numbers."""
     lines = [f"{name}: {device_of(document)}, {date_of(document)}, at commit {commit_of(document)}."]
     if not document.get("complete", True):
-        lines.append("The run was cut short: what it had measured by then is shown.")
+        lines.append("The run was cut short: this is what it had measured by then.")
     return [*lines, *document.get("notes", ())]
-
-
-def _section(name: str, title: str, lines: Sequence[str], exhibits: Sequence[Exhibit]) -> Section:
-    return Section(name, title, lines, [(exhibit, drawing(exhibit)) for exhibit in exhibits])
-
-
-def drawing(exhibit: Exhibit) -> str:
-    """The exhibit's figure as an element of the page; nothing where it has none."""
-    return plots.svg(exhibit.draw(), exhibit.name, exhibit.alt) if exhibit.draw else ""
 
 
 def _environments(results: Results) -> Exhibit:
     rows = []
     for name, document in results.all.items():
-        environment = document["environment"]
-        versions = ", ".join(f"{package} {version}" for package, version in environment.get("versions", {}).items())
-        told = (
-            f"{environment.get('threads')} threads of {environment.get('cpus')}, {environment.get('instruction_set')}"
+        env = document["environment"]
+        versions = ", ".join(f"{package} {version}" for package, version in env.get("versions", {}).items())
+        cpu = f"{env.get('threads')} threads of {env.get('cpus')}, {env.get('instruction_set')}"
+        load = f"{env['load']:.1f}" if isinstance(env.get("load"), (int, float)) else NONE
+        date = str(env.get("date", NONE))
+        rows.append(
+            [name, device_of(document), cpu, load, versions, commit_of(document), date, command_of(document, name)]
         )
-        load_average = environment.get("load")
-        load_told = f"{load_average:.1f}" if isinstance(load_average, (int, float)) else "–"
-        rows.append([name, device_of(document), told, load_told, versions, commit_of(document),
-                     str(environment.get("date", "–")), command_of(document, name)])  # fmt: skip
-    rows += [[name, "not read", reason, "–", "–", "–", "–", "–"] for name, reason in results.unread.items()]
+    rows += [[name, "not read", reason, *[NONE] * 5] for name, reason in results.unread.items()]
     return Exhibit(
         name="environments",
         title="Where each file was measured",
@@ -117,3 +109,26 @@ def _environments(results: Results) -> Exhibit:
         rows=rows,
         command="python -m bench report",
     )
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of ``python -m bench report``; 2 on bad arguments or if there is nothing to show."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and the figures of docs instead")
+    options = parser.parse_args(argv)
+    try:
+        if options.docs:
+            written = choosing.write(options.results)
+        else:
+            cli.write_text(options.out, render(options.results, shlex.join(["python", "-m", "bench", "report", *argv])))
+            written = [options.out]
+    except ImportError as error:
+        print(f"python -m bench report needs the package {error.name}; pip install {error.name}", file=sys.stderr)
+        return cli.USAGE
+    except (OSError, ValueError) as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return cli.USAGE
+    print("wrote " + ", ".join(str(path) for path in written))
+    return 0

@@ -1,16 +1,16 @@
-"""The contestants: fastseq, and those it is measured against.
+"""The contestants: fastseq, and the peers it is measured against.
 
-Each prepares, for a case and its inputs, one or more entrants: closures that do the whole call a user would write.
-Where a peer has several settings (spinning workers or not; padding or a loop; a fast path or none) each is an entrant
-of its own, and the fastest stands for the peer.
+Each contestant prepares, for a case and its inputs, one or more entrants: closures that make the whole call as a user
+would write it. Where a peer has several settings (spinning workers or not; padding or a loop; a fast path or none),
+each setting is an entrant, and the fastest counts.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastseq
 from bench.cases import Attention, AttentionInputs, Case, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
 
-Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs
 Outputs = dict[str, Tensor]
 
 
@@ -39,85 +39,124 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Contestant:
-    """alone: its idle workers spin, so it is timed by itself and not among the others.
-    looseness: error allowed beside the budget of check.py, relative to the largest value."""
+    """prepare: takes a case, its inputs and the number of threads.
+    alone: its idle workers spin, so it is timed by itself and not among the others."""
 
     name: str
     label: str
-    prepare: Callable[[Case, Inputs, int], Iterable[Entrant]]
+    prepare: Callable[[Any, Any, int], Iterable[Entrant]]
     needs: tuple[str, ...] = ()
     alone: bool = False
-    looseness: float = 0.0
 
     def missing(self) -> str | None:
         """The first package it needs and that is not installed."""
         return next((package for package in self.needs if importlib.util.find_spec(package) is None), None)
 
 
-# --- a layer, a cell, an attention function: how one call is made -----------------------------------------------------
+# --- one call, and its gradients ------------------------------------------------------------------------------------
 
 
-def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """The layer or cell of ``library`` (torch.nn or fastseq.nn) for this case, with the given weights."""
-    kind = "GRU" if case.cell == "gru_reset_before" else case.cell.upper()
-    options: dict[str, Any] = {"reset_after": False} if case.cell == "gru_reset_before" else {}
-    if case.stacked:
-        options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
-    layer = getattr(library, kind + ("Cell" if case.as_cell else ""))(
-        case.features, case.hidden, dtype=dtype, **options
-    )
-    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()})
-    return layer.train(case.training)
+def backward(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """Gradients as a training step computes them: into ``leaf.grad``."""
+    y.backward(dy)
+    return leaves
 
 
-def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) -> Entrant:
-    """One call of a layer with a state given; in training with the walk back into x and every weight."""
-    x, h0, c0 = inputs.x, inputs.h0, inputs.c0
-    hx: Any = h0 if c0 is None else (h0, c0)
+def entrant(
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    named: Callable[[Any], Outputs],
+    dy: Tensor | None,
+    layer: nn.Module | None = None,
+    setting: str = "",
+    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    differentiate: Callable[[Tensor, list[Tensor], Tensor], Any] = backward,
+) -> Entrant:
+    """One call of ``forward(*inputs)``; in training with backward from its first output to every input and weight.
 
-    def named(y: Tensor | None, h_n: Any) -> Outputs:
-        outputs = {} if y is None else {"y": y}
-        return outputs | ({"h_n": h_n} if c0 is None else {"h_n": h_n[0], "c_n": h_n[1]})
-
-    if case.mode == "step":
-        state = hx
-
-        def step_cell() -> Any:
-            nonlocal state
-            state = layer(x, state)
-            return state
-
-        def step_layer() -> Any:
-            nonlocal state
-            y, state = layer(x, state)
-            return y, state
-
-        if case.as_cell:
-            return Entrant(step_cell, lambda answer: named(None, answer))
-        return Entrant(step_layer, lambda answer: named(*answer))
-
-    if not case.training:
-        return Entrant(lambda: layer(x, hx), lambda answer: named(*answer))
-
-    x = x.clone().requires_grad_()
-    leaves, dy = [x, *layer.parameters()], inputs.dy
+    Args:
+        named: the outputs of an answer by name.
+        dy: the gradient of the first output; None outside training.
+        layer: whose weights get gradients.
+        unpack: brings a peer's layout of the inputs' gradients to the case's.
+        differentiate: computes the gradients of ``leaves``: returns them, or puts them into ``leaf.grad``.
+    """
+    if dy is None:
+        given = tuple(inputs.values())
+        return Entrant(lambda: forward(*given), named, setting)
+    own = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+    weights = dict(layer.named_parameters()) if layer is not None else {}
+    leaves = [*own, *weights.values()]
 
     def train() -> Any:
         for leaf in leaves:
             leaf.grad = None
-        if case.as_cell:
-            state = layer(x, hx)
-            (state if c0 is None else state[0]).backward(dy)
-            return None, state
-        y, h_n = layer(x, hx)
-        y.backward(dy)
-        return y, h_n
+        answer = forward(*own)
+        return answer, differentiate(answer[0] if isinstance(answer, tuple) else answer, leaves, dy)
 
-    def gradients(answer: Any) -> Outputs:
-        grads = {f"d_{name}": _grad(parameter) for name, parameter in layer.named_parameters()}
-        return named(*answer) | {"d_x": _grad(x)} | grads
+    def outputs(trained: Any) -> Outputs:
+        answer, found = trained
+        gradients = [leaf.grad for leaf in leaves] if found is leaves else found
+        by_name = dict(zip((f"d_{name}" for name in (*inputs, *weights)), gradients, strict=True))
+        return named(answer) | by_name | {f"d_{name}": unpack(by_name[f"d_{name}"]) for name in inputs}
 
-    return Entrant(train, gradients)
+    return Entrant(train, outputs, setting)
+
+
+# --- recurrent layers -----------------------------------------------------------------------------------------------
+
+
+def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """The layer or cell of ``library`` (torch.nn or fastseq.nn) for this case, with and on the device of its
+    weights."""
+    options: dict[str, Any] = {"reset_after": False} if case.cell == "gru_reset_before" else {}
+    if case.cell == "rnn_relu":
+        options["nonlinearity"] = "relu"
+    if case.stacked:
+        options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
+    kind = case.cell.partition("_")[0].upper() + "Cell" * case.as_cell
+    device = next(iter(state.values())).device
+    layer: nn.Module = getattr(library, kind)(case.features, case.hidden, dtype=dtype, device=device, **options)
+    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()})
+    if device.type == "cuda" and isinstance(layer, nn.RNNBase):
+        layer.flatten_parameters()
+    return layer.train(case.training)
+
+
+def named_states(answer: tuple[Tensor, Any]) -> Outputs:
+    """The outputs of a layer, (y, state), by name."""
+    y, state = answer
+    return {"y": y} | name_state(state)
+
+
+def name_state(state: Any) -> Outputs:
+    return {"h_n": state[0], "c_n": state[1]} if isinstance(state, tuple) else {"h_n": state}
+
+
+def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) -> Entrant:
+    """One call of a layer or cell with a given state; a step hands its state to the next call."""
+    state: Any = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
+    named: Callable[[Any], Outputs] = name_state if case.as_cell else named_states
+    dy = inputs.dy if case.training else None
+    if case.mode != "step":
+        hx = state
+        return entrant(lambda x: layer(x, hx), {"x": inputs.x}, named, dy, layer)
+    x = inputs.x
+
+    def step_cell() -> Any:
+        nonlocal state
+        state = layer(x, state)
+        return state
+
+    def step_layer() -> Any:
+        nonlocal state
+        y, state = layer(x, state)
+        return y, state
+
+    return Entrant(step_cell if case.as_cell else step_layer, named)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
 
 
 def build_multihead(
@@ -132,9 +171,7 @@ def build_multihead(
 def multihead_entrant(
     case: Multihead, layer: nn.MultiheadAttention, inputs: MultiheadInputs, setting: str = ""
 ) -> Entrant:
-    """One call of self-attention; in training with the walk from y back into x and every weight. The masks, which a
-    model has from its tokenizer or makes once, are not timed."""
-    x, dy = inputs.x, inputs.dy
+    """One call of self-attention. The masks, which a model has from its tokenizer or makes once, are not timed."""
     options: dict[str, Any] = {"need_weights": case.weights}
     if case.causal:
         options |= {"is_causal": True, "attn_mask": torch.ones(case.steps, case.steps, dtype=torch.bool).triu(1)}
@@ -142,98 +179,30 @@ def multihead_entrant(
         assert inputs.lengths is not None
         options["key_padding_mask"] = torch.arange(case.steps) >= inputs.lengths[:, None]
 
-    def named(y: Tensor, weights: Tensor | None) -> Outputs:
+    def named(answer: Any) -> Outputs:
+        y, weights = answer
         return {"y": y} if weights is None else {"y": y, "weights": weights}
 
-    if not case.training:
-        return Entrant(lambda: layer(x, x, x, **options), lambda answer: named(*answer), setting)
-
-    x = x.clone().requires_grad_()
-    leaves = [x, *layer.parameters()]
-
-    def train() -> Any:
-        for leaf in leaves:
-            leaf.grad = None
-        y, weights = layer(x, x, x, **options)
-        y.backward(dy)
-        return y, weights
-
-    def gradients(answer: Any) -> Outputs:
-        grads = {f"d_{name}": _grad(parameter) for name, parameter in layer.named_parameters()}
-        return named(*answer) | {"d_x": _grad(x)} | grads
-
-    return Entrant(train, gradients, setting)
+    dy = inputs.dy if case.training else None
+    return entrant(lambda x: layer(x, x, x, **options), {"x": inputs.x}, named, dy, layer, setting)
 
 
 def attention_entrant(
     case: Attention,
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     setting: str = "",
 ) -> Entrant:
-    """One call of ``function(q, k, v)``; in training with the gradient of each. ``unpack`` brings the peer's layout of
-    o and of the gradients to the case's."""
-    q, k, v, d_o = inputs
-    if not case.training:
-        return Entrant(lambda: function(q, k, v), lambda o: {"o": unpack(o)}, setting)
-    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-
-    def train() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        o = function(*leaves)
-        o.backward(d_o)
-        return o
-
-    def gradients(o: Tensor) -> Outputs:
-        return {"o": unpack(o)} | {f"d_{n}": unpack(_grad(t)) for n, t in zip("qkv", leaves, strict=True)}
-
-    return Entrant(train, gradients, setting)
+    """One call of ``function(q, k, v)``. ``unpack`` brings the peer's layout of o and the gradients to the case's."""
+    *qkv, d_o = inputs
+    own = dict(zip("qkv", qkv, strict=True))
+    dy = d_o if case.training else None
+    return entrant(function, own, lambda o: {"o": unpack(o)}, dy, setting=setting, unpack=unpack)
 
 
-def _grad(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
-
-
-# --- fastseq --------------------------------------------------------------------------------------------------------
-
-
-def fastseq_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant]:
-    """fastseq's public layers and functions, on the backend in force."""
-    import fastseq
-
-    if isinstance(case, Recurrent):
-        assert isinstance(inputs, RecurrentInputs)
-        layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
-        if case.weights:
-            fastseq.patch(layer, weights=case.weights)
-        yield layer_entrant(case, layer, inputs)
-        return
-    if isinstance(case, Multihead):
-        assert isinstance(inputs, MultiheadInputs)
-        yield multihead_entrant(case, build_multihead(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
-        return
-    assert isinstance(case, Attention)
-    assert isinstance(inputs, AttentionInputs)
-    if case.kind == "varlen":
-        cu_seqlens = cumulative(inputs)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            o = fastseq.attention(q, k, v, causal=case.causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-            assert isinstance(o, Tensor)
-            return o
-
-        yield attention_entrant(case, attend, (inputs.q, inputs.k, inputs.v, inputs.d_o))
-    else:
-        yield sdpa_entrant(case, fastseq.scaled_dot_product_attention, inputs)
-
-
-def cumulative(inputs: AttentionInputs) -> Tensor:
-    """int32 [B+1]: where each sequence of a varlen case begins, and the end."""
-    assert inputs.lengths is not None
-    return F.pad(inputs.lengths.cumsum(0), (1, 0)).to(torch.int32)
+def heads(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return inputs.q, inputs.k, inputs.v, inputs.d_o
 
 
 def sdpa_entrant(case: Attention, sdpa: Callable[..., Tensor], inputs: AttentionInputs) -> Entrant:
@@ -246,53 +215,59 @@ def sdpa_entrant(case: Attention, sdpa: Callable[..., Tensor], inputs: Attention
         options["is_causal"] = True
     if case.heads != case.kv_heads:
         options["enable_gqa"] = True
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa(q, k, v, **options)
-
-    return attention_entrant(case, attend, (inputs.q, inputs.k, inputs.v, inputs.d_o))
+    return attention_entrant(case, partial(sdpa, **options), heads(inputs))
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
+def cumulative(lengths: Tensor) -> Tensor:
+    """int32 [B+1]: where each sequence of a packed batch begins, and the end."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def torch_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant]:
-    """torch.nn's layers, and its scaled_dot_product_attention."""
+# --- fastseq and torch ----------------------------------------------------------------------------------------------
+
+
+def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """fastseq's public layers and functions, on the backend in force."""
     if isinstance(case, Recurrent):
-        assert isinstance(inputs, RecurrentInputs)
+        layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
+        if case.weights:
+            fastseq.patch(layer, weights=case.weights)
+        yield layer_entrant(case, layer, inputs)
+    elif isinstance(case, Multihead):
+        yield multihead_entrant(case, build_multihead(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
+    elif isinstance(case, Attention) and case.kind == "varlen":
+        ends = cumulative(inputs.lengths)
+        options: dict[str, Any] = {"causal": case.causal, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        yield attention_entrant(case, partial(fastseq.attention, **options), heads(inputs))
+    elif isinstance(case, Attention):
+        yield sdpa_entrant(case, fastseq.scaled_dot_product_attention, inputs)
+
+
+def torch_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """torch.nn's layers, and its scaled_dot_product_attention, in the data type of the inputs."""
+    if isinstance(case, Recurrent):
         if case.cell == "gru_reset_before":
             raise Unavailable("torch has no GRU that resets before the product")
-        yield layer_entrant(case, build_layer(nn, case, inputs.state, case.torch_dtype), inputs)
-        return
-    if isinstance(case, Multihead):
-        assert isinstance(inputs, MultiheadInputs)
-        yield from torch_multihead(case, inputs)
-        return
-    assert isinstance(case, Attention)
-    assert isinstance(inputs, AttentionInputs)
-    if case.kind == "varlen":
+        yield layer_entrant(case, build_layer(nn, case, inputs.state, inputs.x.dtype), inputs)
+    elif isinstance(case, Multihead):
+        # Inference runs with and without torch's fast path, which keeps the matrix of scores. For all layers
+        # `torch.backends.mha.set_fastpath_enabled(False)` turns it off; the training flag does so for this one and,
+        # without dropout, changes nothing else.
+        layer = build_multihead(nn, case, inputs.state, inputs.x.dtype)
+        yield multihead_entrant(case, layer, inputs, "" if case.training else "fast path")
+        if not case.training:
+            slow = build_multihead(nn, case, inputs.state, inputs.x.dtype).train()
+            yield multihead_entrant(case, slow, inputs, "no fast path")
+    elif isinstance(case, Attention) and case.kind == "varlen":
         yield torch_padded(case, inputs)
         yield torch_loop(case, inputs)
-    else:
+    elif isinstance(case, Attention):
         yield sdpa_entrant(case, F.scaled_dot_product_attention, inputs)
-
-
-def torch_multihead(case: Multihead, inputs: MultiheadInputs) -> Iterator[Entrant]:
-    """The layer as it is; in inference also without its fast path, which keeps the matrix of scores where the other way
-    need not. ``torch.backends.mha.set_fastpath_enabled(False)`` turns it off for all layers; the training flag does so
-    for this one and, without dropout, nothing else."""
-    layer = build_multihead(nn, case, inputs.state, case.torch_dtype)
-    if case.training:
-        yield multihead_entrant(case, layer, inputs)
-    else:
-        yield multihead_entrant(case, layer, inputs, "fast path")
-        slow = build_multihead(nn, case, inputs.state, case.torch_dtype).train()
-        yield multihead_entrant(case, slow, inputs, "no fast path")
 
 
 def torch_padded(case: Attention, inputs: AttentionInputs) -> Entrant:
     """Unequal lengths as most code has them: padded to the longest, with a mask. Padding is not timed. Under a causal
-    mask the padding, which comes last, is seen by padding only, and no other mask is needed."""
+    mask the padding comes last, so only padding sees it, and no other mask is needed."""
     assert inputs.lengths is not None
     sizes = inputs.lengths.tolist()
     live = torch.arange(max(sizes)) < inputs.lengths[:, None]  # [B,T]
@@ -300,16 +275,10 @@ def torch_padded(case: Attention, inputs: AttentionInputs) -> Entrant:
     def pad(packed: Tensor) -> Tensor:  # [total,H,D] -> [B,H,T,D]
         return nn.utils.rnn.pad_sequence(list(packed.split(sizes)), batch_first=True).transpose(1, 2).contiguous()
 
-    def unpack(padded: Tensor) -> Tensor:
-        return padded.transpose(1, 2)[live]
-
     options: dict[str, Any] = {"is_causal": True} if case.causal else {"attn_mask": live[:, None, None]}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-
-    d_o = pad(inputs.d_o) if case.training else inputs.d_o
-    return attention_entrant(case, attend, (pad(inputs.q), pad(inputs.k), pad(inputs.v), d_o), unpack, "padded")
+    padded = (pad(inputs.q), pad(inputs.k), pad(inputs.v), pad(inputs.d_o) if case.training else inputs.d_o)
+    attend = partial(F.scaled_dot_product_attention, **options)
+    return attention_entrant(case, attend, padded, lambda tensor: tensor.transpose(1, 2)[live], "padded")
 
 
 def torch_loop(case: Attention, inputs: AttentionInputs) -> Entrant:
@@ -322,34 +291,20 @@ def torch_loop(case: Attention, inputs: AttentionInputs) -> Entrant:
         outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=case.causal) for q, k, v in sequences]
         return torch.cat(outputs, 2)[0].transpose(0, 1)
 
-    return attention_entrant(case, attend, (inputs.q, inputs.k, inputs.v, inputs.d_o), setting="loop")
-
-
-def torch_int8_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant]:
-    """torch's dynamic quantisation: int8 weights, activations quantised at each call."""
-    if not isinstance(case, Recurrent) or case.cell not in ("gru", "lstm") or case.training:
-        raise Unavailable("dynamic quantisation is for the inference of LSTM and GRU")
-    if case.dtype != "float32":
-        raise Unavailable("dynamic quantisation begins from float32")
-    assert isinstance(inputs, RecurrentInputs)
-    layer = nn.Sequential(build_layer(nn, case, inputs.state, torch.float32))  # what is swapped is a child
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantized = torch.ao.quantization.quantize_dynamic(layer, {type(layer[0])}, dtype=torch.qint8)[0]
-    yield layer_entrant(case, quantized, inputs)
+    return attention_entrant(case, attend, heads(inputs), setting="loop")
 
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
 ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
-"""Torch's gate that stands at each of ONNX's places: GRU r,z,n -> z,r,h; LSTM i,f,g,o -> i,o,f,c."""
+"""For each gate in ONNX's order, its index in torch's: GRU r,z,n -> z,r,h; LSTM i,f,g,o -> i,o,f,c."""
 
 
 def onnx_model(case: Recurrent, state: dict[str, Tensor]) -> bytes:
     """A model of the one operator, with these weights as constants, X [T,B,I] and the first state as inputs."""
     import onnx
 
-    kind = "GRU" if case.cell == "gru_reset_before" else case.cell.upper()
+    kind = case.cell.partition("_")[0].upper()
     order, hidden, end = list(ONNX_GATES[kind]), case.hidden, "" if case.as_cell else "_l0"
 
     def reorder(name: str) -> Tensor:
@@ -383,84 +338,55 @@ def onnx_model(case: Recurrent, state: dict[str, Tensor]) -> bytes:
     return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
 
 
-def onnx_sessions(case: Case, inputs: Inputs, threads: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(setting, session, feed) with spinning workers, the default, and without where there are workers at all."""
+def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """session.run with the caller's arrays as inputs and new arrays as outputs, as a call of a layer has them: with
+    spinning workers, which is the default, and without if there are workers."""
     if not isinstance(case, Recurrent):
         raise Unavailable("ONNX Runtime is a peer of the recurrent cases")
     if case.training:
         raise Unavailable("ONNX Runtime does inference only")
     if case.dtype != "float32":
         raise Unavailable(f"ONNX Runtime's {case.cell} takes float32 only on a CPU")
-    assert isinstance(inputs, RecurrentInputs)
     import onnxruntime
 
     model = onnx_model(case, inputs.state)
-    feed = {"X": inputs.x, "h_0": inputs.h0} | ({} if inputs.c0 is None else {"c_0": inputs.c0})
-    arrays = {name: (tensor[None] if case.as_cell else tensor).numpy() for name, tensor in feed.items()}
+    given = {"X": inputs.x, "h_0": inputs.h0} | ({} if inputs.c0 is None else {"c_0": inputs.c0})
+    arrays = {name: (tensor[None] if case.as_cell else tensor).numpy() for name, tensor in given.items()}
+
+    def outputs(answer: list[Any]) -> Outputs:
+        """ONNX's Y [T,1,B,H] and states [1,B,H] as torch's layer or cell returns them."""
+        y, *states = (torch.from_numpy(array) for array in answer)
+        found = {f"{name}_n": s[0] if case.as_cell else s for name, s in zip("hc", states, strict=False)}
+        return found if case.as_cell else {"y": y[:, 0]} | found
+
+    def calls(session: Any) -> Callable[[], Any]:
+        names, feed = [output.name for output in session.get_outputs()], dict(arrays)
+
+        def step() -> Any:
+            answer = session.run(names, feed)
+            feed.update(zip(("h_0", "c_0"), answer[1:], strict=False))
+            return answer
+
+        return step if case.mode == "step" else lambda: session.run(names, feed)
+
     for spinning in (True, False)[: 1 if threads == 1 else 2]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        yield ("spinning" if spinning else "not spinning"), session, dict(arrays)
-
-
-def onnx_outputs(case: Case, arrays: list[Any]) -> Outputs:
-    """ONNX's Y [T,1,B,H] and states [1,B,H] as torch's layer or cell would give them."""
-    assert isinstance(case, Recurrent)
-    y, *states = (torch.from_numpy(array) for array in arrays)
-    outputs = {f"{name}_n": s[0] if case.as_cell else s for name, s in zip("hc", states, strict=False)}
-    return outputs if case.as_cell else {"y": y[:, 0]} | outputs
-
-
-def onnx_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant]:
-    """session.run with the caller's arrays in and new arrays out: the same bargain as a layer's call."""
-    for setting, session, feed in onnx_sessions(case, inputs, threads):
-        names = [output.name for output in session.get_outputs()]
-
-        def call(session: Any = session, feed: Any = feed, names: Any = names) -> Any:
-            return session.run(names, feed)
-
-        def step(session: Any = session, feed: Any = feed, names: Any = names) -> Any:
-            answer = session.run(names, feed)
-            feed["h_0"] = answer[1]
-            if len(answer) == 3:
-                feed["c_0"] = answer[2]
-            return answer
-
-        yield Entrant(step if case.mode == "step" else call, lambda arrays: onnx_outputs(case, arrays), setting)
-
-
-def onnx_bound_entrants(case: Case, inputs: Inputs, threads: int) -> Iterator[Entrant]:
-    """The same with inputs bound to the session once and outputs left with it. That is less than a call does: no
-    argument is passed, nothing is handed out, and a step's state is not carried on; so it is asked for by name."""
-    for setting, session, feed in onnx_sessions(case, inputs, threads):
-        binding = session.io_binding()
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, array)
-        for output in session.get_outputs():
-            binding.bind_output(output.name)
-
-        def call(session: Any = session, binding: Any = binding, feed: Any = feed) -> Any:  # feed: kept alive
-            session.run_with_iobinding(binding)
-            return binding
-
-        yield Entrant(call, lambda bound: onnx_outputs(case, bound.copy_outputs_to_cpu()), setting)
+        yield Entrant(calls(session), outputs, "spinning" if spinning else "not spinning")
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
 
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
-
-_ORT = ("onnx", "onnxruntime")
 PEERS = {
-    peer.name: peer
-    for peer in (
-        Contestant("torch", "torch", torch_entrants),
-        Contestant("ort", "ONNX RT", onnx_entrants, _ORT, alone=True),
-        Contestant("ort-bound", "ONNX RT, bound", onnx_bound_entrants, _ORT, alone=True),
-        Contestant("torch-int8", "torch int8", torch_int8_entrants, looseness=0.1),
-    )
+    "torch": Contestant("torch", "torch", torch_entrants),
+    "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
-DEFAULT_PEERS = ("torch", "ort")
+
+
+def label(name: str) -> str:
+    """How tables call a contestant."""
+    return OURS.label if name == OURS.name else PEERS[name].label if name in PEERS else name

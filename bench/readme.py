@@ -6,53 +6,54 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from bench.report import times
+from bench.formats import markdown, times
+from bench.report import ROOT, Document
 from fastseq import cli
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
-def section(document: dict[str, Any], path: str) -> str:
+def replaced(text: str, name: str, between: str) -> str:
+    """A page in which the text between its markers of this name is replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    first, last = text.index(begin) + len(begin), text.index(end)
+    return f"{text[:first]}\n{between}\n{text[last:]}"
+
+
+def section(document: Document, path: str) -> str:
     """The text between the markers: where it was measured, a line for each family, and folded one for each group."""
     environment = document["environment"]
     lines = {(line["of"], line["peer"]): line for line in document["summary"]}
     peers = list(dict.fromkeys(peer for _, peer in lines if peer != "best"))
     versions = environment["versions"]
     details = ", ".join(filter(None, (environment.get("cpu_generation"), environment["instruction_set"])))
+    families = {case["family"] for case in document["cases"]}
+    rows: dict[bool, list[list[str]]] = {True: [], False: []}  # of a family; of a group
+    for (of, peer), line in lines.items():
+        if peer == "best":
+            means = [times(lines.get((of, name), {}).get("geomean")) for name in peers]
+            worst = f"{times(line['worst'])} `{line['worst_case']}`"
+            rows[of in families].append([of, str(line["count"]), times(line["geomean"]), worst, *means])
+    header = ["", "cases", "best peer: geometric mean", "worst", *(f"vs {peer}" for peer in peers)]
     out = [
         f"Measured on {environment['cpu']} ({details}), {environment['threads']} threads, torch "
         f"{versions['torch']}, ONNX Runtime {versions['onnxruntime']}, {environment['date'][:10]}, at commit "
         f"{(environment['commit'] or 'unknown')[:10]}; every case is in [{path}]({path}).",
         "",
+        *markdown(header, rows[True]),
     ]
-    head = ["| | cases | best peer: geometric mean | worst | " + " | ".join(f"vs {peer}" for peer in peers) + " |"]
-    head += ["| --- | --- | --- | --- | " + " | ".join("---" for _ in peers) + " |"]
-    families = {case["family"] for case in document["cases"]}
-    rows: dict[bool, list[str]] = {True: [], False: []}  # of a family; of a group
-    for (of, peer), line in lines.items():
-        if peer == "best":
-            means = (lines.get((of, name)) for name in peers)
-            cells = [times(other["geomean"] if other else None) for other in means]
-            worst = f"{times(line['worst'])} `{line['worst_case']}`"
-            rows[of in families].append(
-                f"| {of} | {line['count']} | {times(line['geomean'])} | {worst} | " + " | ".join(cells) + " |"
-            )
-    out += head + rows[True]
     if rows[False]:
-        out += ["", "<details><summary>Cell by cell, and kind by kind</summary>", "", *head, *rows[False]]
-        out += ["", "</details>"]
+        folded = markdown(header, rows[False])
+        out += ["", "<details><summary>Cell by cell, and kind by kind</summary>", "", *folded, "", "</details>"]
     noisy = sum(case["noisy"] for case in document["cases"])
-    out += ["", f"Rounds spread widely in {noisy} of {len(document['cases'])} cases: the machine was not idle."] * (
-        noisy > 0
-    )
+    if noisy:
+        out += ["", f"Rounds spread widely in {noisy} of {len(document['cases'])} cases: the machine was not idle."]
     return "\n".join(out)
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; 2 where the file is not a complete result."""
+    """Entry point; 2 if the file is not a complete result."""
     parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__)
     parser.add_argument("file", type=Path, help="a result file that `python -m bench --json` wrote")
     parser.add_argument("--readme", type=Path, default=README)
@@ -61,13 +62,11 @@ def main(argv: list[str]) -> int:
         document = json.loads(options.file.read_text())
         if not document["complete"]:
             raise ValueError("the run was cut short")
-        shown = options.file.resolve()
-        home = options.readme.resolve().parent
+        shown, home = options.file.resolve(), options.readme.resolve().parent
         text = section(document, str(shown.relative_to(home) if shown.is_relative_to(home) else shown.name))
-        readme = options.readme.read_text()
-        begin, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
+        readme = replaced(options.readme.read_text(), "bench", text)
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench readme: {options.file}: {error}", file=sys.stderr)
-        return 2
-    cli.write_text(options.readme, f"{readme[:begin]}\n{text}\n{readme[end:]}")
+        return cli.USAGE
+    cli.write_text(options.readme, readme)
     return 0

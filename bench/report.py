@@ -1,11 +1,7 @@
-"""Everything measured so far as one HTML page to look at; the same numbers as tables, as JSON, and as pictures.
-
-ratio = peer's time / ours: above 1 fastseq is ahead.
-"""
+"""The results of a run as a JSON document and as tables. ratio = peer's time / ours: above 1 fastseq is faster."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -13,196 +9,37 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from bench.peers import OURS, PEERS
+import fastseq
+from bench.formats import NONE, time_of, times
+from bench.peers import OURS, label
 from bench.run import NOISY, Entry, Options, Result, Timing, geomean
 from fastseq import cli
+
+Document = dict[str, Any]
 
 SCHEMA = 1
 """Version of the JSON document's layout."""
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 """Where the committed result files are."""
 
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------------------------
 
 
-def duration(seconds: float) -> str:
-    """Three digits: 1.23 µs, 45.6 µs, 789 µs, 12.3 ms, 1.00 s."""
-    unit, factor = next(((u, f) for u, f in (("µs", 1e6), ("ms", 1e3)) if seconds * f < 999.5), ("s", 1.0))
-    value = seconds * factor
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
-
-
-def times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}×" if ratio >= 0.1 else f"{ratio:.1g}×"
-
-
-@dataclasses.dataclass
-class Summary:
-    """A set of cases against one peer (or ``best``): geometric mean and lowest of the ratios, and where that is."""
-
-    of: str
-    peer: str
-    count: int
-    geomean: float
-    worst: float
-    worst_case: str
-
-
-def summarize(results: Sequence[Result], peers: Sequence[str]) -> list[Summary]:
-    """One line for each family and group, and each peer that has a ratio there; ``best`` first."""
-    sets: dict[str, list[Result]] = {}
-    for key in ("family", "group"):
-        for result in results:
-            if name := getattr(result.case, key):
-                sets.setdefault(name, []).append(result)
-    lines = []
-    for name, members in sets.items():
-        for peer in ("best", *peers):
-            ratios = {r.case.name: ratio for r in members if (ratio := r.ratio(peer)) is not None}
-            mean = geomean(list(ratios.values()))
-            if mean is not None:
-                worst = min(ratios, key=lambda case: ratios[case])
-                lines.append(Summary(name, peer, len(ratios), mean, ratios[worst], worst))
-    return lines
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-class Printer:
-    """Writes titled tables: by rich where it is installed, else plain. Cells of the first column are left-aligned."""
-
-    def __init__(self, file: TextIO | None = None) -> None:
-        self.file = file or sys.stdout
-        try:
-            from rich.console import Console
-
-            console = Console(file=self.file, highlight=False)
-            if not console.is_terminal:
-                console = Console(file=self.file, highlight=False, width=200)
-            self.console: Any = console
-        except ImportError:
-            self.console = None
-
-    def line(self, text: str = "") -> None:
-        if self.console is not None:
-            self.console.print(text, markup=False)
-        else:
-            print(text, file=self.file)
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        if self.console is not None:
-            from rich import box
-            from rich.table import Table
-            from rich.text import Text
-
-            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-            for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
-            for row in rows:
-                table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-            self.console.print(table)
-            return
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        self.line(title)
-        for row in (header, *rows):
-            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            self.line("  ".join(cells).rstrip())
-        self.line()
-
-
-def _style(cell: str) -> str:
-    if cell == "refused":
-        return "bold red"
-    if cell.endswith("×"):
-        return "green" if float(cell[:-1]) >= 1 else "red"
-    return ""
-
-
-def labels(results: Sequence[Result]) -> dict[str, str]:
-    """Table heading of each contestant, fastseq's first, then those that have an entry."""
-    names = list(dict.fromkeys(name for result in results for name in result.entries))
-    return {name: OURS.label if name == OURS.name else PEERS[name].label for name in names}
-
-
-def cell(entry: Entry | None) -> str:
-    if entry is None or entry.status == "unavailable":
-        return "–"
-    return duration(entry.timing.median) if entry.timing else entry.status
-
-
-def print_report(results: Sequence[Result], printer: Printer) -> None:
-    """A table for each group, then the summary, then what was refused and why."""
-    heads = labels(results)
-    peers = [name for name in heads if name != OURS.name]
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.case.group, []).append(result)
-    for group, members in groups.items():
-        shown = [p for p in peers if any(r.entries[p].status != "unavailable" for r in members)]
-        memory = any(e.peak_bytes is not None for r in members for e in r.entries.values())
-        header = ["case", "backend", heads[OURS.name], *(heads[p] for p in shown), *(f"/ {heads[p]}" for p in shown)]
-        header += ["spread"] + (["peak MiB: ours", *(heads[p] for p in shown)] if memory else [])
-        rows = []
-        for r in members:
-            ours = r.entries[OURS.name]
-            row = [r.case.name, ours.backend or "–", cell(ours), *(cell(r.entries[p]) for p in shown)]
-            row += [times(r.ratio(p)) for p in shown]
-            spreads = [e.timing.spread for e in r.entries.values() if e.timing]
-            row.append(f"{max(spreads):.0%}{' !' if r.noisy else ''}" if spreads else "–")
-            if memory:
-                row += [_mebibytes(r.entries[p].peak_bytes) for p in (OURS.name, *shown)]
-            rows.append(row)
-        printer.table(group, header, rows)
-    against = {(line.of, line.peer): line for line in summarize(results, peers)}
-    rows = []
-    for best in (line for line in against.values() if line.peer == "best"):
-        others = (against.get((best.of, peer)) for peer in peers)
-        row = [best.of, str(best.count), times(best.geomean), times(best.worst)]
-        rows.append([*row, *(times(line.geomean if line else None) for line in others), best.worst_case])
-    if rows:
-        header = ["", "cases", "best peer", "worst", *(heads[peer] for peer in peers), "worst is at"]
-        printer.table("time of peer / time of fastseq: geometric means", header, rows)
-    for note in notes(results):
-        printer.line(note)
-
-
-def _mebibytes(count: int | None) -> str:
-    return "–" if count is None else f"{count / 2**20:.1f}"
-
-
-def notes(results: Sequence[Result]) -> list[str]:
-    """What a reader must know beside the numbers: noise, and every refusal with its reason."""
-    lines = []
-    noisy = sum(result.noisy for result in results)
-    if noisy:
-        lines.append(
-            f"noise: {noisy} of {len(results)} cases have a contestant whose rounds spread (interquartile range over "
-            f"median) by more than {NOISY:.0%}; they are marked '!'. Quiet the machine or raise --min-time."
-        )
-    for result in results:
-        for name in result.failed:
-            lines.append(f"refused: {name} on {result.case.name}: {result.entries[name].reason}")
-    return lines
-
-
-# --- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def environment(options: Options) -> dict[str, Any]:
-    """Machine, software and commit: what a number means nothing without."""
+def environment(threads: int) -> Document:
+    """Machine, software and commit, without which a number has no meaning."""
     cpuinfo = Path("/proc/cpuinfo")
     facts = described_cpu(cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
@@ -211,11 +48,11 @@ def environment(options: Options) -> dict[str, Any]:
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in f"{facts.get('flags')} {facts.get('Features')}".split()],
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "instruction_set": instruction_set(),
-        "threads": options.threads,
+        "instruction_set": torch.ops.fastseq.native_isa("") if fastseq.backends()["native"] is None else None,
+        "threads": threads,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in ("fastseq-kernels", "torch", "onnxruntime")},
+        "versions": versions("fastseq-kernels", "torch", "onnxruntime"),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -227,33 +64,29 @@ def described_cpu(cpuinfo: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def generation(facts: dict[str, str]) -> str | None:
-    """Which design a core is, where its name does not tell: ``family 25, model 17``."""
+def generation(facts: Mapping[str, str]) -> str | None:
+    """Which design a core is, because its name may not tell: ``family 25, model 17``."""
     if "cpu family" not in facts or "model" not in facts:
         return None
     return f"family {facts['cpu family']}, model {facts['model']}"
 
 
-def instruction_set() -> str | None:
-    """The one fastseq's native kernels run with; None where they are not built."""
-    import fastseq
-
-    if fastseq.backends()["native"] is not None:
-        return None
-    return torch.ops.fastseq.native_isa("")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of each package; None if it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _commit() -> str | None:
     def git(*arguments: str) -> str:
-        where = ["git", "-C", str(Path(__file__).parent)]
-        return subprocess.run([*where, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
@@ -261,103 +94,167 @@ def _commit() -> str | None:
         return None
 
 
-def document(results: Sequence[Result], options: Options, complete: bool, environ: dict[str, Any]) -> dict[str, Any]:
-    """Everything as plain data. Times are microseconds; ``complete`` is false where the run was cut short."""
-    peers = [name for name in labels(results) if name != OURS.name]
+# --- the document ---------------------------------------------------------------------------------------------------
+
+
+def document(cases: Sequence[Document], options: Options, complete: bool, environ: Document) -> Document:
+    """Everything as plain data. Times are microseconds; ``complete`` is false if the run was cut short."""
     return {
         "schema": SCHEMA,
         "complete": complete,
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "environment": environ,
         "options": dataclasses.asdict(options),
-        "cases": [_case_document(result) for result in results],
-        "summary": [dataclasses.asdict(line) for line in summarize(results, peers)],
-        "notes": notes(results),
+        "cases": list(cases),
+        "summary": summarize(cases),
+        "notes": notes(cases),
     }
 
 
-def _case_document(result: Result) -> dict[str, Any]:
+def case_document(result: Result) -> Document:
+    """A result of this file's schema, with the ratios of fastseq to each peer."""
+    return measured_case(result) | {"ratios": result.ratios(), "noisy": result.noisy}
+
+
+def measured_case(result: Result) -> Document:
+    """What every result file says of a case."""
     case = result.case
     return {
         "name": case.name,
         "group": case.group,
         "family": case.family,
         "shape": dataclasses.asdict(case),
-        "budget": result.budget,
+        "budget": finite(result.budget),
         "contestants": {name: entry_document(entry) for name, entry in result.entries.items()},
-        "ratios": {name: result.ratio(name) for name in (*result.entries, "best") if name != OURS.name},
-        "noisy": result.noisy,
     }
 
 
-def entry_document(entry: Entry) -> dict[str, Any]:
-    document: dict[str, Any] = {"status": entry.status, "reason": entry.reason, "backend": entry.backend}
-    document["errors"] = {name: error if error != float("inf") else None for name, error in entry.errors.items()}
-    document["peak_bytes"] = entry.peak_bytes
+def entry_document(entry: Entry) -> Document:
+    found: Document = {"status": entry.status, "reason": entry.reason, "backend": entry.backend}
+    found |= {"errors": finite(entry.errors), "peak_bytes": entry.peak_bytes}
     if entry.timing:
-        document |= _timing_document(entry.timing) | {"setting": entry.setting}
-        document["settings"] = {name: _timing_document(timing) for name, timing in entry.timings.items()}
-    return document
+        found |= _timing_document(entry.timing) | {"setting": entry.setting}
+        found["settings"] = {name: _timing_document(timing) for name, timing in entry.timings.items()}
+    return found
 
 
-def _timing_document(timing: Timing) -> dict[str, Any]:
-    seconds = {"median_us": timing.median, "iqr_us": timing.iqr, "least_us": timing.least}
-    return {name: value * 1e6 for name, value in seconds.items()} | {"rounds": timing.rounds, "inner": timing.inner}
+def _timing_document(timing: Timing) -> Document:
+    """The least time shows what a busy machine could have done."""
+    seconds = {"median_us": timing.median, "iqr_us": timing.iqr, "least_us": min(timing.times)}
+    inner = {"rounds": len(timing.times), "inner": timing.calls}
+    return {name: value * 1e6 for name, value in seconds.items()} | inner
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity."""
+    return {name: value if value < float("inf") else None for name, value in values.items()}
+
+
+def ratios_of(case: Document) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Each of our contestants with its ratios to the peers. A run on a GPU times several, a run on the CPU one."""
+    several = any(isinstance(ratio, dict) for ratio in case["ratios"].values())
+    yield from case["ratios"].items() if several else [(OURS.name, case["ratios"])]
+
+
+def summarize(cases: Sequence[Document]) -> list[Document]:
+    """For each family and each group: geometric mean and lowest of the ratios to each peer; ``best``: to the
+    fastest."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for key in ("family", "group"):
+        for case in cases:
+            for ours, against in ratios_of(case):
+                for peer, ratio in against.items():
+                    if ratio is not None and case[key]:
+                        found.setdefault((case[key], ours, peer), {})[case["name"]] = ratio
+    lines = []
+    for (of, ours, peer), ratios in found.items():
+        worst = min(ratios, key=lambda name: ratios[name])
+        lines.append(
+            {"of": of, "backend": ours, "peer": peer, "count": len(ratios), "geomean": geomean(list(ratios.values())),
+             "worst": ratios[worst], "worst_case": worst}
+        )  # fmt: skip
+    return lines
+
+
+def notes(cases: Sequence[Document]) -> list[str]:
+    """What a reader must know beside the numbers: noise, and every refusal with its reason."""
+    noisy = sum(case["noisy"] for case in cases)
+    spread = (
+        f"noise: {noisy} of {len(cases)} cases have a contestant whose rounds spread (interquartile range over median) "
+        f"by more than {NOISY:.0%}; they are marked '!'. Quiet the machine or raise --min-time."
+    )
+    return [spread] * (noisy > 0) + refusals(cases)
+
+
+def refusals(cases: Sequence[Document]) -> list[str]:
+    return [
+        f"refused: {name} on {case['name']}: {entry['reason']}"
+        for case in cases
+        for name, entry in case["contestants"].items()
+        if entry["status"] == "refused"
+    ]
 
 
 def unwritable(path: Path) -> str | None:
-    """Why no result can be written to a path, as far as it is known before the work; None where it can."""
+    """Why no result can be written to a path, as far as this is known before the work; None if it can."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"{path}: there is no folder {folder}"
     return f"{path}: this is a folder, expected a file" if path.is_dir() else None
 
 
-def write_json(path: Path, data: dict[str, Any], last: bool = True) -> None:
-    """Write a result file, by :func:`fastseq.cli.write_text`. Not the last of a run: into a file only, where the next
-    one takes its place."""
+def write_json(path: Path, data: Document, last: bool = True) -> None:
+    """Write a result file, by :func:`fastseq.cli.write_text`. ``last=False``: more results follow, so write only to an
+    ordinary file, in which they replace these."""
     if last or cli.is_file(path):
         cli.write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def plot(results: Sequence[Result], path: Path, title: str) -> None:
-    """Bars of the ratio to each peer, a panel for each group, worst first; nothing where no case has a ratio."""
-    from bench import speed_figures
-    from fastseq.demo import plots
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print(title)
+    for row in (header, *rows):
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+    print()
 
-    cases = [_case_document(result) for result in results if result.ratio("best") is not None]
-    if cases:
-        with plots.style():
-            speed_figures.groups(cases, title).savefig(path, dpi=150)
 
-
-def main(argv: list[str]) -> int:
-    """Entry point of ``python -m bench report``; 2 on bad arguments or where there is nothing to show."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench report", description="One HTML page of all result files, or the figures that docs use."
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="default: %(default)s")
-    parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and the figures of docs instead")
-    options = parser.parse_args(argv)
-    try:
-        from bench import choosing, page
-
-        if options.docs:
-            written = choosing.write(options.results)
-        else:
-            command = shlex.join(["python", "-m", "bench", "report", *argv])
-            text = page.render(options.results, command)
-            cli.write_text(options.out, text)
-            written = [options.out]
-    except ImportError as error:
-        print(f"python -m bench report needs the package {error.name}; pip install {error.name}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"python -m bench report: {error}", file=sys.stderr)
-        return 2
-    print("wrote " + ", ".join(str(path) for path in written))
-    return 0
+def print_report(found: Document) -> None:
+    """A table for each group, then the summary, then what was refused and why."""
+    cases = found["cases"]
+    peers = [name for name in dict.fromkeys(n for case in cases for n in case["contestants"]) if name != OURS.name]
+    groups: dict[str, list[Document]] = {}
+    for case in cases:
+        groups.setdefault(case["group"], []).append(case)
+    for group, members in groups.items():
+        shown = [p for p in peers if any(c["contestants"][p]["status"] != "unavailable" for c in members)]
+        everyone = [OURS.name, *shown]
+        memory = any(entry["peak_bytes"] is not None for c in members for entry in c["contestants"].values())
+        header = ["case", "backend", *map(label, everyone), *(f"/ {label(p)}" for p in shown), "spread"]
+        header += ["peak MiB: ours", *map(label, shown)] if memory else []
+        rows = []
+        for case in members:
+            entries = case["contestants"]
+            row = [case["name"], entries[OURS.name]["backend"] or NONE, *(time_of(entries[n]) for n in everyone)]
+            row += [times(case["ratios"][peer]) for peer in shown]
+            spreads = [entry["iqr_us"] / entry["median_us"] for entry in entries.values() if "median_us" in entry]
+            row.append(f"{max(spreads):.0%}{' !' if case['noisy'] else ''}" if spreads else NONE)
+            peaks = (entries[name]["peak_bytes"] for name in everyone) if memory else ()
+            rows.append([*row, *(NONE if peak is None else f"{peak / 2**20:.1f}" for peak in peaks)])
+        print_table(group, header, rows)
+    against = {(line["of"], line["peer"]): line for line in found["summary"]}
+    rows = []
+    for (of, peer), best in against.items():
+        if peer == "best":
+            means = (against.get((of, peer), {}).get("geomean") for peer in peers)
+            row = [of, str(best["count"]), times(best["geomean"]), times(best["worst"]), *map(times, means)]
+            rows.append([*row, best["worst_case"]])
+    if rows:
+        header = ["", "cases", "best peer", "worst", *map(label, peers), "worst is at"]
+        print_table("time of peer / time of fastseq: geometric means", header, rows)
+    for note in found["notes"]:
+        print(note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -71,9 +71,9 @@ def statements(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.stmt, 
         yield from statements(node, inside or function)
 
 
-def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """The modules that one imports, absolute, and whether only when a function runs."""
-    path = MODULES[module]
+def imports(module: str, modules: Mapping[str, Path] = MODULES) -> Iterator[tuple[str, bool]]:
+    """Those of ``modules`` and others that one of them imports, absolute, and whether only when a function runs."""
+    path = modules[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node, inside in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -85,7 +85,7 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join(filter(None, [*above, base]))
             # `from package import module` imports the module; `from package import name` the package.
-            names = [full if (full := f"{base}.{alias.name}") in MODULES else base for alias in node.names]
+            names = [full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names]
         for name in names:
             yield name, inside
 
@@ -109,20 +109,57 @@ def test_imports_go_down_the_layers(module):
             assert layer(name) <= layer(module), f"{module} imports {name}, which is above it"
 
 
-def test_no_module_imports_itself_in_a_circle():
-    graph = {m: {n for n, inside in imports(m) if n in MODULES and n != m and not inside} for m in MODULES}
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """A chain of modules that ends where it begins; empty if there is none."""
     done: set[str] = set()
 
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, f"circle: {' -> '.join([*path[path.index(module) :], module])}"
-        if module in done:
-            return
-        for name in graph[module]:
-            visit(name, (*path, module))
-        done.add(module)
+    def visit(module: str, path: tuple[str, ...]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        found: list[str] = []
+        if module not in done:
+            found = next(filter(None, (visit(name, (*path, module)) for name in graph[module])), [])
+            done.add(module)
+        return found
 
-    for module in graph:
-        visit(module, ())
+    return next(filter(None, (visit(module, ()) for module in graph)), [])
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {m: {n for n, inside in imports(m) if n in MODULES and n != m and not inside} for m in MODULES}
+    assert circle(graph) == []
+
+
+BENCH = {
+    ".".join(["bench", *path.relative_to(ROOT / "bench").with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "bench").rglob("*.py"))
+}
+
+
+def test_no_module_of_the_bench_imports_itself_in_a_circle():
+    """Imports inside functions count, and so do modules that are named in a string, to be imported or run later."""
+    graph = {}
+    for module, path in BENCH.items():
+        tree = ast.parse(path.read_text())
+        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in BENCH}
+        graph[module] = {name for name, _ in imports(module, BENCH)} & BENCH.keys() | (named - {module})
+    for started in ("bench.gpu.worker", "bench.gpu.record"):  # which run in processes of their own
+        assert started in graph["bench.gpu.command"]
+    assert {"bench.page", "bench.gpu.command", "bench.studies.memory"} <= graph["bench.__main__"]
+    assert circle(graph) == []
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+
+
+def test_the_bench_needs_neither_its_studies_nor_a_gpu_to_time_kernels():
+    """bench.session measures on the CPU; bench/gpu builds on that, and the studies on both."""
+    above = {"bench": 0, "bench.gpu": 1, "bench.studies": 2}
+    commands = {"bench.__main__", "bench.page", "bench.support"}
+    for module in BENCH.keys() - commands:
+        own = ".".join(module.split(".")[:2])
+        for name, _ in imports(module, BENCH):
+            if name in BENCH:
+                other = ".".join(name.split(".")[:2])
+                assert above.get(other, 0) <= above.get(own, 0), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if unit(m) in ALONE])

@@ -18,7 +18,7 @@ from recurrent_support import OPTIONS, backward, compare, draw, forward, options
 from support import CELLS
 from torch import Tensor
 
-from bench import fit
+from bench.studies import fit
 from fastseq import backend
 from fastseq.recurrent import reference
 

@@ -11,7 +11,7 @@ from fastseq.kernels.recurrent import tuning
 from triton_recurrent_support import Variant, variants
 from triton_support import NVIDIA, TARGETS, needs_compiler
 
-from bench.model import BARRIERS
+from bench.studies.model import BARRIERS
 
 pytestmark = needs_compiler
 

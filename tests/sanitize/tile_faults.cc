@@ -1,5 +1,5 @@
 // tile_faults N: does the Nth wrong thing with the tiles, which the model must refuse; 0 does everything right, and
-// compares the product with one computed plainly. Compiled by tests/test_tiles.py.
+// compares the product with one computed plainly. Compiled by tests/recurrent/test_tiles.py.
 #include "core/tiles.h"
 
 using namespace fastseq::FASTSEQ_ISA;

@@ -1,0 +1,1 @@
+"""Timings on a GPU: cases, contestants, and a runner that survives crashes and hangs."""

@@ -1,0 +1,141 @@
+"""docs/choosing.md and the figures of docs and README, made from the committed result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench import speed_figures
+from bench.exhibits import Document, Exhibit, Results, commit_of, date_of, device_of, load, measured, on_gpu
+from bench.studies import figures as study_figures
+from bench.studies import findings
+from bench.studies.cost import RECURRENT, WHOLE
+from fastseq import cli
+from fastseq.demo import plots
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SHOWN = ("memory-recall", "memory-copying", "memory-adding", "memory-text", "reach-state", "cost-training")
+"""Exhibits of docs/choosing.md."""
+
+
+def sources(results: Results) -> tuple[str, Document, str, Document]:
+    """The study of memory and the measurement of cost that docs describe: the fullest ones, with their files' names.
+
+    Raises:
+        ValueError: one of them is missing, or was cut short.
+    """
+    found: list[Any] = []
+    for kind in ("memory", "cost"):
+        files: dict[str, Document] = getattr(results, kind)
+        name = max(files, key=lambda name: measured(files[name]), default=None)
+        if name is None or not files[name]["complete"]:
+            raise ValueError(f"docs need a whole run of `python -m bench {kind}` among the results")
+        found += [name, files[name]]
+    return found[0], found[1], found[2], found[3]
+
+
+def facts(results: Results) -> dict[str, Any]:
+    """Every value that the page's template may name."""
+    memory_file, memory, cost_file, cost = sources(results)
+    tasks = findings.tasks_in(memory)
+    kinds = findings.kinds(memory, "text")
+    label = findings.label
+    far = {task: {kind: findings.remembered(memory, task, kind) for kind in kinds} for task in tasks}
+    exhibits = {each.name: each for each in [*study_figures.memory(memory), *study_figures.cost(cost)]}
+    passed = {
+        mode: {
+            findings.COST_LABELS[kind]: findings.overtakes(
+                findings.times(cost, mode, "attention", WHOLE), findings.times(cost, mode, kind, WHOLE)
+            )
+            for kind in RECURRENT
+        }
+        for mode in ("forward", "training")
+    }
+    rows = [
+        {
+            "layer": label(kind),
+            "far": {task: far[task][kind] for task in tasks},
+            "farthest": {task: max(findings.scores(memory, task, kind)) for task in tasks},
+            "stops": findings.stops_falling(memory, kind),
+            "best": findings.best_context(memory, kind),
+            "loss": f"{min(map(findings.mean, findings.by_context(memory, kind, 'loss').values())):.3f}",
+            "faded_before": findings.faded(memory, kind, "before", "input"),
+            "faded_after": findings.faded(memory, kind, "after", "input"),
+        }
+        for kind in kinds
+    ]
+    return {
+        "memory_file": memory_file,
+        "cost_file": cost_file,
+        "memory": memory,
+        "cost": cost,
+        "tasks": tasks,
+        "kinds": dict(zip(kinds, rows, strict=True)),
+        "rows": rows,
+        "lowest": min(rows, key=lambda row: float(str(row["loss"])))["layer"],
+        "seeds": findings.seeds(memory),
+        "passed": passed,
+        "lengths": cost["protocol"]["lengths"],
+        "exhibits": exhibits,
+        "device": device_of(memory),
+        "threads": memory["environment"]["threads"],
+        "commit": commit_of(memory),
+        "date": date_of(memory),
+        "cost_device": device_of(cost),
+        "cost_threads": cost["environment"]["threads"],
+        "cost_commit": commit_of(cost),
+        "remembered": findings.REMEMBERED,
+        "fallen": findings.FALLEN,
+        "rates": ", ".join(f"{rate:g}" for rate in memory["protocol"]["rates"]),
+        "parameters": _sizes(memory),
+        "shown": [name for name in SHOWN if name in exhibits],
+    }
+
+
+def _sizes(memory: Document) -> dict[str, tuple[int, int]]:
+    """Least and greatest number of parameters of the models of each task."""
+    found: dict[str, list[int]] = {}
+    for r in memory["results"]:
+        found.setdefault(r["unit"]["task"], []).append(r["parameters"])
+    return {task: (min(sizes), max(sizes)) for task, sizes in found.items()}
+
+
+def text(results: Results) -> str:
+    """docs/choosing.md as it must read for these results."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
+                        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip
+    page: str = jinja.get_template("choosing.md.j2").render(**facts(results))
+    return page
+
+
+def write(folder: Path, root: Path = ROOT) -> list[Path]:
+    """Write docs/choosing.md, its figures, and the README's; returns what was written.
+
+    Raises:
+        ValueError: a result file that they need is missing.
+    """
+    results = load(folder)
+    figures = root / "docs" / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    known = facts(results)
+    page = root / "docs" / "choosing.md"
+    cli.write_text(page, text(results))
+    written = [page]
+    with plots.style():
+        for name in known["shown"]:
+            exhibit: Exhibit = known["exhibits"][name]
+            if exhibit.draw is not None:
+                written.append(_save(exhibit.draw(), figures / f"{name}.svg"))
+        on_cpus = {name: each for name, each in results.speed.items() if not on_gpu(each)}
+        speed = max(on_cpus.values(), key=measured, default=None)
+        if speed is not None:
+            written.append(_save(speed_figures.summary_figure(speed), figures / "speed.svg"))
+    return written
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None})
+    return path

@@ -210,7 +210,8 @@ def _with_class(ours: Any, cls: Any) -> type[nn.Module]:
 def _reduce_with_class(self: nn.Module, protocol: Any) -> tuple:
     """For copy and pickle, which cannot find a class made here by its name."""
     ours: Any = next(base for base in type(self).__mro__ if base in TO_TORCH)
-    return _new_with_class, (ours, type(self)._own_class), object.__reduce_ex__(self, protocol)[2]
+    cls: Any = type(self)
+    return _new_with_class, (ours, cls._own_class), object.__reduce_ex__(self, protocol)[2]
 
 
 def _new_with_class(ours: Any, cls: Any) -> nn.Module:

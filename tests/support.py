@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastseq import ops
+from fastseq import direct, ops
 
 needs_native = pytest.mark.skipif(
     ops.NATIVE_MISSING is not None, reason=f"the compiled extension is not installed: {ops.NATIVE_MISSING}"
@@ -30,6 +33,33 @@ def fill_new_memory_with_junk(on: bool) -> None:
     libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = on
     assert not on or torch.empty(3, device="cpu").isnan().all(), "the allocator does not poison"
+
+
+FAST_PATHS = ("infer", "layer_forward", "layer_gradient", "attend", "attend_backward", "multihead")
+"""The native calls past torch's dispatcher (fastseq/direct.py)."""
+
+
+class Declined(AssertionError):
+    """A native call past the dispatcher did not take a call that it should take."""
+
+
+@contextmanager
+def fast_paths(required: bool) -> Iterator[None]:
+    """With ``required``, a native call past the dispatcher that declines raises :class:`Declined`; without, all decline."""
+
+    def must(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = function(*args)
+            if found is None:
+                raise Declined(f"direct.{name} declined")
+            return found
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FAST_PATHS:
+            patch.setattr(direct, name, must(name, getattr(direct, name)) if required else lambda *_: None)
+        yield
 
 
 def error(got: Tensor, truth: Tensor) -> float:

@@ -485,7 +485,10 @@ def test_the_suites_that_run_on_a_gpu_are_found_in_every_folder() -> None:
 
 
 def test_suites_run_on_the_kernels_that_have_their_operators() -> None:
-    files = ["tests/recurrent/test_triton_recurrent_interpreted.py", "tests/attention/test_triton_attention_interpreted.py"]
+    files = [
+        "tests/recurrent/test_triton_recurrent_interpreted.py",
+        "tests/attention/test_triton_attention_interpreted.py",
+    ]
     assert gpu.suites_of("triton", "cuda", files) == files
     assert gpu.suites_of("triton", "cuda", ["tests/recurrent/test_cuda_recurrent_emulated.py"]) == []
     assert gpu.suites_of("native", "mps", files) == []

@@ -1,4 +1,4 @@
-// The primitives of csrc/cuda/primitives*.cuh, where they are explained, on the emulated machine. Each takes, beyond
+// The primitives of csrc/primitives/*.cuh, where they are explained, on the emulated machine. Each takes, beyond
 // the real one's arguments, the line that called it, for reports.
 #pragma once
 #include <bit>

@@ -1,4 +1,4 @@
-// A software model of AMX's tiles, in the place of the instructions of csrc/cpu/tiles.h: eight tiles of at most 16 rows
+// A software model of AMX's tiles, in the place of the instructions of csrc/core/tiles.h: eight tiles of at most 16 rows
 // of 64 bytes. What the processor would refuse, and what it would leave undefined, ends the program with a message:
 // shapes past the palette, tiles that do not fit each other, reading a tile that nothing was written to since it was
 // configured. Configured tiles hold NaNs, not the processor's zeros, and so does what a shorter row leaves free.

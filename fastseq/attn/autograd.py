@@ -6,19 +6,21 @@ The first derivative is a fused kernel. The second is rare, and is the reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastseq import ops
-from fastseq.attn.call import OPTIONS, TENSORS, AttentionCall, options_of, settings_of, tensors_of
+from fastseq.attn.call import OPTIONS, TENSORS, AttentionCall, settings_of, tensors_of
 from fastseq.attn.reference import attention as reference_attention
 from fastseq.autograd import WithReference, apply, functorch_active, needs_reference
 from fastseq.ops import attention as ops_attention
 
 FORWARD = {name: getattr(torch.ops.fastseq.attention_forward, name) for name in ops.BACKENDS}
 BACKWARD = {name: getattr(torch.ops.fastseq.attention_backward, name) for name in ops.BACKENDS}
+_BIAS, _SINKS = map(AttentionCall._fields.index, ("bias", "sinks"))
 
 
 class Attention(torch.autograd.Function):
@@ -28,39 +30,36 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        *fields, backend = arguments
-        return FORWARD[backend](*fields)
+        return FORWARD[arguments[-1]](*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *fields, ctx.backend = inputs
-        call = AttentionCall(*fields)
+        ctx.backend = inputs[-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors_of(call), *output)
-        ctx.settings = settings_of(call)
+        ctx.save_for_backward(*tensors_of(inputs), *output)
+        ctx.settings = settings_of(inputs[:-1])
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, dlse: Tensor | None) -> tuple:
         *tensors, o, lse = ctx.saved_tensors
         call = AttentionCall(*tensors, *ctx.settings)
         d_o = torch.zeros_like(o) if d_o is None else d_o
-        bias_grad = ctx.needs_input_grad[AttentionCall._fields.index("bias")]
-        found = gradient(d_o, dlse, o, lse, call, bias_grad, ctx.backend)
-        return *fields_of(found, call, bias_grad), None
+        bias_grad = ctx.needs_input_grad[_BIAS]
+        dq, dk, dv, dbias, dsinks = gradient(d_o, dlse, o, lse, call, bias_grad, ctx.backend)
+        found = [dq, dk, dv, *(None,) * len(OPTIONS), None]
+        if bias_grad:
+            found[_BIAS] = dbias
+        if call.sinks is not None:
+            found[_SINKS] = dsinks
+        return tuple(found)
 
 
 def backward_arguments(
-    d_o: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, call: AttentionCall, bias_grad: bool
+    d_o: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, fields: Sequence, bias_grad: bool
 ) -> tuple:
-    """In the order of ``ops.ATTENTION_BACKWARD``."""
-    return d_o, dlse, call.q, call.k, call.v, o, lse, *options_of(call), bias_grad
-
-
-def fields_of(gradients: tuple[Tensor, ...], call: AttentionCall, bias_grad: bool) -> tuple[Tensor | None, ...]:
-    """Results of ``ops.ATTENTION_BACKWARD`` in the places of a call's fields, None for one without a gradient."""
-    dq, dk, dv, dbias, dsinks = gradients
-    of = {"bias": dbias if bias_grad else None, "sinks": dsinks if call.sinks is not None else None}
-    return dq, dk, dv, *map(of.get, OPTIONS)
+    """In the order of ``ops.ATTENTION_BACKWARD``; ``fields`` are an :class:`AttentionCall`'s."""
+    q, k, v, *options = fields
+    return d_o, dlse, q, k, v, o, lse, *options, bias_grad
 
 
 def gradient(
@@ -122,9 +121,14 @@ def run(backend: str, call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def differentiates(call: AttentionCall) -> bool:
     """Whether a gradient may be asked for."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.bias, call.sinks))
+    bias, sinks = call.bias, call.sinks
+    return torch.is_grad_enabled() and (
+        call.q.requires_grad
+        or call.k.requires_grad
+        or call.v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
 
 
 def reads_pages(backend: str, call: AttentionCall) -> bool:

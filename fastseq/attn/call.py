@@ -6,6 +6,7 @@ are made of these fields.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -51,19 +52,15 @@ PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "
 """Those of the operator on pages."""
 
 
-def tensors_of(call: AttentionCall) -> tuple:
-    """All tensors, None where one is absent; ``AttentionCall(*tensors_of(call), *settings_of(call))`` is the call."""
-    return call[: len(TENSORS)]
+def tensors_of(fields: Sequence) -> Sequence:
+    """Of a call's fields the tensors, None where one is absent; the call is
+    ``AttentionCall(*tensors_of(call), *settings_of(call))``."""
+    return fields[: len(TENSORS)]
 
 
-def settings_of(call: AttentionCall) -> tuple:
-    """All that is no tensor."""
-    return call[len(TENSORS) :]
-
-
-def options_of(call: AttentionCall) -> tuple:
-    """All but q, k and v."""
-    return call[3:]
+def settings_of(fields: Sequence) -> Sequence:
+    """Of a call's fields all that are no tensors."""
+    return fields[len(TENSORS) :]
 
 
 def with_four_dimensions(x: Tensor | None) -> Tensor | None:

@@ -144,8 +144,10 @@ def attention(
         if mask is not None:
             checks_attention.check_pairs("mask", mask, q, shape, is_bool=True)
             mask = with_four_dimensions(mask)
-    cu_seqlens_q, cu_seqlens_k = (None if c is None else c.to(torch.int32) for c in (cu_seqlens_q, cu_seqlens_k))
-    lengths_q, lengths_k = (None if n is None else n.to(torch.int64) for n in (lengths_q, lengths_k))
+    if packed:
+        cu_seqlens_q, cu_seqlens_k = _to(cu_seqlens_q, torch.int32), _to(cu_seqlens_k, torch.int32)
+    if not (lengths_q is lengths_k is None):
+        lengths_q, lengths_k = _to(lengths_q, torch.int64), _to(lengths_k, torch.int64)
     if sinks is not None:
         checks_attention.check_per_head("sinks", sinks, q, q.shape[1])
     if alibi_slopes is not None:
@@ -313,6 +315,10 @@ def attention_and_weights(
         return weights @ v, weights
     call = call._replace(bias=with_four_dimensions(bias), mask=with_four_dimensions(mask))
     return autograd_attention.run(name, call)[0], weights
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:

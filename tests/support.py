@@ -45,7 +45,7 @@ class Declined(AssertionError):
 
 @contextmanager
 def fast_paths(required: bool) -> Iterator[None]:
-    """With ``required``, a native call past the dispatcher that declines raises :class:`Declined`; without, all decline."""
+    """Native calls past the dispatcher: if ``required``, one that declines raises :class:`Declined`; else all decline."""
 
     def must(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

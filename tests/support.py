@@ -45,7 +45,7 @@ class Declined(AssertionError):
 
 @contextmanager
 def fast_paths(required: bool) -> Iterator[None]:
-    """Native calls past the dispatcher: if ``required``, one that declines raises :class:`Declined`; else all decline."""
+    """Native calls past the dispatcher: with ``required`` one that declines raises Declined; without, all decline."""
 
     def must(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

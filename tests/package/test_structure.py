@@ -63,9 +63,7 @@ def counts() -> dict[str, object]:
         "lines past torch's dispatcher": lines(*(ROOT / name for name in PAST_THE_DISPATCHER)),
         "dtype enums of C++": enums("(?:Dtype|Number)"),
         "lines of bench, without its studies": lines(*bench),
-        "lines of source in all": lines(
-            *(p for folder in ("fastseq", "kernels", "csrc", "bench") for p in files(folder))
-        ),
+        "lines of source in all": lines(*source),
     }
 
 

@@ -6,7 +6,13 @@
 
 Without rounding, share is 1. But a large lse holds little of its sum's logarithm, and an o of 16 bits gives a wrong
 delta. The kernel that makes dq meets all keys of its rows, and so it runs first: share and delta come from sums over
-these keys, share for dq too, delta only for what is made after it.
+these keys. What is made after it uses both. dq has been summed with the wrong delta by then, and from ds of 16 bits,
+so that what all keys have in common has been multiplied by a sum of ds that is wrong by ``left``:
+
+    dq[i] = scale share (sum_j ds k[j]  -  left[i] mean[i])
+
+The exact mean is that of the keys by p. That of one tile has the same offset, and the row's p of that tile keep hidden
+keys out of it: :func:`take_back`.
 
 With dropout p reaches o as m p / (1 - rate), so dv and dp take it masked and scaled alike; delta needs no change. Under
 a softcap ds is multiplied by the cap's slope before it reaches q and k. A row that sees nothing has lse = -inf: it is
@@ -249,14 +255,15 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, total, excess, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
-    call, b, h, i, i0, tq, tk, shift,
+    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row,
+    begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
-    without the cap's slope, to ``excess``."""
+    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``. Under a cap
+    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product, k1, k2 = products(
@@ -269,12 +276,44 @@ def add_keys(
         total += tl.sum(p, 1)
         excess += tl.sum(ds, 1)
         if call.cap_in is not None:
-            ds = ds * cap_slope(s, call)
+            slope = cap_slope(s, call)
+            ds = ds * slope
+            if not precise:
+                rounded -= tl.sum(ds, 1)
+                sloped += tl.sum(p * slope, 1)
         ds = narrow(ds, q1.dtype, WIDEN)
+        if not precise:
+            rounded += tl.sum(ds.to(tl.float32), 1)
         dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
-    return dq1, dq2, total, excess
+    return dq1, dq2, total, excess, rounded, sloped
+
+
+@triton.jit
+def take_back(
+    dq1, dq2, left, q1, q2, log, k_head, k_more, k_row, start, begin, call, b, h, i, i0, tq, tk, shift,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dq less ``left`` [BLOCK_M] times a mean of keys: by a row's p, of the tile at ``start`` or, where it has no p
+    there, of the next one before it. In the product the p of a tile sum to 1, and dq is in units of ``left``: p by
+    ``left`` may be too small for float16."""
+    while (start >= begin) & (tl.max(tl.abs(left), 0) > 0.0):
+        product, k1, k2 = products(
+            q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
+        )
+        p, _scores = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
+        own = tl.sum(p, 1)
+        taken = (own > 1e-30) & (tl.abs(left) > 1e-30)
+        unit = tl.where(taken, left, 1.0)
+        p = narrow(p * tl.where(taken, -1.0 / tl.where(taken, own, 1.0), 0.0)[:, None], q1.dtype, WIDEN)
+        dq1 = dot_add(p, k1, dq1 / unit[:, None], PRECISION, WIDEN) * unit[:, None]
+        if D2 > 0:
+            dq2 = dot_add(p, k2, dq2 / unit[:, None], PRECISION, WIDEN) * unit[:, None]
+        left = tl.where(own > 1e-30, 0.0, left)
+        start -= BLOCK_N
+    return dq1, dq2
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "d_o", "dlse", "scratch", "dq", "call", "heads", "together"])
@@ -312,41 +351,55 @@ def attention_backward_queries(
             dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         excess = total
+        rounded = total
+        sloped = total
         if dlse is not None:
             row = i0 + tl.arange(0, BLOCK_M)
             more = tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
-            delta -= tl.where(log == float("inf"), 0.0, more)
+            more = tl.where(log == float("inf"), 0.0, more)
+            delta -= more
         if call.pairs is None:
             if call.left is not None:
-                dq1, dq2, total, excess = add_keys(
-                    dq1, dq2, total, excess, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-                    begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                dq1, dq2, total, excess, rounded, sloped = add_keys(
+                    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
+                    row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
-            dq1, dq2, total, excess = add_keys(
-                dq1, dq2, total, excess, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-                whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+            dq1, dq2, total, excess, rounded, sloped = add_keys(
+                dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
+                row_k, row_v, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
-        dq1, dq2, total, excess = add_keys(
-            dq1, dq2, total, excess, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
-            call, b, h, i, i0, tq, tk, shift,
+        dq1, dq2, total, excess, rounded, sloped = add_keys(
+            dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+            whole_end, end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
-        # All of dp - delta, by p, is -dlse, with a sink's own p in both sums.
+        # All of dp - delta, by p, is dlse, with a sink's own p in both sums.
+        of_keys = total
+        wrong = excess
         if call.sinks is not None:
             weight = tl.exp2(tl.load(call.sinks + h).to(tl.float32) * LOG2E - log)
             total += weight
-            excess -= weight * delta
+            wrong -= weight * delta
         share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-        delta += excess * share
+        wrong *= share
         if dlse is not None:
-            row = i0 + tl.arange(0, BLOCK_M)
-            more = tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
-            delta -= tl.where(log == float("inf"), 0.0, more)
+            wrong -= more
+        delta += wrong
         row = tl.arange(0, BLOCK_M)
         tl.store(scratch.share + base + i0 + row, share)
         tl.store(scratch.delta + base + i0 + row, delta)
+        if q1.dtype != tl.float32:
+            if call.cap_in is not None:
+                left = rounded + wrong * sloped
+            else:
+                left = rounded - excess + wrong * of_keys
+            start = tl.where(whole_begin < whole_end, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
+            dq1, dq2 = take_back(
+                dq1, dq2, left, q1, q2, log, k_head, k_more, row_k, start, begin, call, b, h, i, i0, tq, tk, shift,
+                D, D1, D2, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,
+            )  # fmt: skip
         dq1 = dq1 * share[:, None]
         dq_head = head_of(dq, b, h, q_row, ALIGN)
         store_tile(dq1 * call.scale, dq_head, number(dq.row), i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)

@@ -297,8 +297,8 @@ def take_back(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dq less ``left`` [BLOCK_M] times a mean of keys: by a row's p, of the tile at ``start`` or, where it has no p
-    there, of the next one before it. In the product the p of a tile sum to 1, and dq is in units of ``left``: p by
-    ``left`` may be too small for float16."""
+    there, of the next one before it. In the product the p of a tile sum to 1 or so, and dq is in units of a power of 2
+    near ``left``: p by ``left`` may be too small for float16."""
     while (start >= begin) & (tl.max(tl.abs(left), 0) > 0.0):
         product, k1, k2 = products(
             q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
@@ -306,11 +306,14 @@ def take_back(
         p, _scores = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
         own = tl.sum(p, 1)
         taken = (own > 1e-30) & (tl.abs(left) > 1e-30)
-        unit = tl.where(taken, left, 1.0)
-        p = narrow(p * tl.where(taken, -1.0 / tl.where(taken, own, 1.0), 0.0)[:, None], q1.dtype, WIDEN)
-        dq1 = dot_add(p, k1, dq1 / unit[:, None], PRECISION, WIDEN) * unit[:, None]
+        unit = tl.floor(tl.log2(tl.where(taken, tl.abs(left), 1.0)))
+        less = tl.exp2(-unit)
+        more = tl.exp2(unit)
+        p = p * tl.where(taken, -left * less * tl.exp2(-tl.log2(tl.where(taken, own, 1.0))), 0.0)[:, None]
+        p = narrow(p, q1.dtype, WIDEN)
+        dq1 = dot_add(p, k1, dq1 * less[:, None], PRECISION, WIDEN) * more[:, None]
         if D2 > 0:
-            dq2 = dot_add(p, k2, dq2 / unit[:, None], PRECISION, WIDEN) * unit[:, None]
+            dq2 = dot_add(p, k2, dq2 * less[:, None], PRECISION, WIDEN) * more[:, None]
         left = tl.where(own > 1e-30, 0.0, left)
         start -= BLOCK_N
     return dq1, dq2

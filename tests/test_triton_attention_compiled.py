@@ -235,12 +235,14 @@ def loops_of_products(plan: Plan, target: str) -> list[str]:
     [("full", [False, True]), ("causal", [False, True]), ("window", [True, False, True]), ("bias of heads", [True])],
 )
 def test_tiles_that_all_rows_see_have_a_loop_of_their_own(name: str, hides: list[bool]) -> None:
-    """Over keys: in order, whether each loop of products can hide a pair; the last one has the keys' end."""
+    """Over keys: in order, whether each loop of products can hide a pair; the last one has the keys' end. After them dq
+    has one that takes back what was wrong in sums over all keys."""
     for target in ("sm_80", "sm_90"):
         for plan in plans(target, HALF, case(name), 64, 64):
             if plan.kernel.__name__ in ("attention_forward", "attention_backward_queries"):
                 found = [HIDDEN in body for body in loops_of_products(plan, target)]
-                assert found == hides, f"{target} {plan.kernel.__name__}"
+                takes_back = [True] * (plan.kernel.__name__ == "attention_backward_queries")
+                assert found == hides + takes_back, f"{target} {plan.kernel.__name__}"
 
 
 def test_tiles_of_queries_that_see_all_keys_have_a_loop_of_their_own() -> None:

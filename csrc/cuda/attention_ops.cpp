@@ -253,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   call.rows = scratch_rows(call);
   const int64_t heads = int64_t(in.packed ? 1 : call.batch) * call.heads_q;
   call.log = in.scratch({heads, call.rows}), call.delta = in.scratch({heads, call.rows});
+  if (is_general(call)) call.share = in.scratch({heads, call.rows});
   if (sinks && lse.numel() > 0) {
     call.dsinks = dsinks.data_ptr();
     call.sinks_parts = in.scratch({sinks_parts(call), call.heads_q}, true);

@@ -139,8 +139,10 @@ def in_own_dtype(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return reference(q, k, v, **options)[0]
 
 
-def assert_as_good_as(peer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str) -> None:
-    """Gradients of q, k, v, and of a bias and sinks where there are any, within the budget; the same bits twice."""
+def assert_as_good_as(
+    peer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, but: str = ""
+) -> None:
+    """Gradients of q, k, v, and of a bias and sinks where there are any, within the budget; all ``but`` one."""
     options = {"scale": q.shape[-1] ** -0.5, **options}
     d_o = torch.randn(*q.shape[:-1], v.shape[-1], dtype=torch.float32).to(q.dtype)
     *_, truth = gradients(reference, q, k, v, options, torch.float64, d_o, None)
@@ -148,7 +150,8 @@ def assert_as_good_as(peer: Any, q: Tensor, k: Tensor, v: Tensor, options: Optio
     ours = operator_gradients(q, k, v, options, d_o, backend)
     names = ["dq", "dk", "dv", *(f"d{name}" for name in ("bias", "sinks") if options.get(name) is not None)]
     for name, got, other, true in zip(names, ours, theirs, truth, strict=True):
-        assert_within_budget(got, other, true, name, floor_ulps=32 if name in ("dbias", "dsinks") else 4)
+        if name != but:
+            assert_within_budget(got, other, true, name, floor_ulps=32 if name in ("dbias", "dsinks") else 4)
 
 
 def assert_right(

@@ -131,12 +131,13 @@ class Step(NamedTuple):
 
 
 def step(variant: Variant, code: list[str]) -> Step:
-    """Of the innermost loop with products, without the branch that hides scores of a tile that few see."""
+    """Of the innermost loop in which products run under others' arithmetic, without the branch that hides scores of a
+    tile that few see."""
     jumps = [
         (n, int(found[1], 16) // 16) for n, i in enumerate(code) if (found := re.search(r"\bBRA.* 0x(\w+)\s*$", i))
     ]
     loops = [code[to : n + 1] for n, to in jumps if to < n]
-    loop = min((x for x in loops if sum("HGMMA" in i for i in x) > 4), key=len)
+    loop = min((x for x in loops if any("DEPBAR.LE gsb0, 0x1" in i for i in x)), key=len)
     first = next(n for n in range(len(code)) if code[n : n + len(loop)] == loop)
     skipped = [code[n + 1 : to] for n, to in jumps if first <= n < to <= first + len(loop)]
     hidden = [len(x) for x in skipped if any("FSEL" in i for i in x) and not any("HGMMA" in i for i in x)]

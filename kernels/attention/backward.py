@@ -1,8 +1,18 @@
 """softmax(Q Kᵀ) V, backward: P is made anew from lse, tile by tile, and each sum has one owner, so no atomics.
 
-    p = 2^(s - lse);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
+    p = share 2^(s - lse);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
     dv[j] = sum_i p do[i];  dk[j] = scale sum_i ds q[i];  dq[i] = scale sum_j ds k[j];  dbias = ds
-    dsink = - sum_i exp(sink - lse[i]) delta[i]
+    dsink = - sum_i share exp(sink - lse[i]) delta[i]
+
+Without rounding, share is 1. But a large lse holds little of its sum's logarithm, and an o of 16 bits gives a wrong
+delta. The kernel that makes dq meets all keys of its rows, and so it runs first: share and delta come from sums over
+these keys. What is made after it uses both. dq has been summed with the wrong delta by then, and from ds of 16 bits,
+so that what all keys have in common has been multiplied by a sum of ds that is wrong by ``left``:
+
+    dq[i] = scale share (sum_j ds k[j]  -  left[i] mean[i])
+
+The exact mean is that of the keys by p. That of one tile has the same offset, and the row's p of that tile keep hidden
+keys out of it: :func:`take_back`.
 
 With dropout p reaches o as m p / (1 - rate), so dv and dp take it masked and scaled alike; delta needs no change. Under
 a softcap ds is multiplied by the cap's slope before it reaches q and k. A row that sees nothing has lse = -inf: it is
@@ -33,12 +43,12 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["o", "d_o", "lse", "dlse", "scratch", "dsinks", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["o", "d_o", "lse", "scratch", "call", "heads", "together"])
 def attention_delta(
-    o, d_o, lse, dlse, scratch, dsinks, call, heads, together,
+    o, d_o, lse, scratch, call, heads, together,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``scratch`` of a tile of queries; with sinks the tile's part of their gradient, into dsinks [tiles, Hq]."""
+    """Rows ``scratch`` of a tile of queries, as lse and o have them."""
     b, h, tile = find_program(tl.program_id(0), call, heads, together, ROW_BLOCK, OF_KEYS=False)
     q_row, rows, tq, _, _, _, _ = sequence(call, b)
     i0 = tile * ROW_BLOCK
@@ -53,21 +63,31 @@ def attention_delta(
             d_tile = load_rows(d_head, place * number(d_o.row), row < tq, DV, first, BLOCK_DV, ALIGN)
             delta += tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
         log = tl.load(head_of(lse, b, h, q_row, 1) + row, mask=row < tq, other=float("-inf"))
-        if dlse is not None:
-            delta -= tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
         empty = log == float("-inf")
         delta = tl.where(empty, 0.0, delta)
         base = rows_of(call, scratch, b, h, q_row, heads)
         tl.store(scratch.log + base + row, tl.where(empty, float("inf"), log * LOG2E))
         tl.store(scratch.delta + base + row, delta)
-        if dsinks is not None:
-            sink = tl.load(call.sinks + h).to(tl.float32)
-            weight = tl.where(empty, 0.0, tl.exp2((sink - log) * LOG2E))
-            if call.cu_q is None:
-                place = b * tl.cdiv(number(call.length_q), ROW_BLOCK) + tile
-            else:  # the slot, as find_tile counts them
-                place = q_row // ROW_BLOCK + b + tile
-            tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -tl.sum(weight * delta, 0))
+        tl.store(scratch.share + base + row, tl.where(empty, 0.0, 1.0))
+
+
+@triton.jit(do_not_specialize=["scratch", "dsinks", "call", "heads", "together"])
+def attention_backward_sinks(scratch, dsinks, call, heads, together):
+    """A tile of queries' part of the sinks' gradient, into dsinks [tiles, Hq]."""
+    b, h, tile = find_program(tl.program_id(0), call, heads, together, ROW_BLOCK, OF_KEYS=False)
+    q_row, rows, _, _, _, _, _ = sequence(call, b)
+    i0 = tile * ROW_BLOCK
+    if i0 < rows:
+        base = rows_of(call, scratch, b, h, q_row, heads)
+        sink = tl.load(call.sinks + h).to(tl.float32)
+        weight = tl.exp2(sink * LOG2E - load_vector(scratch.log + base, i0, ROW_BLOCK))
+        weight = weight * load_vector(scratch.share + base, i0, ROW_BLOCK)
+        if call.cu_q is None:
+            place = b * tl.cdiv(number(call.length_q), ROW_BLOCK) + tile
+        else:  # the slot, as find_tile counts them
+            place = q_row // ROW_BLOCK + b + tile
+        part = tl.sum(weight * load_vector(scratch.delta + base, i0, ROW_BLOCK), 0)
+        tl.store(dsinks + tl.cast(place, tl.int64) * heads + h, -part)
 
 
 @triton.jit
@@ -90,7 +110,8 @@ def products(
 @triton.jit
 def add_queries(
     dk1, dk2, dv, k1, k2, v_tile, k_head, v_head, k_row, v_row,
-    q_head, q_more, d_head, log_head, delta_head, q_row, d_row, begin, end, call, b, h, j, j0, tq, tk, shift,
+    q_head, q_more, d_head, log_head, delta_head, share_head, q_row, d_row, begin, end,
+    call, b, h, j, j0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
@@ -114,6 +135,7 @@ def add_queries(
         i = row[None, :]
         log = load_vector(log_head, start, BLOCK_M)
         p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
+        p = p * load_vector(share_head, start, BLOCK_M)[None, :]
         d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
         if KEYS and k1.dtype == tl.float32:  # no tensor cores: else ptxas holds the operands of two products at once
             tl.debug_barrier()
@@ -176,10 +198,11 @@ def attention_backward_keys(
             base = rows_of(call, scratch, b, h, q_row, heads * number(call.group))
             log_head = scratch.log + base
             delta_head = scratch.delta + base
+            share_head = scratch.share + base
             if call.pairs is not None or call.left is not None:
                 dk1, dk2, dv_acc = add_queries(
                     dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                    q_head, q_more, d_head, log_head, delta_head, share_head, row_q, row_d,
                     begin, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                 )  # fmt: skip
@@ -187,13 +210,13 @@ def attention_backward_keys(
                 if call.right is not None:
                     dk1, dk2, dv_acc = add_queries(
                         dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                        q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                        q_head, q_more, d_head, log_head, delta_head, share_head, row_q, row_d,
                         begin, whole, call, b, h, j, j0, tq, tk, shift,
                         D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, True,
                     )  # fmt: skip
                 dk1, dk2, dv_acc = add_queries(
                     dk1, dk2, dv_acc, k1, k2, v_tile, k_head, v_head, row_k, row_v,
-                    q_head, q_more, d_head, log_head, delta_head, row_q, row_d,
+                    q_head, q_more, d_head, log_head, delta_head, share_head, row_q, row_d,
                     whole, end, call, b, h, j, j0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, KEYS, VALUES, False,
                 )  # fmt: skip
@@ -232,13 +255,15 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row, begin, end,
-    call, b, h, i, i0, tq, tk, shift,
+    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row,
+    begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it."""
+    """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
+    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``. Under a cap
+    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product, k1, k2 = products(
@@ -248,23 +273,60 @@ def add_keys(
         p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, precise, MASKED)
         dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
         ds = scores_gradient(p, dp, delta, call, b, h, i, start, BLOCK_M, BLOCK_N)
+        total += tl.sum(p, 1)
+        excess += tl.sum(ds, 1)
         if call.cap_in is not None:
-            ds = ds * cap_slope(s, call)
+            slope = cap_slope(s, call)
+            ds = ds * slope
+            if not precise:
+                rounded -= tl.sum(ds, 1)
+                sloped += tl.sum(p * slope, 1)
         ds = narrow(ds, q1.dtype, WIDEN)
+        if not precise:
+            rounded += tl.sum(ds.to(tl.float32), 1)
         dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
+    return dq1, dq2, total, excess, rounded, sloped
+
+
+@triton.jit
+def take_back(
+    dq1, dq2, left, q1, q2, log, k_head, k_more, k_row, start, begin, call, b, h, i, i0, tq, tk, shift,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dq less ``left`` [BLOCK_M] times a mean of keys: by a row's p, of the tile at ``start`` or, where it has no p
+    there, of the next one before it. In the product the p of a tile sum to 1 or so, and dq is in units of a power of 2
+    near ``left``: p by ``left`` may be too small for float16."""
+    while (start >= begin) & (tl.max(tl.abs(left), 0) > 0.0):
+        product, k1, k2 = products(
+            q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
+        )
+        p, _scores = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
+        own = tl.sum(p, 1)
+        taken = (own > 1e-30) & (tl.abs(left) > 1e-30)
+        unit = tl.floor(tl.log2(tl.where(taken, tl.abs(left), 1.0)))
+        less = tl.exp2(-unit)
+        more = tl.exp2(unit)
+        p = p * tl.where(taken, -left * less * tl.exp2(-tl.log2(tl.where(taken, own, 1.0))), 0.0)[:, None]
+        p = narrow(p, q1.dtype, WIDEN)
+        dq1 = dot_add(p, k1, dq1 * less[:, None], PRECISION, WIDEN) * more[:, None]
+        if D2 > 0:
+            dq2 = dot_add(p, k2, dq2 * less[:, None], PRECISION, WIDEN) * more[:, None]
+        left = tl.where(own > 1e-30, 0.0, left)
+        start -= BLOCK_N
     return dq1, dq2
 
 
-@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "scratch", "dq", "call", "heads", "together"])
+@triton.jit(do_not_specialize=["q", "k", "v", "d_o", "dlse", "scratch", "dq", "call", "heads", "together"])
 def attention_backward_queries(
-    q, k, v, d_o, scratch, dq, call, heads, together,
+    q, k, v, d_o, dlse, scratch, dq, call, heads, together,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries of one head."""
+    """dq of one tile of queries of one head, and the share and delta of its rows."""
     b, h, tile = find_program(tl.program_id(0), call, heads, together, BLOCK_M, OF_KEYS=False)
     q_row, rows, tq, k_row, _, tk, shift = sequence(call, b)
     i0 = tile * BLOCK_M
@@ -290,24 +352,60 @@ def attention_backward_queries(
         dq2 = dq1
         if D2 > 0:
             dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        excess = total
+        rounded = total
+        sloped = total
+        if dlse is not None:
+            row = i0 + tl.arange(0, BLOCK_M)
+            more = tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
+            more = tl.where(log == float("inf"), 0.0, more)
+            delta -= more
         if call.pairs is None:
             if call.left is not None:
-                dq1, dq2 = add_keys(
-                    dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-                    begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                dq1, dq2, total, excess, rounded, sloped = add_keys(
+                    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
+                    row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
-            dq1, dq2 = add_keys(
-                dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-                whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
+            dq1, dq2, total, excess, rounded, sloped = add_keys(
+                dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
+                row_k, row_v, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
-        dq1, dq2 = add_keys(
-            dq1, dq2, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v, whole_end, end,
-            call, b, h, i, i0, tq, tk, shift,
+        dq1, dq2, total, excess, rounded, sloped = add_keys(
+            dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
+            whole_end, end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
+        # All of dp - delta, by p, is dlse, with a sink's own p in both sums.
+        of_keys = total
+        wrong = excess
+        if call.sinks is not None:
+            weight = tl.exp2(tl.load(call.sinks + h).to(tl.float32) * LOG2E - log)
+            total += weight
+            wrong -= weight * delta
+        share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        wrong *= share
+        if dlse is not None:
+            wrong -= more
+        delta += wrong
+        row = tl.arange(0, BLOCK_M)
+        tl.store(scratch.share + base + i0 + row, share)
+        tl.store(scratch.delta + base + i0 + row, delta)
+        if q1.dtype != tl.float32:
+            if call.cap_in is not None:
+                left = rounded + wrong * sloped
+            else:
+                left = rounded - excess + wrong * of_keys
+            start = tl.where(whole_begin < whole_end, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
+            dq1, dq2 = take_back(
+                dq1, dq2, left, q1, q2, log, k_head, k_more, row_k, start, begin, call, b, h, i, i0, tq, tk, shift,
+                D, D1, D2, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,
+            )  # fmt: skip
+        dq1 = dq1 * share[:, None]
         dq_head = head_of(dq, b, h, q_row, ALIGN)
         store_tile(dq1 * call.scale, dq_head, number(dq.row), i0, rows, D, 0, BLOCK_M, D1, ALIGN, WIDEN)
         if D2 > 0:
+            dq2 = dq2 * share[:, None]
             store_tile(dq2 * call.scale, dq_head, number(dq.row), i0, rows, D, D1, BLOCK_M, D2, ALIGN, WIDEN)

@@ -87,6 +87,7 @@ def attention_backward_bias(
             log = load_vector(scratch.log + base, i0, BLOCK_M)
             precise: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
             p, _scores = weights(product, log, call, b, h, i, i0, j0, tq, tk, shift, BLOCK_N, precise, True)
+            p = p * load_vector(scratch.share + base, i0, BLOCK_M)[:, None]
             dp = rows_product(
                 head_of(d_o, b, h, q_row, ALIGN), number(d_o.row), i0, tq, head_of(v, b, head, k_row, ALIGN),
                 number(v.row), j0, tk, DV, min(BLOCK_DV, 64), BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,

@@ -133,13 +133,14 @@ def options_of(tile: tuning_attention.Tile) -> dict[str, int]:
 
 
 class Gradients(NamedTuple):
-    """What the backward pass fills. Scratch: the two of Rows; sinks [tiles, Hq]; bias [splits, bias's own sizes]."""
+    """What the backward pass fills. Scratch: the three of Rows; sinks [tiles, Hq]; bias [splits, bias's own sizes]."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     log: Tensor
     delta: Tensor
+    share: Tensor
     sinks: Tensor | None
     bias: Tensor | None
     splits: int
@@ -151,7 +152,7 @@ def plan_backward(
     """Launches that fill ``out``, to run in this order."""
     align = x.align(x.q, x.k, x.v, o, d_o, out.dq, out.dk, out.dv)
     q, k, v, d_view = (x.view(t, align) for t in (x.q, x.k, x.v, d_o))
-    scratch = Rows(out.log, out.delta, hidden(out.log.shape[-1] // ROW_BLOCK))
+    scratch = Rows(out.log, out.delta, out.share, hidden(out.log.shape[-1] // ROW_BLOCK))
     grid, heads, together = x.grid(False, ROW_BLOCK)
     if not x.empty:
         yield Plan(
@@ -159,8 +160,7 @@ def plan_backward(
             grid,
             {
                 "o": x.view(o, align), "d_o": d_view, "lse": x.row_view(lse),
-                "dlse": None if dlse is None else x.row_view(dlse), "scratch": scratch, "dsinks": out.sinks,
-                "call": x.call, "heads": heads, "together": together,
+                "scratch": scratch, "call": x.call, "heads": heads, "together": together,
                 "DV": x.dim_v, "BLOCK_DV": min(x.columns()["BLOCK_DV"], 128 // o.element_size()), "ALIGN": align,
             },
             {"num_warps": 16, "num_stages": 1},
@@ -171,8 +171,8 @@ def plan_backward(
     if wide:
         keys = [{"dk": out.dk, "dv": None}, {"dk": None, "dv": out.dv}]
     launches: list[tuple[str, Any, bool, dict[str, Tensor | None]]] = [
-        *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
         ("backward_queries", attention_backward.attention_backward_queries, False, {"dq": out.dq}),
+        *(("backward_keys", attention_backward.attention_backward_keys, True, some) for some in keys),
     ]
     for role, kernel, of_keys, results in launches:
         describable = x.describable(align, x.q, d_o) if of_keys else x.describable(align, x.k, x.v)
@@ -186,11 +186,20 @@ def plan_backward(
             grid,
             {
                 **inputs, **{name: None if t is None else x.view(t, align) for name, t in results.items()},
+                **({} if of_keys else {"dlse": None if dlse is None else x.row_view(dlse)}),
                 "heads": heads, "together": together, **x.shared(), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                 "ALIGN": align, "TMA": tile.tma and describable,
             },
             options_of(tile),
         )  # fmt: skip
+    if out.sinks is not None and not x.empty:
+        grid, heads, together = x.grid(False, ROW_BLOCK)
+        yield Plan(
+            attention_backward.attention_backward_sinks,
+            grid,
+            {"scratch": scratch, "dsinks": out.sinks, "call": x.call, "heads": heads, "together": together},
+            {"num_warps": 4, "num_stages": 1},
+        )
     if out.bias is not None and not x.empty:
         yield plan_bias(x, inputs, align, out)
 
@@ -297,7 +306,7 @@ def allocate(x: Problem, bias_grad: bool, empty: Callable[..., Tensor] = torch.e
     device = x.q.device
     dq, dk, dv = (empty_as(t, t.shape[-1], empty) for t in (x.q, x.k, x.v))
     size = (x.length_q // ROW_BLOCK + x.batch + 1 if x.packed else -(-x.length_q // ROW_BLOCK)) * ROW_BLOCK
-    log, delta = (empty((*row_sizes(x)[:-1], size), dtype=torch.float32, device=device) for _ in range(2))
+    log, delta, share = (empty((*row_sizes(x)[:-1], size), dtype=torch.float32, device=device) for _ in range(3))
     sinks = bias = None
     splits = 1
     if x.call.sinks is not None:
@@ -309,4 +318,4 @@ def allocate(x: Problem, bias_grad: bool, empty: Callable[..., Tensor] = torch.e
         splits = bias_splits(x)
         dtype = x.bias.dtype if splits == 1 else torch.float32
         bias = empty((splits, *x.bias.shape), dtype=dtype, device=device)
-    return Gradients(dq, dk, dv, log, delta, sinks, bias, splits)
+    return Gradients(dq, dk, dv, log, delta, share, sinks, bias, splits)

@@ -43,10 +43,11 @@ class Pages(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Two numbers for each row of o, float32, laid out for the backward pass: see :func:`rows_of`."""
+    """Three numbers for each row of o, float32, laid out for the backward pass: see :func:`rows_of`."""
 
     log: object  # lse in units of log 2; +inf for a row that sees nothing, and past the last row
-    delta: object  # do·o - dlse; 0 there
+    delta: object  # do·o, 0 there; once dq is made, what makes the row's ds sum to what it must
+    share: object  # once dq is made, what makes the row's p sum to 1
     size: object  # numbers a head, in units of ROW_BLOCK
 
 

@@ -85,7 +85,7 @@ _HALF_PAIRS: dict[str, Table] = {
             Tile(16, 16, 8, 1, 255),
             Tile(16, 16, 8, 1, 255),
         ),
-        "backward_queries": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
+        "backward_queries": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
         "backward_bias": (Tile(64, 32, 8, 1), *(Tile(64, 64, 8, 2, 255),) * 3),
         "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, 255)),
     },

@@ -69,7 +69,8 @@ PORTABLE = {"LDGSTS", "LDSM", "HMMA.16816"}
 WARPGROUPS = {"UTMALDG.4D", "SYNCS.EXCH", "SYNCS.PHASECHK", "SYNCS.ARRIVE", "HGMMA.64x", "USETMAXREG.DEALLOC",
               "USETMAXREG.TRY_ALLOC"}  # fmt: skip
 MADE_OF = {"forward_": PORTABLE, "decode_": PORTABLE, "keys_": PORTABLE, "queries_": PORTABLE, "bias_kernel": PORTABLE,
-           "hopper_": WARPGROUPS, "rows_": set(), "sinks_": set(), "bias_sum_": set(), "merge_": set()}  # fmt: skip
+           "hopper_": WARPGROUPS, "rows_": set(), "sink_rows_": set(), "sinks_": set(), "bias_sum_": set(),
+           "merge_": set()}  # fmt: skip
 
 
 @pytest.mark.parametrize(

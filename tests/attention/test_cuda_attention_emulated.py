@@ -341,6 +341,12 @@ FAULTS = {
     "k is read before others' copies have come": (
         "backward_queries.cu", "sync_block();  // these keys are there", ";  //"
     ),
+    "k comes again while it is read": (
+        "attention_backward_queries.cu", "sync_block();  // the tile before is done with", ";  //"
+    ),
+    "k that has come again is read before others' copies have": (
+        "attention_backward_queries.cu", "cp_wait<0>();\n    sync_block();\n    Fragment", "cp_wait<0>();\n    Fragment"
+    ),
 }  # fmt: skip
 
 

@@ -179,7 +179,13 @@ FAULTS = [
     Mutation("near tiles are overwritten before results have left", KERNELS, "      factor.near.wait_empty();\n", ""),
     Mutation("numbers are not waited for", KERNELS, "mbar_expect_tx(factor.far.full(), Factor::kNumbers);", ";"),
     Mutation("what lies past a length is left", KERNELS, "end - first, factor.landed", "kUnlimited, factor.landed"),
-    Mutation("no tile is masked", KERNELS, "tile.far.masked(first)", "false"),
+    Mutation("no tile is masked", KERNELS, "corner, tile.far.masked(first)", "corner, false"),
+    Mutation(
+        "the tile that dq meets again is read before it has come",
+        KERNELS,
+        "keep the rings in step\n      of_s.far.wait_full();\n",
+        "keep the rings in step\n",
+    ),
 ]
 
 

@@ -126,6 +126,7 @@ FASTSEQ_ENTRY(attention_backward_entry) {
   const int64_t heads = int64_t(call.cu_q != nullptr ? 1 : call.batch) * call.heads_q;
   call.rows = scratch_rows(call);
   call.log = scratch.make(heads * call.rows), call.delta = scratch.make(heads * call.rows);
+  if (is_general(call)) call.share = scratch.make(heads * call.rows);
   if (call.dsinks != nullptr) call.sinks_parts = scratch.make(sinks_parts(call) * call.heads_q, true);
   if (call.dbias != nullptr) {
     call.bias_splits = plan_bias(call, place);

@@ -40,7 +40,8 @@ struct AttentionBackward : AttentionCall {
   View lse, dlse;    // float; dlse may be absent
   View dq, dk, dv;   // dtype
   float* log = nullptr;    // scratch [B,Hq,rows]: lse in units of log 2, +inf for a row that sees nothing
-  float* delta = nullptr;  // scratch, the same shape: do·o - dlse, 0 there
+  float* delta = nullptr;  // scratch, the same shape: do·o - dlse, 0 there; once dq is made, what ds needs
+  float* share = nullptr;  // scratch, the same shape, general class alone: once dq is made, what makes p sum to 1
   int64_t rows = 0;        // per head in the scratch, see scratch_rows
   float* sinks_parts = nullptr;  // scratch [parts, Hq], zeros
   void* dsinks = nullptr;        // sinks_dtype [Hq]

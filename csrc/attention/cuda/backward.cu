@@ -1,4 +1,5 @@
-// Attention's backward: what each row of o needs (delta, lse), the sinks' gradient, and the order of the parts.
+// Attention's backward: what each row of o needs (delta, lse), the sinks' gradient, and the order of the parts: dq comes
+// first, since it settles the rows' share and delta for the others.
 #include "attention/cuda/gradient.cuh"
 
 namespace fastseq::cuda {
@@ -6,7 +7,7 @@ namespace attention {
 
 constexpr int kRowThreads = 128;
 
-// log and delta of kRowBlock rows; with sinks, the rows' part of their gradient.
+// log and delta of kRowBlock rows, as lse and o have them.
 template <class T>
 FASTSEQ_KERNEL(kRowThreads, 1) rows_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
   const Slot slot = find_slot<kRowBlock>(call, tiling, int(bid()));
@@ -18,12 +19,10 @@ FASTSEQ_KERNEL(kRowThreads, 1) rows_kernel(FASTSEQ_IN_PLACE AttentionBackward ca
   const float* lse = at<float>(call.lse, slot.b, slot.h, own.q_row);
   const float* dlse = call.dlse.data != nullptr ? at<float>(call.dlse, slot.b, slot.h, own.q_row) : nullptr;
   const int64_t scratch = scratch_of(call, own, slot.b, slot.h);
-  const float sink = call.sinks != nullptr ? number_at(call.sinks, call.sinks_dtype, slot.h) : -kInfinity;
 
   // A row is shared by `lanes` lanes, eight columns each.
   const int lanes = call.dim_v <= 64 ? 8 : call.dim_v <= 128 ? 16 : 32;
   const int column = int(lane()) % lanes * 8;
-  float of_sink = 0;
   for (int r = int(lane()) / lanes; r < 32; r += 32 / lanes) {
     const int i = i0 + 32 * int(warp()) + r;
     const bool real = i < own.tq;
@@ -51,16 +50,25 @@ FASTSEQ_KERNEL(kRowThreads, 1) rows_kernel(FASTSEQ_IN_PLACE AttentionBackward ca
     if (column == 0) {
       call.log[scratch + i] = empty ? kInfinity : log * kLog2e;
       call.delta[scratch + i] = delta;
-      if (!empty) of_sink -= ex2((sink - log) * kLog2e) * delta;
+      if (call.share != nullptr) call.share[scratch + i] = 0;
     }
   }
-  if (call.sinks == nullptr) return;
+}
+
+// The part of kRowBlock rows in the sinks' gradient, a row a thread.
+FASTSEQ_KERNEL(kRowBlock, 1) sink_rows_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
+  const Slot slot = find_slot<kRowBlock>(call, tiling, int(bid()));
+  const Sequence own(call, slot.b);
+  if (slot.tile * kRowBlock >= own.rows) return;
+  const int64_t row = scratch_of(call, own, slot.b, slot.h) + slot.tile * kRowBlock + tid();
+  const float share = call.share != nullptr ? call.share[row] : 1.0f;
   float* parts = reinterpret_cast<float*>(shared_memory());
-  parts[tid()] = of_sink;
+  parts[tid()] =
+      -ex2(number_at(call.sinks, call.sinks_dtype, slot.h) * kLog2e - call.log[row]) * share * call.delta[row];
   sync_block();
   if (tid() != 0) return;
   float sum = 0;
-  for (int n = 0; n < kRowThreads; ++n) sum += parts[n];
+  for (int n = 0; n < kRowBlock; ++n) sum += parts[n];
   const int64_t part = call.cu_q != nullptr ? slot.slot : int64_t(slot.b) * tiling.tiles + slot.slot;
   call.sinks_parts[part * call.heads_q + slot.h] = sum;
 }
@@ -80,7 +88,6 @@ const char* launch_rows(const AttentionBackward& call, Stream stream) {
   Launch shape;
   shape.grid.x = unsigned(tiling.blocks());
   shape.threads = kRowThreads;
-  shape.shared = kRowThreads * sizeof(float);
   return launch(rows_kernel<T>, shape, stream, call, tiling);
 }
 
@@ -89,8 +96,19 @@ const char* launch_rows(const AttentionBackward& call, Stream stream) {
 const char* attention_backward_rows(const AttentionBackward& call, const Place& place) {
   using namespace attention;
   const Stream stream = static_cast<Stream>(place.stream);
-  const char* error = call.dtype == Dtype::bf16 ? launch_rows<Bf16>(call, stream) : launch_rows<Fp16>(call, stream);
-  if (error != nullptr || call.dsinks == nullptr) return error;
+  return call.dtype == Dtype::bf16 ? launch_rows<Bf16>(call, stream) : launch_rows<Fp16>(call, stream);
+}
+
+const char* attention_backward_sinks(const AttentionBackward& call, const Place& place) {
+  using namespace attention;
+  const Stream stream = static_cast<Stream>(place.stream);
+  const Tiling tiling = tiling_of(call, false, kRowBlock);
+  Launch rows;
+  rows.grid.x = unsigned(tiling.blocks());
+  rows.threads = kRowBlock;
+  rows.shared = kRowBlock * sizeof(float);
+  const char* error = launch(sink_rows_kernel, rows, stream, call, tiling);
+  if (error != nullptr) return error;
   Launch shape;
   shape.grid.x = unsigned(call.heads_q);
   shape.threads = 32;
@@ -103,10 +121,11 @@ const char* attention_backward(const AttentionBackward& call, const Place& place
   const bool hopper = queries && keys && hopper_refusal(call, place) == nullptr;
   const char* error = nullptr;
   if (queries) error = attention_backward_rows(call, place);
-  if (error == nullptr && keys)
-    error = hopper ? attention_hopper_backward(call, place, true) : attention_backward_keys(call, place);
   if (error == nullptr && queries)
     error = hopper ? attention_hopper_backward(call, place, false) : attention_backward_queries(call, place);
+  if (error == nullptr && keys)
+    error = hopper ? attention_hopper_backward(call, place, true) : attention_backward_keys(call, place);
+  if (error == nullptr && queries && call.dsinks != nullptr) error = attention_backward_sinks(call, place);
   if (error == nullptr && queries && keys && call.dbias != nullptr) error = attention_backward_bias(call, place);
   return error;
 }

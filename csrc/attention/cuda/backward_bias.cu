@@ -66,11 +66,11 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) bias_kernel(FASTSEQ_IN_PLACE Att
                                      call.aligned, tid());
     cp_commit();
     const int64_t scratch = scratch_of(call, own, b, h);
-    float log[2], delta[2];
+    float log[2], delta[2], share[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = i0 + row + int(lane() >> 2) + 8 * half;
-      log[half] = call.log[scratch + i], delta[half] = call.delta[scratch + i];
+      log[half] = call.log[scratch + i], delta[half] = call.delta[scratch + i], share[half] = call.share[scratch + i];
     }
     cp_wait<0>();
     sync_block();
@@ -79,6 +79,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) bias_kernel(FASTSEQ_IN_PLACE Att
     product_of_rows<T>(s, reader_of_a<TileQ>(q_tile, unsigned(row)), reader_of_rows<TileK>(k_tile));
     probabilities<false, true>(s, slope, call, own, corner, keys.masked(j0),
                                [&](int, int, int e) { return log[e >> 1]; });
+    multiply_rows_by(s, share);
     product_of_rows<T>(dp, reader_of_a<TileD>(d_tile, unsigned(row)), reader_of_rows<TileV>(v_tile));
     score_gradients<false, true>(s, dp, call, corner, [&](int, int, int e) { return delta[e >> 1]; });
     for_each_element<1, kBlockN / 8>([&](int m, int nn, int e) { acc.x[m][nn][e] += dp.x[m][nn][e]; });

@@ -18,7 +18,7 @@ keys_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
   using TileV = Tile<Shape::kBlockN, Shape::kDimV>;
   using TileQ = Tile<kBlockM, Shape::kDim>;
   using TileD = Tile<kBlockM, Shape::kDimV>;
-  constexpr int kBuffer = TileQ::kBytes + TileD::kBytes + 2 * kBlockM * 4;
+  constexpr int kBuffer = TileQ::kBytes + TileD::kBytes + Shape::kNumbers * kBlockM * 4;
   constexpr int kColumnsK = Shape::kDim / kParts, kColumnsV = Shape::kDimV / kParts;  // of this block's results
 
   const int part = kParts == 1 ? 0 : int(bid()) % kParts;
@@ -44,10 +44,10 @@ keys_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     load_tile<TileD, kThreads, kGeneral>(d_tile, at<T>(call.d_o, slot.b, h, own.q_row), call.d_o.row, i0, own.tq,
                                          call.dim_v, call.aligned, tid());
     const int64_t scratch = scratch_of(call, own, slot.b, h) + i0;
-    if (tid() < kBlockM / 2) {
-      const unsigned n = tid() % (kBlockM / 4) * 4;
-      const float* from = (tid() < kBlockM / 4 ? call.log : call.delta) + scratch + n;
-      cp_async16(numbers + (tid() < kBlockM / 4 ? 0 : kBlockM * 4) + n * 4, from);
+    if (tid() < Shape::kNumbers * kBlockM / 4) {
+      const unsigned which = tid() / (kBlockM / 4), n = tid() % (kBlockM / 4) * 4;
+      cp_async16(numbers + (which * kBlockM + n) * 4,
+                 (which == 0 ? call.log : which == 1 ? call.delta : call.share) + scratch + n);
     }
   };
   Fragment<1, kColumnsK / 8> dk;
@@ -91,6 +91,8 @@ keys_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     product_of_rows<T>(s, k_reader, shifted(q_rows));
     probabilities<true, kGeneral>(s, slope, call, own, corner, queries.masked(i0),
                                   [&](int, int n, int e) { return log[column(n, e)]; });
+    if (kGeneral)
+      for_each_element<1, kBlockM / 8>([&](int m, int n, int e) { s.x[m][n][e] *= log[2 * kBlockM + column(n, e)]; });
     product_of_rows<T>(dp, v_reader, shifted(d_rows));
     score_gradients<true, kGeneral>(s, dp, call, corner,
                                     [&](int, int n, int e) { return log[kBlockM + column(n, e)]; });

@@ -1,14 +1,26 @@
 // What attention's backward kernels share.
 //
-//   p[i,j] = 2^(s[i,j] - lse[i]);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
+//   p[i,j] = share 2^(s[i,j] - lse[i]);  dp[i,j] = do[i]·v[j];  delta[i] = do[i]·o[i] - dlse[i];  ds = p (dp - delta)
 //   dv[j] = sum_i p do[i];  dk[j] = scale sum_i ds q[i];  dq[i] = scale sum_j ds k[j];  dbias = ds
-//   dsink = - sum_i exp(sink - lse[i]) delta[i]
+//   dsink = - sum_i share exp(sink - lse[i]) delta[i]
+//
+// Without rounding, share is 1. But beside a bias like finfo.min lse holds no logarithm of a sum, and o is rounded to 16
+// bits, which makes delta wrong. The kernel that makes dq meets all keys of its rows, and so it runs first: share (in the
+// general class) and delta come from sums over these keys (`settle`). What is made after it uses both. dq has been summed
+// with the wrong delta by then, and from rounded ds, so that what all keys have in common has been multiplied by a sum of
+// ds that is wrong by `left`:
+//
+//   dq[i] = scale share (sum_j ds k[j] - left[i] mean[i])
+//
+// The exact mean is that of the keys by p. That of one tile has the same offset, and the row's p of that tile keep hidden
+// keys out of it (`start_taking_back`).
 //
 // With dropout p reaches o as keep p / (1 - rate), so dv and dp take it so; delta needs no change. Under a cap, ds is
 // multiplied by the cap's slope before it reaches q and k. A row that sees nothing has an lse of -inf: it is read as
 // +inf, which makes its p, and with delta = 0 all its gradients, 0.
 #pragma once
 #include "attention/cuda/epilogue.cuh"
+#include "attention/cuda/softmax.cuh"
 #include "attention/cuda/table.cuh"
 
 namespace fastseq::cuda::attention {
@@ -65,6 +77,97 @@ FASTSEQ_DEVICE void through_cap(Fragment<kM, kN>& ds, const Fragment<kM, kN>& sl
     for_each_element<kM, kN>([&](int m, int n, int e) { ds.x[m][n][e] *= slope.x[m][n][e]; });
 }
 
+// What a lane has met of its two rows' keys.
+template <bool kGeneral>
+struct RowSums {
+  float p[2] = {0, 0};        // kGeneral
+  float sloped[2] = {0, 0};   // kGeneral, under a cap: p by the cap's slope
+  float ds[2] = {0, 0};       // without the slope; kGeneral, or with sinks
+  float rounded[2] = {0, 0};  // ds as the product of dq reads it; under a cap less ds with the slope
+
+  // p before dropout.
+  template <int kN>
+  FASTSEQ_DEVICE void add_p(const Fragment<1, kN>& s, const Fragment<1, kN>& slope, const AttentionCall& call) {
+    if (!kGeneral) return;
+    for_each_element<1, kN>([&](int m, int n, int e) { p[e >> 1] += s.x[m][n][e]; });
+    if (call.cap_out != 0)
+      for_each_element<1, kN>([&](int m, int n, int e) { sloped[e >> 1] += s.x[m][n][e] * slope.x[m][n][e]; });
+  }
+  template <int kN>
+  FASTSEQ_DEVICE void add_ds(const Fragment<1, kN>& x, const AttentionCall& call) {
+    if (kGeneral || call.sinks != nullptr)
+      for_each_element<1, kN>([&](int m, int n, int e) { ds[e >> 1] += x.x[m][n][e]; });
+  }
+  // ds with the slope, to be rounded.
+  template <int kN>
+  FASTSEQ_DEVICE void subtract_sloped(const Fragment<1, kN>& x, const AttentionCall& call) {
+    if (kGeneral && call.cap_out != 0)
+      for_each_element<1, kN>([&](int m, int n, int e) { rounded[e >> 1] -= x.x[m][n][e]; });
+  }
+  // ds as an A operand: its registers are rows g, g + 8, g, g + 8.
+  template <class T>
+  FASTSEQ_DEVICE void add_rounded(const uint32_t (&a)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float2 pair = unpack2<T>(a[r]);
+      rounded[r % 2] += pair.x;
+      rounded[r % 2] += pair.y;
+    }
+  }
+};
+
+struct Settled {
+  float share, delta, left;
+};
+
+// All lanes: what the sums of row i, with its log and delta, say. All of dp - delta, by p, is dlse, with a sink's own p in
+// both sums.
+template <bool kGeneral>
+FASTSEQ_DEVICE Settled settle(const RowSums<kGeneral>& sums, int half, const AttentionBackward& call, const Sequence& own,
+                              const Slot& slot, int i, float log, float delta) {
+  const bool empty = log == kInfinity;
+  const float of_sink =
+      call.sinks == nullptr ? 0.0f : ex2(number_at(call.sinks, call.sinks_dtype, slot.h) * kLog2e - log);
+  const float dlse =
+      call.dlse.data == nullptr || empty ? 0.0f : at<float>(call.dlse, slot.b, slot.h, own.q_row)[i];
+  const float rounded = sum_of_row(sums.rounded[half]);
+  const float p = kGeneral ? sum_of_row(sums.p[half]) : 1.0f - of_sink;
+  const float ds = kGeneral || call.sinks != nullptr ? sum_of_row(sums.ds[half]) : rounded;
+  const float share = !kGeneral ? 1.0f : p + of_sink == 0 ? 0.0f : 1.0f / (p + of_sink);
+  const float wrong = (ds - of_sink * delta) * share - dlse;
+  const bool capped = kGeneral && call.cap_out != 0;
+  const float left = capped ? rounded + wrong * sum_of_row(sums.sloped[half]) : rounded - ds + wrong * p;
+  return {share, delta + wrong, empty ? 0.0f : left};
+}
+
+// Makes s, a row's p of a tile, what takes `left` times the mean of its keys by p back from x in a product; x is in units
+// of the result, which that product's sum is multiplied by: left by p may be too small for float16. Whether it was done: a
+// row may have no p there.
+template <int kN, int kD>
+FASTSEQ_DEVICE bool start_taking_back(Fragment<1, kN>& s, Fragment<1, kD>& x, int half, float left, float& unit) {
+  float sum = 0;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) sum += s.x[0][n][2 * half] + s.x[0][n][2 * half + 1];
+  sum = sum_of_row(sum);
+  const bool done = sum > 1e-30f && !(left == 0);
+  const bool real = done && (left > 1e-30f || left < -1e-30f);
+  const float factor = real ? -1.0f / sum : 0.0f, inverse = real ? 1.0f / left : 1.0f;
+  unit = real ? left : 1.0f;
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; ++e) s.x[0][n][e] = real ? s.x[0][n][e] * factor : 0.0f;
+#pragma unroll
+  for (int n = 0; n < kD; ++n)
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; ++e) x.x[0][n][e] *= inverse;
+  return done;
+}
+template <int kD>
+FASTSEQ_DEVICE void multiply_rows_by(Fragment<1, kD>& x, const float (&factor)[2]) {
+  for_each_element<1, kD>([&](int m, int n, int e) { x.x[m][n][e] *= factor[e >> 1]; });
+}
+
 // Multiplies by the scale, and zeroes rows from `end` on, counted from `first`: whatever a row past its length took in.
 template <int kM, int kN>
 FASTSEQ_DEVICE void scale_rows(Fragment<kM, kN>& x, float scale, int first, int end) {
@@ -80,6 +183,7 @@ namespace fastseq::cuda {
 
 // The parts of attention_backward; each null, or why its launch failed.
 const char* attention_backward_rows(const AttentionBackward& call, const Place& place);
+const char* attention_backward_sinks(const AttentionBackward& call, const Place& place);
 const char* attention_backward_keys(const AttentionBackward& call, const Place& place);
 const char* attention_backward_queries(const AttentionBackward& call, const Place& place);
 const char* attention_backward_bias(const AttentionBackward& call, const Place& place);

@@ -7,7 +7,8 @@
 //
 //   s = near_s far_sᵀ;  dp = near_p far_pᵀ;  p, ds from them;  sum_s += ds far_s;  sum_p += p far_p (kOfKeys)
 //
-// where near_s and far_s are the factors of s, k and q, and near_p and far_p those of dp, v and do: sum_s becomes dk or
+// For dq the sums of the rows then settle their delta, and one tile more, or two, takes back from sum_s what was wrong.
+// Here near_s and far_s are the factors of s, k and q, and near_p and far_p those of dp, v and do: sum_s becomes dk or
 // dq, sum_p becomes dv. A warp brings the factors of s, another those of dp, through a ring of buffers each; the other
 // warpgroups own 64 rows each, and the exponentials of one run under the products of another. Where the sums are too wide
 // for the registers, kParts blocks share the columns and each computes the scores. A block stays on its multiprocessor and
@@ -53,6 +54,17 @@ struct GradientTile {
       j += Shape::kFar;
       if (j >= far.end) j = far.begin, ++h;
     } while (h < last);
+  }
+  // The same of dq's tiles that take back: the last that all see, or those in which rows see their last keys.
+  template <class Each>
+  FASTSEQ_DEVICE void for_each_again(const AttentionBackward& call, const Each& each) const {
+    if (Shape::kOfKeys || far.begin >= far.end) return;
+    const bool whole = far.whole_begin < far.whole_end;
+    const int seen = at_most(far.end - 1, first + own.shift + call.right) / Shape::kFar * Shape::kFar;
+    const int least = whole ? far.whole_end - Shape::kFar : at_least(far.begin, seen);
+#pragma unroll 1
+    for (int j = whole ? least : (far.end - 1) / Shape::kFar * Shape::kFar; j >= least; j -= Shape::kFar)
+      each(slot.h / call.group, j);
   }
 };
 
@@ -140,7 +152,7 @@ struct HopperGradient {
       // Rows past the tensor's end come as zero; those past the sequence's end alone may be anything.
       const int count = kOfKeys ? tile.own.tq : tile.own.tk, all = kOfKeys ? call.length_q : call.length_k;
       const int end = tile.far_row() + count < all ? count : kUnlimited;
-      tile.for_each_far(call, [&](int h, int first) {
+      const auto bring_far = [&](int h, int first) {
         factor.far.wait_empty();
         if (kOfKeys && lane() == 0) {
           mbar_expect_tx(factor.far.full(), Factor::kNumbers);
@@ -151,7 +163,9 @@ struct HopperGradient {
         start_clean<typename Factor::Far>(factor.far_tile(), far, factor.far.full(), tile.far_row() + first, h, b,
                                           end - first, factor.landed, parity);
         factor.far.advance();
-      });
+      };
+      tile.for_each_far(call, bring_far);
+      tile.for_each_again(call, bring_far);
     });
   }
 
@@ -170,7 +184,8 @@ struct HopperGradient {
     uint32_t p[kFar / 16][4], ds[kFar / 16][4];
     sum_s.clear();
     sum_p.clear();
-    float log[2], delta[2];  // of queries, this lane's rows
+    float log[2] = {0, 0}, delta[2] = {0, 0};  // of queries, this lane's rows
+    RowSums<false> sums;
     if (!kOfKeys) {
       const int64_t scratch = scratch_of(call, own, slot.b, slot.h) + tile.first + row + int(lane() >> 2);
 #pragma unroll
@@ -204,7 +219,12 @@ struct HopperGradient {
       score_gradients<kOfKeys, false>(s, dp, call, corner,
                                       [&](int, int n, int e) { return number(of_p.far_numbers(), delta, n, e); });
       if constexpr (kOfKeys) round_fragment<T>(p, s);
+      if constexpr (!kOfKeys) sums.add_ds(dp, call);
       round_fragment<T>(ds, dp);
+      if constexpr (!kOfKeys) {
+#pragma unroll
+        for (int k = 0; k < kFar / 16; ++k) sums.template add_rounded<T>(ds[k]);
+      }
       wg_fence();
       if constexpr (kOfKeys) {
         multiply_columns<T, FarP>(sum_p, p, of_p.far_tile(), part * kColumnsP);
@@ -221,6 +241,7 @@ struct HopperGradient {
       of_s.far.advance();
       of_p.far.stage = of_s.far.stage, of_p.far.parity = of_s.far.parity;  // in step: one pair of registers
     });
+    if constexpr (!kOfKeys) take_back(group, tile, log, delta, sums, sum_s);
 
     // Results leave by way of the near tiles' rows: when the whole group is done with them.
     named_bar_sync(unsigned(1 + group), kWarpgroup);
@@ -239,6 +260,52 @@ struct HopperGradient {
     of_s.near.advance();
     of_p.near.release();
     of_p.near.parity = of_s.near.parity;
+  }
+
+  // Of dq: settles the rows' delta, and takes back from sum_s what was wrong.
+  FASTSEQ_DEVICE void take_back(int group, const GradientTile<Shape>& met, const float (&log)[2],
+                                const float (&delta)[2], const RowSums<false>& sums,
+                                Fragment<1, kColumnsS / 8>& sum_s) {
+    // Found anew, by numbers that the compiler does not know: what was found before would be held through the loop.
+    Slot slot = met.slot;
+    slot.b = shfl_idx(slot.b, 0), slot.h = shfl_idx(slot.h, 0), slot.tile = shfl_idx(slot.tile, 0);
+    const GradientTile<Shape> tile(call, slot, Sequence(call, slot.b));
+    const int row = tile.first + 64 * group + int(warp() % 4) * 16;
+    float left[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + int(lane() >> 2) + 8 * half;
+      const Settled settled = settle(sums, half, call, tile.own, tile.slot, i, log[half], delta[half]);
+      left[half] = settled.left;
+      if ((lane() & 3) == 0 && log[half] != kInfinity)
+        call.delta[scratch_of(call, tile.own, tile.slot.b, tile.slot.h) + i] = settled.delta;
+    }
+    tile.for_each_again(call, [&](int, int first) {
+      Fragment<1, kFar / 8> s, slope;
+      uint32_t p[kFar / 16][4];
+      float unit[2];
+      of_p.far.wait_full(), of_p.far.release();  // v came along, to keep the rings in step
+      of_s.far.wait_full();
+      wg_fence();
+      multiply_rows<T, NearS, FarS>(s, of_s.near_tile, 64 * group, of_s.far_tile());
+      wg_commit();
+      wg_wait<0>(numbers_of(s));
+      probabilities<false, false>(s, slope, call, tile.own, Corner{tile.slot.b, tile.slot.h, row, first},
+                                  tile.far.masked(first), [&](int, int, int e) { return log[e >> 1]; });
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (start_taking_back(s, sum_s, half, left[half], unit[half])) left[half] = 0;
+      round_fragment<T>(p, s);
+      wg_wait<0>(numbers_of(sum_s));  // nothing is under way: the fence is not to come before what was computed here
+      wg_fence();
+      multiply_columns<T, FarS>(sum_s, p, of_s.far_tile());
+      wg_commit();
+      wg_wait<0>(numbers_of(sum_s));
+      multiply_rows_by(sum_s, unit);
+      of_s.far.release();
+      of_s.far.advance();
+      of_p.far.stage = of_s.far.stage, of_p.far.parity = of_s.far.parity;
+    });
   }
 };
 

@@ -85,6 +85,7 @@ FiveTensors attention_backward_cuda(const Tensor& d_o, const MaybeTensor& dlse, 
   call.rows = scratch_rows(call);
   const int64_t heads = int64_t(in.packed() ? 1 : call.batch) * call.heads_q;
   call.log = scratch(in, {heads, call.rows}), call.delta = scratch(in, {heads, call.rows});
+  if (is_general(call)) call.share = scratch(in, {heads, call.rows});
   if (call.dsinks && lse.numel() > 0) {
     call.sinks_parts = scratch(in, {sinks_parts(call), call.heads_q}, true);
   } else if (call.dsinks) {

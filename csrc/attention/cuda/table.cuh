@@ -81,7 +81,9 @@ struct KeysShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1, kBlockN = 16 * kWarps;
   static constexpr int kBlockM = HeadsOf::kDim <= (kGeneral ? 64 : 96) ? 64 : HeadsOf::kDim == 192 ? 16 : 32;
   static constexpr int kParts = HeadsOf::kDim <= 192 ? 1 : kGeneral ? 4 : 2;
-  static constexpr int kShared = 2 * (kBlockN + 2 * kBlockM) * (HeadsOf::kDim + HeadsOf::kDimV) + 16 * kBlockM;
+  static constexpr int kNumbers = kGeneral ? 3 : 2;  // of each query: log, delta, share
+  static constexpr int kShared =
+      2 * (kBlockN + 2 * kBlockM) * (HeadsOf::kDim + HeadsOf::kDimV) + 8 * kNumbers * kBlockM;
 };
 
 // dq: a block owns kBlockM queries, a warp 16 of them, meeting kBlockN keys at a time.

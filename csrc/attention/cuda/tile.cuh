@@ -134,10 +134,15 @@ FASTSEQ_DEVICE void product_of_rows(Fragment<kM, kN>& c, const Reader<TileA>& a_
   }
 }
 
+struct Unseen {
+  FASTSEQ_DEVICE void operator()(const uint32_t (&)[4]) const {}
+};
+
 // c += A B with A in registers (accumulators of an earlier product, rounded to T) and B columns 8 first.. of a tile.
-template <class T, class TileB, int kM, int kK, int kN>
+// see(a): A operands of 16 rows, rounded.
+template <class T, class TileB, int kM, int kK, int kN, class See = Unseen>
 FASTSEQ_DEVICE void add_product(Fragment<kM, kN>& c, const Fragment<kM, kK>& a, const Reader<TileB>& b_reader,
-                                int first = 0) {
+                                int first = 0, const See& see = {}) {
   static_assert(TileB::kRows == 8 * kK && kK % 2 == 0 && kN % 2 == 0);
 #pragma unroll
   for (int k = 0; k < kK / 2; ++k) {
@@ -149,6 +154,8 @@ FASTSEQ_DEVICE void add_product(Fragment<kM, kN>& c, const Fragment<kM, kK>& a, 
         const float* pair = a.x[m][2 * k + r / 2] + 2 * (r % 2);
         rounded[m][r] = pack2<T>(pair[0], pair[1]);
       }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) see(rounded[m]);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];

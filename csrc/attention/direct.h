@@ -47,7 +47,7 @@ class Strided {
   Object kept_{nullptr};
 };
 
-// Exact types only: whatever else converts to them is for the careful way to judge.
+// Exact types only: the operator judges whatever else converts to them.
 inline bool read(PyObject* object, bool& to) {
   to = object == Py_True;
   return to || object == Py_False;

@@ -1,8 +1,7 @@
 """Attention past torch's operators, with and without gradients: one native call forward, one back.
 
 The native calls are csrc/attention/direct.cpp's. Each asks what could make a tensor more than its numbers, and declines
-with None; whoever asked here for the whole is then told None too, and goes the general way. A gradient that is to be
-differentiated again goes that way as well.
+with None; the caller then takes the operator. A gradient that is to be differentiated again takes the operator too.
 """
 
 from __future__ import annotations

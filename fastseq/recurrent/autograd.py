@@ -146,16 +146,20 @@ class Layer(torch.autograd.Function):
             cell, one_step, need[0], need[6], need[7], need[1]
         )
         kept_y = y if r_y else y.detach()  # else the result would hold its own graph
-        read = (r_x, r_h0, r_c0, r_w_hr, True, True, r_y, True, True, r_w_ih, r_w_hh, False, False)
-        autograd.save(ctx, (x, h0, c0, w_hr, lengths, reset, kept_y, states, tape, *weights), read)
+        tensors: tuple[Any, ...] = (x, h0, c0, kept_y, states, tape, w_ih, w_hh, b_ih, b_hh)
+        read: tuple[bool, ...] = (r_x, r_h0, r_c0, r_y, True, True, r_w_ih, r_w_hh, False, False)
+        if not fast:
+            tensors, read = (*tensors, w_hr, lengths, reset), (*read, r_w_hr, True, True)
+        autograd.save(ctx, tensors, read)
         ctx.walk, ctx.want_states = walk, want_states
         results = (y, h_n, c_n, states if want_states else None)
         return tuple(t for t in results if t is not None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        x, h0, c0, w_hr, lengths, reset, y, states, tape, *weights = autograd.saved(ctx)
         walk, layout, fast = ctx.walk
+        x, h0, c0, y, states, tape, w_ih, w_hh, b_ih, b_hh, *more = autograd.saved(ctx)
+        w_hr, lengths, reset = more or (None, None, None)
         need = ctx.needs_input_grad
         lstm, is_cell = walk.cell == "lstm", layout == "cell"
         dy, dh_n = grads[0], None if is_cell else grads[1]
@@ -167,12 +171,11 @@ class Layer(torch.autograd.Function):
         ):
             found = direct.layer_gradient(
                 (*need[:3], *need[6:]), dy, dh_n, dc_n, x, h0, c0, y, states, tape, walk.cell, layout, walk.reverse,
-                *weights[:2],
+                w_ih, w_hh,
             )  # fmt: skip
             if found is not None:
                 return (*found[:3], None, None, None, *found[3:])
         rank = x.dim()
-        b_ih, b_hh = weights[2:] or (None, None)
         dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0 = gradient(
             (
                 steps_in(layout, rank, dy),
@@ -181,7 +184,7 @@ class Layer(torch.autograd.Function):
                 grads[3] if ctx.want_states else None,
             ),
             Inputs(
-                steps_in(layout, rank, x), weights[0], weights[1], b_ih, b_hh, w_hr, state_in(layout, rank, h0),
+                steps_in(layout, rank, x), w_ih, w_hh, b_ih, b_hh, w_hr, state_in(layout, rank, h0),
                 state_in(layout, rank, c0), lengths, reset,
             ),
             Kept(steps_in(layout, rank, y), states, tape),
@@ -189,7 +192,7 @@ class Layer(torch.autograd.Function):
             (need[0], *need[6:8], *(need[8:] or (False, False)), need[4], *need[1:3]),
         )  # fmt: skip
         found = steps_out(layout, rank, dx), state_out(layout, rank, dh0), state_out(layout, rank, dc0)
-        return (*found, None, dw_hr, None, *(dw_ih, dw_hh, db_ih, db_hh)[: len(weights)])
+        return (*found, None, dw_hr, None, *(dw_ih, dw_hh, db_ih, db_hh)[: len(need) - 6])
 
 
 def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]) -> tuple[Tensor | None, ...]:

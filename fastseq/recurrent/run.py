@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastseq import auto, autograd, checks, direct, ops
 from fastseq import backend as backends
 from fastseq.recurrent import eager, layers, packed, reference
-from fastseq.recurrent.autograd import FORWARD, Inputs, Layer, Scan, Walk
+from fastseq.recurrent.autograd import FORWARD, Layer, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result
 
 
@@ -165,7 +166,7 @@ def _layers(
         last = layer == call.num_layers - 1
         for direction in range(call.directions):
             index = layer * call.directions + direction
-            walk = _walk(Walk(call.cell, direction == 1, name), call, index, call.want_states and last)
+            walk = _walk(_walk_of(call.cell, direction == 1, name), call, index, call.want_states and last)
             ys, h, c, all_c = packed.chain(walk, xs, lengths, h_start[index], c_start[index], direction == 1)
             outputs.append(ys)
             h_n.append(h)
@@ -184,7 +185,10 @@ def _layers(
 def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> packed.Walk:
     """The scan of one layer and direction, as :func:`packed.chain` calls it."""
     weights = call.weights_of(index)
-    return lambda x, lengths, h, c: scan(walk, Inputs(x, *weights, h, c, lengths, call.reset), want_states)
+    return lambda x, lengths, h, c: scan(walk, (x, *weights, h, c, lengths, call.reset), want_states)
+
+
+_walk_of = functools.lru_cache(Walk)
 
 
 def _beside(directions: Sequence[Tensor]) -> Tensor:
@@ -195,8 +199,8 @@ def _stacked(states: list[Tensor]) -> Tensor:
     return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
 
-def scan(walk: Walk, inputs: Inputs, want_states: bool = False) -> Result:
-    """One layer and direction on a backend; results as :func:`fastseq.recurrent.reference.scan`."""
+def scan(walk: Walk, inputs: Sequence[Any], want_states: bool = False) -> Result:
+    """One layer and direction on a backend, of :class:`Inputs`; results as :func:`fastseq.recurrent.reference.scan`."""
     cell, reverse, backend = walk
     if backend == "reference" or autograd.needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
@@ -214,7 +218,7 @@ def scan(walk: Walk, inputs: Inputs, want_states: bool = False) -> Result:
     return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
 
 
-def _recorded(walk: Walk, inputs: Inputs, want_states: bool) -> Result:
+def _recorded(walk: Walk, inputs: Sequence[Any], want_states: bool) -> Result:
     """A scan in eager mode, to be differentiated."""
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset = inputs
     want_states = want_states and walk.cell == "lstm"

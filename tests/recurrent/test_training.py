@@ -1,4 +1,4 @@
-"""Training of one layer or cell on the CPU past the operators: the general way's bits, left when a question remains."""
+"""Training of one layer or cell on the CPU past the operators: the operators' bits, declined when a question remains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from support import flat, needs_native
+from support import fast_paths, flat, needs_native
 from test_direct import MODES, Dispatch, Functions, leaves_nothing_behind
 from test_threads import run_python
 from torch._dynamo import compiled_autograd
@@ -49,12 +49,10 @@ def trained(layer, x, states, seed=0, outputs=None):
     return found, gradients
 
 
-def generally(monkeypatch, *args, **kwargs):
-    with monkeypatch.context() as patch:
-        patch.setattr(direct, "layer_forward", lambda *_: None)
-        patch.setattr(direct, "layer_gradient", lambda *_: None)
-        found, gradients = trained(*args, **kwargs)
-    return found, gradients
+def generally(*args, **kwargs):
+    """By the operators."""
+    with fast_paths(required=False):
+        return trained(*args, **kwargs)
 
 
 def same(a, b):
@@ -83,22 +81,22 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_general_ways_bits(mode, layout, dtype, monkeypatch):
+def test_the_operators_bits(mode, layout, dtype):
     shape, batch, options = LAYOUTS[layout]
     layer = build(mode, "cell" in layout, dtype=dtype, **options)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     for states in (states_of(mode, layer, batch, dtype), []):
         for outputs in (None, *([i] for i in range(len(call(layer, x, states))))):
-            found, gradients = trained(layer, x, states, outputs=outputs)
-            assert "LayerBackward" in {f.grad_fn.name() for f in found}
-            expected = generally(monkeypatch, layer, x, states, outputs=outputs)
-            # A cell's h is its y: one gradient of it, where the general way has none of y.
+            with fast_paths(required=True):
+                found, gradients = trained(layer, x, states, outputs=outputs)
+            expected = generally(layer, x, states, outputs=outputs)
+            # A cell's h is its y: one gradient of it, where the operator has none of y.
             assert same(found, expected[0])
             assert same(gradients, expected[1])
 
 
-def functions_of(found):
-    """The names of all Functions of our own behind these results."""
+def nodes_of(found):
+    """How many Functions of our own are behind these results."""
     names, seen, left = [], set(), [t.grad_fn for t in found]
     while left:
         node = left.pop()
@@ -106,7 +104,7 @@ def functions_of(found):
             seen.add(node)
             names.append(node.name())
             left += [before for before, _ in node.next_functions]
-    return [name for name in names if name in ("LayerBackward", "EagerScanBackward")]
+    return names.count("LayerBackward")
 
 
 STACKS = {
@@ -119,18 +117,18 @@ STACKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("mode", MODES)
-def test_layers_of_a_stack_give_the_general_ways_bits(mode, stack, dtype, monkeypatch):
+def test_layers_of_a_stack_give_the_operators_bits(mode, stack, dtype):
     layer = build(mode, dtype=dtype, **STACKS[stack])
     rows = layer.num_layers * (1 + layer.bidirectional)
     x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     for states in (states_of(mode, layer, (rows, x.shape[1 - layer.batch_first]), dtype), []):
         for outputs in (None, [0], [1]):
             torch.manual_seed(1)
-            found, gradients = trained(layer, x, states, outputs=outputs)
-            assert functions_of(found) == rows * ["LayerBackward"]
+            with fast_paths(required=True):
+                found, gradients = trained(layer, x, states, outputs=outputs)
+            assert nodes_of(found) == rows  # one a layer and direction
             torch.manual_seed(1)
-            expected = generally(monkeypatch, layer, x, states, outputs=outputs)
-            assert functions_of(expected[0]) == rows * ["EagerScanBackward"]
+            expected = generally(layer, x, states, outputs=outputs)
             assert same(found, expected[0])
             assert same(gradients, expected[1])
 
@@ -140,7 +138,8 @@ def test_second_derivatives_of_both_directions(mode):
     layer = build(mode, features=2, hidden=2, dtype=torch.float64, bidirectional=True)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     states = states_of(mode, layer, (2, 2), torch.float64)
-    assert "EagerScanBackward" not in functions_of(call(layer, x, states))
+    with fast_paths(required=True):
+        call(layer, x, states)
     assert torch.autograd.gradgradcheck(lambda x, *states: tuple(call(layer, x, states)), (x, *states))
 
 
@@ -169,7 +168,7 @@ def test_what_is_frozen_has_no_gradient(mode, as_cell, monkeypatch):
         found, gradients = trained(layer, x, states)
         assert "LayerBackward" in {f.grad_fn.name() for f in found}
         assert len(gradients) == len(kept)
-        expected = generally(monkeypatch, layer, x, states)
+        expected = generally(layer, x, states)
         assert same(gradients, expected[1])
     layer.requires_grad_(False)
     assert call(layer, x.detach(), [s.detach() for s in states])[0].grad_fn is None
@@ -463,7 +462,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
     ours.load_state_dict(theirs.state_dict())
     want = masked_rollout(theirs)
     if way == "general":
-        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
+        monkeypatch.setattr(direct, "layer_forward", direct._decline)
     found = masked_rollout(torch.compile(ours, backend="aot_eager") if way == "compiled" else ours)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
@@ -474,7 +473,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
 @pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
 def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell, general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
+        monkeypatch.setattr(direct, "layer_forward", direct._decline)
     layer, x = build(mode, as_cell), torch.randn(*(() if as_cell else (4,)), 3, 5)
 
     def gradients(changed):
@@ -497,7 +496,7 @@ def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell,
 @pytest.mark.parametrize("general", [False, True])
 def test_a_second_derivative_refuses_what_was_changed_in_place(general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", lambda *_: None)
+        monkeypatch.setattr(direct, "layer_forward", direct._decline)
     layer, x = build("lstm", dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     y = layer(x)[0]
     with torch.no_grad():

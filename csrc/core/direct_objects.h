@@ -99,9 +99,9 @@ inline PyObject* wrapped(const torch::stable::Tensor& tensor) {
   return wrap(*reinterpret_cast<void* const*>(tensor.get()));
 }
 
-// A new contiguous tensor, and where its elements are.
-inline PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& data) {
-  torch::stable::Tensor tensor = empty(sizes, rank, dtype);
+// A new tensor, contiguous or of these dense strides, and where its elements are.
+inline PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& data, const int64_t* strides = nullptr) {
+  torch::stable::Tensor tensor = strides ? empty(sizes, strides, rank, dtype) : empty(sizes, rank, dtype);
   data = tensor.data_ptr();
   return wrapped(tensor);
 }

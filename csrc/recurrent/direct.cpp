@@ -104,7 +104,7 @@ PyObject* infer(PyObject* const* args, Py_ssize_t count) {
   Stack stack(call);
   if (stack.dtype() == Dtype::bf16 && stack.rows() > most_bf16_rows) return decline();
   void *to_y = nullptr, *to_h, *to_c = nullptr;
-  Object y(stack.is_cell() ? nullptr : make(stack.y_sizes, stack.rank(), stack.dtype(), to_y));
+  Object y(stack.is_cell() ? nullptr : make(stack.y_sizes, stack.rank(), stack.dtype(), to_y, stack.y_strides));
   Object h_n(make(stack.h_sizes, stack.rank(), stack.dtype(), to_h));
   Object c_n(stack.lstm() ? make(stack.c_sizes, stack.rank(), stack.dtype(), to_c) : nullptr);
   if ((!stack.is_cell() && !y.get()) || !h_n.get() || (stack.lstm() && !c_n.get())) return nullptr;

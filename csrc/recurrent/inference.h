@@ -39,7 +39,7 @@ class Stack {
   bool lstm() const { return p_.cell == Cell::lstm; }
   bool is_cell() const { return call_.layout == Layout::cell; }
   int64_t rank() const { return rank_; }  // of all results
-  int64_t y_sizes[3], h_sizes[3], c_sizes[3];
+  int64_t y_sizes[3], y_strides[3], h_sizes[3], c_sizes[3];
   int64_t products() const;  // multiplications in all, about
   int64_t rows() const { return p_.T * p_.B; }
 

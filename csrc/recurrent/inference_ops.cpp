@@ -2,6 +2,7 @@
 #include "recurrent/inference.h"
 #include "core/ops.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fastseq {
@@ -78,6 +79,12 @@ Stack::Stack(const StackCall& call) : call_(call) {
   int64_t i = 0, j = 0;
   for (int64_t n = 0; n < rank - 1; ++n) y_sizes[i++] = x[n];
   y_sizes[i] = directions_ * p.P;
+  // Steps come first in memory, as of torch's layers.
+  y_strides[i] = 1;
+  for (int64_t n = rank - 2, next = y_sizes[i]; n >= 0; --n) {
+    const int64_t dimension = swapped_ ? rank - 2 - n : n;
+    y_strides[dimension] = next, next *= std::max<int64_t>(1, y_sizes[dimension]);
+  }
   if (!is_cell()) h_sizes[j++] = rows_;
   if (batched_) h_sizes[j++] = p.B;
   h_sizes[j] = p.P;
@@ -99,7 +106,7 @@ void Stack::run(void* y, void* h_n, void* c_n) {
   if (p.B == 0 || p.P == 0) return;
   if (is_cell()) y = h_n;  // after one step they are the same
 
-  const ScanView result{y, swapped_ ? out : p.B * out, swapped_ ? p.T * out : out, 1};
+  const ScanView result{y, p.B * out, out, 1};
   for (int64_t layer = 0; layer < call_.num_layers; ++layer) {
     ScanView target = result;
     if (layer + 1 < call_.num_layers) {

@@ -46,13 +46,15 @@ def test_drawn_calls_are_the_same_both_ways(family: str, topic: str) -> None:
     generator = random.Random(zlib.crc32(f"{family} {topic}".encode()))
     for _ in range(CASES):
         case: Case = draw(family, topic, None, iter(generator.randbytes(400)))
+        if topic == "zeros" and case["dtype"].endswith("16") and family == "layer":
+            case["dtype"] = "float32"  # AUTO may take torch's own layers there, which read such tensors unwritten
         fast = run(case, "ours")
         with fast_paths(required=False):
             slow = run(case, "ours")
         assert described(fast) == described(slow), case
         # A whole MultiheadAttention in one call multiplies by other views of its weights, whose products may be summed
-        # in another order.
-        exact = family != "mha"
+        # in another order; so may the parts of the gradient of a tensor that is given more than once.
+        exact = family != "mha" and topic != "aliases"
         for a, b in zip(fast.outputs, slow.outputs, strict=True):
             assert same_bits(a, b, exact), case
         for name, a in fast.gradients.items():

@@ -115,7 +115,7 @@ def test_the_operators_bits(cell, dtype):
                     for a, b in zip(found, by_operator(given), strict=True):
                         assert a.shape == b.shape
                         assert a.dtype == b.dtype
-                        assert a.is_contiguous()
+                        assert a.stride() == b.stride()
                         assert torch.equal(a, b)
 
 
@@ -402,7 +402,7 @@ def test_tangents_go_on_without_gradients(kind, direct_too, monkeypatch):
     x = torch.randn((3, 5) if "Cell" in kind else (4, 3, 5), dtype=torch.float64)
     if not direct_too:
         for name in direct._NAMES:
-            monkeypatch.setattr(direct, name, None)
+            monkeypatch.setattr(direct, name, direct._decline)
 
     def tangent(layer):
         with torch.no_grad(), forward_ad.dual_level():

@@ -80,7 +80,7 @@ def test_the_middle_layer_stays_small() -> None:
 def test_the_files_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     quoted = re.findall(r"`((?:fastseq|csrc|kernels|tests|bench|docs)/[\w./*-]+)`", text)
-    shown = [f"fastseq/{name}" for name in re.findall(r"\b((?:recurrent|attn|nn)/\w+\.py)\b", text)]
+    shown = [f"fastseq/{name}" for name in re.findall(r"(?<![\w/])((?:recurrent|attn|nn)/\w+\.py)\b", text)]
     assert len(quoted) > 10
     for name in {*quoted, *shown}:
         assert list(ROOT.glob(name.rstrip("/"))) or (ROOT / name).exists(), f"{page} names {name}"

@@ -1,4 +1,4 @@
-"""Training of one layer or cell on the CPU past the operators: the operators' bits, declined when a question remains."""
+"""Training of one layer or cell on the CPU past the operators: their bits, declined when a question remains."""
 
 from __future__ import annotations
 

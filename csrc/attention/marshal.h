@@ -36,6 +36,7 @@ struct AttentionOptions {
         window_left, window_right, softcap, dropout_p \
   }
 
+// Where the CPU and a GPU differ.
 struct AttentionRules {
   bool looks_at_values;  // of lengths and offsets, to check them and to find the longest sequence
   const char* (*refusal)(Dtype dtype, int64_t dim, int64_t dim_v);  // why the kernels take no such call; null: they do

@@ -15,12 +15,12 @@ namespace {
 using torch::stable::Tensor;
 
 const AttentionRules kRules = {
-    true,
-    [](Dtype, int64_t, int64_t) -> const char* { return nullptr; },
-    std::numeric_limits<int64_t>::max(),
-    [](const char* name, const Tensor& x, const Tensor&) { check_readable(name, x.get()); },
-    [](const Tensor& x) { return dense(x); },
-    [](const Tensor&, const Sizes& sizes, const int64_t* strides, Dtype dtype) {
+    /*looks_at_values=*/true,
+    /*refusal=*/[](Dtype, int64_t, int64_t) -> const char* { return nullptr; },
+    /*most_rows=*/std::numeric_limits<int64_t>::max(),
+    /*check=*/[](const char* name, const Tensor& x, const Tensor&) { check_readable(name, x.get()); },
+    /*contiguous=*/dense,
+    /*empty=*/[](const Tensor&, const Sizes& sizes, const int64_t* strides, Dtype dtype) {
       return empty(sizes.data(), strides, int64_t(sizes.size()), dtype);
     },
 };

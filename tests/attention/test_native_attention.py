@@ -212,6 +212,12 @@ def test_wrong_arguments_are_refused_before_they_do_harm() -> None:
     for offsets in ([0, 3, 8], [0, 5, 4], [1, 3, 7]):
         with pytest.raises(RuntimeError, match="cu_seqlens_q"):
             forward(q, k, v, {**cu, "cu_seqlens_q": torch.tensor(offsets, dtype=torch.int32)})
+    for dense_only in ({"mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, {"bias": torch.zeros(1, 1, 1, 1)}):
+        with pytest.raises(RuntimeError, match="padded layout"):
+            forward(q, k, v, {**cu, **dense_only})
+    empty = torch.tensor([], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cu_seqlens_q is empty"):
+        forward(q, k, v, {"cu_seqlens_q": empty, "cu_seqlens_k": empty})
 
 
 def test_the_operators_pass_opcheck() -> None:

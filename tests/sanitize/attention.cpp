@@ -168,7 +168,7 @@ struct Problem {
       dbias = Array(bias_dtype, bias.size());
       std::memset(dbias.data(), 0, size_t(bias.size()) * bytes_of(bias_dtype));  // as the kernel asks
       backward.dbias = dbias.data();
-      rows = Array(accumulator_of(dtype), 2 * lse.size());
+      rows = Array(accumulator_of(dtype), 2 * B * Hq * Tq);
       backward.rows = rows.data();
       for (int i = 0; i < 4; ++i) backward.bias_size[i] = long(bias_size[i]);
     }

@@ -28,15 +28,15 @@ struct Launching {
 };
 
 const AttentionRules kRules = {
-    false,
-    attention_refusal,
-    kLongest,
-    [](const char* name, const Tensor& x, const Tensor& q) {
+    /*looks_at_values=*/false,
+    /*refusal=*/attention_refusal,
+    /*most_rows=*/kLongest,
+    /*check=*/[](const char* name, const Tensor& x, const Tensor& q) {
       FASTSEQ_CHECK(x.is_cpu() == q.is_cpu() && x.get_device_index() == q.get_device_index(), "attention: ", name,
                     " must be on q's device");
     },
-    [](const Tensor& x) { return torch::stable::contiguous(x); },
-    [](const Tensor& x, const Sizes& sizes, const int64_t* strides, Dtype dtype) {
+    /*contiguous=*/[](const Tensor& x) { return torch::stable::contiguous(x); },
+    /*empty=*/[](const Tensor& x, const Sizes& sizes, const int64_t* strides, Dtype dtype) {
       const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                aoti_torch_dtype_float16()};
       int32_t device;

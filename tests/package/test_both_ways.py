@@ -24,7 +24,10 @@ def described(answer: Answer) -> list[Any]:
     """All that a caller sees of an answer, but the bits."""
 
     def form(t: Tensor | None) -> Any:
-        return None if t is None else (t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad)
+        if t is None:
+            return None
+        layout = t.stride() if t.numel() else None  # of no elements any strides will do
+        return t.dtype, t.device, tuple(t.shape), layout, t.requires_grad
 
     error = None if answer.error is None else (type(answer.error), str(answer.error))
     gradients = {name: form(t) for name, t in answer.gradients.items()}

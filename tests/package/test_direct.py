@@ -115,7 +115,7 @@ def test_the_operators_bits(cell, dtype):
                     for a, b in zip(found, by_operator(given), strict=True):
                         assert a.shape == b.shape
                         assert a.dtype == b.dtype
-                        assert a.stride() == b.stride()
+                        assert a.stride() == b.stride() or not a.numel()
                         assert torch.equal(a, b)
 
 

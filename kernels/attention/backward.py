@@ -135,7 +135,8 @@ def add_queries(
         i = row[None, :]
         log = load_vector(log_head, start, BLOCK_M)
         p = tl.exp2(biased(s, call, b, h, i, j, start, j0, tq, tk, shift, MASKED, False) - log[None, :])
-        p = p * load_vector(share_head, start, BLOCK_M)[None, :]
+        if k1.dtype == tl.float32 or call.bias.ptr is not None:
+            p = p * load_vector(share_head, start, BLOCK_M)[None, :]
         d_tile = load_tile(d_head, d_row, start, tq, DV, 0, BLOCK_M, BLOCK_DV, ALIGN, True)  # [BLOCK_M, DV]
         if KEYS and k1.dtype == tl.float32:  # no tensor cores: else ptxas holds the operands of two products at once
             tl.debug_barrier()
@@ -263,7 +264,8 @@ def add_keys(
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
     without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``. Under a cap
-    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope."""
+    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where
+    there is no bias, as scores are not that large, and ``excess`` where what was rounded is exact enough."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product, k1, k2 = products(
@@ -273,8 +275,10 @@ def add_keys(
         p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, precise, MASKED)
         dp = dot(d_tile, tl.trans(v_tile), PRECISION, WIDEN)
         ds = scores_gradient(p, dp, delta, call, b, h, i, start, BLOCK_M, BLOCK_N)
-        total += tl.sum(p, 1)
-        excess += tl.sum(ds, 1)
+        if precise or call.bias.ptr is not None:
+            total += tl.sum(p, 1)
+        if precise or call.bias.ptr is not None or call.sinks is not None or call.cap_in is not None:
+            excess += tl.sum(ds, 1)
         if call.cap_in is not None:
             slope = cap_slope(s, call)
             ds = ds * slope
@@ -306,11 +310,11 @@ def take_back(
         p, _scores = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
         own = tl.sum(p, 1)
         taken = (own > 1e-30) & (tl.abs(left) > 1e-30)
-        unit = tl.floor(tl.log2(tl.where(taken, tl.abs(left), 1.0)))
-        less = tl.exp2(-unit)
-        more = tl.exp2(unit)
-        p = p * tl.where(taken, -left * less * tl.exp2(-tl.log2(tl.where(taken, own, 1.0))), 0.0)[:, None]
-        p = narrow(p, q1.dtype, WIDEN)
+        unit = tl.where(taken, left, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
+        less = (0x7F000000 - unit).to(tl.float32, bitcast=True)
+        more = unit.to(tl.float32, bitcast=True)
+        root = tl.rsqrt(tl.where(taken, own, 1.0))
+        p = narrow(p * tl.where(taken, -left * less * root * root, 0.0)[:, None], q1.dtype, WIDEN)
         dq1 = dot_add(p, k1, dq1 * less[:, None], PRECISION, WIDEN) * more[:, None]
         if D2 > 0:
             dq2 = dot_add(p, k2, dq2 * less[:, None], PRECISION, WIDEN) * more[:, None]
@@ -379,26 +383,35 @@ def attention_backward_queries(
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
         # All of dp - delta, by p, is dlse, with a sink's own p in both sums.
-        of_keys = total
-        wrong = excess
+        weighed: tl.constexpr = q1.dtype == tl.float32 or call.bias.ptr is not None
+        if not weighed and call.sinks is None and call.cap_in is None:
+            excess = rounded
+        weight = tl.zeros([BLOCK_M], tl.float32)
         if call.sinks is not None:
             weight = tl.exp2(tl.load(call.sinks + h).to(tl.float32) * LOG2E - log)
-            total += weight
-            wrong -= weight * delta
-        share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-        wrong *= share
+        wrong = excess - weight * delta
+        row = tl.arange(0, BLOCK_M)
+        share = tl.full([BLOCK_M], 1.0, tl.float32)
+        if weighed:
+            whole = total + weight
+            share = tl.where(whole == 0.0, 0.0, 1.0 / tl.where(whole == 0.0, 1.0, whole))
+            wrong *= share
+            tl.store(scratch.share + base + i0 + row, share)
+        else:
+            total = 1.0 - weight
         if dlse is not None:
             wrong -= more
         delta += wrong
-        row = tl.arange(0, BLOCK_M)
-        tl.store(scratch.share + base + i0 + row, share)
         tl.store(scratch.delta + base + i0 + row, delta)
         if q1.dtype != tl.float32:
             if call.cap_in is not None:
                 left = rounded + wrong * sloped
             else:
-                left = rounded - excess + wrong * of_keys
+                left = rounded - excess + wrong * total
             start = tl.where(whole_begin < whole_end, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
+            # q and log again: held until here they would take registers from the loops.
+            log = load_vector(scratch.log + base, i0, BLOCK_M)
+            q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
             dq1, dq2 = take_back(
                 dq1, dq2, left, q1, q2, log, k_head, k_more, row_k, start, begin, call, b, h, i, i0, tq, tk, shift,
                 D, D1, D2, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,

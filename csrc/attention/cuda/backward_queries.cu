@@ -58,6 +58,9 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
   Fragment<1, Shape::kDim / 8> dq;
   dq.clear();
   RowSums<kGeneral> sums;
+  constexpr bool kSumsShared = Shape::kSums > 0;
+  float* kept = reinterpret_cast<float*>(shared_memory() + Shape::kShared - Shape::kSums) + tid();
+  if constexpr (kSumsShared) sums.write(kept, kThreads);
 
   for (int j0 = keys.begin; j0 < keys.end; j0 += kBlockN) {
     cp_wait<0>();
@@ -73,6 +76,7 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     product_of_rows<T>(s, q_reader, shifted(k_rows));
     probabilities<false, kGeneral>(s, slope, call, own, corner, keys.masked(j0),
                                    [&](int, int, int e) { return log[e >> 1]; });
+    if constexpr (kSumsShared) sums = RowSums<kGeneral>();
     sums.add_p(s, slope, call);
     product_of_rows<T>(dp, d_reader, shifted(v_rows));
     score_gradients<false, kGeneral>(s, dp, call, corner, [&](int, int, int e) { return delta[e >> 1]; });
@@ -80,6 +84,11 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     through_cap<kGeneral>(dp, slope, call);
     sums.subtract_sloped(dp, call);
     add_product<T>(dq, dp, shifted(k_columns), 0, [&](const uint32_t(&a)[4]) { sums.template add_rounded<T>(a); });
+    if constexpr (kSumsShared) sums.add_to(kept, kThreads);
+  }
+  if constexpr (kSumsShared) {
+    sums = RowSums<kGeneral>();
+    sums.read(kept, kThreads);
   }
 
   float share[2], left[2];

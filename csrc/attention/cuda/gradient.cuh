@@ -85,6 +85,23 @@ struct RowSums {
   float ds[2] = {0, 0};       // without the slope; kGeneral, or with sinks
   float rounded[2] = {0, 0};  // ds as the product of dq reads it; under a cap less ds with the slope
 
+  // The sums in shared memory, each `step` numbers from the one before: where a loop has no registers for them.
+  template <class Each>
+  FASTSEQ_DEVICE void for_each(const Each& each) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      each(0 + half, p[half]), each(2 + half, sloped[half]), each(4 + half, ds[half]), each(6 + half, rounded[half]);
+  }
+  FASTSEQ_DEVICE void write(float* to, int step) {
+    for_each([&](int n, float& x) { to[n * step] = x; });
+  }
+  FASTSEQ_DEVICE void add_to(float* to, int step) {
+    for_each([&](int n, float& x) { to[n * step] += x; });
+  }
+  FASTSEQ_DEVICE void read(const float* from, int step) {
+    for_each([&](int n, float& x) { x = from[n * step]; });
+  }
+
   // p before dropout.
   template <int kN>
   FASTSEQ_DEVICE void add_p(const Fragment<1, kN>& s, const Fragment<1, kN>& slope, const AttentionCall& call) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -140,18 +140,35 @@ def in_own_dtype(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def assert_as_good_as(
-    peer: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, but: str = ""
+    peer: Any,
+    draw: Callable[[], Sequence[Tensor]],
+    options: Options | Callable[[Tensor, Tensor], Options],
+    backend: str,
+    but: str = "",
 ) -> None:
-    """Gradients of q, k, v, and of a bias and sinks where there are any, within the budget; all ``but`` one."""
-    options = {"scale": q.shape[-1] ** -0.5, **options}
-    d_o = torch.randn(*q.shape[:-1], v.shape[-1], dtype=torch.float32).to(q.dtype)
-    *_, truth = gradients(reference, q, k, v, options, torch.float64, d_o, None)
-    *_, theirs = gradients(peer, q, k, v, options, None, d_o, None)
-    ours = operator_gradients(q, k, v, options, d_o, backend)
-    names = ["dq", "dk", "dv", *(f"d{name}" for name in ("bias", "sinks") if options.get(name) is not None)]
-    for name, got, other, true in zip(names, ours, theirs, truth, strict=True):
-        if name != but:
-            assert_within_budget(got, other, true, name, floor_ulps=32 if name in ("dbias", "dsinks") else 4)
+    """Gradients of q, k, v, and of a bias and sinks where there are any, within the budget; all ``but`` one.
+
+    The errors are means over a few draws: that of one draw may be small by luck, the peer's too.
+    """
+    draws = 4 if backend == "native" else 2  # interpreters are slow
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for _ in range(draws):
+        q, k, v = draw()
+        given = {"scale": q.shape[-1] ** -0.5, **(options(q, k) if callable(options) else options)}
+        d_o = torch.randn(*q.shape[:-1], v.shape[-1], dtype=torch.float32).to(q.dtype)
+        *_, truth = gradients(reference, q, k, v, given, torch.float64, d_o, None)
+        *_, theirs = gradients(peer, q, k, v, given, None, d_o, None)
+        ours = operator_gradients(q, k, v, given, d_o, backend)
+        names = ["dq", "dk", "dv", *(f"d{name}" for name in ("bias", "sinks") if given.get(name) is not None)]
+        for name, got, other, true in zip(names, ours, theirs, truth, strict=True):
+            assert got.dtype == other.dtype, name
+            ulps = 64 if got.dtype == torch.float64 else 32 if name in ("dbias", "dsinks") else 4
+            floor = ulps * torch.finfo(got.dtype).eps * float(true.abs().max())
+            found.setdefault(name, []).append((error(got, true), error(other, true), floor))
+    for name, rows in found.items():
+        ours_mean, theirs_mean, floor = (sum(column) / draws for column in zip(*rows, strict=True))
+        budget = 2 * theirs_mean + floor
+        assert name == but or ours_mean <= budget, f"{name}: error {ours_mean:.3g} over the budget of {budget:.3g}"
 
 
 def assert_right(

@@ -6,6 +6,7 @@ these inputs look for. What MATH cannot express is held to the reference in the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -31,6 +32,10 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, offsets: tuple[float, floa
     return [(torch.randn(s) + x).to(dtype) for s, x in zip(sizes, offsets, strict=True)]
 
 
+def with_large_scores(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [x.sigmoid() * 18 - 9 for x in drawn((*shape[:5], 8, 8), dtype)]
+
+
 OFFSETS = {"keys": (0, 20, 0), "values": (0, 0, 20), "all": (2, 20, 20), "keys far away": (0, 100, 0)}
 
 
@@ -40,7 +45,7 @@ OFFSETS = {"keys": (0, 20, 0), "values": (0, 0, 20), "all": (2, 20, 20), "keys f
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_an_offset_of_keys_or_values_does_not_spoil_gradients_of_16_bits(backend, offset, shape, causal, dtype):
-    assert_as_good_as(math_path, *drawn(SHAPES[shape], dtype, OFFSETS[offset]), {"causal": causal}, backend)
+    assert_as_good_as(math_path, lambda: drawn(SHAPES[shape], dtype, OFFSETS[offset]), {"causal": causal}, backend)
 
 
 def features(name: str, q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -72,8 +77,8 @@ FEATURES = ["window", "mask", "bias", "bias of keys", "softcap", "sinks", "dropo
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_an_offset_does_not_spoil_gradients_under_any_option(backend, feature, shape, dtype):
     offset = 5 if dtype == torch.float32 else 20  # there the rounding of large scores would drown what is looked for
-    q, k, v = drawn(SHAPES[shape], dtype, (0, offset, offset))
-    assert_as_good_as(in_own_dtype, q, k, v, features(feature, q, k), backend)
+    options = functools.partial(features, feature)
+    assert_as_good_as(in_own_dtype, lambda: drawn(SHAPES[shape], dtype, (0, offset, offset)), options, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -81,8 +86,7 @@ def test_an_offset_does_not_spoil_gradients_under_any_option(backend, feature, s
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_large_scores_do_not_spoil_gradients(backend, shape, causal, dtype):
-    q, k, v = (x.sigmoid() * 18 - 9 for x in drawn((*SHAPES[shape][:5], 8, 8), dtype))
-    assert_as_good_as(math_path, q, k, v, {"causal": causal}, backend)
+    assert_as_good_as(math_path, lambda: with_large_scores(SHAPES[shape], dtype), {"causal": causal}, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

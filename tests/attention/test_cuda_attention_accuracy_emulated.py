@@ -5,6 +5,7 @@ Not held: dq where values have an offset. It is summed with the delta of a round
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,13 +44,13 @@ either = pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_an_offset_does_not_spoil_gradients(offset: str, causal: bool, dtype: torch.dtype) -> None:
     but = "dq" if OFFSETS[offset][2] else ""
-    assert_as_good_as(math_path, *drawn(SHAPE, dtype, OFFSETS[offset]), {"causal": causal}, "emulated", but=but)
+    assert_as_good_as(math_path, lambda: drawn(SHAPE, dtype, OFFSETS[offset]), {"causal": causal}, "emulated", but=but)
 
 
 def check(shape: tuple[int, ...], dtype: torch.dtype, values: float, options: str | dict[str, Any]) -> None:
-    q, k, v = drawn(shape, dtype, (0, 100, values))
-    options = features(options, q, k) if isinstance(options, str) else options
-    assert_as_good_as(in_own_dtype, q, k, v, options, "emulated", but="dq" if values else "")
+    of: Any = functools.partial(features, options) if isinstance(options, str) else options
+    but = "dq" if values else ""
+    assert_as_good_as(in_own_dtype, lambda: drawn(shape, dtype, (0, 100, values)), of, "emulated", but)
 
 
 @either

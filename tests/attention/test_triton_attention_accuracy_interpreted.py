@@ -6,10 +6,12 @@ mean of some keys.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from attention_operators import assert_as_good_as, gradients, in_own_dtype, math_path, operator_gradients
-from test_attention_accuracy import OFFSETS, SIXTEEN, drawn, features
+from test_attention_accuracy import OFFSETS, SIXTEEN, drawn, features, with_large_scores
 from triton_support import needs_interpreter
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
@@ -19,8 +21,7 @@ SHAPE = (1, 2, 1, 35, 70, 24, 17)  # several tiles in both directions, none of t
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_large_scores_do_not_spoil_gradients(causal: bool) -> None:
-    q, k, v = (x.sigmoid() * 18 - 9 for x in drawn((*SHAPE[:5], 8, 8), torch.float32))
-    assert_as_good_as(math_path, q, k, v, {"causal": causal}, "triton")
+    assert_as_good_as(math_path, lambda: with_large_scores(SHAPE, torch.float32), {"causal": causal}, "triton")
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
@@ -28,22 +29,24 @@ def test_large_scores_do_not_spoil_gradients(causal: bool) -> None:
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_an_offset_does_not_spoil_gradients(offset: str, causal: bool, dtype: torch.dtype) -> None:
     but = "dq" if OFFSETS[offset][2] else ""
-    assert_as_good_as(math_path, *drawn(SHAPE, dtype, OFFSETS[offset]), {"causal": causal}, "triton", but=but)
+    assert_as_good_as(math_path, lambda: drawn(SHAPE, dtype, OFFSETS[offset]), {"causal": causal}, "triton", but=but)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("values", [0, 20])
 @pytest.mark.parametrize("feature", ["window", "mask", "bias", "softcap", "sinks", "dropout", "everything"])
 def test_an_offset_does_not_spoil_them_under_any_option(feature: str, values: int, dtype: torch.dtype) -> None:
-    q, k, v = drawn(SHAPE, dtype, (0, 100, values))
-    assert_as_good_as(in_own_dtype, q, k, v, features(feature, q, k), "triton", but="dq" if values else "")
+    options, but = functools.partial(features, feature), "dq" if values else ""
+    assert_as_good_as(in_own_dtype, lambda: drawn(SHAPE, dtype, (0, 100, values)), options, "triton", but)
 
 
 def test_an_offset_does_not_spoil_them_where_a_mask_hides_whole_tiles() -> None:
-    q, k, v = drawn((1, 2, 1, 35, 300, 24, 17), torch.bfloat16, (0, 100, 0))
+    def draw() -> list[torch.Tensor]:
+        return drawn((1, 2, 1, 35, 300, 24, 17), torch.bfloat16, (0, 100, 0))
+
     mask = (torch.arange(300) < 100).expand(1, 1, 1, 300)
-    assert_as_good_as(in_own_dtype, q, k, v, {"mask": mask}, "triton")
-    assert_as_good_as(in_own_dtype, q, k, v, {"mask": ~mask, "causal": True}, "triton")
+    assert_as_good_as(in_own_dtype, draw, {"mask": mask}, "triton")
+    assert_as_good_as(in_own_dtype, draw, {"mask": ~mask, "causal": True}, "triton")
 
 
 def test_a_row_of_finite_masking_biases_has_the_gradient_of_its_softmax() -> None:

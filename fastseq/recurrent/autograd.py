@@ -213,15 +213,15 @@ def _differentiable_gradient(
 ) -> tuple[Tensor | None, ...]:
     """The fused gradient, whose own derivative is the reference's. A place that is not needed holds an empty tensor."""
 
-    def present(found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        empty = kept.y.detach().new_empty
-        return tuple(empty(0) if g is None or not n else g for g, n in zip(found, need, strict=True))
+    def present(x: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(0) if g is None or not n else g for g, n in zip(found, need, strict=True))
 
+    # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        return present(fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need))
+        return present(t[4], fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need))
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
-        return present(reference_gradient(t[:4], Inputs(*t[4:]), walk, need))
+        return present(t[4], reference_gradient(t[:4], Inputs(*t[4:]), walk, need))
 
     return autograd.apply(autograd.WithReference, kernel, by_reference, 12, 14, *grads, *inputs, *kept)
 

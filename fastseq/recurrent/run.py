@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastseq.recurrent.call import RecurrentCall, Result
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
     c_dtype = _cast_as_autocast(call)
+    checks.check_input(call.x, call.weights[0], call.batch_first)
     unbatched = call.x.dim() == 2 and call.batch_sizes is None
     swap = call.batch_first and call.x.dim() == 3
     steps, batch = _check_and_lay_out(call, unbatched, swap)
@@ -56,8 +58,7 @@ def _cast_as_autocast(call: RecurrentCall) -> torch.dtype | None:
 
 
 def _check_and_lay_out(call: RecurrentCall, unbatched: bool, swap: bool) -> tuple[int, int]:
-    """Checks everything, and lays the call's tensors out as ``[T, B, I]``; returns T and B."""
-    checks.check_input(call.x, call.weights[0], call.batch_first)
+    """Checks all but the input, and lays the call's tensors out as ``[T, B, I]``; returns T and B."""
     checks.check_weights(call.weights, call.names, call.x)
     checks.check_layers(call.num_layers, call.directions, call.weights, call.names)
     if call.reset is not None:
@@ -166,7 +167,7 @@ def _layers(
         last = layer == call.num_layers - 1
         for direction in range(call.directions):
             index = layer * call.directions + direction
-            walk = _walk(_walk_of(call.cell, direction == 1, name), call, index, call.want_states and last)
+            walk = _walk(_WALKS[call.cell, direction == 1, name], call, index, call.want_states and last)
             ys, h, c, all_c = packed.chain(walk, xs, lengths, h_start[index], c_start[index], direction == 1)
             outputs.append(ys)
             h_n.append(h)
@@ -188,7 +189,7 @@ def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> pac
     return lambda x, lengths, h, c: scan(walk, (x, *weights, h, c, lengths, call.reset), want_states)
 
 
-_walk_of = functools.lru_cache(Walk)
+_WALKS = {way: Walk(*way) for way in itertools.product(ops.GATES, (False, True), backends.NAMES)}  # made once
 
 
 def _beside(directions: Sequence[Tensor]) -> Tensor:

@@ -19,14 +19,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 # Of every kind of draw one: weights, masks, lengths, packed sequences, modules, autograd, the largest helpers.
 SOME = [
-    "test_triton_recurrent_interpreted.py::test_one_bias_alone[lstm-b_ih]",
-    "test_triton_recurrent_interpreted.py::test_padding_is_never_read[lstm-sequence]",
-    "test_triton_recurrent_interpreted.py::test_every_option_on_every_cell[lstm_projected-lengths+reset+reverse-step]",
-    "test_triton_promises_interpreted.py::test_update_gate_at_one_keeps_the_state[step-torch.float16-triton]",
-    "test_triton_attention_interpreted.py::test_every_feature_alone[lengths]",
-    "test_triton_attention_interpreted.py::test_packed_sequences[sinks-torch.float32]",
-    "test_triton_attention_interpreted.py::test_what_lies_past_a_length_is_never_read[torch.bfloat16-2]",
-    "test_triton_attention_interpreted.py::test_the_public_functions_and_the_layer_reach_the_kernels",
+    "recurrent/test_triton_recurrent_interpreted.py::test_one_bias_alone[lstm-b_ih]",
+    "recurrent/test_triton_recurrent_interpreted.py::test_padding_is_never_read[lstm-sequence]",
+    "recurrent/test_triton_recurrent_interpreted.py::test_every_option_on_every_cell[lstm_projected-lengths+reset+reverse-step]",
+    "package/test_triton_promises_interpreted.py::test_update_gate_at_one_keeps_the_state[step-torch.float16-triton]",
+    "attention/test_triton_attention_interpreted.py::test_every_feature_alone[lengths]",
+    "attention/test_triton_attention_interpreted.py::test_packed_sequences[sinks-torch.float32]",
+    "attention/test_triton_attention_interpreted.py::test_what_lies_past_a_length_is_never_read[torch.bfloat16-2]",
+    "attention/test_triton_attention_interpreted.py::test_the_public_functions_and_the_layer_reach_the_kernels",
 ]
 
 
@@ -94,7 +94,9 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
 
 @needs_triton
 def test_without_hypothesis_its_tests_alone_are_skipped_and_only_off_the_cpu() -> None:
-    drawn = str(TESTS / "test_triton_attention_interpreted.py") + "::test_no_tile_that_somebody_sees_is_left_out"
+    drawn = (
+        str(TESTS / "attention/test_triton_attention_interpreted.py") + "::test_no_tile_that_somebody_sees_is_left_out"
+    )
     done = run("-rs", "--device", "pretend", drawn, without_hypothesis=True)
     assert "1 skipped" in done.stdout, done.stdout + done.stderr
     assert "hypothesis is not installed" in done.stdout

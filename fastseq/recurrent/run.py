@@ -241,7 +241,9 @@ def layer_in_one_call(
     """y, h_n and an LSTM's c_n of a layer of one direction, to be differentiated; of a cell the new h and c. Nothing is
     checked before. None where the native call does not take the arguments. For eager mode with gradients on, where the
     native kernels are in force."""
-    if len(weights) not in (2, 4) or not direct.is_plain() or not autograd.wants_gradient((x, *weights, h0, c0)):
+    if not isinstance(x, Tensor) or len(weights) not in (2, 4) or not direct.is_plain():
+        return None
+    if not autograd.wants_gradient((x, *weights, h0, c0)):
         return None
     return _apply(x, h0, c0, _NOTHING_MORE, None, _native_walk(cell, layout), *weights)
 

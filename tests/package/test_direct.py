@@ -340,7 +340,7 @@ def leaves_nothing_behind(rounds, things):
     rounds()
     gc.collect()
     assert [sys.getrefcount(t) for t in things] == counts
-    assert abs(len(gc.get_objects()) - objects) < 50
+    assert len(gc.get_objects()) - objects < 50
 
 
 def test_nothing_is_left_behind():

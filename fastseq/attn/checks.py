@@ -91,11 +91,14 @@ def check_strided(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name} must be a dense tensor, got a nested one; pad it with .to_padded_tensor(0)")
     if x.layout is not torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with .to_dense()")
-    if not torch.compiler.is_compiling() and x.has_names():
+    if _NAMES and not torch.compiler.is_compiling() and x.has_names():
         raise ArgumentError(
             f"{name} has named dimensions {tuple(x.names)}, which attention does not carry on; "
             "drop them with .rename(None)"
         )
+
+
+_NAMES = hasattr(Tensor, "has_names")  # torch 2.14 has tensors without names only
 
 
 def check_sizes(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -229,7 +229,9 @@ def compare(case: Case, ours: Answer, torchs: Answer, truth: Answer) -> list[Fau
     for name in torchs.gradients:
         o, t, what = ours.gradients.get(name), torchs.gradients[name], f"gradient of {name}"
         if o is None or t is None:
-            zeros = o is not None and not o.any() and case["family"] == "attention"  # of lse with respect to v
+            # Of lse with respect to v; and torch 2.14 has no gradient of a mask on which no element of a result depends.
+            alone = case["family"] == "attention" or not any(x.numel() for x in ours.outputs)
+            zeros = o is not None and not o.any() and alone
             faults += (
                 [("None gradient", f"{name}: ours {form(o)}, torch {form(t)}")] if o is not t and not zeros else []
             )

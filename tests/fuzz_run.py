@@ -209,7 +209,8 @@ def compare(case: Case, ours: Answer, torchs: Answer, truth: Answer) -> list[Fau
         return [("no truth", f"{truth.error!r:.300}")]
     faults: list[Fault] = [("changed", f"{name} was changed in place") for name in ours.changed]
     attention = case["family"] in ("sdpa", "attention")
-    empty = any(case.get(size) == 0 for size in ("B", "heads", "L", "S", "D", "Dv"))  # then torch 2.14 has no mask's gradient
+    # Without elements torch 2.14 has no gradient of a mask.
+    empty = any(case.get(size) == 0 for size in ("B", "heads", "L", "S", "D", "Dv"))
     strides = not attention and case["context"] not in ("vmap", "compile") and not case.get("padded")
     for i, (o, t) in enumerate(zip(ours.outputs, torchs.outputs, strict=True)):
         what = f"output {i}"

@@ -342,10 +342,10 @@ FAULTS = {
         "backward_queries.cu", "sync_block();  // these keys are there", ";  //"
     ),
     "k comes again while it is read": (
-        "attention_backward_queries.cu", "sync_block();  // the tile before is done with", ";  //"
+        "backward_queries.cu", "sync_block();  // the tile before is done with", ";  //"
     ),
     "k that has come again is read before others' copies have": (
-        "attention_backward_queries.cu", "cp_wait<0>();\n    sync_block();\n    Fragment", "cp_wait<0>();\n    Fragment"
+        "backward_queries.cu", "cp_wait<0>();\n    sync_block();\n    Fragment", "cp_wait<0>();\n    Fragment"
     ),
 }  # fmt: skip
 

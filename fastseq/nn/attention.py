@@ -78,6 +78,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         appended = (self.bias_k is not None) + self.add_zero_attn
         if is_causal and attn_mask is not None and not need_weights and not appended:
+            if isinstance(attn_mask, Tensor) and attn_mask.device != query.device:
+                raise ArgumentError(
+                    f"attn_mask is on {attn_mask.device} but query on {query.device}; move it with .to()"
+                )
             attn_mask = None
         elif attn_mask is not None:
             is_causal = False
@@ -113,6 +117,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise ArgumentError(
                     f"{name} is on {parameter.device} but query on {query.device}; move one with .to(device)"
                 )
+            if parameter is not None and name.endswith("bias"):
+                check_memory(name, parameter)  # torch's addition would end the process
         q, k, v = self._project(query, key, value)
         if appended:
             if is_causal:  # the limit holds for the keys that came, not for those appended

@@ -338,7 +338,8 @@ NVCC = shutil.which("nvcc") or next((str(p) for p in sorted(Path("/usr/local").g
 def test_primitives_compile_for_a_gpu_without_spills_or_warnings(
     source: Path, architecture: str, tmp_path: Path
 ) -> None:
-    command = [str(NVCC), "-std=c++17", f"-I{ROOT}", f"-arch={architecture}", "-Xptxas=-v", str(source)]
+    folders = [f"-I{ROOT}", f"-I{ROOT / 'csrc'}"]
+    command = [str(NVCC), "-std=c++17", *folders, f"-arch={architecture}", "-Xptxas=-v", str(source)]
     goal = ["-c"] if source.name == "check_main.cu" else ["--cubin"]
     done = subprocess.run([*command, *goal, "-o", str(tmp_path / "out")], capture_output=True, text=True)
     said = done.stdout + done.stderr

@@ -28,7 +28,8 @@ def check_memory(name: str, tensor: Tensor) -> None:
     """A tensor on the CPU whose storage was not freed, of those that have one. A compiler's tensors have none."""
     if torch.compiler.is_compiling():
         return
-    if type(tensor) is Tensor and tensor.is_cpu and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
+    if ordinary and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
         raise ArgumentError(
             f"{name} {sizes(tensor)} has no memory: its storage was freed (untyped_storage().resize_(0))"
         )

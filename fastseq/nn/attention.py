@@ -78,10 +78,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         appended = (self.bias_k is not None) + self.add_zero_attn
         if is_causal and attn_mask is not None and not need_weights and not appended:
-            if isinstance(attn_mask, Tensor):  # it is not read, but one that cannot be read is a mistake
-                check_memory("attn_mask", attn_mask)
-                if attn_mask.device != query.device:
-                    raise ArgumentError(f"attn_mask is on {attn_mask.device} but query on {query.device}; move one")
+            if isinstance(attn_mask, Tensor) and attn_mask.device != query.device:
+                raise ArgumentError(f"attn_mask is on {attn_mask.device} but query on {query.device}; move one of them")
             attn_mask = None
         elif attn_mask is not None:
             is_causal = False

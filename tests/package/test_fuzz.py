@@ -77,7 +77,10 @@ ALLOWED: list[tuple[str, Callable[[Case, str, str], bool], str]] = [
     (
         "attn_mask under is_causal",
         lambda case, what, text: (
-            what == "only torch raises" and case["family"] == "mha" and case["causal"] and "attn_mask" in text
+            what == "only torch raises"
+            and case["family"] == "mha"
+            and case["causal"]
+            and ("attn_mask" in text or case.get("kinds", {}).get("attn_mask") == "freed")
         ),
         "an attn_mask beside is_causal=True stands for the causal limit and is not looked at",
     ),

@@ -76,9 +76,13 @@ def unwrapped(x: Any) -> Any:
     return torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x
 
 
-def save(ctx: Any, tensors: Sequence[Tensor | None], read: Sequence[bool]) -> None:
-    """Save for the backward pass the tensors that are read there, and keep the others aside, for second derivatives.
-    No output may be among those."""
+def save(ctx: Any, tensors: Sequence[Tensor | None], read: Sequence[bool] | None = None) -> None:
+    """Save for the backward pass the tensors that are read there (None: all), and keep the others aside, for second
+    derivatives. No output may be among those."""
+    if read is None:
+        ctx.save_for_backward(*tensors)
+        ctx.aside = ()
+        return
     kept: list[Tensor | None] = []
     aside: list[tuple[int, Tensor, int | None]] = []
     for n, t in enumerate(tensors):
@@ -108,24 +112,35 @@ class WithReference(torch.autograd.Function):
     """A fused kernel, and behind it, for whoever differentiates its results, a reference that torch can differentiate.
     Second derivatives are rare, so nothing is computed for them until one is taken.
 
-    Arguments: the kernel; the reference, a function of the first ``kept`` tensors to the same results; ``inputs``, how
-    many of these are differentiated; ``kept``; then the kernel's tensors, some of which may be None.
+    Arguments: the kernel; its gradient, a function of the results' gradients to those of all tensors, for whoever
+    differentiates no further (None: the reference's serves too); the reference, a function of the first ``kept``
+    tensors to the same results; ``inputs``, how many of these are differentiated; ``kept``; then the kernel's tensors,
+    some of which may be None.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(kernel: Callable, reference: Callable, inputs: int, kept: int, *tensors: Tensor | None) -> Any:
+    def forward(
+        kernel: Callable,
+        gradient: Callable | None,
+        reference: Callable,
+        inputs: int,
+        kept: int,
+        *tensors: Tensor | None,
+    ) -> Any:
         return kernel(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        _, ctx.reference, ctx.inputs, kept, *tensors = inputs
+        _, ctx.gradient, ctx.reference, ctx.inputs, kept, *tensors = inputs
         ctx.count = len(inputs)
         ctx.save_for_backward(*tensors[:kept])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
+        if ctx.gradient is not None and not torch.is_grad_enabled():
+            return (*(None,) * 5, *ctx.gradient(*grads))
         tensors = list(ctx.saved_tensors)
         places = [n for n, t in enumerate(tensors[: ctx.inputs]) if t is not None]
 
@@ -136,5 +151,5 @@ class WithReference(torch.autograd.Function):
         vjp: Any = torch.func.vjp(first, *(tensors[n] for n in places))[1]
         found: list[Tensor | None] = [None] * ctx.count
         for place, grad in zip(places, vjp(grads), strict=True):
-            found[4 + place] = grad
+            found[5 + place] = grad
         return tuple(found)

@@ -7,6 +7,7 @@ take, and so for every call where this fast path is off (:data:`MISSING`).
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq import auto, ops
-from fastseq.autograd import forward_mode
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
@@ -30,11 +30,6 @@ def _questions() -> tuple[Callable[[], object], ...]:
         torch._C._is_tracing,
         torch.autograd._profiler_enabled,
     )
-
-
-def plain() -> bool:
-    """Whether a tensor is no more than its numbers here and now."""
-    return not forward_mode() and not any(question() for question in _questions())
 
 
 def _offset(samples: Sequence[Tensor], words: int, address: Callable[[Tensor], int], value: Callable) -> int | None:
@@ -103,27 +98,17 @@ MISSING: str | None = _bind()
 """None where the fast path is on; else which assumption does not hold. Calls then take the operators: slower by some
 microseconds, the same otherwise."""
 
-_NAMES = (
-    *("infer", "unchanged"),
-    *("is_plain", "layer_forward", "layer_gradient"),
-    *("attend", "attend_backward", "multihead"),
-)
-
 
 def _decline(*args: Any) -> None:
     """What a function returns for a call that it does not take."""
 
 
-def _functions() -> tuple[Callable[..., Any], ...]:
-    if MISSING is not None:
-        return (_decline,) * len(_NAMES)
-    import fastseq._native as native
-
-    return tuple(getattr(native, name) for name in _NAMES)
+def _function(name: str) -> Callable[..., Any]:
+    return _decline if MISSING is not None else getattr(importlib.import_module("fastseq._native"), name)
 
 
-(
-    infer, unchanged,
-    is_plain, layer_forward, layer_gradient,
-    attend, attend_backward, multihead,
-) = _functions()  # fmt: skip
+_NAMES = (
+    *("infer", "unchanged", "is_plain", "layers_forward", "layers_backward"),
+    *("attend", "attend_backward", "multihead"),
+)
+infer, unchanged, is_plain, layers_forward, layers_backward, attend, attend_backward, multihead = map(_function, _NAMES)

@@ -49,6 +49,22 @@ def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backe
     return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse)
 
 
+def whole_gradient(grads, out, inputs, lengths, reset, cell: str, reverse: bool, with_dx=True, with_weights=True):
+    """Gradients of the inputs, all in one call, as the native kernels give those of a stack of one layer."""
+    dy, dh_n, dc_n, dstates = grads
+    y, _, _, states, tape = out
+    x, *weights, h0, c0 = inputs
+    given = [w for w in weights if w is not None]
+    dh_n, dc_n, h0, c0 = (None if s is None else s.unsqueeze(0) for s in (dh_n, dc_n, h0, c0))
+    dx, dh0, dc0, found = torch.ops.fastseq.layers_backward.native(
+        dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, lengths, reset, None, [y],
+        [states] if cell == "lstm" else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False, reverse,
+        with_dx, with_weights,
+    )  # fmt: skip
+    own = iter(found or [x.new_empty(0) for _ in given])
+    return [dx, *(None if w is None else next(own) for w in weights), dh0, dc0]
+
+
 def budget_of(peer: Tensor, truth: Tensor, floor_ulps: float = 8) -> float:
     """Twice the reference's error in its dtype, plus some roundings of terms of about 1.
 

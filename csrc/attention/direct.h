@@ -15,11 +15,9 @@ class Strided {
  public:
   // False: no ordinary tensor. None is no tensor, and fine.
   bool take(PyObject* object) {
-    if (!object) return false;
+    if (!borrowed_.take(object) || !given()) return object == Py_None;
     Py_INCREF(object);
     kept_.reset(object);
-    if (!borrowed_.take(object)) return false;
-    if (!given()) return true;
     int64_t *its_sizes, *its_strides;
     rank = rank_of(handle());
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle(), &its_sizes));

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <exception>
 
-#include "core/direct.h"
 #include "recurrent/marshal.h"
 
 namespace fastseq {
@@ -64,7 +63,7 @@ struct Borrowed {
   // tensors, names, wrappers of transforms and subclasses with a dispatch of their own; its type answers for subclasses
   // with a torch function; its storage may have been freed.
   bool take(PyObject* object) {
-    if (object == Py_None) return true;
+    if (!object || object == Py_None) return object;
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type && type != parameter_type) return false;
     impl = impl_of(object);
@@ -148,11 +147,6 @@ PyMethodDef method(const char* name) {
 }
 
 inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(object, nullptr); }
-
-// recurrent/direct_training.cpp
-PyObject* is_plain(PyObject*, PyObject*);
-PyObject* layer_forward(PyObject* const* args, Py_ssize_t count);
-PyObject* layer_gradient(PyObject* const* args, Py_ssize_t count);
 
 // attention/direct.cpp
 PyObject* attend(PyObject* const* args, Py_ssize_t count);

@@ -8,10 +8,12 @@
 #include "attention/ops.h"
 #include "core/arguments.h"
 #include "core/isa.h"
-#include "core/direct.h"
 #include "core/ops.h"
 
 namespace fastseq {
+
+extern PyMethodDef direct_methods[];  // recurrent/direct.cpp
+
 namespace {
 
 // Forces an instruction set of the CPU kernels ("": only asks) and returns the one in force.
@@ -29,7 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_forward.native", TORCH_BOX(&fastseq::scan_forward_cpu));
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
   m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
-  m.impl("scan_gradient.native", TORCH_BOX(&fastseq::scan_gradient_cpu));
+  m.impl("layers_forward.native", TORCH_BOX(&fastseq::layers_forward_cpu));
+  m.impl("layers_backward.native", TORCH_BOX(&fastseq::layers_backward_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
 }

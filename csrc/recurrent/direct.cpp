@@ -7,48 +7,49 @@
 // and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch
 // keys at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
 // of an at::TensorBase. fastseq/direct.py tries each at import.
+#include <algorithm>
 #include <cstring>
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
 
 #include "core/direct_objects.h"
-#include "recurrent/inference.h"
+#include "recurrent/stack.h"
 
 namespace fastseq {
 namespace {
 
-constexpr Py_ssize_t kMostWeights = 64;  // a larger stack gains nothing from this
+constexpr Py_ssize_t kMostTensors = 64;  // a larger stack gains nothing from this
 
 PyObject* version_name;  // set once by bind()
 
 // Tensors that are kept alive: what they came from may change while other threads run.
-class BorrowedList {
- public:
-  BorrowedList() = default;
-  BorrowedList(const BorrowedList&) = delete;
-  BorrowedList& operator=(const BorrowedList&) = delete;
+struct BorrowedList {
+  Borrowed tensors[kMostTensors];
+  AtenTensorHandle handles[kMostTensors];
+  PyObject* kept[kMostTensors];
+  int64_t count = 0;
+
   ~BorrowedList() {
-    for (int64_t i = 0; i < count; ++i) Py_DECREF(kept_[i]);
+    for (int64_t i = 0; i < count; ++i) Py_DECREF(kept[i]);
   }
   bool add(PyObject* tensor) {
-    if (count == kMostWeights || tensor == Py_None) return false;
-    Py_INCREF(tensor);
-    kept_[count] = tensor;
-    Borrowed& borrowed = tensors_[count++];
-    const bool taken = borrowed.take(tensor);
-    handles[count - 1] = borrowed.handle();
-    return taken;
+    if (count == kMostTensors || tensor == Py_None || !tensors[count].take(tensor)) return false;
+    Py_INCREF(kept[count] = tensor);
+    handles[count] = tensors[count].handle();
+    return ++count;
   }
-  bool add_all(PyObject* list) {
-    if (!PyList_Check(list)) return false;
-    for (Py_ssize_t i = 0; i < PyList_Size(list); ++i)
-      if (!add(PyList_GetItem(list, i))) return false;
+  // Of a list or a tuple; None is an empty one.
+  bool add_all(PyObject* all) {
+    const bool list = PyList_Check(all);
+    if (!list && !PyTuple_Check(all)) return all == Py_None;
+    for (Py_ssize_t i = 0, n = list ? PyList_Size(all) : PyTuple_Size(all); i < n; ++i)
+      if (!add(list ? PyList_GetItem(all, i) : PyTuple_GetItem(all, i))) return false;
     return true;
   }
   // The values of a dict whose keys are these names, in this order. None, a cell's absent bias, is skipped.
   bool add_named(PyObject* dict, PyObject* names) {
-    if (!PyDict_Check(dict) || !PyList_Check(names) || PyDict_Size(dict) != PyList_Size(names)) return false;
+    if (!PyList_Check(names) || PyDict_Size(dict) != PyList_Size(names)) return false;
     PyObject *name, *tensor;
     for (Py_ssize_t i = 0, at = 0; PyDict_Next(dict, &at, &name, &tensor); ++i) {
       PyObject* expected = PyList_GetItem(names, i);
@@ -57,17 +58,39 @@ class BorrowedList {
     }
     return true;
   }
-  AtenTensorHandle handles[kMostWeights];
-  int64_t count = 0;
-
- private:
-  PyObject* kept_[kMostWeights];
-  Borrowed tensors_[kMostWeights];
 };
 
-bool same_isa(PyObject* name) {
-  const char* isa = text_of(name);
-  return isa && !std::strcmp(isa, isa_name(active_isa()));
+// What every call has: x, h0 and c0, the weights, the cell, and how its layers are stacked.
+struct Given {
+  BorrowedList weights, scales;
+  Borrowed x, h0, c0;
+  StackCall call{};
+
+  // From x, h0, c0, cell, layout, num_layers and bidirectional; the weights come before. False: not taken.
+  bool take(PyObject* const* args) {
+    const char *cell = text_of(args[3]), *layout = text_of(args[4]);
+    if (args[0] == Py_None || !x.take(args[0]) || !h0.take(args[1]) || !c0.take(args[2]) || !cell || !layout)
+      return false;
+    call = {x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, cell_of(cell), layout_of(layout),
+            PyLong_AsLongLong(args[5]), PyObject_IsTrue(args[6]) == 1};
+    return call.layout != Layout::scan && (call.cell != Cell::lstm || !h0.impl == !c0.impl);
+  }
+};
+
+// AUTO has more than one answer for a larger batch of bfloat16; torch's layers refuse a call without steps.
+bool takes(const Stack& stack) {
+  return stack.steps() > 0 && (stack.dtype() != Dtype::bf16 || stack.steps() * stack.batch() <= most_bf16_rows);
+}
+
+// A tuple of results, None in place of those that are absent.
+PyObject* tuple_of(const OptionalTensor* results, size_t count) {
+  Object tuple(PyTuple_New(Py_ssize_t(count)));
+  for (size_t i = 0; tuple.get() && i < count; ++i) {
+    if (!results[i]) Py_INCREF(Py_None);
+    PyObject* item = results[i] ? wrapped(*results[i]) : Py_None;
+    if (!item || PyTuple_SetItem(tuple.get(), Py_ssize_t(i), item) != 0) return nullptr;
+  }
+  return tuple.release();
 }
 
 // Whether a tensor (or None) is the i-th source, at its address in memory and of its version (None: it has none).
@@ -88,29 +111,70 @@ bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject
 // -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these names,
 // in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0.
 PyObject* infer(PyObject* const* args, Py_ssize_t count) {
+  Given given;
   if (count != 12 || !is_plain_call()) return decline();
-  BorrowedList weights, scales;
-  const bool named = PyDict_Check(args[0]);
-  if (!(named ? weights.add_named(args[0], args[1]) : weights.add_all(args[0])) ||
-      (args[2] != Py_None && !scales.add_all(args[2])))
+  if (!(PyDict_Check(args[0]) ? given.weights.add_named(args[0], args[1]) : given.weights.add_all(args[0])) ||
+      !given.scales.add_all(args[2]) || !given.take(args + 3))
     return decline();
-  Borrowed x, h0, c0;
-  if (args[3] == Py_None || !x.take(args[3]) || !h0.take(args[4]) || !c0.take(args[5])) return decline();
-  const char *cell = text_of(args[6]), *layout = text_of(args[7]);
-  if (!cell || !layout) return decline();
-  const StackCall call{x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, scales.handles,
-                       scales.count, cell_of(cell), layout_of(layout), PyLong_AsLongLong(args[8]),
-                       PyObject_IsTrue(args[9]) == 1, PyLong_AsLongLong(args[10]), PyLong_AsLongLong(args[11])};
-  Stack stack(call);
-  if (stack.dtype() == Dtype::bf16 && stack.rows() > most_bf16_rows) return decline();
-  void *to_y = nullptr, *to_h, *to_c = nullptr;
-  Object y(stack.is_cell() ? nullptr : make(stack.y_sizes, stack.rank(), stack.dtype(), to_y, stack.y_strides));
-  Object h_n(make(stack.h_sizes, stack.rank(), stack.dtype(), to_h));
-  Object c_n(stack.lstm() ? make(stack.c_sizes, stack.rank(), stack.dtype(), to_c) : nullptr);
-  if ((!stack.is_cell() && !y.get()) || !h_n.get() || (stack.lstm() && !c_n.get())) return nullptr;
-  compute(stack.products(), [&] { stack.run(to_y, to_h, to_c); });
-  if (stack.is_cell()) return stack.lstm() ? PyTuple_Pack(2, h_n.get(), c_n.get()) : PyTuple_Pack(1, h_n.get());
-  return stack.lstm() ? PyTuple_Pack(3, y.get(), h_n.get(), c_n.get()) : PyTuple_Pack(2, y.get(), h_n.get());
+  given.call.scales = given.scales.handles, given.call.scale_count = given.scales.count;
+  given.call.hidden = PyLong_AsLongLong(args[10]), given.call.outputs = PyLong_AsLongLong(args[11]);
+  Stack stack(given.call);
+  if (!takes(stack)) return decline();
+  StackResult r;
+  compute(stack.products(), [&] { r = stack.run(false, false); });
+  const OptionalTensor results[] = {r.y, r.h_n, r.c_n};
+  return tuple_of(results + !r.y, 2 + r.c_n.has_value() - !r.y);
+}
+
+// layers_forward(x, h0, c0, cell, layout, num_layers, bidirectional, weights: tuple) -> (y, h_n, c_n, *ys, *states, *tapes)
+// or None: a stack of layers, or a cell, whose h_n is y. None in place of what there is not. See StackResult.
+PyObject* layers_forward(PyObject* const* args, Py_ssize_t count) {
+  Given given;
+  if (count != 8 || !is_plain_call() || !given.weights.add_all(args[7]) || !given.take(args)) return decline();
+  Stack stack(given.call);
+  if (!takes(stack)) return decline();
+  StackResult r;
+  compute(stack.products(), [&] { r = stack.run(true, true); });
+  std::vector<OptionalTensor> results{r.y ? r.y : r.h_n, r.y ? r.h_n : OptionalTensor(), r.c_n};
+  for (const auto* list : {&r.ys, &r.states, &r.tapes}) results.insert(results.end(), list->begin(), list->end());
+  return tuple_of(results.data(), results.size());
+}
+
+// layers_backward(x, h0, c0, cell, layout, num_layers, bidirectional, weights: tuple, need: tuple, dy, dh_n, dc_n, saved:
+// tuple of y, ys, states, tapes) -> the gradients of x, h0, c0 and the weights, None where there is none; or None. need:
+// whose gradient is needed, in this order.
+PyObject* layers_backward(PyObject* const* args, Py_ssize_t count) {
+  Given given;
+  BorrowedList saved;
+  Borrowed dy, dh_n, dc_n;
+  if (count != 13 || !is_plain_call() || !given.weights.add_all(args[7]) || !given.take(args) || !dy.take(args[9]) ||
+      !dh_n.take(args[10]) || !dc_n.take(args[11]) || !saved.add_all(args[12]))
+    return decline();
+  const int64_t W = given.weights.count, below = given.call.num_layers - 1;
+  const int64_t rows = given.call.num_layers * (given.call.bidirectional ? 2 : 1);
+  const int64_t states = given.call.cell == Cell::lstm ? rows : 0;
+  if (!PyTuple_Check(args[8]) || PyTuple_Size(args[8]) != 3 + W || saved.count < 1 + below + states) return decline();
+  std::vector<bool> need;
+  for (Py_ssize_t i = 0; i < 3 + W; ++i) need.push_back(PyObject_IsTrue(PyTuple_GetItem(args[8], i)) == 1);
+  const AtenTensorHandle *at = saved.handles + 1, *end = saved.handles + saved.count;
+  StackGradient gradient{dy.handle(), dh_n.handle(), dc_n.handle(), {}, saved.handles[0], Handles(at, at + below),
+                         Handles(at + below, at + below + states),
+                         Handles(at + below + states, end), need[0], need[1] || need[2],
+                         std::find(need.begin() + 3, need.end(), true) != need.end()};
+  Stack stack(given.call);
+  StackInputGradients r;
+  compute(2 * stack.products(), [&] { r = stack.run_back(gradient); });
+  std::vector<OptionalTensor> results{r.dx, need[1] ? r.dh0 : OptionalTensor(), need[2] ? r.dc0 : OptionalTensor()};
+  results.insert(results.end(), r.weights.begin(), r.weights.end());
+  results.resize(size_t(3 + W));
+  return tuple_of(results.data(), results.size());
+}
+
+// is_plain() -> bool: whether no mode but gradients changes what a tensor means here (is_plain_call).
+PyObject* is_plain(PyObject*, PyObject*) {
+  const bool plain = is_plain_call(true);
+  PyErr_Clear();
+  return PyBool_FromLong(plain);
 }
 
 // unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether each tensor is still its source,
@@ -118,7 +182,8 @@ PyObject* infer(PyObject* const* args, Py_ssize_t count) {
 PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   if (count != 5 || !PyList_Check(args[0])) return decline();
   const Py_ssize_t length = PyList_Size(args[0]);
-  bool same = PyTuple_Size(args[1]) == length && same_isa(args[4]);
+  const char* isa = text_of(args[4]);
+  bool same = PyTuple_Size(args[1]) == length && isa && !std::strcmp(isa, isa_name(active_isa()));
   for (Py_ssize_t i = 0; same && i < length; ++i)
     same = is_still(PyList_GetItem(args[0], i), args[1], args[2], args[3], i);
   PyErr_Clear();
@@ -172,8 +237,8 @@ PyObject* described(PyObject* const* args, Py_ssize_t count) {
 PyMethodDef direct_methods[] = {method<infer>("infer"),
                                 method<unchanged>("unchanged"),
                                 {"is_plain", is_plain, METH_NOARGS, nullptr},
-                                method<layer_forward>("layer_forward"),
-                                method<layer_gradient>("layer_gradient"),
+                                method<layers_forward>("layers_forward"),
+                                method<layers_backward>("layers_backward"),
                                 method<attend>("attend"),
                                 method<attend_backward>("attend_backward"),
                                 method<multihead>("multihead"),

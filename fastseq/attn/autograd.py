@@ -83,7 +83,7 @@ def gradient(
 
     fields = (getattr(call, name) for name in _ORDER)
     counts = 2 + len(_DIFFERENTIABLE), 2 + len(_ORDER)  # o and lse follow from the rest
-    return apply(WithReference, kernel, by_reference, *counts, d_o, dlse, *fields, o, lse)
+    return apply(WithReference, kernel, None, by_reference, *counts, d_o, dlse, *fields, o, lse)
 
 
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")

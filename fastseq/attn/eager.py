@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq.attn.autograd import call_reference
 from fastseq.attn.call import AttentionCall
 from fastseq.attn.reference import dense_positions, visible_pairs
-from fastseq.autograd import functorch_active, needs_reference
+from fastseq.autograd import WithReference, functorch_active, needs_reference
 from fastseq.ops import attention as ops_attention
 
 
@@ -79,8 +79,10 @@ def attention(call: AttentionCall) -> Tensor:
         and not torch._C._is_tracing()
         and not functorch_active()
     ):
-        settings = {"scale": call.scale, "causal": plain_causal, "bottom_right": bottom_right}
-        o = _SecondDerivative.apply(o, q, k, v, attn_mask, settings)
+        is_bool = attn_mask is None or attn_mask.dtype == torch.bool
+        bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
+        settings: dict[str, Any] = {"scale": call.scale, "causal": plain_causal, "bottom_right": bottom_right}
+        o = _with_second_derivative(o, AttentionCall(q, k, v, bias, mask, **settings))
     return ops_attention.laid_out_as(q, o if empty is None else o.masked_fill(empty, 0.0))
 
 
@@ -107,28 +109,19 @@ def attention_and_weights(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
-class _SecondDerivative(torch.autograd.Function):
-    """The identity on o. Its gradient goes on into torch's fused backward, unless it must itself be differentiable,
-    which that one cannot be: then it goes through the reference, past torch's node."""
+def _with_second_derivative(o: Tensor, call: AttentionCall) -> Tensor:
+    """o, whose gradient goes on into torch's fused backward unless it must itself be differentiable, which that one
+    cannot be: then it goes through the reference, past torch's node."""
+    is_bool = call.bias is None
 
-    @staticmethod
-    def forward(o, q, k, v, attn_mask, settings):
-        return o.view_as(o)
+    def reference(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> tuple[Tensor]:
+        bias, mask = (None, added) if is_bool else (added, None)
+        return (call_reference(call._replace(q=q, k=k, v=v, bias=bias, mask=mask))[0],)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, q, k, v, attn_mask, ctx.settings = inputs
-        ctx.save_for_backward(q, k, v, attn_mask)
+    tensors = call.q, call.k, call.v, call.mask if is_bool else call.bias, o
+    inputs = 3 if is_bool else 4
 
-    @staticmethod
-    def backward(ctx: Any, d_o: Tensor) -> tuple:
-        if not torch.is_grad_enabled():
-            return d_o, None, None, None, None, None
-        q, k, v, attn_mask = ctx.saved_tensors
-        q, k, v = (x.view_as(x) for x in (q, k, v))  # one tensor given twice is two inputs here
-        is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-        bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
-        o, _ = call_reference(AttentionCall(q, k, v, bias, mask, **ctx.settings))
-        wanted = [x for x, need in zip((q, k, v, bias), ctx.needs_input_grad[1:5], strict=True) if need]
-        found = iter(torch.autograd.grad(o, wanted, d_o, create_graph=True))
-        return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:5]), None
+    def identity(*t: Any) -> tuple[Tensor]:
+        return (t[-1].view_as(t[-1]),)
+
+    return WithReference.apply(identity, lambda d_o: (*4 * [None], d_o), reference, inputs, 4, *tensors)[0]

@@ -109,7 +109,7 @@ class CompressedWeights:
         parameters = list(layer._parameters.values())
         made = self._made
         if made is None or not made[0].are_still(parameters):
-            if direct.MISSING is not None or not direct.plain():
+            if torch.is_grad_enabled() or not direct.is_plain():
                 return None
             weights = layer._weights()
             if not all(type(w) in (Tensor, Parameter) and w.is_cpu for w in weights):

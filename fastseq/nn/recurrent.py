@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights
-from fastseq.recurrent.run import layer_in_one_call
+from fastseq.recurrent.stack import in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
@@ -39,16 +39,13 @@ class _Native(nn.Module):
         num_layers: int = 1,
         bidirectional: bool = False,
     ) -> tuple | None:
-        """The whole stack, or one layer or cell that is to be differentiated. Nothing is checked before; None where the
-        native call does not take the arguments."""
+        """The whole stack, or cell. Nothing is checked before; None where the native call does not take it."""
         if torch.compiler.is_compiling() or not backend.native_scan():
             return None
-        if torch.is_grad_enabled():
-            if num_layers != 1 or bidirectional:
-                return None
-            return layer_in_one_call(x, h0, c0, self._weights(), cell, layout)
         if num_layers > 1 and self.training and self.dropout:
             return None
+        if torch.is_grad_enabled():
+            return in_one_call(x, h0, c0, self._weights(), cell, layout, num_layers, bidirectional)
         if self._compressed is not None:
             return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
         return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)

@@ -50,7 +50,7 @@ SCAN_FORWARD = (
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
-# The walk back through time; the large products (dx, dW, db) follow, in autograd.py or in SCAN_GRADIENT.
+# The walk back through time; the large products (dx, dW, db) follow, in fastseq/recurrent/autograd.py.
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
@@ -60,16 +60,6 @@ SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
     "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, bool reverse) "
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
-)
-
-# The walk and the products over all steps (dx, dW, db) in one call, for a backend that has them all:
-# -> dx [T,B,I] (empty unless with_dx), dw_ih [G*H,I], dw_hh [G*H,P], db_ih, db_hh [G*H] (empty unless with_weights),
-#    dh0, dc0, dhidden as SCAN_BACKWARD
-SCAN_GRADIENT = (
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor y, Tensor? states, Tensor? tape, int cell, "
-    "bool reverse, bool with_dx, bool with_weights) -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, "
-    "Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dhidden)"
 )
 
 # The options are the fields of AttentionCall (fastseq/attn/call.py) after q, k and v, in its order.
@@ -155,23 +145,6 @@ def _fake_scan_backward(
     )
 
 
-def _fake_scan_gradient(
-    dy, dh_n, dc_n, dstates, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, y, states, tape, cell, reverse,
-    with_dx, with_weights,
-):  # fmt: skip
-    shapes = [w_ih.shape, w_hh.shape, w_ih.shape[:1], w_ih.shape[:1]]
-    _, dhidden, dh0, dc0 = _fake_scan_backward(
-        dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
-    )
-    return (
-        x.new_empty(x.shape if with_dx else 0),
-        *(x.new_empty(shape if with_weights else 0) for shape in shapes),
-        dh0,
-        dc0,
-        dhidden,
-    )
-
-
 define(
     "scan_forward", SCAN_FORWARD, _fake_scan_forward,
     lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 1, *[None] * 4), (1, 0, 0, 1, 1)),
@@ -179,10 +152,6 @@ define(
 define(
     "scan_backward", SCAN_BACKWARD, _fake_scan_backward,
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, None, None), (1, 1, 0, 0)),
-)  # fmt: skip
-define(
-    "scan_gradient", SCAN_GRADIENT, _fake_scan_gradient,
-    lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("native",),
 )  # fmt: skip
 define("layers_forward", LAYERS_FORWARD, fake_layers_forward, None, ("native",))
 define("layers_backward", LAYERS_BACKWARD, fake_layers_backward, None, ("native",))

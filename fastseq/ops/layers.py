@@ -1,7 +1,8 @@
-"""The schemas of a stack of recurrent layers in one call, for CUDA: what is independent in it runs side by side.
+"""The schemas of a stack of recurrent layers in one call.
 
-Above the scan, and made of it: layers in a wavefront over windows of time, both directions at once, and in backward
-the gradients of the weights beside the walks. Letters as in :mod:`fastseq.ops`; L layers, D directions.
+Above the scan, and made of it. On CUDA what is independent runs side by side: layers in a wavefront over windows of
+time, both directions at once, and in backward the gradients of the weights beside the walks. Letters as in
+:mod:`fastseq.ops`; L layers, D directions.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ from torch import Tensor
 
 from fastseq.recurrent.cells import CELLS
 
-# x [T,B,I], T, B and H above 0; weights flat, in torch's order, no projection; h0, c0 [L*D,B,H] or None for zeros;
-# lengths int64 [B], reset bool [T,B]
-# -> y [T,B,D*H], h_n [L*D,B,H], c_n (empty unless LSTM); with save: the outputs of the layers below the last; a layer
-#    and direction at a time, states and tapes as SCAN_FORWARD has them. With states alone: the last layer's states.
+# x [T,B,I], T, B and H above 0; weights flat, in torch's order (with w_hr on the CPU alone); h0 [L*D,B,P] and
+# c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; reverse: a lone direction walks from the last
+# step to the first, on the CPU alone
+# -> y [T,B,D*P], h_n [L*D,B,P], c_n [L*D,B,H] (empty unless LSTM); with save: the outputs of the layers below the
+#    last; a layer and direction at a time, an LSTM's states and the tapes of a cell that has one, as SCAN_FORWARD has
+#    them. With states alone: the last layer's states.
 LAYERS_FORWARD = (
     "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int num_layers, "
-    "bool bidirectional, bool has_biases, bool save, bool states) "
+    "bool bidirectional, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] ys, Tensor[] states, Tensor[] tapes)"
 )
 
-# dstates: of the last layer's directions, or none; x is 0 past the lengths; starts int64 [1,B,1]: where the reverse
-# direction begins, with lengths; ys: of all layers; states and tapes: of all layers and directions
+# dstates: of the last layer's directions, or none; on CUDA x is 0 past the lengths, and starts int64 [1,B,1] tells
+# where the reverse direction begins, with lengths; ys: of all layers; states and tapes: as the forward pass gave them
 # -> dx, dh0, dc0 (each empty where unwanted or absent), the gradients of weights (none unless with_weights)
 LAYERS_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
     "Tensor? lengths, Tensor? reset, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, int cell, "
-    "int num_layers, bool bidirectional, bool has_biases, bool with_dx, bool with_weights) "
+    "int num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
@@ -46,31 +49,30 @@ NATIVE_SCAN_WINDOWS = "(int windows, int walkers) -> int"
 
 
 def fake_layers_forward(
-    x, weights, h0, c0, lengths, reset, cell, num_layers, bidirectional, has_biases, save, states
+    x, weights, h0, c0, lengths, reset, cell, num_layers, bidirectional, reverse, save, states
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of :data:`LAYERS_FORWARD`."""
-    steps, batch, hidden, directions = x.shape[0], x.shape[1], weights[1].shape[1], 2 if bidirectional else 1
-    rows, kind = num_layers * directions, CELLS[cell]
-    lstm = kind.name == "lstm"
+    steps, batch, outputs = x.shape[0], x.shape[1], weights[1].shape[1]
+    kind, directions = CELLS[cell], 2 if bidirectional else 1
+    hidden, rows, lstm = weights[1].shape[0] // kind.gates, num_layers * directions, kind.name == "lstm"
+    wide = torch.promote_types(x.dtype, torch.float32)
 
     def y() -> Tensor:
-        return x.new_empty(steps, batch, directions * hidden)
+        return x.new_empty(steps, batch, directions * outputs)
 
-    kept = rows if save else directions
     return (
         y(),
-        x.new_empty(rows, batch, hidden),
+        x.new_empty(rows, batch, outputs),
         x.new_empty((rows, batch, hidden) if lstm else 0),
         [y() for _ in range(num_layers - 1 if save else 0)],
-        [x.new_empty((steps, batch, hidden) if lstm and (save or states) else 0, dtype=torch.float32 if lstm and
-                     (save or states) else x.dtype) for _ in range(kept)],
-        [x.new_empty((steps, batch, kind.tape * hidden) if kind.tape else 0) for _ in range(rows * save)],
-    )  # fmt: skip
+        [x.new_empty(steps, batch, hidden, dtype=wide) for _ in range(lstm * (rows * save or directions * states))],
+        [x.new_empty(steps, batch, kind.tape * hidden) for _ in range(rows if save and kind.tape else 0)],
+    )
 
 
 def fake_layers_backward(
     dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, ys, states, tapes, cell, num_layers,
-    bidirectional, has_biases, with_dx, with_weights,
+    bidirectional, reverse, with_dx, with_weights,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of :data:`LAYERS_BACKWARD`."""
     absent = x.new_empty(0)

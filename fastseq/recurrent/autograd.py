@@ -1,7 +1,8 @@
 """The scan as one differentiable function.
 
 A backend walks the cell forward and back. The large products of the backward pass (``dx``, ``dW``, ``db``) are one
-matrix product each for the whole sequence: the backend's own where it has them, else torch's, written here once.
+matrix product of torch's each for the whole sequence. The native kernels take a whole stack instead, products included
+(:mod:`fastseq.recurrent.stack`), wherever no transform, trace or empty tensor keeps them from it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq import autograd, direct, ops
+from fastseq import autograd, ops
 from fastseq.recurrent import reference
-from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 FORWARD = {name: getattr(torch.ops.fastseq.scan_forward, name) for name in ops.BACKENDS}
 BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops.BACKENDS}
-# The whole gradient, of the backends that have it in one call; native on the CPU.
-GRADIENT = {"native": torch.ops.fastseq.scan_gradient.native}
 
 
 class Inputs(NamedTuple):
@@ -62,16 +60,15 @@ Grads = Sequence[Tensor | None]
 def values_read(
     cell: str, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
 ) -> tuple[bool, ...]:
-    """Of which of x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 and y the fused gradient reads the values. As with torch's
-    layers, the others may be changed in place before the backward pass."""
-    gru = cell.startswith("gru")
+    """Of which of x, w_ih, w_hh, h0 and y the fused gradient reads the values. As with torch's layers, the others, and
+    biases, may be changed in place before the backward pass."""
     w_hh = not one_step or need_h0 or cell == "gru_reset_before"
     y = not one_step or cell.startswith("rnn")
-    return need_w_ih, need_x, w_hh, False, False, True, gru or need_w_hh, True, y
+    return need_w_ih, need_x, w_hh, cell.startswith("gru") or need_w_hh, y
 
 
 class Scan(torch.autograd.Function):
-    """One layer, one direction, on an operator backend, for torch.compile and the transforms of torch.func.
+    """One layer, one direction, on an operator backend.
 
     Arguments: :class:`Inputs`, then :class:`Walk`, flat. Results: y, h_n; then an LSTM's c_n and states; then the tape,
     but for an RNN.
@@ -94,105 +91,22 @@ class Scan(torch.autograd.Function):
         if tape is not None:
             ctx.mark_non_differentiable(tape)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:10], output[0], output[3] if len(output) > 3 else None, tape)
+        y, states = output[0], output[3] if len(output) > 3 else None
+        read: list[bool] | None = None
+        if not (torch.compiler.is_compiling() or autograd.functorch_active()):
+            need = ctx.needs_input_grad
+            x, w_ih, w_hh, h0, kept_y = values_read(ctx.cell, y.shape[0] == 1, *need[:3], need[6])
+            read = [x, w_ih, w_hh, False, False, True, h0, True, True, True, kept_y, True, True]
+            y = y if kept_y else y.detach()  # else the result would hold its own graph
+        autograd.save(ctx, (*inputs[:10], y, states, tape), read)
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
-        inputs, kept = Inputs(*ctx.saved_tensors[:10]), Kept(*ctx.saved_tensors[10:])
+        saved = autograd.saved(ctx)
+        inputs, kept = Inputs(*saved[:10]), Kept(*saved[10:])
         grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
         walk = Walk(ctx.cell, ctx.reverse, ctx.backend)
         return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 5)
-
-
-class Layer(torch.autograd.Function):
-    """A layer of one direction, or a cell, in eager mode: it saves what its backward pass reads, and takes the native
-    calls past torch's dispatcher where ``fast``.
-
-    ``layout`` says how the input, the states and the results are laid out (:mod:`fastseq.recurrent.layout`).
-    Results: y; h_n, if not of a cell; an LSTM's c_n; with ``want_states`` every c_t. None where the layout is not the
-    scan's and the native call does not take the arguments.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        extra: tuple[Tensor | None, Tensor | None, bool],
-        w_hr: Tensor | None,
-        walk: tuple[Walk, str, bool],
-        *weights: Tensor,
-    ) -> Any:
-        (cell, reverse, backend), layout, fast = walk
-        lengths, reset, want_states = extra
-        w_ih, w_hh, *biases = weights
-        b_ih, b_hh = biases or (None, None)
-        made: Any = None
-        if fast:
-            made = direct.layer_forward(x, h0, c0, cell, layout, reverse, w_ih, w_hh, b_ih, b_hh)
-        if made is None:
-            if layout != "scan":
-                return None
-            made = FORWARD[backend](
-                x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse, True, True
-            )  # fmt: skip
-            made = (*made[:2], *(made[2:4] if cell == "lstm" else (None, None)), made[4] if ops.TAPE[cell] else None)
-        y, h_n, c_n, states, tape = made
-        ctx.set_materialize_grads(False)
-        one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
-        need = ctx.needs_input_grad
-        r_x, r_w_ih, r_w_hh, _, _, r_w_hr, r_h0, r_c0, r_y = values_read(
-            cell, one_step, need[0], need[6], need[7], need[1]
-        )
-        kept_y = y if r_y else y.detach()  # else the result would hold its own graph
-        tensors: tuple[Any, ...] = (x, h0, c0, kept_y, states, tape, w_ih, w_hh, b_ih, b_hh)
-        read: tuple[bool, ...] = (r_x, r_h0, r_c0, r_y, True, True, r_w_ih, r_w_hh, False, False)
-        if not fast:
-            tensors, read = (*tensors, w_hr, lengths, reset), (*read, r_w_hr, True, True)
-        autograd.save(ctx, tensors, read)
-        ctx.walk, ctx.want_states = walk, want_states
-        results = (y, h_n, c_n, states if want_states else None)
-        return tuple(t for t in results if t is not None)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        walk, layout, fast = ctx.walk
-        x, h0, c0, y, states, tape, w_ih, w_hh, b_ih, b_hh, *more = autograd.saved(ctx)
-        w_hr, lengths, reset = more or (None, None, None)
-        need = ctx.needs_input_grad
-        lstm, is_cell = walk.cell == "lstm", layout == "cell"
-        dy, dh_n = grads[0], None if is_cell else grads[1]
-        dc_n = grads[1 if is_cell else 2] if lstm else None
-        if (
-            fast
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and not any(d is not None and autograd.is_batched(d) for d in grads)
-        ):
-            found = direct.layer_gradient(
-                (*need[:3], *need[6:]), dy, dh_n, dc_n, x, h0, c0, y, states, tape, walk.cell, layout, walk.reverse,
-                w_ih, w_hh,
-            )  # fmt: skip
-            if found is not None:
-                return (*found[:3], None, None, None, *found[3:])
-        rank = x.dim()
-        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0 = gradient(
-            (
-                steps_in(layout, rank, dy),
-                state_in(layout, rank, dh_n),
-                state_in(layout, rank, dc_n),
-                grads[3] if ctx.want_states else None,
-            ),
-            Inputs(
-                steps_in(layout, rank, x), w_ih, w_hh, b_ih, b_hh, w_hr, state_in(layout, rank, h0),
-                state_in(layout, rank, c0), lengths, reset,
-            ),
-            Kept(steps_in(layout, rank, y), states, tape),
-            walk,
-            (need[0], *need[6:8], *(need[8:] or (False, False)), need[4], *need[1:3]),
-        )  # fmt: skip
-        found = steps_out(layout, rank, dx), state_out(layout, rank, dh0), state_out(layout, rank, dc0)
-        return (*found, None, dw_hr, None, *(dw_ih, dw_hh, db_ih, db_hh)[: len(need) - 6])
 
 
 def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -223,24 +137,19 @@ def _differentiable_gradient(
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
         return present(t[4], reference_gradient(t[:4], Inputs(*t[4:]), walk, need))
 
-    return autograd.apply(autograd.WithReference, kernel, by_reference, 12, 14, *grads, *inputs, *kept)
+    return autograd.apply(autograd.WithReference, kernel, None, by_reference, 12, 14, *grads, *inputs, *kept)
 
 
 def fused_gradient(
     grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the first eight inputs by a backend; anything, or None, where not needed."""
-    x, w_ih, w_hh, _, _, w_hr, h0, c0, lengths, reset = inputs
-    flags = (need[0], need[1] or need[2] or need[3] or need[4])
-    if walk.backend in GRADIENT and x.device.type == "cpu":
-        dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dhidden = GRADIENT[walk.backend](
-            *grads, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, *kept, ops.NUMBER[walk.cell], walk.reverse, *flags
-        )  # fmt: skip
-    else:
-        dgates, dhidden, dh0, dc0 = BACKWARD[walk.backend](
-            *grads, *kept, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[walk.cell], walk.reverse
-        )
-        dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(dgates, dhidden, inputs, kept, walk, *flags)
+    w_hh, w_hr, h0, c0 = inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0
+    dgates, dhidden, dh0, dc0 = BACKWARD[walk.backend](
+        *grads, *kept, w_hh, w_hr, h0, c0, inputs.lengths, inputs.reset, ops.NUMBER[walk.cell], walk.reverse
+    )
+    with_weights = need[1] or need[2] or need[3] or need[4]
+    dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(dgates, dhidden, inputs, kept, walk, need[0], with_weights)
     dw_hr = None
     if w_hr is not None and need[5]:
         assert kept.states is not None and kept.tape is not None  # noqa: PT018
@@ -269,7 +178,7 @@ def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[
 def torch_products(
     dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk, with_dx: bool, with_weights: bool
 ) -> tuple[Tensor | None, ...]:
-    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products, for backends without ``scan_gradient``."""
+    """dx, dW_ih, dW_hh, db_ih, db_hh as torch's matrix products."""
     dx = dw_ih = dw_hh = db_ih = db_hh = None
     x, lengths = inputs.x, inputs.lengths
     flat = _rows(dgates)

@@ -43,6 +43,11 @@ class RecurrentCall:
         return ("weight_ih", "weight_hh", *biases, *("weight_hr",) * self.projected)
 
     @property
+    def layout(self) -> str:
+        """How x is laid out (:mod:`fastseq.recurrent.layout`)."""
+        return "batch_first" if self.batch_first else "layer"
+
+    @property
     def directions(self) -> int:
         """1, or 2 where bidirectional."""
         return 2 if self.bidirectional else 1

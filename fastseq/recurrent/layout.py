@@ -1,8 +1,8 @@
-"""How a caller lays out what the scan has as x and y ``[T,B,n]`` and states ``[B,n]``.
+"""How a caller lays out what the kernels have as x and y ``[T,B,n]`` and states ``[rows,B,n]``.
 
-``scan``: so. ``layer``: x as well, or ``[T,n]`` of one sequence, states ``[1,B,n]`` or ``[1,n]``. ``batch_first``: as
-``layer``, but x ``[B,T,n]``. ``cell``: ``[B,n]`` or ``[n]``, states alike. ``rank`` is x's; None stays None.
-csrc/recurrent/inference.h has the same names.
+``layer``: so, or ``[T,n]`` and ``[rows,n]`` of one sequence. ``batch_first``: as ``layer``, but x ``[B,T,n]``.
+``cell``: ``[B,n]`` or ``[n]``, states alike. ``rank`` is x's; None stays None. csrc/recurrent/stack.h has the same
+names.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 
 def steps_in(layout: str, rank: int, x: Any) -> Any:
-    """x or y, as the scan has it."""
-    if x is None or layout == "scan":
+    """x or y, as the kernels have it."""
+    if x is None:
         return x
     if layout == "cell":
         return x[None, None] if rank == 1 else x.unsqueeze(0)
@@ -21,7 +21,7 @@ def steps_in(layout: str, rank: int, x: Any) -> Any:
 
 def steps_out(layout: str, rank: int, x: Any) -> Any:
     """The inverse of :func:`steps_in`."""
-    if x is None or layout == "scan":
+    if x is None:
         return x
     if layout == "cell":
         return x[0, 0] if rank == 1 else x[0]
@@ -29,14 +29,14 @@ def steps_out(layout: str, rank: int, x: Any) -> Any:
 
 
 def state_in(layout: str, rank: int, s: Any) -> Any:
-    """A state, as the scan has it."""
-    if s is None or layout == "scan" or rank == 2:
+    """A state, as the kernels have it."""
+    if s is None or (layout != "cell" and rank == 3):
         return s
-    return s.unsqueeze(0) if rank == 1 else s[0]
+    return s.unsqueeze(1) if layout != "cell" else s[None, None] if rank == 1 else s.unsqueeze(0)
 
 
 def state_out(layout: str, rank: int, s: Any) -> Any:
     """The inverse of :func:`state_in`."""
-    if s is None or layout == "scan" or rank == 2:
+    if s is None or (layout != "cell" and rank == 3):
         return s
-    return s[0] if rank == 1 else s.unsqueeze(0)
+    return s.squeeze(1) if layout != "cell" else s[0, 0] if rank == 1 else s[0]

@@ -1,6 +1,8 @@
-"""The recurrent scan in eager torch: one layer, one direction, all time steps."""
+"""The recurrent scan in eager torch: one layer, one direction, all time steps; and a stack of such."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,39 @@ def step(
     else:
         raise ValueError(f"unknown cell {cell!r}")
     return z * h + (1 - z) * n, None
+
+
+def layers(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    num_layers: int,
+    bidirectional: bool,
+    reverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """y, h_n; an LSTM's c_n and every c_t of the last layer's directions. Weights are flat, in torch's order; states
+    have layers and directions in rows; ``reverse``: a lone direction walks from the last step to the first."""
+    directions = 2 if bidirectional else 1
+    width = len(weights) // (num_layers * directions)
+    h_n, c_n, states = list[Tensor](), list[Tensor](), list[Tensor]()
+    for layer in range(num_layers):
+        outputs, states = [], []
+        for direction in range(directions):
+            row = layer * directions + direction
+            w_ih, w_hh, *more = weights[row * width : (row + 1) * width]
+            b_ih, b_hh = more[:2] if width >= 4 else (None, None)
+            y, h, c, all_c = scan(
+                x, w_ih, w_hh, b_ih, b_hh, more[-1] if width % 2 else None, None if h0 is None else h0[row],
+                None if c0 is None else c0[row], lengths, reset, cell=cell, reverse=reverse or direction == 1,
+            )  # fmt: skip
+            outputs.append(y)
+            h_n.append(h)
+            if c is not None and all_c is not None:
+                c_n.append(c)
+                states.append(all_c)
+        x = torch.cat(outputs, -1)
+    return (x, torch.stack(h_n), torch.stack(c_n), *states) if c_n else (x, torch.stack(h_n))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq import auto, autograd, checks, direct, ops
+from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
-from fastseq.recurrent import eager, layers, packed, reference
-from fastseq.recurrent.autograd import FORWARD, Layer, Scan, Walk
+from fastseq.recurrent import eager, packed, reference, stack
+from fastseq.recurrent.autograd import FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result
+from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
     c_dtype = _cast_as_autocast(call)
     checks.check_input(call.x, call.weights[0], call.batch_first)
-    unbatched = call.x.dim() == 2 and call.batch_sizes is None
-    swap = call.batch_first and call.x.dim() == 3
-    steps, batch = _check_and_lay_out(call, unbatched, swap)
+    # Packed data are laid out as a layer's already.
+    layout, rank = ("layer", 3) if call.batch_sizes is not None else (call.layout, call.x.dim())
+    steps, batch = _check_and_lay_out(call, layout, rank)
     name = _choose(call, backend, steps, batch)
     if name == "torch":
         y, h_n, c_n = eager.torch_stack(call, batch)
@@ -37,12 +37,8 @@ def run(call: RecurrentCall, backend: str | None) -> Result:
         states = states.to(y.dtype)
     if c_dtype is not None and c_n is not None and c_n.dtype != torch.float64:
         c_n = c_n.to(c_dtype)
-    if unbatched:
-        y, h_n = y.squeeze(1), h_n.squeeze(1)
-        c_n, states = (None if s is None else s.squeeze(1) for s in (c_n, states))
-    elif swap:
-        y, states = y.transpose(0, 1), None if states is None else states.transpose(0, 1)
-    return y, h_n, c_n, states
+    h_n, c_n = (state_out(layout, rank, s) for s in (h_n, c_n))
+    return steps_out(layout, rank, y), h_n, c_n, steps_out(layout, rank, states)
 
 
 def _cast_as_autocast(call: RecurrentCall) -> torch.dtype | None:
@@ -57,18 +53,14 @@ def _cast_as_autocast(call: RecurrentCall) -> torch.dtype | None:
     return c_dtype
 
 
-def _check_and_lay_out(call: RecurrentCall, unbatched: bool, swap: bool) -> tuple[int, int]:
+def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int, int]:
     """Checks all but the input, and lays the call's tensors out as ``[T, B, I]``; returns T and B."""
     checks.check_weights(call.weights, call.names, call.x)
     checks.check_layers(call.num_layers, call.directions, call.weights, call.names)
     if call.reset is not None:
         checks.check_reset(call.reset, call.x)
-    if unbatched:
-        call.x = call.x.unsqueeze(1)
-        call.reset = None if call.reset is None else call.reset.unsqueeze(1)
-    elif swap:
-        call.x = call.x.transpose(0, 1)
-        call.reset = None if call.reset is None else call.reset.transpose(0, 1)
+    unbatched = rank == 2
+    call.x, call.reset = (steps_in(layout, rank, t) for t in (call.x, call.reset))
     if call.batch_sizes is not None:
         checks.check_batch_sizes(call.batch_sizes, call.x, call.lengths, call.reset)
         steps, batch = call.batch_sizes.shape[0], packed.sequences(call.batch_sizes)
@@ -85,7 +77,7 @@ def _check_and_lay_out(call: RecurrentCall, unbatched: bool, swap: bool) -> tupl
         if state is None:
             return None
         checks.check_state(name, state, (call.rows, size) if unbatched else (call.rows, batch, size), call.x)
-        return state.unsqueeze(1) if unbatched else state
+        return state_in(layout, rank, state)
 
     call.h0 = given("h_0" if call.cell == "lstm" else "hx", call.h0, call.weights[1].shape[1])
     call.c0 = given("c_0", call.c0, call.hidden)
@@ -122,8 +114,8 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
 
 def _padded(name: str, call: RecurrentCall) -> Result:
     """A stack over x ``[T, B, I]``: in one call where the backend takes it whole, else layer after layer."""
-    if layers.suits(name, call):
-        return layers.run(call)
+    if stack.suits(name, call.x):
+        return stack.run(call)
     ys, h_n, c_n, states = _layers(name, call, [call.x], [call.lengths])
     return ys[0], h_n, c_n, states[0]
 
@@ -186,7 +178,13 @@ def _layers(
 def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> packed.Walk:
     """The scan of one layer and direction, as :func:`packed.chain` calls it."""
     weights = call.weights_of(index)
-    return lambda x, lengths, h, c: scan(walk, (x, *weights, h, c, lengths, call.reset), want_states)
+
+    def run(x: Tensor, lengths: Tensor | None, h: Tensor | None, c: Tensor | None) -> Result:
+        if x.is_cpu and stack.suits(walk.backend, x):
+            return stack.scan(walk, x, h, c, lengths, call.reset, [w for w in weights if w is not None], want_states)
+        return scan(walk, (x, *weights, h, c, lengths, call.reset), want_states)
+
+    return run
 
 
 _WALKS = {way: Walk(*way) for way in itertools.product(ops.GATES, (False, True), backends.NAMES)}  # made once
@@ -205,52 +203,10 @@ def scan(walk: Walk, inputs: Sequence[Any], want_states: bool = False) -> Result
     cell, reverse, backend = walk
     if backend == "reference" or autograd.needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
-    if backends.tracing():  # a trace holds no Function of Python's, and must be the same with gradients and without
-        found = FORWARD[backend](*inputs, ops.NUMBER[cell], reverse, False, want_states)
-    elif torch.compiler.is_compiling() or autograd.functorch_active():
-        if autograd.functorch_active() or (torch.is_grad_enabled() and autograd.wants_gradient(inputs[:8])):
-            found = autograd.apply(Scan, *inputs, *walk)
-        else:
-            found = FORWARD[backend](*inputs, ops.NUMBER[cell], reverse, False, want_states)
-    elif torch.is_grad_enabled() and autograd.wants_gradient(inputs[:8]):
-        return _recorded(walk, inputs, want_states)
+    recorded = torch.is_grad_enabled() and autograd.wants_gradient(inputs[:8])
+    # A trace holds no Function of Python's, and must be the same with gradients and without.
+    if not backends.tracing() and (recorded or autograd.functorch_active()):
+        found = autograd.apply(Scan, *inputs, *walk)
     else:
         found = FORWARD[backend](*inputs, ops.NUMBER[cell], reverse, False, want_states)
     return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
-
-
-def _recorded(walk: Walk, inputs: Sequence[Any], want_states: bool) -> Result:
-    """A scan in eager mode, to be differentiated."""
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset = inputs
-    want_states = want_states and walk.cell == "lstm"
-    plain = lengths is None and reset is None and w_hr is None and not want_states
-    fast = plain and walk.backend == "native" and x.is_cpu and direct.is_plain()
-    if not fast:
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset = map(autograd.unwrapped, inputs)
-    weights = (w_ih, w_hh) if b_ih is None else (w_ih, w_hh, b_ih, b_hh)
-    found = _apply(x, h0, c0, (lengths, reset, want_states), w_hr, (walk, "scan", fast), *weights)
-    return (*found, *(None,) * (4 - len(found)))
-
-
-_apply = autograd.recorder(Layer)
-
-
-def layer_in_one_call(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], cell: str, layout: str
-) -> tuple[Tensor, ...] | None:
-    """y, h_n and an LSTM's c_n of a layer of one direction, to be differentiated; of a cell the new h and c. Nothing is
-    checked before. None where the native call does not take the arguments. For eager mode with gradients on, where the
-    native kernels are in force."""
-    if not isinstance(x, Tensor) or len(weights) not in (2, 4) or not direct.is_plain():
-        return None
-    if not autograd.wants_gradient((x, *weights, h0, c0)):
-        return None
-    return _apply(x, h0, c0, _NOTHING_MORE, None, _native_walk(cell, layout), *weights)
-
-
-_NOTHING_MORE = (None, None, False)  # neither lengths nor reset, and no states are wanted
-
-
-@functools.lru_cache
-def _native_walk(cell: str, layout: str) -> tuple[Walk, str, bool]:
-    return Walk(cell, False, "native"), layout, True

@@ -55,7 +55,7 @@ def test_what_explain_says_is_what_runs():
         with torch.profiler.profile() as profile, fastseq.use_backend(name):
             functional.gru(x, None, w)
         seen[name] = {event.key for event in profile.key_averages()}
-        assert ("fastseq::scan_forward" in seen[name]) == (name == "native")
+        assert ("fastseq::layers_forward" in seen[name]) == (name == "native")
         assert ("aten::gru" in seen[name]) == (name == "torch")
     assert runs_on() == "native"
 
@@ -280,7 +280,7 @@ def test_the_way_back_runs_where_the_way_there_did(first, monkeypatch):
     x = torch.randn(4, 2, 8, 8, requires_grad=True)
     w = [torch.randn(24, 8), torch.randn(24, 8)]
     for op, call, gradient in (
-        ("scan", lambda: functional.gru(x[0], None, w, has_biases=False)[0], "fastseq::scan_gradient"),
+        ("scan", lambda: functional.gru(x[0], None, w, has_biases=False)[0], "fastseq::layers_backward"),
         ("attention", lambda: fastseq.attention(x, x, x), "fastseq::attention_backward"),
     ):
         monkeypatch.setattr(auto, "AUTO", (auto.Row("*", op, "", (first, "reference"), "for this test"),))

@@ -17,7 +17,7 @@ LONGEST = 500
 LAYERS: list[set[str]] = [
     {"_native", "_native_cuda", "recurrent.cells", "attn.call"},
     {"auto", "ops", "recurrent.reference", "attn.reference", "attn.random", "kernels"},
-    {"checks", "attn.checks", "backend", "autograd", "recurrent.autograd_layers", "attn.autograd"},
+    {"checks", "attn.checks", "backend", "autograd", "attn.autograd"},
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
@@ -186,7 +186,7 @@ CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 
-FACING_TORCH = {"arguments.h", "ops.h", "marshal.h", "inference.h", "direct.h", "direct_objects.h"}
+FACING_TORCH = {"arguments.h", "ops.h", "marshal.h", "stack.h", "dispatch.h", "direct.h", "direct_objects.h"}
 """Headers of the operators and of the fast path past torch's dispatcher."""
 
 

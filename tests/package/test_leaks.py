@@ -49,14 +49,37 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
     number = ops.NUMBER[cell]
     inputs = cell_inputs(cell, 1, 1, 2, 3)
     x, w_ih, w_hh, _, _, _, h0, c0 = inputs
+    weights = [w_ih, w_hh]
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
     y, _, _, states, tape = forward(*inputs, None, None, number, False, True, True)
     grads = (torch.ones_like(y), None, None, None)
     calls: dict[str, Callable[[], object]] = {
         "scan_forward": lambda: forward(*inputs, None, None, number, False, True, True),
         "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, None, None, number, False),
-        "scan_gradient": lambda: torch.ops.fastseq.scan_gradient.native(
-            *grads, x, w_ih, w_hh, None, h0, c0, None, None, y, states, tape, number, False, True, True
+        "layers_forward": lambda: torch.ops.fastseq.layers_forward.native(
+            x, weights, None, None, None, None, number, 1, False, False, True, True
+        ),
+        "layers_backward": lambda: torch.ops.fastseq.layers_backward.native(
+            y,
+            None,
+            None,
+            [],
+            x,
+            weights,
+            None,
+            None,
+            None,
+            None,
+            None,
+            [y],
+            [states] * (cell == "lstm"),
+            [tape] * bool(ops.TAPE[cell]),
+            number,
+            1,
+            False,
+            False,
+            True,
+            True,
         ),
     }
     kept = {name: grows(call, 4000) for name, call in calls.items()}

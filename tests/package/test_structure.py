@@ -15,11 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 PAST_THE_DISPATCHER = (
-    *("csrc/core/direct.h", "csrc/core/direct_objects.h"),
-    *("csrc/recurrent/direct.cpp", "csrc/recurrent/direct_training.cpp"),
-    *("csrc/recurrent/inference.h", "csrc/recurrent/inference_ops.cpp"),
+    "csrc/core/direct_objects.h",
+    "csrc/recurrent/direct.cpp",
     *("csrc/attention/direct.cpp", "csrc/attention/direct.h", "csrc/attention/direct_multihead.cpp"),
-    *("fastseq/direct.py", "fastseq/attn/direct.py", "fastseq/recurrent/layout.py"),
+    *("fastseq/direct.py", "fastseq/attn/direct.py"),
 )
 """Files that exist to skip torch's dispatcher."""
 
@@ -69,9 +68,9 @@ def counts() -> dict[str, object]:
 
 def test_the_middle_layer_stays_small() -> None:
     found = counts()
-    assert len(found["operators with numerics"]) <= 9, found  # type: ignore[arg-type]
-    assert len(found["autograd Functions"]) <= 7, found  # type: ignore[arg-type]
-    assert found["lines past torch's dispatcher"] <= 1400, found  # type: ignore[operator]
+    assert len(found["operators with numerics"]) <= 7, found  # type: ignore[arg-type]
+    assert len(found["autograd Functions"]) <= 5, found  # type: ignore[arg-type]
+    assert found["lines past torch's dispatcher"] <= 1000, found  # type: ignore[operator]
     assert found["dtype enums of C++"] == ["Dtype"], found
     assert found["lines of bench, without its studies"] <= 5000, found  # type: ignore[operator]
 

@@ -6,7 +6,7 @@ With ``--device cuda --kernels native`` on a GPU, in whatever order its streams 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import devices
 import pytest
@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_flatten
 
 from fastseq import ops
 from fastseq.ops import layers as ops_layers
-from fastseq.recurrent import autograd_layers, layers
-from fastseq.recurrent.autograd_layers import Kind, Layers, reference_layers
+from fastseq.recurrent import reference, stack
 from fastseq.recurrent.call import RecurrentCall
+from fastseq.recurrent.stack import Kind, Layers
 
 pytestmark = [pytest.mark.device("native"), missing]
 
@@ -163,7 +163,13 @@ def test_a_device_without_room_and_a_short_sequence_get_one_walk_after_another()
 SCHEDULES = [(build.IN_ORDER, 0), *itertools.product((build.UNIFORM, build.PRIORITY), range(1, 4))]
 
 
-def draw_stack(kind: Kind, batch: int, inputs: int, hidden: int, steps: int, dtype: torch.dtype) -> tuple:
+def stack_of(cell: str, num_layers: int, bidirectional: bool) -> Kind:
+    return Kind(cell, num_layers, bidirectional, want_states=True)
+
+
+def draw_stack(
+    kind: Kind, batch: int, inputs: int, hidden: int, steps: int, dtype: torch.dtype, has_biases: bool = True
+) -> tuple:
     """x, h0, c0 and the weights."""
     directions, gates = 1 + kind.bidirectional, ops.GATES[kind.cell]
     rows, lstm = kind.num_layers * directions, kind.cell == "lstm"
@@ -171,14 +177,14 @@ def draw_stack(kind: Kind, batch: int, inputs: int, hidden: int, steps: int, dty
     for row in range(rows):
         width = inputs if row < directions else directions * hidden
         shapes = [(gates * hidden, width), (gates * hidden, hidden), *2 * [(gates * hidden,)]]
-        weights += [(torch.rand(s) * 2 - 1) / hidden**0.5 for s in shapes[: 2 + 2 * kind.has_biases]]
+        weights += [(torch.rand(s) * 2 - 1) / hidden**0.5 for s in shapes[: 2 + 2 * has_biases]]
     x, h0, c0 = torch.randn(steps, batch, inputs), *torch.randn(2, rows, batch, hidden)
     return x.to(dtype), h0.to(dtype), c0.to(dtype) if lstm else None, [w.to(dtype) for w in weights]
 
 
 def layer_by_layer(kind: Kind, x: Tensor, h0, c0, weights: list[Tensor], lengths, reset) -> list[Tensor]:
     """y, h_n and an LSTM's c_n by the emulated scan of each layer and direction."""
-    directions, width = 1 + kind.bidirectional, 2 + 2 * kind.has_biases
+    directions, width = 1 + kind.bidirectional, len(weights) // kind.rows
     h_n, c_n = [], []
     for layer in range(kind.num_layers):
         outputs = []
@@ -200,8 +206,8 @@ def layer_by_layer(kind: Kind, x: Tensor, h0, c0, weights: list[Tensor], lengths
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, bidirectional: bool, role: str) -> None:
     dtype = (torch.float32, torch.bfloat16)[CELLS.index(cell) % 2]
-    kind = Kind(cell, 4, bidirectional, cell != "gru")
-    x, h0, c0, weights = draw_stack(kind, 5, 6, 9, 7, dtype)
+    kind = stack_of(cell, 4, bidirectional)
+    x, h0, c0, weights = draw_stack(kind, 5, 6, 9, 7, dtype, cell != "gru")
     lengths, reset, _ = options("lengths+reset" if role != "grid" else "plain", 7, 5)
     if role == "grid":
         h0 = c0 = None
@@ -210,7 +216,7 @@ def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, b
         expected = layer_by_layer(kind, x, h0, c0, weights, lengths, reset)
     for (order, number), windows in itertools.product(SCHEDULES, (1, 3)):
         with machine(role, blocks, 64, seed=number, schedule=order, windows=windows, walkers=2 * (role != "step")):
-            found = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), False, False)
+            found = stack.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), False, False)
         for ours, wanted in zip(found, expected, strict=False):
             assert torch.allclose(ours, wanted, rtol=0, atol=8 * torch.finfo(dtype).eps), (order, number, windows)
 
@@ -220,8 +226,16 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     if devices.DEVICE == "cuda":
         return
     library()
-    monkeypatch.setattr(autograd_layers, "FORWARD", torch.ops.fastseq.layers_forward.emulated)
-    monkeypatch.setattr(autograd_layers, "BACKWARD", torch.ops.fastseq.layers_backward.emulated)
+    monkeypatch.setattr(stack, "FORWARD", torch.ops.fastseq.layers_forward.emulated)
+
+    def backward(*args: Any) -> Any:
+        x, lengths, bidirectional = args[4], args[8], args[16]
+        starts = None
+        if lengths is not None:  # as on CUDA
+            x, starts = stack.with_lengths(x, lengths, bidirectional)
+        return torch.ops.fastseq.layers_backward.emulated(*args[:4], x, *args[5:10], starts, *args[11:])
+
+    monkeypatch.setattr(stack, "BACKWARD", backward)
 
 
 def gradients(function, kind: Kind, dtype: torch.dtype, x, h0, c0, weights, lengths, reset) -> list[Tensor]:
@@ -232,6 +246,10 @@ def gradients(function, kind: Kind, dtype: torch.dtype, x, h0, c0, weights, leng
     wanted = [t for t in own if t is not None]
     # Rounded as y is: that c stays float32 is the scan's promise, and tested there.
     return [*(r.to(dtype) for r in results), *torch.autograd.grad(loss, wanted, materialize_grads=True)]
+
+
+def by_reference(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
+    return reference.layers(x, h0, c0, weights, lengths, reset, kind.cell, kind.num_layers, kind.bidirectional)
 
 
 def fused(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
@@ -245,13 +263,13 @@ def fused(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
 def test_gradients_of_a_stack_match_the_reference(cell: str, bidirectional: bool, role: str) -> None:
     for n, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         seed(cell, bidirectional, role, n)
-        kind = Kind(cell, 1 + n, bidirectional, n != 1)
-        drawn = draw_stack(kind, 5, 6, 9, 7, dtype)
+        kind = stack_of(cell, 1 + n, bidirectional)
+        drawn = draw_stack(kind, 5, 6, 9, 7, dtype, n != 1)
         lengths, reset, _ = options(("plain", "lengths", "lengths+reset")[n], 7, 5)
         if n == 1:
             drawn = (drawn[0], None, None, drawn[3])
         truth, peer = (
-            gradients(reference_layers, kind, d, *drawn, lengths, reset) for d in (torch.float64, dtype)
+            gradients(by_reference, kind, d, *drawn, lengths, reset) for d in (torch.float64, dtype)
         )  # fmt: skip
         for (order, number), windows in itertools.product(SCHEDULES[:: 1 + n], (1, 3)):
             parts = 2 * (role != "step")
@@ -263,7 +281,7 @@ def test_gradients_of_a_stack_match_the_reference(cell: str, bidirectional: bool
 
 @pytest.mark.usefixtures("emulated")
 def test_sums_over_windows_have_the_same_bits_in_every_order() -> None:
-    kind = Kind("lstm", 3, False, True)
+    kind = stack_of("lstm", 3, False)
     drawn = draw_stack(kind, 5, 6, 9, 12, torch.bfloat16)
     found = []
     for order, number in SCHEDULES:
@@ -277,7 +295,7 @@ def test_sums_over_windows_have_the_same_bits_in_every_order() -> None:
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
     """Gradients of x, of the states, of the weights, of some weights, each without the others."""
-    kind = Kind("gru", 2, bidirectional, True)
+    kind = stack_of("gru", 2, bidirectional)
     x, h0, _, weights = draw_stack(kind, 5, 6, 9, 12, torch.float32)
 
     def found(wanted: list[bool]) -> list[Tensor | None]:
@@ -298,7 +316,7 @@ def test_what_nobody_wants_changes_nothing_else(bidirectional: bool) -> None:
 @pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_strides_do_not_matter(bidirectional: bool, windows: int) -> None:
-    kind = Kind("gru", 2, bidirectional, True)
+    kind = stack_of("gru", 2, bidirectional)
     x, h0, _, weights = draw_stack(kind, 5, 6, 9, 7, torch.float32)
     dy = torch.randn(7, 5, 9 * (1 + bidirectional))
 
@@ -325,23 +343,23 @@ def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
         return [(t.shape, t.dtype, t.stride()) for t in tree_flatten(results)[0]]
 
     for bidirectional, save, states in itertools.product((False, True), repeat=3):
-        kind = Kind(cell, 2, bidirectional, save)
-        x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16)
+        kind = stack_of(cell, 2, bidirectional)
+        x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16, save)
         given = (x, weights, h0, None if states else c0, None, None, *kind.numbers(), save, states)
         with machine("cluster", 1, 64):
-            y, h_n, _, ys, all_c, tapes = found = autograd_layers.FORWARD(*given)
+            y, h_n, _, ys, all_c, tapes = found = stack.FORWARD(*given)
             assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
             if save:
                 dc = c0 if states and cell == "lstm" else None
                 last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
                 given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
-                assert shapes(autograd_layers.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
+                assert shapes(stack.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 
 @pytest.mark.skipif(devices.DEVICE != "cuda", reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_a_cuda_graph_holds_a_stack_and_nothing_waits_for_the_host(bidirectional: bool) -> None:
-    kind = Kind("lstm", 3, bidirectional, True)
+    kind = stack_of("lstm", 3, bidirectional)
     x, h0, c0, weights = draw_stack(kind, 16, 64, 128, 96, torch.bfloat16)
     other = torch.randn_like(x)
     own = [t.requires_grad_() for t in (x, h0, c0, *weights)]
@@ -373,18 +391,18 @@ def test_a_cuda_graph_holds_a_stack_and_nothing_waits_for_the_host(bidirectional
 @pytest.mark.parametrize("role", ["grid", "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> None:
-    kind = Kind(cell, 1, False, True)
+    kind = stack_of(cell, 1, False)
     x, h0, c0, weights = draw_stack(kind, 5, 6, 9, 7, torch.bfloat16)
     x = torch.zeros_like(x)  # so that its product, which is torch's, is exact
     lengths, reset, _ = options("lengths+reset", 7, 5)
     found = []
     for windows in (1, 2, 7):
         with machine(role, 2, 64, windows=windows):
-            out = autograd_layers.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
+            out = stack.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
             y, h_n, c_n, _, states, tapes = out
             dc = torch.ones_like(c_n) if cell == "lstm" else None
             given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
-            back = autograd_layers.BACKWARD(*given, [y], states, tapes, *kind.numbers(), False, True)
+            back = stack.BACKWARD(*given, [y], states, tapes, *kind.numbers(), False, True)
         found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])
     for other in found[1:]:
         for ours, whole in zip(other, found[0], strict=True):
@@ -395,7 +413,7 @@ def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_lanes_that_do_not_wait_are_noticed(bidirectional: bool) -> None:
-    kind = Kind("lstm", 3, bidirectional, True)
+    kind = stack_of("lstm", 3, bidirectional)
     drawn = draw_stack(kind, 5, 6, 9, 12, torch.float32)
 
     def found(order: int, number: int) -> list[Tensor]:
@@ -415,7 +433,7 @@ def test_lanes_that_do_not_wait_are_noticed(bidirectional: bool) -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_second_derivatives_are_the_references() -> None:
-    kind = Kind("gru", 2, False, True)
+    kind = stack_of("gru", 2, False)
     x, h0, _, weights = draw_stack(kind, 2, 3, 4, 3, torch.float32)
 
     def norm(function) -> list[Tensor]:
@@ -425,7 +443,7 @@ def test_second_derivatives_are_the_references() -> None:
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), own))
 
     with machine("cluster", 1, 64):
-        for a, b in zip(norm(fused), norm(reference_layers), strict=True):
+        for a, b in zip(norm(fused), norm(by_reference), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -433,9 +451,9 @@ def test_second_derivatives_are_the_references() -> None:
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_what_the_layers_of_the_package_call(grad: bool) -> None:
     """Results and states of a stack, whole and where dropout (here of nothing) parts it."""
-    kind = Kind("lstm", 2, True, True)
+    kind = stack_of("lstm", 2, True)
     x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.float32)
-    expected = reference_layers(kind, x, h0, c0, None, None, weights)
+    expected = by_reference(kind, x, h0, c0, None, None, weights)
     whole = [*expected[:3], torch.cat(expected[3:], -1)]
     for w in weights:
         w.requires_grad_(grad)
@@ -443,11 +461,8 @@ def test_what_the_layers_of_the_package_call(grad: bool) -> None:
         tensors = ("lstm", x, h0, c0, weights)
         options = {"num_layers": 2, "dropout": dropout, "training": True, "bidirectional": True}
         with machine("cluster", 1, 64):
-            found = layers.run(RecurrentCall(*tensors, want_states=True, **options))
-            assert layers.run(RecurrentCall(*tensors, **options))[3] is None
+            found = stack.run(RecurrentCall(*tensors, want_states=True, **options))
+            assert stack.run(RecurrentCall(*tensors, **options))[3] is None
         for ours, wanted in zip(found, whole, strict=True):
             assert ours.requires_grad == grad
             assert torch.allclose(ours, wanted, rtol=0, atol=1e-6)
-    assert layers.suits("native", RecurrentCall(*tensors)) == (devices.DEVICE == "cuda"), (
-        "the CPU has a call of its own"
-    )

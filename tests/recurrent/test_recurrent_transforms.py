@@ -186,7 +186,20 @@ def test_exports_with_a_dynamic_length(name, kwargs):
     x = example(11)
     for a, b in zip(flat(program.module()(x)), flat(layer(x)), strict=True):
         torch.testing.assert_close(a, b)
-    assert "scan_forward.native" in str(program.graph)
+    assert str(program.graph).count("layers_forward.native") == 1
+
+
+@needs_native
+@pytest.mark.full
+def test_an_aotinductor_package_takes_any_batch_and_length(tmp_path):
+    layer = fastseq.nn.LSTM(5, 7, 2, bidirectional=True, batch_first=True).eval()
+    batch, steps = (torch.export.Dim(name, min=2, max=64) for name in "BT")
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(3, 6, 5),), dynamic_shapes=({0: batch, 1: steps},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        packaged, x = torch._inductor.aoti_load_package(path), torch.randn(4, 11, 5)
+        for a, b in zip(flat(packaged(x)), flat(layer(x)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])
@@ -220,11 +233,28 @@ def test_opcheck(cell, kwargs, dtype):
         stateless = (*inputs[:6], None, None, *options, True, True)
         torch.library.opcheck(forward, stateless)
         torch.library.opcheck(backward, (torch.randn_like(y), None, None, None, *tail[:5], None, None, *options))
-        x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
-        given = (x, w_ih, w_hh, w_hr, h0, c0, *options[:2], y, states, tape, *options[2:])
-        for flags in ((True, True), (False, True), (True, False), (False, False)):
-            dy = torch.randn_like(y)
-            torch.library.opcheck(torch.ops.fastseq.scan_gradient.native, (dy, None, None, None, *given, *flags))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cell", "kwargs"), CASES, ids=IDS)
+def test_opcheck_of_a_stack(cell, kwargs, dtype):
+    x, *weights, h0, c0 = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
+    one = [w for w in weights if w is not None]
+    outputs = one[1].shape[1]
+    two = [*one, torch.randn(one[0].shape[0], outputs).to(dtype), *one[1:]]
+    lengths, reset = torch.tensor([3, 2]), torch.rand(3, 2) < 0.3
+    forward, backward = torch.ops.fastseq.layers_forward.native, torch.ops.fastseq.layers_backward.native
+    for layers, own, reverse, options in ((1, one, True, (lengths, reset)), (2, two, False, (None, None))):
+        h, c = (None if s is None else s.expand(layers, *s.shape) for s in (h0, c0))
+        shape = (ops.NUMBER[cell], layers, False, reverse)
+        for save, states in ((False, False), (False, True), (True, True)):
+            torch.library.opcheck(forward, (x, own, h, c, *options, *shape, save, states))
+        y, h_n, _, ys, states, tapes = forward(x, own, h, c, *options, *shape, True, True)
+        tail = (x, own, h, c, *options, None, [*ys, y], states, tapes, *shape)
+        torch.library.opcheck(backward, (torch.randn_like(y), torch.randn_like(h_n), None, [], *tail, True, True))
+        for flags in ((True, False), (False, True), (False, False)):
+            torch.library.opcheck(backward, (None, None, None, states[-1:], *tail, *flags))
 
 
 @needs_native
@@ -273,12 +303,8 @@ def test_functionalize_of_attention():
     torch.testing.assert_close(y, fastseq.attention(q, q, q, causal=True))
 
 
-@pytest.mark.parametrize("library", ["kernel's products", "torch's products"])
 @pytest.mark.parametrize(("name", "kwargs", "shape"), FUNCTIONS.values(), ids=FUNCTIONS)
-def test_vectorized_jacobians(name, kwargs, shape, library, monkeypatch):
-    if library == "torch's products":  # those of a backend that has no gradient in one call
-        monkeypatch.setattr("fastseq.recurrent.autograd.GRADIENT", {})
-        monkeypatch.setattr("fastseq.direct.layer_gradient", lambda *_: None)
+def test_vectorized_jacobians(name, kwargs, shape):
     layer, f, x = output_of(name, kwargs, shape)
     want = torch.autograd.functional.jacobian(f, x)
     torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), want)

@@ -104,7 +104,7 @@ def nodes_of(found):
             seen.add(node)
             names.append(node.name())
             left += [before for before, _ in node.next_functions]
-    return names.count("LayerBackward")
+    return names.count("LayersBackward")
 
 
 STACKS = {
@@ -126,7 +126,7 @@ def test_layers_of_a_stack_give_the_operators_bits(mode, stack, dtype):
             torch.manual_seed(1)
             with fast_paths(required=True):
                 found, gradients = trained(layer, x, states, outputs=outputs)
-            assert nodes_of(found) == rows  # one a layer and direction
+            assert nodes_of(found) == (layer.num_layers if layer.dropout else 1)
             torch.manual_seed(1)
             expected = generally(layer, x, states, outputs=outputs)
             assert same(found, expected[0])
@@ -166,7 +166,7 @@ def test_what_is_frozen_has_no_gradient(mode, as_cell, monkeypatch):
         for name, tensor in named.items():
             tensor.requires_grad_(name in kept)
         found, gradients = trained(layer, x, states)
-        assert "LayerBackward" in {f.grad_fn.name() for f in found}
+        assert "LayersBackward" in {f.grad_fn.name() for f in found}
         assert len(gradients) == len(kept)
         expected = generally(layer, x, states)
         assert same(gradients, expected[1])
@@ -182,7 +182,7 @@ def test_second_derivatives(mode, as_cell):
     )
     x = torch.randn(2, *(() if as_cell else (3,)), 2, dtype=torch.float64, requires_grad=True)
     states = states_of(mode, layer, (2,) if as_cell else (1, 2), torch.float64)
-    assert "LayerBackward" in {f.grad_fn.name() for f in call(layer, x, states)}
+    assert "LayersBackward" in {f.grad_fn.name() for f in call(layer, x, states)}
 
     def function(x, w, *states):
         weights = dict(layer.named_parameters())
@@ -232,8 +232,8 @@ def test_saved_tensors_pass_their_hooks_and_checkpoints_compute_anew():
 def test_questions_lead_to_the_operator(monkeypatch):
     layer, x = build("lstm"), torch.randn(4, 3, 5, requires_grad=True)
     want = trained(layer, x, [])
-    taken, native = [], direct.layer_forward
-    monkeypatch.setattr(direct, "layer_forward", lambda *args: (taken.append(args), native(*args))[1])
+    taken, native = [], direct.layers_forward
+    monkeypatch.setattr(direct, "layers_forward", lambda *args: (taken.append(args), native(*args))[1])
     for mode in (Functions(), Dispatch(), torch.profiler.profile()):
         with mode:
             found = layer(x)[0]
@@ -264,7 +264,7 @@ def test_a_question_in_the_walk_back_is_answered_too():
     y = layer(x)[0]
     with torch.profiler.profile() as profile:
         found = torch.autograd.grad(y.sum(), leaves)
-    assert "fastseq::scan_gradient" in {event.key for event in profile.key_averages()}
+    assert "fastseq::layers_backward" in {event.key for event in profile.key_averages()}
     assert same(found, want)
 
 
@@ -326,36 +326,37 @@ def test_bad_arguments_have_the_general_ways_messages(as_cell):
 def test_it_declines_what_is_not_fit(monkeypatch):
     x, w_ih, w_hh, b = torch.randn(4, 3, 5), torch.randn(68, 5), torch.randn(68, 17), torch.randn(68)
     h = torch.randn(1, 3, 17)
-    good = [x, h, h, "lstm", "layer", False, w_ih, w_hh, b, b]
-    assert direct.layer_forward(*good) is None, "gradients are on"
+    good = [x, h, h, "lstm", "layer", 1, False, (w_ih, w_hh, b, b)]
+    assert direct.layers_forward(*good) is None, "gradients are on"
     with torch.no_grad():
-        assert direct.layer_forward(*good) is not None
+        assert direct.layers_forward(*good) is not None
         for i, bad in (
             (0, None), (0, x[0, 0]), (0, x[:0]), (0, x.double()), (1, None), (1, h[0]), (1, h.expand(2, 3, 17)),
             (2, h[..., 1:]), (3, "elman"), (3, "gru"), (3, 5), (4, None), (4, "cell"), (4, "scan"), (4, "columns"),
-            (6, None), (6, w_ih[1:]), (7, w_hh[0]), (7, w_hh[:0]), (8, b[1:]), (9, b.half()), (9, None),
+            (5, 2), (5, 0), (6, True), (7, None), (7, (w_ih[1:], w_hh, b, b)), (7, (w_ih, w_hh[0], b, b)),
+            (7, (w_ih, w_hh[:0], b, b)), (7, (w_ih, w_hh, b[1:], b)), (7, (w_ih, w_hh, b, b.half())),
+            (7, (w_ih, w_hh, b, None)), (7, (w_ih,)), (7, ()), (7, (w_ih, w_hh, b, b) * 20),
         ):  # fmt: skip
-            given = [*good[:i], bad, *good[i + 1 :]]
-            if (i, bad) != (9, None):  # one bias alone is for the layers to refuse
-                assert direct.layer_forward(*given) is None, (i, bad)
-        assert direct.layer_forward(*good[:-1]) is None
+            assert direct.layers_forward(*good[:i], bad, *good[i + 1 :]) is None, (i, bad)
+        assert direct.layers_forward(*good[:-1]) is None
         need = (True,) * 7
-        y, h_n, c_n, states, tape = direct.layer_forward(*good)
-        walk = [need, y, h_n, c_n, x, h, h, y, states, tape, "lstm", "layer", False, w_ih, w_hh]
-        assert direct.layer_gradient(*walk) is not None
+        y, h_n, c_n, states, tape = direct.layers_forward(*good)
+        walk = [*good, need, y, h_n, c_n, (y, states, tape)]
+        assert direct.layers_backward(*walk) is not None
         for i, bad in (
-            (0, None), (1, y[1:]), (1, y[0, 0]), (2, h_n[0]), (4, None), (7, None), (8, None), (9, tape[..., 1:]),
-            (10, 3), (11, "scan"), (11, 3), (13, None), (14, w_hh[1:]),
+            (0, None), (3, 3), (4, "scan"), (4, 3), (5, 2), (6, True), (7, None), (7, (w_ih, w_hh[1:], b, b)),
+            (8, None), (8, need[1:]), (8, (*need, True)), (9, y[1:]), (9, y[0, 0]), (10, h_n[0]), (12, ()), (12, (y,)),
+            (12, (y, states)), (12, (y, None, tape)), (12, (y, states, tape[..., 1:])), (12, (y, states, tape, tape)),
         ):  # fmt: skip
-            assert direct.layer_gradient(*walk[:i], bad, *walk[i + 1 :]) is None, i
-        assert direct.layer_gradient(*walk[1:]) is None
+            assert direct.layers_backward(*walk[:i], bad, *walk[i + 1 :]) is None, (i, bad)
+        assert direct.layers_backward(*walk[1:]) is None
     monkeypatch.setattr("fastseq.auto.BF16_ROWS", 11)
     try:
         direct._bind()
         with torch.no_grad():
-            halves = [t.bfloat16() if isinstance(t, torch.Tensor) else t for t in good]
-            assert direct.layer_forward(*halves) is None
-            assert direct.layer_forward(halves[0][:3], *halves[1:]) is not None
+            halves = [*(t.bfloat16() for t in good[:3]), *good[3:7], tuple(t.bfloat16() for t in good[7])]
+            assert direct.layers_forward(*halves) is None
+            assert direct.layers_forward(halves[0][:3], *halves[1:]) is not None
     finally:
         monkeypatch.undo()
         direct._bind()
@@ -467,7 +468,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
     ours.load_state_dict(theirs.state_dict())
     want = masked_rollout(theirs)
     if way == "general":
-        monkeypatch.setattr(direct, "layer_forward", direct._decline)
+        monkeypatch.setattr(direct, "layers_forward", direct._decline)
     found = masked_rollout(torch.compile(ours, backend="aot_eager") if way == "compiled" else ours)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
@@ -478,7 +479,7 @@ def test_a_cells_state_may_be_masked_in_place(mode, way, monkeypatch):
 @pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
 def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell, general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", direct._decline)
+        monkeypatch.setattr(direct, "layers_forward", direct._decline)
     layer, x = build(mode, as_cell), torch.randn(*(() if as_cell else (4,)), 3, 5)
 
     def gradients(changed):
@@ -501,7 +502,7 @@ def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell,
 @pytest.mark.parametrize("general", [False, True])
 def test_a_second_derivative_refuses_what_was_changed_in_place(general, monkeypatch):
     if general:
-        monkeypatch.setattr(direct, "layer_forward", direct._decline)
+        monkeypatch.setattr(direct, "layers_forward", direct._decline)
     layer, x = build("lstm", dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     y = layer(x)[0]
     with torch.no_grad():

@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <deque>
 
 #include "core/arguments.h"
+#include "core/dispatch.h"
 #include "core/cuda/current.h"
 #include "recurrent/cuda/device.h"
 #include "recurrent/cuda/ops.h"
@@ -21,31 +21,22 @@ using Optional = OptionalTensor;
 
 // ---- torch's operators that the stable ABI has no function for.
 
-template <size_t N>
-Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-template <class T>
-StableIValue value(const T& v) {
-  return torch::stable::detail::from(v);
-}
 inline Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
-  return call("aten::linear", "", std::array{value(x), value(w), value(b)});
+  return call_torch("aten::linear", "", std::array{value(x), value(w), value(b)});
 }
 inline void linear_out(const Tensor& x, const Tensor& w, const Optional& b, const Tensor& out) {
-  call("aten::linear", "out", std::array{value(x), value(w), value(b), value(out)});
+  call_torch("aten::linear", "out", std::array{value(x), value(w), value(b), value(out)});
 }
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  call("aten::mm", "out", std::array{value(a), value(b), value(out)});
+  call_torch("aten::mm", "out", std::array{value(a), value(b), value(out)});
 }
 inline Tensor times(const Tensor& a, const Tensor& b) {
-  return call("aten::mul", "Tensor", std::array{value(a), value(b)});
+  return call_torch("aten::mul", "Tensor", std::array{value(a), value(b)});
 }
-inline Tensor logical_not(const Tensor& a) { return call("aten::logical_not", "", std::array{value(a)}); }
+inline Tensor logical_not(const Tensor& a) { return call_torch("aten::logical_not", "", std::array{value(a)}); }
 // a[at[0, b, 0], b] of a [T,B,N], as [1,B,N].
 inline Tensor take_steps(const Tensor& a, const Tensor& at) {
-  return call("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
+  return call_torch("aten::take_along_dim", "", std::array{value(a), value(at), value(std::optional<int64_t>(0))});
 }
 inline ScanNumber number_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return {Dtype::bf16};
@@ -61,7 +52,7 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   } else if (kEmulated) {  // torch has this product on GPUs alone
     mm_out(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), out);
   } else {
-    call("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
+    call_torch("aten::mm", "dtype_out", std::array{value(a), value(b), value(ScalarType::Float), value(out)});
   }
 }
 

@@ -31,12 +31,14 @@ struct Layers {
   int64_t T, B, H, D, size;
   Tensors carry_h, carry_c, workspace;  // of a layer and direction, of a lane
 
-  Layers(const Tensor& x, const Tensors& given, int64_t cell, int64_t num_layers, bool bidirectional,
-         bool has_biases, const Optional& lengths, const Optional& reset)
+  Layers(const Tensor& x, const Tensors& given, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
+         const Optional& lengths, const Optional& reset)
       : call(x, cell) {
-    stack.layers = int(num_layers), stack.directions = bidirectional ? 2 : 1;
-    width = has_biases ? 4 : 2, G = gates_of(call.cell);
-    STD_TORCH_CHECK(num_layers > 0 && int64_t(given.size()) == num_layers * stack.directions * width && x.dim() == 3,
+    STD_TORCH_CHECK(!reverse, "scan: the native CUDA kernels have no stack that walks backwards alone");
+    stack.layers = int(num_layers), stack.directions = bidirectional ? 2 : 1, G = gates_of(call.cell);
+    const int64_t rows = num_layers * stack.directions;
+    width = rows > 0 ? int(given.size()) / int(rows) : 0;
+    STD_TORCH_CHECK((width == 2 || width == 4) && int64_t(given.size()) == rows * width && x.dim() == 3,
                     "scan: x must be [T, B, I], and weights those of every layer and direction");
     T = x.size(0), B = x.size(1), H = given[1].size(1), D = stack.directions, size = int(bytes_of(call.number.dtype));
     STD_TORCH_CHECK(T > 0 && B > 0 && H > 0, "scan: a stack of layers in one call needs T, B and H above 0");
@@ -334,9 +336,9 @@ struct BackwardLayers : Layers {
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cuda(
     const Tensor& x, const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths,
-    const Optional& reset, int64_t cell, int64_t num_layers, bool bidirectional, bool has_biases, bool save,
+    const Optional& reset, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool save,
     bool with_states) {
-  ForwardLayers a(x, weights, cell, num_layers, bidirectional, has_biases, lengths, reset);
+  ForwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D;
   const bool lstm = a.call.cell == ScanCell::lstm;
   check_cell(a.call.cell, std::nullopt, c0);
@@ -362,6 +364,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   a.run();
   Tensors below(a.ys.begin(), a.ys.end() - 1);
   if (!save) below.clear(), a.tapes.clear(), a.states.erase(a.states.begin(), a.states.end() - D);
+  if (a.G == 1) a.tapes.clear();
+  if (!lstm || !(save || with_states)) a.states.clear();
   return {a.y, a.h_n, a.c_n, below, a.states, a.tapes};
 }
 
@@ -369,13 +373,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensors& dstates, const Tensor& x,
     const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
     const Optional& starts, const Tensors& ys, const Tensors& states, const Tensors& tapes, int64_t cell,
-    int64_t num_layers, bool bidirectional, bool has_biases, bool with_dx, bool with_weights) {
-  BackwardLayers a(x, weights, cell, num_layers, bidirectional, has_biases, lengths, reset);
+    int64_t num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) {
+  BackwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H;
   const bool lstm = a.call.cell == ScanCell::lstm, gru = a.call.cell == ScanCell::gru;
   check_cell(a.call.cell, std::nullopt, c0);
-  STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == rows && int64_t(states.size()) == rows &&
-                      (dstates.empty() || (lstm && int64_t(dstates.size()) == D)),
+  STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == (a.G > 1 ? rows : 0) &&
+                      int64_t(states.size()) == (lstm ? rows : 0) && (dstates.empty() || (lstm && int64_t(dstates.size()) == D)),
                   "scan: the backward pass needs what the forward pass saved, of every layer and direction");
   a.stack.with_dx = with_dx, a.stack.with_weights = with_weights;
   a.divide(x, true);
@@ -392,9 +396,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
   a.c0 = a.call.pointer("c0", c0, {rows, B, H});
   for (const Tensor& t : dstates) a.dstates.push_back(a.call.dense("dstates", t, {T, B, H}, ScalarType::Float));
   for (const Tensor& t : ys) a.ys.push_back(a.call.dense("y", t, {T, B, D * H}));
-  for (const Tensor& t : tapes) a.tapes.push_back(a.G > 1 ? a.call.dense("tape", t, {T, B, 4 * H}) : t);
-  for (const Tensor& t : states)
-    a.states.push_back(lstm ? a.call.dense("states", t, {T, B, H}, ScalarType::Float) : t);
+  for (int64_t i = 0; i < rows; ++i) {
+    a.tapes.push_back(a.G > 1 ? a.call.dense("tape", tapes[i], {T, B, 4 * H}) : a.call.empty({0}));
+    a.states.push_back(lstm ? a.call.dense("states", states[i], {T, B, H}, ScalarType::Float) : a.call.empty({0}));
+  }
   if (reset && with_weights)
     a.keep = torch::stable::view(logical_not(a.call.dense("reset", *reset, {T, B}, ScalarType::Bool)), {T * B, 1});
   if (starts) a.starts = a.call.dense("starts", *starts, {1, B, 1}, ScalarType::Long);

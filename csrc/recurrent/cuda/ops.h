@@ -31,7 +31,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 layers_forward_cuda(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
                     const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
                     const OptionalTensor& reset, int64_t cell, int64_t num_layers, bool bidirectional,
-                    bool has_biases, bool save, bool with_states);
+                    bool reverse, bool save, bool with_states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
 layers_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
@@ -40,7 +40,7 @@ layers_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const
                      const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
                      const OptionalTensor& starts, const std::vector<torch::stable::Tensor>& ys,
                      const std::vector<torch::stable::Tensor>& states, const std::vector<torch::stable::Tensor>& tapes,
-                     int64_t cell, int64_t num_layers, bool bidirectional, bool has_biases, bool with_dx,
+                     int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,
                      bool with_weights);
 
 // What of a stack of layers runs beside what: windows, lanes, and a piece of work a line.

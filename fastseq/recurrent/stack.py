@@ -1,0 +1,364 @@
+"""A stack of recurrent layers on the native kernels as one differentiable function: one call forward, one back.
+
+On CUDA the call runs side by side what is independent (:mod:`fastseq.ops.layers`). On the CPU in eager mode it goes
+past torch's dispatcher (:mod:`fastseq.direct`). The gradient is the kernels' own; whoever differentiates that gets
+the reference's, computed anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq import autograd, direct, ops
+from fastseq import backend as backends
+from fastseq.recurrent import reference
+from fastseq.recurrent.autograd import Inputs, Kept, Walk, fused_gradient
+from fastseq.recurrent.call import RecurrentCall, Result
+from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
+
+FORWARD = torch.ops.fastseq.layers_forward.native
+BACKWARD = torch.ops.fastseq.layers_backward.native
+
+
+class Kind(NamedTuple):
+    """What a stack is made of, and how it is called; its weights are flat, in torch's order, a layer and direction at
+    a time. ``reverse``: its one direction walks from the last step to the first. ``fast``: the call past the
+    dispatcher may take it. ``checked``: what that declines takes the operator; else nobody has looked at the
+    arguments yet."""
+
+    cell: str
+    num_layers: int = 1
+    bidirectional: bool = False
+    reverse: bool = False
+    want_states: bool = False
+    layout: str = "layer"
+    fast: bool = False
+    checked: bool = True
+
+    def numbers(self) -> tuple[int, ...]:
+        """The cell and the layers, as the operators take them."""
+        return ops.NUMBER[self.cell], *self[1:4]
+
+    @property
+    def directions(self) -> int:
+        """1, or 2 where bidirectional."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def rows(self) -> int:
+        """Layers and directions."""
+        return self.num_layers * self.directions
+
+
+@functools.lru_cache
+def values_read(
+    kind: Kind, weights: int, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
+) -> tuple[bool, ...]:
+    """Of which of x, h0, c0, y and the weights the gradient reads the values. As with torch's layers, the others may be
+    changed in place before the backward pass."""
+    width, cell = weights // kind.rows, kind.cell
+    w_hh = not one_step or need_h0 or cell == "gru_reset_before"
+    y = not one_step or cell.startswith("rnn")
+    own: list[bool] = []
+    for row in range(kind.rows):
+        biases, projection = (False, False) * (width >= 4), (True,) * (width % 2)
+        own += (need_x or row >= kind.directions, w_hh, *biases, *projection)
+    return need_w_ih, cell.startswith("gru") or need_w_hh, True, y, *own
+
+
+class Layers(torch.autograd.Function):
+    """Results: y; h_n, if not of a cell; an LSTM's c_n; with ``want_states`` every c_t of the last layer's directions.
+    None where the arguments are not checked and the call past the dispatcher does not take them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        kind: Kind,
+        *weights: Tensor,
+    ) -> Any:
+        cell, num_layers, bidirectional, _, want_states, layout, fast, checked = kind
+        made: Any = None
+        if fast:
+            made = direct.layers_forward(x, h0, c0, cell, layout, num_layers, bidirectional, weights)
+        if made is not None:
+            y, h_n, c_n, *rest = made
+        elif checked:
+            y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
+            c_n = c_n if cell == "lstm" else None
+            rest = [*ys, *states, *tapes]
+        else:
+            return None
+        ctx.kind, ctx.count = kind, len(weights)
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            autograd.save(ctx, (x, h0, c0, lengths, reset, y, *weights, *rest))
+        else:
+            one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
+            need = ctx.needs_input_grad
+            r_x, r_h0, r_c0, r_y, *read = values_read(kind, len(weights), one_step, need[0], need[6], need[7], need[1])
+            kept_y = y if r_y else y.detach()  # else the result would hold its own graph
+            autograd.save(
+                ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest),
+                (r_x, r_h0, r_c0, True, True, r_y, *read, *(True,) * len(rest)),
+            )  # fmt: skip
+        results = [t for t in (y, h_n, c_n) if t is not None]
+        if want_states and cell == "lstm":
+            at = num_layers - 1 + kind.rows  # where states end
+            results += rest[at - kind.directions : at]
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        kind, need = ctx.kind, ctx.needs_input_grad
+        x, h0, c0, lengths, reset, y, *rest = autograd.saved(ctx)
+        weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
+        needed = (*need[:3], *need[6:])
+        is_cell, lstm = kind.layout == "cell", kind.cell == "lstm"
+        dy, dh_n = grads[0], None if is_cell else grads[1]
+        dc_n = grads[1 if is_cell else 2] if lstm else None
+        more = grads[2 - is_cell + lstm :]
+        compiling = torch.compiler.is_compiling()
+        batched = not compiling and _is_mapped(grads)
+        found: Any = None
+        recorded = torch.is_grad_enabled() and not compiling
+        if kind.fast and not (compiling or recorded or batched or more):
+            found = direct.layers_backward(
+                x, h0, c0, kind.cell, kind.layout, kind.num_layers, kind.bidirectional, weights, needed, dy, dh_n, dc_n,
+                (y, *made),
+            )  # fmt: skip
+        if found is None:
+            layout, rank = kind.layout, x.dim()
+            states = (state_in(layout, rank, s) for s in (dh_n, dc_n, h0, c0))
+            dh_n, dc_n, h0, c0 = states
+            inputs = (steps_in(layout, rank, x), h0, c0, *weights)
+            outputs = (steps_in(layout, rank, dy), dh_n, dc_n, *more)
+            kept = (steps_in(layout, rank, y), *made)
+            way = _differentiable_gradient if recorded else _gradient_by_scans if batched else fused_stack_gradient
+            made = way(kind, outputs, inputs, (lengths, reset), kept, needed)
+            dx, *starts = (d if n else None for d, n in zip(made[:3], needed, strict=False))
+            found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[3:]]
+        found = [d if n else None for d, n in zip(found, needed, strict=True)]
+        if dy is None and dh_n is None and len(weights) // kind.rows % 2:
+            one_step = is_cell or x.shape[1 if kind.layout == "batch_first" and x.dim() == 3 else 0] == 1
+            for row in range(kind.rows - kind.directions, kind.rows) if one_step else ():
+                found[3 + (row + 1) * (len(weights) // kind.rows) - 1] = None  # c of one step does not depend on w_hr
+        return (*found[:3], None, None, None, *found[3:])
+
+
+_recorded = autograd.recorder(Layers)
+
+
+def _is_mapped(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a vmap goes over gradients, torch.func's or that of ``is_grads_batched``."""
+    return autograd.functorch_active() or any(d is not None and autograd.is_batched(d) for d in grads)
+
+
+Tensors = Sequence[Any]
+"""Of tensors, some of which may be None."""
+
+
+def fused_stack_gradient(
+    kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x, h0, c0 and the weights by the operator; anything, or None, where not needed.
+
+    ``grads``: of y, h_n, c_n, and none or all of the last layer's states; ``options``: lengths and reset; ``kept``: y,
+    the outputs of the layers below, states and tapes.
+    """
+    x, h0, c0, *weights = inputs
+    lengths, reset = options
+    y, below = kept[0], kind.num_layers - 1
+    states = kind.rows if kind.cell == "lstm" else 0
+    ys, kept_states, tapes = kept[1 : 1 + below], kept[1 + below : 1 + below + states], kept[1 + below + states :]
+    starts = None
+    if lengths is not None and x.is_cuda:
+        x, starts = with_lengths(x, lengths, kind.bidirectional)
+    dy, dh_n, dc_n, *dstates = grads
+    if any(d is not None for d in dstates):
+        own = zip(dstates, kept_states[-kind.directions :], strict=True)
+        dstates = [torch.zeros_like(s) if d is None else d for d, s in own]
+    else:
+        dstates = []
+    dx, dh0, dc0, dweights = BACKWARD(
+        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, [*ys, y], kept_states, tapes,
+        *kind.numbers(), needed[0], any(needed[3:]),
+    )  # fmt: skip
+    return [dx, dh0, dc0, *(dweights or len(weights) * [None])]
+
+
+def with_lengths(x: Tensor, lengths: Tensor, bidirectional: bool) -> tuple[Tensor, Tensor | None]:
+    """x and ``starts`` as the operator has them on CUDA. The padding may hold anything, and 0 * NaN is NaN."""
+    steps = torch.arange(x.shape[0], device=x.device)
+    x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
+    return x, (lengths - 1).clamp_min(0)[None, :, None] if bidirectional else None
+
+
+def _gradient_by_scans(
+    kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same, a layer and direction at a time: for a vmap over gradients, which knows no operator with lists."""
+    x, h0, c0, *weights = inputs
+    d, dh_n, dc_n, *dstates = grads
+    width, below, directions = len(weights) // kind.rows, kind.num_layers - 1, kind.directions
+    states = kept[1 + below : 1 + below + kind.rows] if kind.cell == "lstm" else kind.rows * [None]
+    tapes: Any = kept[-kind.rows :] if ops.TAPE[kind.cell] else kind.rows * [None]
+    ys = [*kept[1 : 1 + below], kept[0]]
+    found: list[Any] = len(weights) * [None]
+    starts: list[list[Any]] = [kind.rows * [None], kind.rows * [None]]
+    for layer in reversed(range(kind.num_layers)):
+        below_d: list[Tensor] = []
+        for direction in range(directions):
+            row = layer * directions + direction
+            w_ih, w_hh, *more = weights[row * width : (row + 1) * width]
+            b_ih, b_hh = more[:2] if width >= 4 else (None, None)
+            w_hr = more[-1] if width % 2 else None
+
+            def of_row(s: Tensor | None, row: int = row) -> Tensor | None:
+                return None if s is None else s[row]
+
+            at, P = direction * w_hh.shape[1], w_hh.shape[1]
+            found_row = fused_gradient(
+                (None if d is None else d.narrow(-1, at, P), of_row(dh_n), of_row(dc_n),
+                 dstates[direction] if dstates and layer == below else None),
+                Inputs(ys[layer - 1] if layer else x, w_ih, w_hh, b_ih, b_hh, w_hr, of_row(h0), of_row(c0), *options),
+                Kept(ys[layer].narrow(-1, at, P), states[row], tapes[row]),
+                Walk(kind.cell, kind.reverse or direction == 1, "native"),
+                (bool(layer) or needed[0], True, True, True, True, w_hr is not None, True, True),
+            )  # fmt: skip
+            dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, starts[0][row], starts[1][row] = found_row
+            if dx is not None:
+                below_d.append(dx)
+            found[row * width : (row + 1) * width] = [
+                dw_ih, dw_hh, *(db_ih, db_hh) * (width >= 4), *(dw_hr,) * (width % 2)
+            ]  # fmt: skip
+        d = below_d[0] if len(below_d) == 1 else below_d[0] + below_d[1] if below_d else None
+    dh0, dc0 = (
+        None if s is None else torch.stack([t for t in all_rows if t is not None])
+        for s, all_rows in zip((h0, c0), starts, strict=True)
+    )
+    return [d, dh0, dc0, *found]
+
+
+def _differentiable_gradient(
+    kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same, whose own derivative is the reference's."""
+    n, m = len(grads), len(grads) + len(inputs)
+
+    def present(x: Tensor, found: Tensors) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(0) if d is None or not w else d for d, w in zip(found, needed, strict=True))
+
+    # Of tensors these use their arguments alone: in a transform those outside are of another level.
+    def kernel(*t: Any) -> tuple[Tensor, ...]:
+        return present(t[n], fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 2], t[m + 2 :], needed))
+
+    def by_reference(*t: Any) -> tuple[Tensor, ...]:
+        return present(t[n], reference_gradient(kind, t[:n], t[n:m], t[m : m + 2], needed))
+
+    tensors = (*grads, *inputs, *options, *kept)
+    if autograd.needs_reference():
+        return list(by_reference(*tensors))
+    return list(autograd.apply(autograd.WithReference, kernel, None, by_reference, m, m + 2, *tensors))
+
+
+def reference_gradient(
+    kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same by the reference: slower, and differentiable itself."""
+    wanted = [i for i, t in enumerate(inputs) if t is not None and needed[i]]
+    outputs = [i for i, d in enumerate(grads) if d is not None]
+
+    def forward(*own: Tensor) -> tuple[Tensor, ...]:
+        x, h0, c0, *weights = (own[wanted.index(i)] if i in wanted else t for i, t in enumerate(inputs))
+        results = reference.layers(x, h0, c0, weights, options[0], options[1], *kind[:4])
+        return tuple(results[i] for i in outputs)
+
+    vjp: Any = torch.func.vjp(forward, *(inputs[i] for i in wanted))[1]
+    found = dict(zip(wanted, vjp(tuple(d for d in grads if d is not None)), strict=True))
+    return [found.get(i) for i in range(len(inputs))]
+
+
+@functools.lru_cache
+def _unchecked(cell: str, layout: str, num_layers: int, bidirectional: bool) -> Kind:
+    return Kind(cell, num_layers, bidirectional, layout=layout, fast=True, checked=False)
+
+
+def in_one_call(
+    x: Any, h0: Any, c0: Any, weights: Sequence[Tensor], cell: str, layout: str, num_layers: int, bidirectional: bool
+) -> tuple[Tensor, ...] | None:
+    """y, h_n and an LSTM's c_n of a stack, to be differentiated; of a cell the new h and c. Nothing is checked before.
+    None where the native call does not take the arguments. For eager mode with gradients on, where the native kernels
+    are in force."""
+    if not isinstance(x, Tensor) or not direct.is_plain() or not autograd.wants_gradient((x, *weights, h0, c0)):
+        return None
+    return _recorded(x, h0, c0, None, None, _unchecked(cell, layout, num_layers, bidirectional), *weights)
+
+
+def suits(name: str, x: Tensor) -> bool:
+    """Whether a call takes the native kernels as a stack. What torch.jit traces, what is transformed or empty takes the
+    scan, layer by layer; on CUDA what is compiled too."""
+    if name != "native" or 0 in x.shape or backends.tracing() or (x.is_cuda and torch.compiler.is_compiling()):
+        return False
+    return not (autograd.functorch_active() or autograd.needs_reference())
+
+
+def run(call: RecurrentCall) -> Result:
+    """y, h_n, c_n and every c_t of a stack. Dropout ends a call: layers follow one by one."""
+    x = call.x
+    dropout = call.dropout if call.training else 0.0
+    together = 1 if dropout else call.num_layers
+    rows, width = together * call.directions, len(call.weights) // call.rows
+    last = call.num_layers // together - 1
+    found: list[Sequence[Tensor]] = []
+    for n in range(last + 1):
+        own = call.weights[n * rows * width : (n + 1) * rows * width]
+        h, c = (None if s is None else s[n * rows : (n + 1) * rows] for s in (call.h0, call.c0))
+        kind = Kind(call.cell, together, call.bidirectional, want_states=call.want_states and n == last)
+        found.append(stack(kind, x, h, c, call.lengths, call.reset, own))
+        x = found[-1][0]
+        if dropout and n < last:
+            x = F.dropout(x, dropout, True)
+    h_n, *c_n = (
+        torch.cat(parts) if len(parts) > 1 else parts[0]
+        for parts in zip(*(f[1 : 3 if call.cell == "lstm" else 2] for f in found), strict=True)
+    )
+    states = torch.cat(list(found[-1][3:]), -1) if call.want_states and call.cell == "lstm" else None
+    return x, h_n, c_n[0] if c_n else None, states
+
+
+def stack(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, reset: Tensor | None,
+    weights: Sequence[Tensor],
+) -> Sequence[Tensor]:  # fmt: skip
+    """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions."""
+    if not (torch.is_grad_enabled() and autograd.wants_gradient((x, h0, c0, *weights))):
+        y, h_n, c_n, _, states, _ = FORWARD(
+            x, weights, h0, c0, lengths, reset, *kind.numbers(), False, kind.want_states
+        )  # fmt: skip
+        return (y, h_n, c_n, *states) if kind.cell == "lstm" else (y, h_n)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and x.is_cpu and lengths is None and reset is None and not kind.reverse and direct.is_plain():
+        return _recorded(x, h0, c0, None, None, kind._replace(fast=True), *weights)
+    return autograd.apply(Layers, x, h0, c0, lengths, reset, kind, *weights)
+
+
+def scan(
+    walk: Walk, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None, reset: Tensor | None,
+    weights: Sequence[Tensor], want_states: bool,
+) -> Result:  # fmt: skip
+    """A stack of one layer and direction; results as :func:`fastseq.recurrent.reference.scan`."""
+    kind = Kind(walk.cell, reverse=walk.reverse, want_states=want_states)
+    h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+    y, h_n, *more = stack(kind, x, h, c, lengths, reset, weights)
+    return y, h_n[0], more[0][0] if more else None, more[1] if len(more) > 1 else None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastseq.recurrent.cells import HAS_C, NOT_IN_TORCH
+
 
 @dataclass(frozen=True)
 class Row:
@@ -218,12 +220,12 @@ def scan_kind(
     if device == "cpu":
         if dtype is not torch.bfloat16 or steps * batch <= BF16_ROWS:
             return ""
-        return BF16_BATCH if cell == "lstm" or (cell.startswith("gru") and hidden >= 256) else ""
+        return BF16_BATCH if HAS_C[cell] or (cell.startswith("gru") and hidden >= 256) else ""
     if device != HOPPER:
         return ""
     if _holds(steps == 1):
         return ONE_STEP
-    if packed or cell == "gru_reset_before":  # for which cuDNN has nothing of the kind
+    if packed or NOT_IN_TORCH[cell]:  # for which cuDNN has nothing of the kind
         return ""
     if cudnn_on_chip(cell, dtype, batch, inputs, hidden, walks):
         return ON_CHIP

@@ -165,7 +165,8 @@ def unpatch(model: nn.Module) -> Report:
     """Turn every fastseq layer inside ``model`` into the ``torch.nn`` layer of the same name, in place.
 
     The reverse of :func:`patch`; layers that were built from ``fastseq.nn`` are converted too where torch has the same
-    layer. Left, with the reason: a GRU with ``reset_after=False`` and subclasses of fastseq layers.
+    layer. Left, with the reason: layers with an option that torch's have not, as a GRU with ``reset_after=False``, and
+    subclasses of fastseq layers.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -179,11 +180,13 @@ def unpatch(model: nn.Module) -> Report:
             elif isinstance(module, tuple(TO_TORCH)):
                 subclass = "a subclass of a fastseq layer: its code may need what torch's does not have"
                 report.left.append(Left(name, _class_name(type(module)), subclass))
-        elif reason := _why_not_unpatch(module):
+        elif reason := _why_not_unpatch(module, target):
             report.left.append(Left(name, _class_name(type(module)), reason))
-        elif _swap(report, name, module, target):
-            for attribute in ("reset_after", "_compressed"):  # torch's layer has no such attributes
-                vars(module).pop(attribute, None)
+        else:
+            options = _options(module, target)
+            if _swap(report, name, module, target):
+                for option in options:
+                    delattr(module, option)
     return report
 
 
@@ -309,12 +312,19 @@ def _why_not_patch(module: nn.Module) -> str | None:
     return None
 
 
-def _why_not_unpatch(module: nn.Module) -> str | None:
+def _why_not_unpatch(module: nn.Module, target: type[nn.Module]) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if not getattr(module, "reset_after", True):
-        return "reset_after=False: torch's GRU applies the reset gate after the product only"
+    for option in _options(module, target):
+        value = vars(module)[option]
+        if not option.startswith("_") and value != getattr(type(module), option):
+            return f"{option}={value!r}: {_class_name(target)} has no such option"
     return None
+
+
+def _options(module: nn.Module, target: type[nn.Module]) -> list[str]:
+    """What is set on a layer of ours that torch's class does not have: ``reset_after``, ``_compressed``."""
+    return [name for name in vars(module) if hasattr(type(module), name) and not hasattr(target, name)]
 
 
 def _weight_names(module: nn.Module) -> list[str]:

@@ -32,6 +32,8 @@ from fastseq.ops.layers import (
 )
 from fastseq.recurrent.cells import CELLS
 from fastseq.recurrent.cells import GATES as GATES
+from fastseq.recurrent.cells import HAS_C as HAS_C
+from fastseq.recurrent.cells import NOT_IN_TORCH as NOT_IN_TORCH
 from fastseq.recurrent.cells import NUMBER as NUMBER
 from fastseq.recurrent.cells import TAPE as TAPE
 
@@ -116,7 +118,7 @@ def _fake_scan_forward(
 ):  # fmt: skip
     steps, batch = x.shape[0], x.shape[1]
     kind = CELLS[cell]
-    hidden, lstm = w_hh.shape[0] // kind.gates, kind.name == "lstm"
+    hidden, lstm = w_hh.shape[0] // kind.gates, kind.has_c
     absent = x.new_empty(0)
     return (
         x.new_empty(steps, batch, w_hh.shape[1]),

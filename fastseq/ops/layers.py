@@ -54,7 +54,7 @@ def fake_layers_forward(
     """Shapes of :data:`LAYERS_FORWARD`."""
     steps, batch, outputs = x.shape[0], x.shape[1], weights[1].shape[1]
     kind, directions = CELLS[cell], 2 if bidirectional else 1
-    hidden, rows, lstm = weights[1].shape[0] // kind.gates, num_layers * directions, kind.name == "lstm"
+    hidden, rows, lstm = weights[1].shape[0] // kind.gates, num_layers * directions, kind.has_c
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def y() -> Tensor:

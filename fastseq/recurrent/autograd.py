@@ -80,7 +80,7 @@ class Scan(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         cell, reverse, backend = args[10:]
         y, h_n, c_n, states, tape = FORWARD[backend](*args[:10], ops.NUMBER[cell], reverse, True, True)
-        if cell == "lstm":
+        if ops.HAS_C[cell]:
             return y, h_n, c_n, states, tape
         return (y, h_n, tape) if ops.TAPE[cell] else (y, h_n)
 
@@ -104,7 +104,7 @@ class Scan(torch.autograd.Function):
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
         saved = autograd.saved(ctx)
         inputs, kept = Inputs(*saved[:10]), Kept(*saved[10:])
-        grads = results[:4] if ctx.cell == "lstm" else (*results[:2], None, None)
+        grads = results[:4] if ops.HAS_C[ctx.cell] else (*results[:2], None, None)
         walk = Walk(ctx.cell, ctx.reverse, ctx.backend)
         return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 5)
 
@@ -153,7 +153,7 @@ def fused_gradient(
     dw_hr = None
     if w_hr is not None and need[5]:
         assert kept.states is not None and kept.tape is not None  # noqa: PT018
-        o = kept.tape[..., 3 * kept.states.shape[-1] :]
+        o = kept.tape[..., -kept.states.shape[-1] :]
         dw_hr = _rows(dhidden).t() @ _rows(o * torch.tanh(kept.states).to(o.dtype))
     return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
 

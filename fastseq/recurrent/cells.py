@@ -15,22 +15,31 @@ class Cell(NamedTuple):
     ``gates``: G. Rows of ``w_ih`` and ``w_hh`` are G blocks of H, in torch's order.
     ``tape``: blocks of H that the tape keeps a step. LSTM i,f,g,o; GRU r,z,n,q with q = W_hn h + b_hn (reset after the
     product) or q = r * h_prev (reset before it). An RNN needs only its output.
+    ``has_c``: whether it carries a c beside its h, as an LSTM does. h is then o * tanh(c), o is the last gate and the
+    tape's last block, and h may be projected.
+    ``not_in_torch``: why torch's own layers cannot run it; empty where they can.
     """
 
     name: str
     gates: int
     tape: int
+    has_c: bool = False
+    not_in_torch: str = ""
 
 
 CELLS = (
     Cell("rnn_tanh", 1, 0),
     Cell("rnn_relu", 1, 0),
-    Cell("lstm", 4, 4),
+    Cell("lstm", 4, 4, True),
     Cell("gru", 3, 4),
-    Cell("gru_reset_before", 3, 4),
+    Cell(
+        "gru_reset_before", 3, 4, False, "torch has no GRU with the reset gate before the product (reset_after=False)"
+    ),
 )
 """All cells; a cell's number is its place."""
 
 NUMBER = {cell.name: number for number, cell in enumerate(CELLS)}
 GATES = {cell.name: cell.gates for cell in CELLS}
 TAPE = {cell.name: cell.tape for cell in CELLS}
+HAS_C = {cell.name: cell.has_c for cell in CELLS}
+NOT_IN_TORCH = {cell.name: cell.not_in_torch for cell in CELLS}

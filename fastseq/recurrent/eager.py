@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from fastseq import ops
 from fastseq.recurrent.call import RecurrentCall
-
-_TORCH = {"rnn_tanh": "rnn_tanh", "rnn_relu": "rnn_relu", "gru": "gru", "lstm": "lstm"}
 
 
 def torch_reason(call: RecurrentCall) -> str | None:
     """Why torch's own layers cannot run this call; None where they can."""
-    if call.cell not in _TORCH:
-        return "torch has no GRU with the reset gate before the product (reset_after=False)"
+    if ops.NOT_IN_TORCH[call.cell]:
+        return ops.NOT_IN_TORCH[call.cell]
     if call.reset is not None:
         return "torch has no reset="
     if call.want_states:
@@ -31,8 +30,8 @@ def torch_stack(call: RecurrentCall, batch: int) -> tuple[Tensor, Tensor, Tensor
     """Run the whole stack through torch: x ``[T, B, I]`` to y, h_n, c_n; x and y ``[rows, N]`` with batch_sizes."""
     x, h0, c0, lengths = call.x, call.h0, call.c0, call.lengths
     h0 = x.new_zeros(call.rows, batch, call.weights[1].shape[1]) if h0 is None else h0
-    c0 = x.new_zeros(call.rows, batch, call.hidden) if call.cell == "lstm" and c0 is None else c0
-    function = getattr(torch._VF, _TORCH[call.cell])
+    c0 = x.new_zeros(call.rows, batch, call.hidden) if ops.HAS_C[call.cell] and c0 is None else c0
+    function = getattr(torch._VF, call.cell)
     weights = list(call.weights)
     state = h0 if c0 is None else (h0, c0)
     tail = (call.has_biases, call.num_layers, call.dropout, call.training, call.bidirectional)
@@ -61,7 +60,7 @@ def autocast_dtype(call: RecurrentCall) -> torch.dtype:
     x, h0, c0 = call.x, call.h0, call.c0
     dtype = torch.get_autocast_dtype(x.device.type)
     uneven = call.batch_sizes is not None or call.lengths is not None
-    lstm = call.cell == "lstm" and not call.projected
+    lstm = ops.HAS_C[call.cell] and not call.projected
     if x.device.type == "cpu" and (call.cell.startswith("gru") or (lstm and (call.is_cell or uneven))):
         for state in (x if h0 is None else h0, x if c0 is None and h0 is None else c0):
             dtype = carried_dtype(dtype, state)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastseq import checks
+from fastseq import checks, ops
 from fastseq.recurrent.call import RecurrentCall
 from fastseq.recurrent.run import run
 
@@ -209,7 +209,7 @@ def _cell(
     present = [w for w in weights if w is not None]
     if len(present) not in (2, 4):
         raise checks.ArgumentError("b_ih and b_hh come together: give both or neither")
-    for name, state in (("h_0" if cell == "lstm" else "hx", h), ("c_0", c)):
+    for name, state in (("h_0" if ops.HAS_C[cell] else "hx", h), ("c_0", c)):
         if state is not None:
             checks.check_tensor(name, state)
     h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))

@@ -57,7 +57,7 @@ def scan(
     if h is None:
         h = w_hh.new_zeros(batch, w_hh.shape[1])
     if c is None and cell == "lstm":
-        c = w_hh.new_zeros(batch, w_hh.shape[0] // 4)
+        c = w_hh.new_zeros(batch, w_hh.shape[1] if w_hr is None else w_hr.shape[1])
     if lengths is not None:  # what lies in the padding has no influence, not even a NaN
         x = x.masked_fill((torch.arange(steps, device=x.device)[:, None] >= lengths)[:, :, None], 0)
     gates_x = F.linear(x.to(compute), w_ih, b_ih)

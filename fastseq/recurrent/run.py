@@ -79,7 +79,7 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
         checks.check_state(name, state, (call.rows, size) if unbatched else (call.rows, batch, size), call.x)
         return state_in(layout, rank, state)
 
-    call.h0 = given("h_0" if call.cell == "lstm" else "hx", call.h0, call.weights[1].shape[1])
+    call.h0 = given("h_0" if ops.HAS_C[call.cell] else "hx", call.h0, call.weights[1].shape[1])
     call.c0 = given("c_0", call.c0, call.hidden)
     return steps, batch
 
@@ -209,4 +209,4 @@ def scan(walk: Walk, inputs: Sequence[Any], want_states: bool = False) -> Result
         found = autograd.apply(Scan, *inputs, *walk)
     else:
         found = FORWARD[backend](*inputs, ops.NUMBER[cell], reverse, False, want_states)
-    return found[:4] if cell == "lstm" else (found[0], found[1], None, None)
+    return found[:4] if ops.HAS_C[cell] else (found[0], found[1], None, None)

@@ -95,7 +95,7 @@ class Layers(torch.autograd.Function):
             y, h_n, c_n, *rest = made
         elif checked:
             y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
-            c_n = c_n if cell == "lstm" else None
+            c_n = c_n if ops.HAS_C[cell] else None
             rest = [*ys, *states, *tapes]
         else:
             return None
@@ -113,7 +113,7 @@ class Layers(torch.autograd.Function):
                 (r_x, r_h0, r_c0, True, True, r_y, *read, *(True,) * len(rest)),
             )  # fmt: skip
         results = [t for t in (y, h_n, c_n) if t is not None]
-        if want_states and cell == "lstm":
+        if want_states and ops.HAS_C[cell]:
             at = num_layers - 1 + kind.rows  # where states end
             results += rest[at - kind.directions : at]
         return tuple(results)
@@ -124,7 +124,7 @@ class Layers(torch.autograd.Function):
         x, h0, c0, lengths, reset, y, *rest = autograd.saved(ctx)
         weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
         needed = (*need[:3], *need[6:])
-        is_cell, lstm = kind.layout == "cell", kind.cell == "lstm"
+        is_cell, lstm = kind.layout == "cell", ops.HAS_C[kind.cell]
         dy, dh_n = grads[0], None if is_cell else grads[1]
         dc_n = grads[1 if is_cell else 2] if lstm else None
         more = grads[2 - is_cell + lstm :]
@@ -179,7 +179,7 @@ def fused_stack_gradient(
     x, h0, c0, *weights = inputs
     lengths, reset = options
     y, below = kept[0], kind.num_layers - 1
-    states = kind.rows if kind.cell == "lstm" else 0
+    states = kind.rows if ops.HAS_C[kind.cell] else 0
     ys, kept_states, tapes = kept[1 : 1 + below], kept[1 + below : 1 + below + states], kept[1 + below + states :]
     starts = None
     if lengths is not None and x.is_cuda:
@@ -211,7 +211,7 @@ def _gradient_by_scans(
     x, h0, c0, *weights = inputs
     d, dh_n, dc_n, *dstates = grads
     width, below, directions = len(weights) // kind.rows, kind.num_layers - 1, kind.directions
-    states = kept[1 + below : 1 + below + kind.rows] if kind.cell == "lstm" else kind.rows * [None]
+    states = kept[1 + below : 1 + below + kind.rows] if ops.HAS_C[kind.cell] else kind.rows * [None]
     tapes: Any = kept[-kind.rows :] if ops.TAPE[kind.cell] else kind.rows * [None]
     ys = [*kept[1 : 1 + below], kept[0]]
     found: list[Any] = len(weights) * [None]
@@ -331,9 +331,9 @@ def run(call: RecurrentCall) -> Result:
             x = F.dropout(x, dropout, True)
     h_n, *c_n = (
         torch.cat(parts) if len(parts) > 1 else parts[0]
-        for parts in zip(*(f[1 : 3 if call.cell == "lstm" else 2] for f in found), strict=True)
+        for parts in zip(*(f[1 : 3 if ops.HAS_C[call.cell] else 2] for f in found), strict=True)
     )
-    states = torch.cat(list(found[-1][3:]), -1) if call.want_states and call.cell == "lstm" else None
+    states = torch.cat(list(found[-1][3:]), -1) if call.want_states and ops.HAS_C[call.cell] else None
     return x, h_n, c_n[0] if c_n else None, states
 
 
@@ -346,7 +346,7 @@ def stack(
         y, h_n, c_n, _, states, _ = FORWARD(
             x, weights, h0, c0, lengths, reset, *kind.numbers(), False, kind.want_states
         )  # fmt: skip
-        return (y, h_n, c_n, *states) if kind.cell == "lstm" else (y, h_n)
+        return (y, h_n, c_n, *states) if ops.HAS_C[kind.cell] else (y, h_n)
     compiling = torch.compiler.is_compiling()
     if not compiling and x.is_cpu and lengths is None and reset is None and not kind.reverse and direct.is_plain():
         return _recorded(x, h0, c0, None, None, kind._replace(fast=True), *weights)

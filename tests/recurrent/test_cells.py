@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastseq import ops
-from fastseq.recurrent.cells import CELLS, Cell
+from fastseq.recurrent.cells import CELLS
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "recurrent" / "cells.h"
 
@@ -20,7 +20,7 @@ def test_python_and_cpp_have_the_same_cells() -> None:
     assert enumerators is not None
     assert enumerators[1].split(", ") == [cell.name for cell in CELLS]
     rows = re.findall(r'\{"(\w+)", (\d+), (\d+)\}', text)
-    assert [Cell(name, int(gates), int(tape)) for name, gates, tape in rows] == list(CELLS)
+    assert [(name, int(gates), int(tape)) for name, gates, tape in rows] == [cell[:3] for cell in CELLS]
 
 
 def test_triton_kernels_have_the_same_cells() -> None:

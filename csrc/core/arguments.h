@@ -37,8 +37,10 @@ inline Cell cell_of(int64_t number) {
 
 inline Cell cell_of(std::string_view name) {
   const int number = number_of_cell(name);
-  FASTSEQ_CHECK(number >= 0, "scan: cell must be rnn_tanh, rnn_relu, lstm, gru or gru_reset_before, not ", name);
-  return Cell(number);
+  if (number >= 0) return Cell(number);
+  std::string known;
+  for (const CellFacts& cell : kCells) known += (known.empty() ? "" : ", ") + std::string(cell.name);
+  refuse("scan: cell must be one of ", known, ", not ", name);
 }
 
 // The text of a `str` argument, which is freed. An operator declares the argument as a StringHandle: see above.

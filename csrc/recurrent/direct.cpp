@@ -73,7 +73,7 @@ struct Given {
       return false;
     call = {x.handle(), h0.handle(), c0.handle(), weights.handles, weights.count, cell_of(cell), layout_of(layout),
             PyLong_AsLongLong(args[5]), PyObject_IsTrue(args[6]) == 1};
-    return call.layout != Layout::scan && (call.cell != Cell::lstm || !h0.impl == !c0.impl);
+    return call.layout != Layout::scan && (!has_c(call.cell) || !h0.impl == !c0.impl);
   }
 };
 
@@ -152,7 +152,7 @@ PyObject* layers_backward(PyObject* const* args, Py_ssize_t count) {
     return decline();
   const int64_t W = given.weights.count, below = given.call.num_layers - 1;
   const int64_t rows = given.call.num_layers * (given.call.bidirectional ? 2 : 1);
-  const int64_t states = given.call.cell == Cell::lstm ? rows : 0;
+  const int64_t states = has_c(given.call.cell) ? rows : 0;
   if (!PyTuple_Check(args[8]) || PyTuple_Size(args[8]) != 3 + W || saved.count < 1 + below + states) return decline();
   std::vector<bool> need;
   for (Py_ssize_t i = 0; i < 3 + W; ++i) need.push_back(PyObject_IsTrue(PyTuple_GetItem(args[8], i)) == 1);

@@ -4,6 +4,7 @@
 // the loss with respect to it, of a gate's letter with respect to its pre-activation. The products with W stay outside.
 #pragma once
 #include "core/math.h"
+#include "recurrent/cells.h"
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -28,29 +29,33 @@ FASTSEQ_HD V rnn_backward(V h, V dh) {
 // vectors takes all of them through the first half, then all through the second, and nothing waits.
 
 // LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
-template <class V>
+// The gates of a cell that has a c (or their pre-activations, or gradients), as W has them and as the tape keeps them.
+template <Cell kCell, class V>
 struct LstmGates {
-  V i, f, g, o;
+  static constexpr int kCount = gates_of(kCell);
+  static_assert(has_c(kCell) && tape_of(kCell) == kCount, "");
+  V of[kCount];
+  FASTSEQ_HD V o() const { return of[kCount - 1]; }
 };
-template <class V>
-FASTSEQ_HD LstmGates<V> lstm_forward(V x_i, V x_f, V x_g, V x_o, V c_prev, V& c) {
-  LstmGates<V> gates{sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)};
-  c = gates.f * c_prev + gates.i * gates.g;
-  return gates;
+template <Cell kCell, class V>
+FASTSEQ_HD LstmGates<kCell, V> lstm_forward(const LstmGates<kCell, V>& x, V c_prev, V& c) {
+  const V i = sigmoid(x.of[0]), f = sigmoid(x.of[1]), g = tanh(x.of[2]), o = sigmoid(x.of[3]);
+  c = f * c_prev + i * g;
+  return {{i, f, g, o}};
 }
 template <class V>
 FASTSEQ_HD V lstm_hidden(V o, V c) {
   return o * tanh(c);
 }
 // dc comes in as the gradient of c_t from later steps and goes out as that of c_prev.
-template <class V>
-FASTSEQ_HD LstmGates<V> lstm_backward(LstmGates<V> s, V c_prev, V c, V dh, V& dc) {
+template <Cell kCell, class V>
+FASTSEQ_HD LstmGates<kCell, V> lstm_backward(const LstmGates<kCell, V>& s, V c_prev, V c, V dh, V& dc) {
   using S = Scalar<V>;
-  V squashed = tanh(c);
-  dc = dc + dh * s.o * (S(1) - squashed * squashed);
-  LstmGates<V> d{dc * s.g * s.i * (S(1) - s.i), dc * c_prev * s.f * (S(1) - s.f), dc * s.i * (S(1) - s.g * s.g),
-                 dh * squashed * s.o * (S(1) - s.o)};
-  dc = dc * s.f;
+  const V i = s.of[0], f = s.of[1], g = s.of[2], o = s.o(), squashed = tanh(c);
+  dc = dc + dh * o * (S(1) - squashed * squashed);
+  const LstmGates<kCell, V> d{{dc * g * i * (S(1) - i), dc * c_prev * f * (S(1) - f), dc * i * (S(1) - g * g),
+                               dh * squashed * o * (S(1) - o)}};
+  dc = dc * f;
   return d;
 }
 

@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.reverse = reverse;
   p.threads = int(torch::stable::get_num_threads());
   const int64_t G = gates_of(p.cell);
-  const bool lstm = p.cell == Cell::lstm;
-  FASTSEQ_CHECK((tape || G == 1) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");
+  const bool lstm = has_c(p.cell);
+  FASTSEQ_CHECK((tape || tape_of(p.cell) == 0) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");
   FASTSEQ_CHECK(y.dim() == 3 && w_hh.dim() == 2, "scan: y must be [T, B, P] and w_hh [G*H, P]");
   p.T = y.size(0), p.B = y.size(1), p.P = y.size(2), p.H = w_hh.size(0) / G;
   FASTSEQ_CHECK(w_hr || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.dstates = view("dstates", dstates, accumulator, {p.T, p.B, p.H});
   p.y = view("y", y, dtype, {p.T, p.B, p.P});
   if (lstm) p.states = view("states", states, accumulator, {p.T, p.B, p.H});
-  if (G > 1) p.tape = view("tape", tape, dtype, {p.T, p.B, 4 * p.H});
+  if (tape_of(p.cell) > 0) p.tape = view("tape", tape, dtype, {p.T, p.B, tape_of(p.cell) * p.H});
   p.w_hh = view("w_hh", w_hh, dtype, {G * p.H, p.P});
   p.w_hr = view("w_hr", w_hr, dtype, {p.P, p.H});
   p.h0 = view("h0", h0, dtype, {p.B, p.P});

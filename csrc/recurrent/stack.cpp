@@ -73,7 +73,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
   FASTSEQ_CHECK(rank_ - steps == 2 || (rank_ - steps == 1 && call.layout != Layout::scan),
                 "scan: x must be [T, B, I] or [T, I], a cell's [B, I] or [I]");
   batched_ = rank_ - steps == 2, swapped_ = batched_ && call.layout == Layout::batch_first;
-  gates_ = gates_of(p.cell), tape_ = kCells[int(p.cell)].tape;
+  gates_ = gates_of(p.cell), tape_ = tape_of(p.cell);
   directions_ = call.bidirectional ? 2 : 1, rows_ = call.num_layers * directions_;
   const bool one_row = call.layout == Layout::scan || is_cell() || call.reverse;
   FASTSEQ_CHECK(rows_ > 0 && (!one_row || rows_ == 1), "scan: a cell, or a scan, is one layer of one direction");

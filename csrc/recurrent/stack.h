@@ -68,7 +68,7 @@ class Stack {
   int64_t batch() const { return p_.B; }
 
  private:
-  bool lstm() const { return p_.cell == Cell::lstm; }
+  bool lstm() const { return has_c(p_.cell); }
   bool is_cell() const { return call_.layout == Layout::cell; }
   int64_t inputs(int64_t layer) const { return layer ? directions_ * p_.P : p_.I; }
   const AtenTensorHandle* weights(int64_t row) const { return call_.weights + row * width_; }

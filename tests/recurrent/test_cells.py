@@ -19,8 +19,9 @@ def test_python_and_cpp_have_the_same_cells() -> None:
     enumerators = re.search(r"enum class Cell : int \{ (.*?) \}", text)
     assert enumerators is not None
     assert enumerators[1].split(", ") == [cell.name for cell in CELLS]
-    rows = re.findall(r'\{"(\w+)", (\d+), (\d+)\}', text)
-    assert [(name, int(gates), int(tape)) for name, gates, tape in rows] == [cell[:3] for cell in CELLS]
+    rows = re.findall(r'\{"(\w+)", (\d+), (\d+), (true|false)\}', text)
+    found = [(name, int(gates), int(tape), has_c == "true") for name, gates, tape, has_c in rows]
+    assert found == [cell[:4] for cell in CELLS]
 
 
 def test_triton_kernels_have_the_same_cells() -> None:

@@ -13,8 +13,6 @@ using fastseq::ScanProducts;
 using fastseq::ScanSizes;
 using fastseq::ScanView;
 
-constexpr const char* kCellNames[] = {"rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"};
-
 // [n, m, e] without gaps; with `swapped`, laid out as [m, n, e].
 ScanView view(const Array& a, int64_t n, int64_t m, int64_t e, bool swapped = false) {
   if (a.absent()) return {};
@@ -37,11 +35,11 @@ struct Problem {
   std::vector<int64_t> lengths;
   std::shared_ptr<bool[]> reset;
 
-  bool lstm() const { return cell == Cell::lstm; }
+  bool lstm() const { return fastseq::has_c(cell); }
   Dtype accumulator() const { return accumulator_of(dtype); }
 
   explicit Problem(Random& random) {
-    cell = Cell(random.below(5));
+    cell = Cell(random.below(fastseq::kCellCount));
     dtype = Dtype(random.below(4));
     T = random.pick({1, 1, 2, 3, 7, 17});
     B = random.pick({1, 1, 2, 3, 6, 7, 9, 17, 33});
@@ -58,8 +56,8 @@ struct Problem {
     }
     bool projected = lstm() && random.chance(0.4);
     P = projected ? 1 + random.below(H) : H;
-    G = lstm() ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
-    tape = G == 1 ? 0 : 4;
+    G = fastseq::gates_of(cell);
+    tape = fastseq::tape_of(cell);
     reverse = random.chance(0.4);
     batch_first = random.chance(0.4);
     transposed = random.chance(0.15);
@@ -94,7 +92,7 @@ struct Problem {
   std::string describe(uint64_t seed) const {
     char text[200];
     std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s", (unsigned long)seed,
-                  kCellNames[int(cell)], kDtypeNames[int(dtype)], long(T), long(B), long(I), long(H), long(P), threads,
+                  fastseq::kCells[int(cell)].name, kDtypeNames[int(dtype)], long(T), long(B), long(I), long(H), long(P), threads,
                   reverse ? " reverse" : "", lengths.empty() ? "" : " lengths", reset ? " reset" : "",
                   transposed ? " transposed" : "");
     return text;

@@ -36,7 +36,7 @@ struct Backward {
     K = padded<A>(G * p.H);
     packed = p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
     int threads = threads_for(p, sizeof(E));
-    bool lstm = p.cell == Cell::lstm, proj = p.w_hr.data;
+    bool lstm = has_c(p.cell), proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(threads);
     w_hh = arena.take<E>(packed ? Pv * whole_terms<E>(G * p.H) * L : 0);
@@ -55,19 +55,13 @@ struct Backward {
   void run() {
     int threads = threads_for(p, sizeof(E));
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
-    switch (p.cell) {
-      case Cell::rnn_tanh: return on_threads<Thread<Cell::rnn_tanh>>(threads, *this);
-      case Cell::rnn_relu: return on_threads<Thread<Cell::rnn_relu>>(threads, *this);
-      case Cell::lstm: return on_threads<Thread<Cell::lstm>>(threads, *this);
-      case Cell::gru: return on_threads<Thread<Cell::gru>>(threads, *this);
-      case Cell::gru_reset_before: return on_threads<Thread<Cell::gru_reset_before>>(threads, *this);
-    }
+    for_cell(p.cell, [&](auto cell) { on_threads<Thread<cell.value>>(threads, *this); });
   }
 
   template <Cell kCell>
   struct Thread {
     static constexpr int G = gates_of(kCell);
-    static constexpr bool kLstm = kCell == Cell::lstm, kGru = kCell == Cell::gru;
+    static constexpr bool kHasC = has_c(kCell), kGru = kCell == Cell::gru;
     static constexpr bool kBefore = kCell == Cell::gru_reset_before;
     const Backward& f;
     const ScanBackward& p;
@@ -108,7 +102,7 @@ struct Backward {
       for (long s = p.T - 1; s >= 0; --s) {
         long t = time_of(s);
         E* dgates = f.dgates[s & 1];
-        if (kLstm && p.w_hr.data) project_back(t);
+        if (kHasC && p.w_hr.data) project_back(t);
         long n = 0;
         for (long b = part.row0; b < part.row1; ++b) {
           if (!live(p, t, b)) {
@@ -160,7 +154,7 @@ struct Backward {
           store(f.dh + b * f.Pp + v * L, get_or_zero<S>(p.dh_n, 0, b, v * L, lanes(v, p.P)));
         if (G * p.H % kTerm<E> && part.member == 0)
           for (E* dgates : f.dgates) dgates[b * f.K + G * p.H] = E{};
-        if (kLstm)
+        if (kHasC)
           for (long v = units.begin; v < units.end; ++v)
             store(f.dc + b * f.Hp + v * L, get_or_zero<S>(p.dc_n, 0, b, v * L, lanes(v, p.H)));
       }
@@ -173,12 +167,12 @@ struct Backward {
         int n = lanes(v, p.H);
         for (int g = 0; g < G; ++g) put(p.dgates, t, b, g * p.H + v * L, Vec<A>{}, n);
         if (kGru) put(p.dhidden, t, b, v * L, Vec<A>{}, n);
-        if (kLstm && p.dstates.data) {
+        if (kHasC && p.dstates.data) {
           A* dc = f.dc + b * f.Hp + v * L;
           store(dc, load(dc) + get<A>(p.dstates, t, b, v * L, n));
         }
       }
-      if (kLstm && p.w_hr.data)
+      if (kHasC && p.w_hr.data)
         for (long v = outputs.begin; v < outputs.end; ++v) put(p.dhidden, t, b, v * L, Vec<A>{}, lanes(v, p.P));
     }
 
@@ -189,10 +183,10 @@ struct Backward {
         if (view.data) prefetch<2>(view.data, ((p.reverse ? t + 1 : t - 1) * view.t + b * view.b + at * view.e) * size);
       };
       ask(p.dy, unit, sizeof(S));
-      if constexpr (!kLstm) ask(p.y, unit, sizeof(S));
-      if constexpr (kLstm) ask(p.states, unit, sizeof(A));
-      if constexpr (kLstm || kGru || kBefore)
-        for (int g = 0; g < 4; ++g) ask(p.tape, g * p.H + unit, sizeof(S));
+      if constexpr (!kHasC) ask(p.y, unit, sizeof(S));
+      if constexpr (kHasC) ask(p.states, unit, sizeof(A));
+      if constexpr (tape_of(kCell) > 0)
+        for (int g = 0; g < tape_of(kCell); ++g) ask(p.tape, g * p.H + unit, sizeof(S));
     }
 
     Vec<A> h_before(long t, long b, long v, int n) const {
@@ -212,22 +206,22 @@ struct Backward {
         put(p.dgates, t, b, g * p.H + unit, input_side, n);
       };
       Vec<A> dh;
-      if (kLstm && p.w_hr.data)
+      if (kHasC && p.w_hr.data)
         dh = load(f.middle + b * f.Hp + unit);
       else
         dh = load(carry) + get_or_zero<S>(p.dy, t, b, unit, n);
-      if constexpr (kLstm) {
-        auto gate = [&](int g) { return get<S>(p.tape, t, b, (g * p.H + unit), n); };
-        LstmGates<Vec<A>> s{gate(0), gate(1), gate(2), gate(3)};
+      if constexpr (kHasC) {
+        LstmGates<kCell, Vec<A>> s;
+        FASTSEQ_UNROLL for (int g = 0; g < G; ++g) s.of[g] = get<S>(p.tape, t, b, g * p.H + unit, n);
         long before = step_before(p, t, b);
         Vec<A> c_prev{};
         if (!reset)
           c_prev = before < 0 ? get_or_zero<S>(p.c0, 0, b, unit, n) : get<A>(p.states, before, b, unit, n);
         A* dc_at = f.dc + b * f.Hp + unit;
         Vec<A> dc = load(dc_at) + get_or_zero<A>(p.dstates, t, b, unit, n);
-        LstmGates<Vec<A>> d = lstm_backward(s, c_prev, get<A>(p.states, t, b, unit, n), dh, dc);
+        const LstmGates<kCell, Vec<A>> d = lstm_backward(s, c_prev, get<A>(p.states, t, b, unit, n), dh, dc);
         store(dc_at, reset ? Vec<A>{} : dc);
-        emit(0, d.i, d.i), emit(1, d.f, d.f), emit(2, d.g, d.g), emit(3, d.o, d.o);
+        FASTSEQ_UNROLL for (int g = 0; g < G; ++g) emit(g, d.of[g], d.of[g]);
       } else if constexpr (kGru || kBefore) {
         auto gate = [&](int g) { return get<S>(p.tape, t, b, (g * p.H + unit), n); };
         Vec<A> r = gate(0), z = gate(1), candidate = gate(2), q = gate(3), dz, dn;

@@ -96,7 +96,7 @@ struct Forward {
       else
         state.rows = state.h;
     }
-    c = arena.take<A>(p.cell == Cell::lstm ? p.B * Hp : 0);
+    c = arena.take<A>(has_c(p.cell) ? p.B * Hp : 0);
     middle = arena.take<E>(proj || blend ? p.B * Hp : 0);
     update = arena.take<A>(blend || (once && p.cell == Cell::gru) ? p.B * Hp : 0);
     zeros = arena.take<A>(Hp > Pp ? Hp : Pp);
@@ -119,19 +119,13 @@ struct Forward {
   void run() {
     int threads = threads_for(p, sizeof(Panel<S, W>));
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
-    switch (p.cell) {
-      case Cell::rnn_tanh: return on_threads<Thread<Cell::rnn_tanh>>(threads, *this);
-      case Cell::rnn_relu: return on_threads<Thread<Cell::rnn_relu>>(threads, *this);
-      case Cell::lstm: return on_threads<Thread<Cell::lstm>>(threads, *this);
-      case Cell::gru: return on_threads<Thread<Cell::gru>>(threads, *this);
-      case Cell::gru_reset_before: return on_threads<Thread<Cell::gru_reset_before>>(threads, *this);
-    }
+    for_cell(p.cell, [&](auto cell) { on_threads<Thread<cell.value>>(threads, *this); });
   }
 
   template <Cell kCell>
   struct Thread {
     static constexpr int G = gates_of(kCell);
-    static constexpr bool kBefore = kCell == Cell::gru_reset_before;
+    static constexpr bool kHasC = has_c(kCell), kBefore = kCell == Cell::gru_reset_before;
     static constexpr int kFused = kBefore ? 2 : G;  // gates of the first product of a step
     const Forward& f;
     const ScanForward& p;
@@ -184,7 +178,7 @@ struct Forward {
       for (long b = part.row0; b < part.row1; ++b) {
         for (long v = outputs.begin; v < outputs.end; ++v)
           put(p.h_n, 0, b, v, p.P, load(last + b * f.Pp + v * L));
-        if (kCell == Cell::lstm)
+        if (kHasC)
           for (long v = units.begin; v < units.end; ++v) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
       }
     }
@@ -259,7 +253,7 @@ struct Forward {
           const int n = lanes(v, p.H);
           const A* x = f.gates + b * G * f.Hp;
           if (!copy_h) store(h + b * f.Pp + v * L, load_n(at<S>(p.h0, 0, b) + v * L, n));
-          if (kCell == Cell::lstm)
+          if (kHasC)
             store(f.c + b * f.Hp + v * L,
                   p.c0.data ? load_strided(at<S>(p.c0, 0, b) + v * L * p.c0.e, p.c0.e, n) : Vec<A>{});
           A sums[kMaxVectors * L] = {};
@@ -267,7 +261,7 @@ struct Forward {
           activate(0, 0, v, x, sums);
           finish(0, 0, v, x, sums, f.h[1]);
           put(p.h_n, 0, b, v, p.H, load(f.h[1].h + b * f.Pp + v * L));
-          if (kCell == Cell::lstm) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
+          if (kHasC) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
         }
       }
     }
@@ -296,7 +290,7 @@ struct Forward {
         const S* h0 = p.h0.data ? at<S>(p.h0, 0, b) : nullptr;
         copy_row<S>(f.h[0].h + b * f.Pp, h0, p.h0.e, p.P);
         if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
-        if (kCell == Cell::lstm)
+        if (kHasC)
           copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
       }
       team.sync();
@@ -340,7 +334,7 @@ struct Forward {
         bool reset = cleared(p, t, b);
         h_in[count] = reset ? f.zeros : h.h + b * f.Pp;
         from[count] = reset ? reinterpret_cast<const E*>(f.zeros) : h.rows + b * f.Pp;
-        if (kCell == Cell::lstm) c_in[count] = reset ? f.zeros : f.c + b * f.Hp;
+        if (kHasC) c_in[count] = reset ? f.zeros : f.c + b * f.Hp;
         rows[count++] = b;
       }
       const A* gates = f.gates + gates_row * G * f.Hp;
@@ -371,7 +365,7 @@ struct Forward {
                         load(sums + (row % kMaxRows) * kMaxVectors * L + nb * L), next);
             });
       }
-      if (kCell == Cell::lstm && p.w_hr.data) {
+      if (kHasC && p.w_hr.data) {
         part.sync();
         for (long row = 0; row < count; ++row) from[row] = f.middle + rows[row] * f.Hp;
         multiply<1>(
@@ -398,9 +392,9 @@ struct Forward {
         put(p.y, t, b, v, p.P, Vec<A>{});
       }
       for (long v = units.begin; v < units.end; ++v) {
-        if (kCell == Cell::lstm && p.states.data) keep_state(t, b, v, load(f.c + b * f.Hp + v * L));
+        if (kHasC && p.states.data) keep_state(t, b, v, load(f.c + b * f.Hp + v * L));
         if (p.tape.data)
-          for (int g = 0; g < 4; ++g) keep(t, b, g, v, Vec<A>{});
+          for (int g = 0; g < tape_of(kCell); ++g) keep(t, b, g, v, Vec<A>{});
       }
     }
     FASTSEQ_INLINE void hand_on(State next, long b, long v, Vec<A> h) const {
@@ -418,13 +412,17 @@ struct Forward {
       constexpr long step = tile_stride(kFused);
       long b = rows[row], at_v = v * L;
       auto pre = [&](int g) { return load(x + g * f.Hp + at_v) + load(sums + g * step); };
-      if constexpr (kCell == Cell::lstm) {
+      if constexpr (kHasC) {
+        LstmGates<kCell, Vec<A>> made;
+        FASTSEQ_UNROLL for (int g = 0; g < G; ++g) made.of[g] = pre(g);
         Vec<A> c_new;
-        LstmGates<Vec<A>> s = lstm_forward(pre(0), pre(1), pre(2), pre(3), load(c_in[row] + at_v), c_new);
+        const LstmGates<kCell, Vec<A>> s = lstm_forward(made, load(c_in[row] + at_v), c_new);
         store(f.c + b * f.Hp + at_v, c_new);
-        store(sums, s.o);
+        store(sums, s.o());
         if (p.states.data) keep_state(t, b, v, c_new);
-        if (p.tape.data) keep(t, b, 0, v, s.i), keep(t, b, 1, v, s.f), keep(t, b, 2, v, s.g), keep(t, b, 3, v, s.o);
+        if (p.tape.data) {
+          FASTSEQ_UNROLL for (int g = 0; g < G; ++g) keep(t, b, g, v, s.of[g]);
+        }
       } else if constexpr (kCell == Cell::gru) {
         Vec<A> q = load(sums + 2 * step) + load(f.bias_h + at_v);
         GruGates<Vec<A>> s = gru_forward(pre(0), pre(1), load(x + 2 * f.Hp + at_v), q);
@@ -442,7 +440,7 @@ struct Forward {
       constexpr long step = tile_stride(kFused);
       long b = rows[row], at_v = v * L;
       Vec<A> h_new;
-      if constexpr (kCell == Cell::lstm) {
+      if constexpr (kHasC) {
         h_new = lstm_hidden(load(sums), load(f.c + b * f.Hp + at_v));
         if (p.w_hr.data) return store_activations(f.middle + b * f.Hp + at_v, h_new, lanes(v, p.H));
       } else if constexpr (kCell == Cell::gru) {

@@ -36,8 +36,8 @@ struct ScanForward : ScanSizes {
   Dtype weights;
   ScanView s_ih, s_hh, s_hr;
   ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null
-  // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,4H] (LSTM i,f,g,o; GRU r,z,n,q)
-  // are null where not wanted.
+  // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,tape_of(cell)*H] (an LSTM's gates; GRU
+  // r,z,n,q) are null where not wanted.
   ScanView y, h_n, c_n, states, tape;
   void* workspace;  // of scan_forward_workspace bytes, aligned to 64; need not be initialised
 };

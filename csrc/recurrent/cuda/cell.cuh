@@ -10,10 +10,16 @@ namespace fastseq::cuda {
 template <ScanCell C>
 constexpr int kGates = gates_of(C);
 template <ScanCell C>
+constexpr int kTapeBlocks = tape_of(C);
+template <ScanCell C>
+constexpr bool kHasC = has_c(C);
+template <ScanCell C>
 constexpr bool kTwice = C == ScanCell::gru_reset_before;  // two products a step: for r and z, then for the candidate
 // Gates whose hidden side is the product with h itself.
 template <ScanCell C>
 constexpr int kDirect = kTwice<C> ? 2 : kGates<C>;
+template <ScanCell C>
+constexpr bool kIsGru = C == ScanCell::gru || kTwice<C>;
 
 template <class T>
 FASTSEQ_DEVICE float read(const void* p, int64_t at) {
@@ -66,16 +72,17 @@ FASTSEQ_DEVICE void prefetch_gates(const ScanForward& a, int t, const Place& at)
   for (int g = 0; g < kGates<C>; ++g) prefetch_l2(from + g * a.H);
 }
 
-// What a step leaves behind besides h and c: for the tape, an LSTM's i, f, g, o, a GRU's r, z, n, q.
+// What a step leaves behind besides h and c: for the tape, an LSTM's gates, a GRU's r, z, n, q.
 template <ScanCell C>
 struct Left {
-  static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : 0;
+  static constexpr int kTape = kTwice<C> ? 0 : kTapeBlocks<C>;
   float tape[kTape ? kTape : 1];
 };
 // All of it 0 past the length, but c, which stays.
 template <class T>
 FASTSEQ_DEVICE void write_tape(const ScanForward& a, int t, const Place& at, int block, bool live, float v) {
-  if (a.tape) write<T>(a.tape, element(row_of(a, t, at), 4 * a.H, block * a.H + at.u), live ? v : 0.0f);
+  constexpr int kBlocks = kTapeBlocks<ScanCell::gru_reset_before>;
+  if (a.tape) write<T>(a.tape, element(row_of(a, t, at), kBlocks * a.H, block * a.H + at.u), live ? v : 0.0f);
 }
 template <class T>
 FASTSEQ_DEVICE void write_output(const ScanForward& a, int t, const Place& at, bool live, float y) {
@@ -85,11 +92,11 @@ template <ScanCell C, class T>
 FASTSEQ_DEVICE void write_left(const ScanForward& a, int t, const Place& at, float h, float c, const Left<C>& left) {
   const bool live = t < at.length;
   write_output<T>(a, t, at, live, h);
-  if constexpr (C == ScanCell::lstm)
+  if constexpr (kHasC<C>)
     if (a.states) a.states[element(row_of(a, t, at), a.H, at.u)] = c;
   if constexpr (Left<C>::kTape > 0)
     if (a.tape) {
-      T* to = static_cast<T*>(a.tape) + element(row_of(a, t, at), 4 * a.H, at.u);
+      T* to = static_cast<T*>(a.tape) + element(row_of(a, t, at), Left<C>::kTape * a.H, at.u);
 #pragma unroll
       for (int k = 0; k < Left<C>::kTape; ++k) to[k * a.H] = from_float<T>(live ? left.tape[k] : 0.0f);
     }
@@ -106,12 +113,16 @@ FASTSEQ_DEVICE void forward_element(const ScanForward& a, int t, const Place& at
   const bool live = t < at.length;
   const float h_prev = clear ? 0.0f : h;
   float y;
-  if constexpr (C == ScanCell::lstm) {
+  if constexpr (kHasC<C>) {
+    baseline::LstmGates<C, float> made;
+#pragma unroll
+    for (int g = 0; g < kGates<C>; ++g) made.of[g] = x[g] + p[g];
     float c_new;
-    const auto s = baseline::lstm_forward(x[0] + p[0], x[1] + p[1], x[2] + p[2], x[3] + p[3], clear ? 0.0f : c, c_new);
+    const auto s = baseline::lstm_forward(made, clear ? 0.0f : c, c_new);
     c = live ? c_new : c;
-    left.tape[0] = s.i, left.tape[1] = s.f, left.tape[2] = s.g, left.tape[3] = s.o;
-    y = baseline::lstm_hidden(s.o, c_new);
+#pragma unroll
+    for (int g = 0; g < kGates<C>; ++g) left.tape[g] = s.of[g];
+    y = baseline::lstm_hidden(s.o(), c_new);
   } else if constexpr (C == ScanCell::gru) {
     const auto s = baseline::gru_forward(x[0] + p[0], x[1] + p[1], x[2], p[2]);
     const float n = baseline::tanh(s.x_n);
@@ -151,16 +162,16 @@ FASTSEQ_DEVICE void forward_candidate(const ScanForward& a, int t, const Place& 
 // What a step's gradient is made of, read ahead of it.
 template <ScanCell C, class T>
 struct Saved {
-  static constexpr int kTape = C == ScanCell::lstm || C == ScanCell::gru ? 4 : kTwice<C> ? 3 : 0;
+  static constexpr int kTape = kTwice<C> ? 3 : kTapeBlocks<C>;
   T tape[kTape ? kTape : 1];
   T h;   // an RNN's h_t, a GRU's h_prev
   T dy;
   float c, c_prev;  // an LSTM's
 };
 
-template <class T>
+template <ScanCell C, class T>
 FASTSEQ_DEVICE const T* tape_at(const ScanBackward& a, int t, const Place& at) {
-  return static_cast<const T*>(a.tape) + element(row_of(a, t, at), 4 * a.H, at.u);
+  return static_cast<const T*>(a.tape) + element(row_of(a, t, at), kTapeBlocks<C> * a.H, at.u);
 }
 template <class T>
 FASTSEQ_DEVICE const T* dy_at(const ScanBackward& a, int t, const Place& at) {
@@ -178,19 +189,19 @@ FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bo
   const bool first = t == (a.reverse ? a.total - 1 : 0);  // of the walk forward
   const int before = a.reverse ? t + 1 : t - 1;
   if constexpr (Saved<C, T>::kTape > 0) {
-    const T* tape = tape_at<T>(a, t, at);
+    const T* tape = tape_at<C, T>(a, t, at);
 #pragma unroll
     for (int k = 0; k < Saved<C, T>::kTape; ++k) s.tape[k] = tape[k * a.H];
   }
   s.dy = T{};
   if (a.dy && t < at.length) s.dy = *dy_at<T>(a, t, at);
   const auto start_of = [&](const void* p) { return p ? static_cast<const T*>(p)[element(a, at)] : T{}; };
-  if constexpr (C == ScanCell::lstm) {
+  if constexpr (kHasC<C>) {
     s.c = *c_at(a, t, at);
     s.c_prev = 0.0f;
     if (!clear && first) s.c_prev = to_float(start_of(a.c0));
     if (!clear && !first) s.c_prev = *c_at(a, before, at);
-  } else if constexpr (kGates<C> == 3) {
+  } else if constexpr (kIsGru<C>) {
     const bool start = first || (a.reverse && t == at.length - 1);  // the step with which the row began
     s.h = T{};
     if (!clear && start) s.h = start_of(a.h0);
@@ -204,12 +215,12 @@ FASTSEQ_DEVICE void read_saved(const ScanBackward& a, int t, const Place& at, bo
 template <ScanCell C, class T>
 FASTSEQ_DEVICE void prefetch_saved(const ScanBackward& a, int t, const Place& at) {
   if constexpr (Saved<C, T>::kTape > 0) {
-    const T* tape = tape_at<T>(a, t, at);
+    const T* tape = tape_at<C, T>(a, t, at);
 #pragma unroll
     for (int k = 0; k < Saved<C, T>::kTape; ++k) prefetch_l2(tape + k * a.H);
   }
   if (a.dy) prefetch_l2(dy_at<T>(a, t, at));
-  if constexpr (C == ScanCell::lstm)
+  if constexpr (kHasC<C>)
     prefetch_l2(c_at(a, t, at));
   else
     prefetch_l2(y_at<T>(a, t, at));
@@ -246,12 +257,15 @@ FASTSEQ_DEVICE float backward_element(const ScanBackward& a, int t, const Place&
   const auto kept = [&](int k) { return to_float(s.tape[k]); };
   const float total = dh + to_float(s.dy);
   float beside = 0.0f;
-  if constexpr (C == ScanCell::lstm) {
+  if constexpr (kHasC<C>) {
     if (a.dstates) dc += a.dstates[element(row_of(a, t, at), a.H, at.u)];
     float dc_prev = dc;
-    const auto d = baseline::lstm_backward(baseline::LstmGates<float>{kept(0), kept(1), kept(2), kept(3)},
-                                           s.c_prev, s.c, total, dc_prev);
-    g.d[0] = where(d.i), g.d[1] = where(d.f), g.d[2] = where(d.g), g.d[3] = where(d.o);
+    baseline::LstmGates<C, float> gates;
+#pragma unroll
+    for (int k = 0; k < kGates<C>; ++k) gates.of[k] = kept(k);
+    const auto d = baseline::lstm_backward(gates, s.c_prev, s.c, total, dc_prev);
+#pragma unroll
+    for (int k = 0; k < kGates<C>; ++k) g.d[k] = where(d.of[k]);
     dc = live ? (clear ? 0.0f : dc_prev) : dc;
   } else if constexpr (C == ScanCell::gru) {
     float dz, dn;

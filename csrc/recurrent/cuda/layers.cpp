@@ -75,7 +75,7 @@ struct Layers {
       const ScanPlan shared = call.plan(backward, walk, division.walkers);
       if (shared.role == plan.role) plan = shared;
     }
-    const bool lstm = call.cell == ScanCell::lstm;
+    const bool lstm = has_c(call.cell);
     for (int64_t i = 0; division.windows > 1 && i < stack.layers * D; ++i) {
       carry_h.push_back(call.empty({B, H}, ScalarType::Float));
       carry_c.push_back(lstm ? call.empty({B, H}, ScalarType::Float) : carry_h.back());
@@ -286,7 +286,7 @@ struct BackwardLayers : Layers {
       if (gru) {
         against(kept_hidden, 2 * H, 0, H);
       } else {
-        const Tensor q = columns_of(window_of(rows_as_matrix(tapes[i], 4 * H), p.window), 3 * H, H);  // r * h_prev
+        const Tensor q = columns_of(window_of(rows_as_matrix(tapes[i], tape_of(call.cell) * H), p.window), 3 * H, H);  // r * h_prev
         of_states[i].add(transposed(columns_of(kept, 2 * H, H)), q, 2 * H, begun, stream);
       }
     } else {
@@ -339,8 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
     const Optional& reset, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool save,
     bool with_states) {
   ForwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
-  const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D;
-  const bool lstm = a.call.cell == ScanCell::lstm;
+  const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, tape = tape_of(a.call.cell);
+  const bool lstm = has_c(a.call.cell);
   check_cell(a.call.cell, std::nullopt, c0);
   a.divide(x, false);
   const bool as_it_lies = a.division.windows == 1 && transposed(x).is_contiguous();
@@ -357,14 +357,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   for (int64_t i = 0; i < rows; ++i) {
     const bool kept = lstm && (save || (with_states && i >= rows - D));
     a.states.push_back(kept ? a.call.empty({T, B, H}, ScalarType::Float) : a.call.empty({0}));
-    a.tapes.push_back(save && a.G > 1 ? a.call.empty({T, B, 4 * H}) : a.call.empty({0}));
+    a.tapes.push_back(save && tape > 0 ? a.call.empty({T, B, tape * H}) : a.call.empty({0}));
   }
   for (int i = 0; i < 2 * a.division.walkers; ++i)
     a.gates.push_back(a.call.empty({i % 2 && a.division.windows == 1 ? 0 : a.longest() * B, a.G * H}));
   a.run();
   Tensors below(a.ys.begin(), a.ys.end() - 1);
   if (!save) below.clear(), a.tapes.clear(), a.states.erase(a.states.begin(), a.states.end() - D);
-  if (a.G == 1) a.tapes.clear();
+  if (tape == 0) a.tapes.clear();
   if (!lstm || !(save || with_states)) a.states.clear();
   return {a.y, a.h_n, a.c_n, below, a.states, a.tapes};
 }
@@ -375,10 +375,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
     const Optional& starts, const Tensors& ys, const Tensors& states, const Tensors& tapes, int64_t cell,
     int64_t num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) {
   BackwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
-  const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H;
-  const bool lstm = a.call.cell == ScanCell::lstm, gru = a.call.cell == ScanCell::gru;
+  const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H, tape = tape_of(a.call.cell);
+  const bool lstm = has_c(a.call.cell), gru = a.call.cell == ScanCell::gru;
   check_cell(a.call.cell, std::nullopt, c0);
-  STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == (a.G > 1 ? rows : 0) &&
+  STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == (tape > 0 ? rows : 0) &&
                       int64_t(states.size()) == (lstm ? rows : 0) && (dstates.empty() || (lstm && int64_t(dstates.size()) == D)),
                   "scan: the backward pass needs what the forward pass saved, of every layer and direction");
   a.stack.with_dx = with_dx, a.stack.with_weights = with_weights;
@@ -397,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
   for (const Tensor& t : dstates) a.dstates.push_back(a.call.dense("dstates", t, {T, B, H}, ScalarType::Float));
   for (const Tensor& t : ys) a.ys.push_back(a.call.dense("y", t, {T, B, D * H}));
   for (int64_t i = 0; i < rows; ++i) {
-    a.tapes.push_back(a.G > 1 ? a.call.dense("tape", tapes[i], {T, B, 4 * H}) : a.call.empty({0}));
+    a.tapes.push_back(tape > 0 ? a.call.dense("tape", tapes[i], {T, B, tape * H}) : a.call.empty({0}));
     a.states.push_back(lstm ? a.call.dense("states", states[i], {T, B, H}, ScalarType::Float) : a.call.empty({0}));
   }
   if (reset && with_weights)

@@ -61,7 +61,7 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
 
 void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
   STD_TORCH_CHECK(!w_hr, "scan: the native CUDA kernels have no projection (w_hr)");
-  STD_TORCH_CHECK(cell == ScanCell::lstm || !c0, "scan: only an LSTM has c0");
+  STD_TORCH_CHECK(has_c(cell) || !c0, "scan: only an LSTM has c0");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
@@ -71,14 +71,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
   Call call(x, cell);
   check_cell(call.cell, w_hr, c0);
   const int64_t G = gates_of(call.cell);
-  const bool lstm = call.cell == ScanCell::lstm;
+  const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, H]");
   const int64_t T = x.size(0), B = x.size(1), H = w_hh.size(1);
-  const bool with_states = lstm && (save || states), with_tape = save && G > 1;
+  const bool with_states = lstm && (save || states), with_tape = save && tape_of(call.cell) > 0;
   Tensor y = call.empty({T, B, H}), h_n = call.empty({B, H});
   Tensor c_n = lstm ? call.empty({B, H}) : call.empty({0});
   Tensor c_all = with_states ? call.empty({T, B, H}, ScalarType::Float) : call.empty({0});
-  Tensor tape = with_tape ? call.empty({T, B, 4 * H}) : call.empty({0});
+  Tensor tape = with_tape ? call.empty({T, B, tape_of(call.cell) * H}) : call.empty({0});
   if (T == 0 || B == 0 || H == 0) return {y, h_n, c_n, c_all, tape};
 
   ScanForward a{};
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   Call call(y, cell);
   check_cell(call.cell, w_hr, c0);
   const int64_t G = gates_of(call.cell);
-  const bool lstm = call.cell == ScanCell::lstm;
-  STD_TORCH_CHECK((tape || G == 1) && (states || !lstm),
+  const bool lstm = has_c(call.cell);
+  STD_TORCH_CHECK((tape || tape_of(call.cell) == 0) && (states || !lstm),
                   "scan: this cell's backward pass needs its tape, an LSTM's its states");
   STD_TORCH_CHECK(lstm || (!dc_n && !dstates), "scan: only an LSTM has dc_n and dstates");
   STD_TORCH_CHECK(y.dim() == 3, "scan: y must be [T, B, H]");
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   a.dc_n = call.pointer("dc_n", dc_n, {B, H});
   a.dstates = static_cast<const float*>(call.pointer("dstates", dstates, {T, B, H}, ScalarType::Float));
   a.y = call.dense("y", y, {T, B, H}).data_ptr(), a.y_t = int(B), a.y_b = 1;
-  if (G > 1) a.tape = call.pointer("tape", tape, {T, B, 4 * H});
+  if (tape_of(call.cell) > 0) a.tape = call.pointer("tape", tape, {T, B, tape_of(call.cell) * H});
   if (lstm) a.states = static_cast<const float*>(call.pointer("states", states, {T, B, H}, ScalarType::Float));
   a.dgates = dgates.data_ptr();
   if (call.cell == ScanCell::gru) a.dhidden = dhidden.data_ptr();

@@ -34,7 +34,7 @@ forward_step(ScanForward a, ScanStep s) {
   if (s.step < 0) {
     const float h = read_or_zero<T>(a.h0, own.i);
     s.state[own.i] = h;
-    if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = read_or_zero<T>(a.c0, own.i);
+    if constexpr (kHasC<C>) s.cell_state[own.i] = read_or_zero<T>(a.c0, own.i);
     give(h, 0);
     return;
   }
@@ -58,13 +58,13 @@ forward_step(ScanForward a, ScanStep s) {
     }
     forward_candidate<T>(a, t, at, clear, to_float(x[2]) + hidden_side(1, 2, 2), s.kept[own.i], h);
   } else {
-    float p[G], c = C == ScanCell::lstm ? s.cell_state[own.i] : 0.0f;
+    float p[G], c = kHasC<C> ? s.cell_state[own.i] : 0.0f;
 #pragma unroll
     for (int g = 0; g < G; ++g) p[g] = hidden_side(G, 0, g);
     Left<C> left;
     forward_element<C, T>(a, t, at, clear, x, p, h, c, left);
     write_left<C, T>(a, t, at, h, c, left);
-    if constexpr (C == ScanCell::lstm) {
+    if constexpr (kHasC<C>) {
       s.cell_state[own.i] = c;
       if (s.step == a.T - 1) write<T>(a.c_n, own.i, c);
     }
@@ -88,19 +88,19 @@ backward_step(ScanBackward a, ScanStep s) {
   if (s.phase == 0) {
     if (s.step == 0) {
       dh = read_or_zero<T>(a.dh_n, own.i);
-      if constexpr (C == ScanCell::lstm) dc = read_or_zero<T>(a.dc_n, own.i);
+      if constexpr (kHasC<C>) dc = read_or_zero<T>(a.dc_n, own.i);
     } else {
       const int later = time_back(a, s.step - 1);
       dh = s.state[own.i];
       if (later < at.length && !cleared(a, later, at.b)) dh += s.product[own.i];
-      if constexpr (C == ScanCell::lstm) dc = s.cell_state[own.i];
+      if constexpr (kHasC<C>) dc = s.cell_state[own.i];
     }
   } else {
     dh = s.kept[own.i];
   }
   if (s.step == a.T) {
     if (a.dh0) write<T>(a.dh0, own.i, dh);
-    if constexpr (C == ScanCell::lstm)
+    if constexpr (kHasC<C>)
       if (a.dc0) write<T>(a.dc0, own.i, dc);
     return;
   }
@@ -126,7 +126,7 @@ backward_step(ScanBackward a, ScanStep s) {
     write_gradients<C, T>(a, t, at, gradients);
 #pragma unroll
     for (int g = 0; g < D; ++g) give(D, g, gradients.d[g]);
-    if constexpr (C == ScanCell::lstm) s.cell_state[own.i] = dc;
+    if constexpr (kHasC<C>) s.cell_state[own.i] = dc;
   }
   s.state[own.i] = dh;
 }
@@ -140,12 +140,7 @@ add(const float* a, const float* b, void* out, int64_t n) {
 
 template <template <ScanCell, class> class Pick, class T>
 auto pick(ScanCell cell) {
-  switch (cell) {
-    case ScanCell::lstm: return Pick<ScanCell::lstm, T>::kernel();
-    case ScanCell::gru: return Pick<ScanCell::gru, T>::kernel();
-    case ScanCell::gru_reset_before: return Pick<ScanCell::gru_reset_before, T>::kernel();
-    default: return Pick<ScanCell::rnn_tanh, T>::kernel();
-  }
+  return for_cell(cell, [](auto c) { return Pick<code_of(c.value), T>::kernel(); });
 }
 template <template <ScanCell, class> class Pick>
 auto pick(ScanCell cell, Dtype dtype) {

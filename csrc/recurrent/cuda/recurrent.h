@@ -18,6 +18,8 @@
 namespace fastseq::cuda {
 
 using ScanCell = Cell;
+// The cell whose kernels a cell takes: those of a plain RNN learn its nonlinearity from ScanWalk::relu.
+constexpr ScanCell code_of(ScanCell cell) { return cell == ScanCell::rnn_relu ? ScanCell::rnn_tanh : cell; }
 // What the scan computes with. tf32: float32 whose products with W_hh are single ones of TF32, not three that keep its
 // digits.
 struct ScanNumber {
@@ -46,7 +48,7 @@ struct ScanForward : ScanWalk {
   void *y, *h_n, *c_n;                // [total,B,H]: row [t,b] is row t * y_t + b * y_b; [B,H], an LSTM's [B,H]
   int y_t, y_b;
   float* states;                      // [total,B,H] or null: c of every step
-  void* tape;                         // [total,B,4*H] or null: LSTM i,f,g,o; GRU r,z,n,q
+  void* tape;                         // [total,B,tape_of(cell)*H] or null: an LSTM's gates; GRU r,z,n,q
   const float *h_in, *c_in;           // [B,H]: what the window before left, in place of h0 and c0; or null
   float *h_out, *c_out;               // [B,H]: what the next window takes, in place of h_n and c_n; or null
 };

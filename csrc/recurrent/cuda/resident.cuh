@@ -124,7 +124,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       h[e] = a.h_in ? a.h_in[i] : read_or_zero<T>(a.h0, i);
-      c[e] = C != ScanCell::lstm ? 0.0f : a.c_in ? a.c_in[i] : read_or_zero<T>(a.c0, i);
+      c[e] = !kHasC<C> ? 0.0f : a.c_in ? a.c_in[i] : read_or_zero<T>(a.c0, i);
       exchange.put(own.column(e), own.at[e].u, clear >> e & 1 ? 0.0f : h[e]);
       read_gates<C, T>(a, t, own.at[e], x[e]);
     }
@@ -186,10 +186,10 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       const int64_t i = element(a, own.at[e]);
       if (a.h_out) {
         a.h_out[i] = h[e];
-        if constexpr (C == ScanCell::lstm) a.c_out[i] = c[e];
+        if constexpr (kHasC<C>) a.c_out[i] = c[e];
       } else {
         write<T>(a.h_n, i, h[e]);
-        if constexpr (C == ScanCell::lstm) write<T>(a.c_n, i, c[e]);
+        if constexpr (kHasC<C>) write<T>(a.c_n, i, c[e]);
       }
     }
   }
@@ -227,7 +227,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
       if (!own.has(e)) continue;
       const int64_t i = element(a, own.at[e]);
       dh[e] = a.dh_in ? a.dh_in[i] : read_or_zero<T>(a.dh_n, i);
-      dc[e] = C != ScanCell::lstm ? 0.0f : a.dc_in ? a.dc_in[i] : read_or_zero<T>(a.dc_n, i);
+      dc[e] = !kHasC<C> ? 0.0f : a.dc_in ? a.dc_in[i] : read_or_zero<T>(a.dc_n, i);
       read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
     }
     for (int step = 0; step < a.T; ++step) {
@@ -298,11 +298,11 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
       const int64_t i = element(a, own.at[e]);
       if (a.dh_out) {
         a.dh_out[i] = dh[e];
-        if constexpr (C == ScanCell::lstm) a.dc_out[i] = dc[e];
+        if constexpr (kHasC<C>) a.dc_out[i] = dc[e];
         continue;
       }
       if (a.dh0) write<T>(a.dh0, i, dh[e]);
-      if constexpr (C == ScanCell::lstm)
+      if constexpr (kHasC<C>)
         if (a.dc0) write<T>(a.dc0, i, dc[e]);
     }
   }
@@ -334,12 +334,7 @@ using BackwardKernel = void (*)(ScanBackward, Resident);
 
 template <class T, template <class> class Exchange>
 ForwardKernel forward_kernel(ScanCell cell) {
-  switch (cell) {
-    case ScanCell::lstm: return resident_forward<ScanCell::lstm, T, Exchange>;
-    case ScanCell::gru: return resident_forward<ScanCell::gru, T, Exchange>;
-    case ScanCell::gru_reset_before: return resident_forward<ScanCell::gru_reset_before, T, Exchange>;
-    default: return resident_forward<ScanCell::rnn_tanh, T, Exchange>;
-  }
+  return for_cell(cell, [](auto c) -> ForwardKernel { return resident_forward<code_of(c.value), T, Exchange>; });
 }
 template <template <class> class Exchange>
 ForwardKernel forward_kernel(ScanCell cell, ScanNumber number) {
@@ -351,12 +346,7 @@ ForwardKernel forward_kernel(ScanCell cell, ScanNumber number) {
 }
 template <class T, template <class> class Exchange>
 BackwardKernel backward_kernel(ScanCell cell) {
-  switch (cell) {
-    case ScanCell::lstm: return resident_backward<ScanCell::lstm, T, Exchange>;
-    case ScanCell::gru: return resident_backward<ScanCell::gru, T, Exchange>;
-    case ScanCell::gru_reset_before: return resident_backward<ScanCell::gru_reset_before, T, Exchange>;
-    default: return resident_backward<ScanCell::rnn_tanh, T, Exchange>;
-  }
+  return for_cell(cell, [](auto c) -> BackwardKernel { return resident_backward<code_of(c.value), T, Exchange>; });
 }
 template <template <class> class Exchange>
 BackwardKernel backward_kernel(ScanCell cell, ScanNumber number) {

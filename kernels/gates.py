@@ -48,23 +48,28 @@ def rnn_backward(h, dh, RELU: tl.constexpr):
 
 
 # LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
+# Gates, their pre-activations and gradients come in tuples, as W has them and as the tape keeps them.
 @triton.jit
-def lstm_forward(x_i, x_f, x_g, x_o, c_prev):
-    i, f, g, o = sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)
+def lstm_forward(x, c_prev, CELL: tl.constexpr):
+    """The gates, c and h."""
+    i, f, g, o = sigmoid(x[0]), sigmoid(x[1]), tanh(x[2]), sigmoid(x[3])
+    gates = (i, f, g, o)
     c = f * c_prev + i * g
-    return i, f, g, o, c, o * tanh(c)
+    return gates, c, o * tanh(c)
 
 
 @triton.jit
-def lstm_backward(i, f, g, o, c_prev, c, dh, dc):
+def lstm_backward(gates, c_prev, c, dh, dc, CELL: tl.constexpr):
     """``dc`` comes in as the gradient of c_t from later steps; the last result is that of c_prev."""
+    i, f, g, o = gates[0], gates[1], gates[2], gates[3]
     squashed = tanh(c)
     dc = dc + dh * o * (1.0 - squashed * squashed)
     di = dc * g * i * (1.0 - i)
     df = dc * c_prev * f * (1.0 - f)
     dg = dc * i * (1.0 - g * g)
     do = dh * squashed * o * (1.0 - o)
-    return di, df, dg, do, dc * f
+    d = (di, df, dg, do)
+    return d, dc * f
 
 
 # GRU: h = z h_prev + (1 - z) n, with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after

@@ -153,7 +153,7 @@ def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="nati
         dc0 if c0 is not None else None,
     ]
     if w_hr is not None:
-        m = out[4][..., 3 * hidden :].double() * out[3].double().tanh()
+        m = out[4][..., -hidden:].double() * out[3].double().tanh()
         gradients[5] = torch.einsum("tbp,tbh->ph", dhidden.double(), m)
     return out, gradients
 
@@ -165,7 +165,7 @@ def rounds_h(dtype: torch.dtype, backend: str) -> bool:
     return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") in ("avx512_bf16", "amx_bf16")
 
 
-def assert_states_are_steps(ours, inputs, lengths, reset, reverse) -> None:
+def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse) -> None:
     """Every c_t is, to float32's rounding, one step of the cell from the y and the c before it.
 
     Where h is rounded for the products, the walk as a whole follows the exact one no more closely than y tells; what it
@@ -188,7 +188,7 @@ def assert_states_are_steps(ours, inputs, lengths, reset, reverse) -> None:
     def one_step(dtype: torch.dtype) -> Tensor:
         weights = [None if w is None else w.to(dtype) for w in (w_ih, w_hh, b_ih, b_hh, w_hr)]
         rows = [t.detach()[live].to(dtype) for t in (x, h_prev, c_prev)]
-        return reference.scan(rows[0][None], *weights, *rows[1:], None, None, cell="lstm")[3][0]
+        return reference.scan(rows[0][None], *weights, *rows[1:], None, None, cell=cell)[3][0]
 
     assert_within_budget(states[live], one_step(torch.float32), one_step(torch.float64), "states, step by step")
 
@@ -201,7 +201,7 @@ def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, Fals
     """
     x = inputs[0]
     steps, batch, state = x.shape[0], x.shape[1], inputs[2].shape[1]
-    hidden, lstm = inputs[2].shape[0] // ops.GATES[cell], cell == "lstm"
+    hidden, lstm = inputs[2].shape[0] // ops.GATES[cell], ops.HAS_C[cell]
     shapes = [(steps, batch, state), (batch, state), (batch, hidden), (steps, batch, hidden)]
     grads: list[Tensor | None] = [
         torch.randn(shape).to(x.dtype) if wanted and (lstm or i < 2) else None
@@ -229,7 +229,7 @@ def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, Fals
         elif name == "states" and rounds_h(x.dtype, backend):
             assert o.dtype == p.dtype
             if backend == "native":
-                assert_states_are_steps(ours, inputs, lengths, reset, reverse)
+                assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse)
             assert_within_budget(o.to(x.dtype), p.to(x.dtype), t, name)  # as layers hand them out
         else:
             assert_within_budget(o, p, t, name)

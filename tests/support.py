@@ -20,6 +20,7 @@ needs_native = pytest.mark.skipif(
 NATIVE = pytest.param("native", marks=needs_native)
 BACKENDS = ["reference", "torch", NATIVE]
 CELLS = list(ops.GATES)
+PROJECTED = [f"{cell}_projected" for cell in CELLS if ops.HAS_C[cell]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -114,7 +115,7 @@ def cell_inputs(
         weight(gates * hidden) if biases else None,
         weight(projected, hidden) if projected else None,
         torch.randn(batch, state, dtype=torch.float64).tanh(),
-        torch.randn(batch, hidden, dtype=torch.float64) if cell == "lstm" else None,
+        torch.randn(batch, hidden, dtype=torch.float64) if ops.HAS_C[cell] else None,
     ]
     return [None if t is None else t.to(dtype).requires_grad_(requires_grad) for t in inputs]
 

@@ -119,13 +119,13 @@ def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> I
                 yield Variant("backward_persistent", cell, dtype, tile)
             for step in tuning.step_tiles(dtype):
                 phases = (0, 1) if cell == "gru_reset_before" else (0,)
-                for projected in (False, True) if cell == "lstm" else (False,):
+                for projected in (False, True) if tuning.HAS_C[cell] else (False,):
                     for phase in phases:
                         for save in (True, False) if gated else (False,):
                             for fused in (False, True):
                                 yield Variant("forward_step", cell, dtype, step, save, phase, fused, projected)
                         yield Variant("backward_step", cell, dtype, step, phase=phase, projected=projected)
                 yield Variant("backward_state", cell, dtype, step, final=True)
-                if cell == "lstm":
+                if tuning.HAS_C[cell]:
                     yield Variant("backward_state", cell, dtype, step, projected=True)
                     yield Variant("forward_projection", cell, dtype, step)

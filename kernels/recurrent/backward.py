@@ -14,7 +14,20 @@ import triton
 import triton.language as tl
 
 from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
-from .forward import C0, H0, LENGTHS, RESET, VARYING, dot, parts_of, through
+from .forward import (
+    C0,
+    H0,
+    LENGTHS,
+    RESET,
+    VARYING,
+    dot,
+    gates_of,
+    has_c,
+    is_gru,
+    parts_of,
+    tape_of,
+    through,
+)
 
 # fmt: off
 # Tuples grow in these kernels.
@@ -47,24 +60,25 @@ def block(w, outputs, inputs, N, K, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def lstm_gradient(kept, c_at, c_before, c_start, has_before, out, H, total, dc, live, clear, mask):
-    """One step's dgates, stored at ``out`` and returned in their dtype, and the gradient of c_prev.
+def lstm_gradient(
+    kept, c_at, c_before, c_start, has_before, out, H, total, dc, live, clear, mask, CELL: tl.constexpr,
+):
+    """One step's dgates, stored at ``out`` and returned in their dtype, a tuple, and the gradient of c_prev.
 
     ``total`` and ``dc`` are the gradients of h_t and c_t; ``c_start`` is c_prev where no step came before.
     """
     dtype = out.dtype.scalar.element_ty
     c_prev = tl.where(has_before, load(c_before, mask & has_before), c_start)
-    i, f, g, o = load(kept, mask), load(kept + H, mask), load(kept + 2 * H, mask), load(kept + 3 * H, mask)
-    d_0, d_1, d_2, d_3, dc_prev = lstm_backward(
-        i, f, g, o, tl.where(clear, 0.0, c_prev), load(c_at, mask), total, dc
-    )
-    a_0, a_1 = tl.where(live, d_0, 0.0).to(dtype), tl.where(live, d_1, 0.0).to(dtype)
-    a_2, a_3 = tl.where(live, d_2, 0.0).to(dtype), tl.where(live, d_3, 0.0).to(dtype)
-    tl.store(out, a_0, mask=mask)
-    tl.store(out + H, a_1, mask=mask)
-    tl.store(out + 2 * H, a_2, mask=mask)
-    tl.store(out + 3 * H, a_3, mask=mask)
-    return a_0, a_1, a_2, a_3, tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
+    gates = ()
+    for g in tl.static_range(gates_of(CELL)):
+        gates += (load(kept + g * H, mask),)
+    d, dc_prev = lstm_backward(gates, tl.where(clear, 0.0, c_prev), load(c_at, mask), total, dc, CELL)
+    a = ()
+    for g in tl.static_range(gates_of(CELL)):
+        a += (tl.where(live, d[g], 0.0).to(dtype),)
+    for g in tl.static_range(gates_of(CELL)):
+        tl.store(out + g * H, a[g], mask=mask)
+    return a, tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
 
 
 @triton.jit
@@ -92,7 +106,7 @@ def backward_sequence(
     CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    G: tl.constexpr = gates_of(CELL)
     PARTS: tl.constexpr = 2 if TAIL else 1
     dtype = y.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
@@ -106,10 +120,10 @@ def backward_sequence(
         mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
         state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
         dh += (load(dh_n + state[p], mask[p] & ((given & CARRY) != 0)),)
-        if CELL == "lstm":
+        if has_c(CELL):
             dc += (load(dc_n + state[p], mask[p] & ((given & DC) != 0)),)
             start += (load(c0 + state[p], mask[p] & ((given & C0) != 0)),)
-        elif G == 3:
+        elif is_gru(CELL):
             start += (load(h0 + state[p], mask[p] & ((given & H0) != 0)),)
         w_p = ()
         for gate in tl.static_range(G):
@@ -124,28 +138,25 @@ def backward_sequence(
         row = t * B + wide
         live = (t < length)[:, None]
         clear = cleared(reset, t, rows, B, given, reset_t, reset_b)[:, None]
-        product, a_0, a_1, a_2, a_3, dc_prev = (), (), (), (), (), ()
-        if G == 3:
+        product, a, a_0, a_1, a_2, dc_prev = (), (), (), (), (), ()  # a by part and gate; the others by part
+        if is_gru(CELL):
             r, h_prev = (), ()
         for p in tl.static_range(PARTS):
             at = row[:, None] * H + units[p][None, :]
             before = at - direction.to(tl.int64) * B * H
-            kept = tape + row[:, None] * (4 * H) + units[p][None, :]
+            kept = tape + row[:, None] * (tape_of(CELL) * H) + units[p][None, :]
             out = dgates + row[:, None] * (G * H) + units[p][None, :]
             dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[p][None, :]
             total = dh[p] + load(dy_at, mask[p] & live & ((given & DY) != 0))
-            if CELL == "lstm":
-                d_i, d_f, d_g, d_o, d_c = lstm_gradient(
+            if has_c(CELL):
+                d, d_c = lstm_gradient(
                     kept, states + at, states + before, start[p], step < T - 1, out, H, total,
-                    dc[p] + load(dstates + at, mask[p] & ((given & DSTATES) != 0)), live, clear, mask[p],
+                    dc[p] + load(dstates + at, mask[p] & ((given & DSTATES) != 0)), live, clear, mask[p], CELL,
                 )
-                a_0 += (d_i,)
-                a_1 += (d_f,)
-                a_2 += (d_g,)
-                a_3 += (d_o,)
+                a += (d,)
                 dc_prev += (d_c,)
                 product += (tl.zeros_like(total),)
-            elif G == 3:
+            elif is_gru(CELL):
                 r_p, z, n = load(kept, mask[p]), load(kept + H, mask[p]), load(kept + 2 * H, mask[p])
                 h_p = load(y + before, mask[p] & (t != begin) & (step < T - 1))
                 h_p = tl.where(clear, 0.0, tl.where(t == begin, start[p], h_p))
@@ -179,15 +190,19 @@ def backward_sequence(
                 a_0 += (d_r,)
                 beside += (product[p] + dq * r[p],)
             product = beside
-        elif G == 3:
+        elif is_gru(CELL):
             product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
-        product = back_through(product, a_0, w, 0, PRECISION, UPCAST)
-        if G > 1:
-            product = back_through(product, a_1, w, 1, PRECISION, UPCAST)
-        if CELL == "lstm":
-            product = back_through(product, a_2, w, 2, PRECISION, UPCAST)
-            product = back_through(product, a_3, w, 3, PRECISION, UPCAST)
+        if has_c(CELL):
+            for gate in tl.static_range(G):
+                a_g = ()
+                for p in tl.static_range(PARTS):
+                    a_g += (a[p][gate],)
+                product = back_through(product, a_g, w, gate, PRECISION, UPCAST)
             dc = dc_prev
+        else:
+            product = back_through(product, a_0, w, 0, PRECISION, UPCAST)
+            if is_gru(CELL):
+                product = back_through(product, a_1, w, 1, PRECISION, UPCAST)
         dh_prev = ()
         for p in tl.static_range(PARTS):
             dh_prev += (tl.where(live, tl.where(clear, 0.0, product[p]), dh[p]),)
@@ -195,7 +210,7 @@ def backward_sequence(
 
     for p in tl.static_range(PARTS):
         tl.store(dh0 + state[p], dh[p].to(dtype), mask=mask[p] & ((given & H0) != 0))
-        if CELL == "lstm":
+        if has_c(CELL):
             tl.store(dc0 + state[p], dc[p].to(dtype), mask=mask[p] & ((given & C0) != 0))
 
 
@@ -220,9 +235,9 @@ def state_gradient(
     CELL: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """The gradient that reaches h_t from the step ``later``: through the product with W_hh, and beside it."""
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    G: tl.constexpr = gates_of(CELL)
     # Rows of W_hh that meet h itself with dgates: of a GRU those of r and z.
-    DIRECT: tl.constexpr = 2 if G == 3 else G
+    DIRECT: tl.constexpr = 2 if is_gru(CELL) else G
     has_later = (given & LATER) != 0
     known = (rows < B) & has_later & ~cleared(reset, later, rows, B, given, reset_t, reset_b)
     dh = load(carry + rows.to(tl.int64)[:, None] * P + units[None, :], mask & ((given & CARRY) != 0))
@@ -279,7 +294,7 @@ def backward_step(
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    G: tl.constexpr = gates_of(CELL)
     dtype = y.dtype.element_ty
     t, later = t.to(tl.int64), later.to(tl.int64)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
@@ -295,9 +310,9 @@ def backward_step(
     at = row[:, None] * H + units[None, :]
     before = at - direction.to(tl.int64) * B * H
     has_before = t != first
-    kept = tape + row[:, None] * (4 * H) + units[None, :]
+    kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
     out = dgates + row[:, None] * (G * H) + units[None, :]
-    if G == 3:
+    if is_gru(CELL):
         h_prev = tl.where(
             t == begin, load(h0 + state, mask & (t == begin) & ((given & H0) != 0)),
             load(y + before, mask & (t != begin) & has_before),
@@ -328,15 +343,15 @@ def backward_step(
             dy_at = dy + (t * x_t + wide * x_b)[:, None] * H + units[None, :]
             total = dh + load(dy_at, mask & live & ((given & DY) != 0))
         beside = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        if CELL == "lstm":
+        if has_c(CELL):
             dc = load(dc_carry + state, mask & ((given & DC) != 0))
             dc += load(dstates + at, mask & ((given & DSTATES) != 0))
             c_start = load(c0 + state, mask & ((t == first) & ((given & C0) != 0)))
-            _, _, _, _, dc = lstm_gradient(
-                kept, states + at, states + before, c_start, has_before, out, H, total, dc, live, clear, mask
+            _, dc = lstm_gradient(
+                kept, states + at, states + before, c_start, has_before, out, H, total, dc, live, clear, mask, CELL
             )
             tl.store(dc_carry + state, dc, mask=mask)
-        elif G == 3:
+        elif is_gru(CELL):
             z, n = load(kept + H, mask), load(kept + 2 * H, mask)
             dz, dn = gru_backward_blend(z, n, h_prev, total)
             if CELL == "gru":

@@ -19,16 +19,38 @@ import triton
 import triton.language as tl
 
 from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
+from . import tuning
 
 # fmt: off
 # Tuples grow in these kernels.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 # Bits of `given`: which optional tensors there are.
 BIAS, H0, C0, LENGTHS, RESET, STATES, LAST = (tl.constexpr(1 << bit) for bit in range(7))
 
 # Numbers that are never compiled in; H, P and I are, where they are 1, and as multiples of 16.
 VARYING = ["T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b"]
+
+
+# Of a cell, by the table in tuning.py: G, the blocks of its tape, whether it has a c.
+@triton.constexpr_function
+def gates_of(cell):
+    return tuning.GATES[cell]
+
+
+@triton.constexpr_function
+def tape_of(cell):
+    return tuning.TAPE[cell]
+
+
+@triton.constexpr_function
+def has_c(cell):
+    return tuning.HAS_C[cell]
+
+
+@triton.constexpr_function
+def is_gru(cell):
+    return cell in ("gru", "gru_reset_before")
 
 
 @triton.jit
@@ -61,17 +83,11 @@ def dot(a, w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def keep(tape, H, live, mask, k_0, k_1, k_2, k_3):
-    """One step's blocks of the tape, those of four that are not None; 0 past the lengths."""
+def keep(tape, H, live, mask, blocks):
+    """Blocks of one step's tape, those from ``tape`` on; 0 past the lengths."""
     dtype = tape.dtype.scalar.element_ty
-    if k_0 is not None:
-        tl.store(tape, tl.where(live, k_0, 0.0).to(dtype), mask=mask)
-    if k_1 is not None:
-        tl.store(tape + H, tl.where(live, k_1, 0.0).to(dtype), mask=mask)
-    if k_2 is not None:
-        tl.store(tape + 2 * H, tl.where(live, k_2, 0.0).to(dtype), mask=mask)
-    if k_3 is not None:
-        tl.store(tape + 3 * H, tl.where(live, k_3, 0.0).to(dtype), mask=mask)
+    for k in tl.static_range(len(blocks)):
+        tl.store(tape + k * H, tl.where(live, blocks[k], 0.0).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -113,12 +129,12 @@ def keep_state(states, c, t, B, units, H, wanted, BLOCK_B: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def forward_sequence(
     gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # [T,B,G*H] by rows x_t, x_b; [G*H,H]; [G*H]; [B,H] twice; [B]; [T,B]
-    y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,4*H]
+    y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,TAPE*H]
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
     CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    G: tl.constexpr = gates_of(CELL)
     PARTS: tl.constexpr = 2 if TAIL else 1
     dtype = y.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
@@ -131,7 +147,7 @@ def forward_sequence(
         mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
         state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
         h += (tl.load(h0 + state[p], mask=mask[p] & ((given & H0) != 0), other=0.0).to(tl.float32),)
-        if CELL == "lstm":
+        if has_c(CELL):
             c += (tl.load(c0 + state[p], mask=mask[p] & ((given & C0) != 0), other=0.0).to(tl.float32),)
         w_p, b_p = (), ()
         for gate in tl.static_range(G):
@@ -151,7 +167,7 @@ def forward_sequence(
         ).to(tl.int1)[:, None]
         live = (t < length)[:, None]
         row = t * B + wide
-        kept = tape + row[:, None] * (4 * H)
+        kept = tape + row[:, None] * (tape_of(CELL) * H)
         h_prev, a, h_next, c_next = (), (), (), ()
         for p in tl.static_range(PARTS):
             h_prev += (tl.where(clear, 0.0, h[p]),)
@@ -165,16 +181,15 @@ def forward_sequence(
                 q = r * h_prev[p]
                 r_h += (q.to(dtype),)
                 if SAVE:
-                    keep(kept + units[p][None, :], H, live, mask[p], r, z[p], None, q)
+                    keep(kept + units[p][None, :], H, live, mask[p], (r, z[p]))
+                    keep(kept + units[p][None, :] + 3 * H, H, live, mask[p], (q,))
         for p in tl.static_range(PARTS):
-            if CELL == "lstm":
-                i, f, g, o, c_new, h_new = lstm_forward(
-                    through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST),
-                    through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST),
-                    through(a, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST),
-                    through(a, w[p][3], given_gate(x, 3, units[p], H, mask[p]) + b[p][3], PRECISION, UPCAST),
-                    tl.where(clear, 0.0, c[p]),
-                )
+            if has_c(CELL):
+                made = ()
+                for gate in tl.static_range(G):
+                    x_g = given_gate(x, gate, units[p], H, mask[p]) + b[p][gate]
+                    made += (through(a, w[p][gate], x_g, PRECISION, UPCAST),)
+                gates, c_new, h_new = lstm_forward(made, tl.where(clear, 0.0, c[p]), CELL)
                 c_next += (tl.where(live, c_new, c[p]),)
                 if PARTS > 1:
                     keep_state(states, c_next[p], t, B, units[p], H, (given & STATES) != 0, BLOCK_B)
@@ -182,7 +197,7 @@ def forward_sequence(
                     at = states + row[:, None] * H + units[p][None, :]
                     tl.store(at, c_next[p], mask=mask[p] & ((given & STATES) != 0))
                 if SAVE:
-                    keep(kept + units[p][None, :], H, live, mask[p], i, f, g, o)
+                    keep(kept + units[p][None, :], H, live, mask[p], gates)
             elif CELL == "gru":
                 r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
                 z = sigmoid(through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST))
@@ -190,12 +205,12 @@ def forward_sequence(
                 n = tanh(given_gate(x, 2, units[p], H, mask[p]) + r * q)
                 h_new = gru_blend(z, n, h_prev[p])
                 if SAVE:
-                    keep(kept + units[p][None, :], H, live, mask[p], r, z, n, q)
+                    keep(kept + units[p][None, :], H, live, mask[p], (r, z, n, q))
             elif CELL == "gru_reset_before":
                 n = tanh(through(r_h, w[p][2], given_gate(x, 2, units[p], H, mask[p]) + b[p][2], PRECISION, UPCAST))
                 h_new = gru_blend(z[p], n, h_prev[p])
                 if SAVE:
-                    keep(kept + units[p][None, :], H, live, mask[p], None, None, n, None)
+                    keep(kept + units[p][None, :] + 2 * H, H, live, mask[p], (n,))
             else:
                 made = through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST)
                 h_new = rnn_forward(made, CELL == "rnn_relu")
@@ -203,21 +218,21 @@ def forward_sequence(
             at = y + row[:, None] * H + units[p][None, :]
             tl.store(at, tl.where(live, h_new, 0.0).to(dtype), mask=mask[p])
         h = h_next
-        if CELL == "lstm":
+        if has_c(CELL):
             c = c_next
 
     for p in tl.static_range(PARTS):
         tl.store(h_n + state[p], h[p].to(dtype), mask=mask[p])
-        if CELL == "lstm":
+        if has_c(CELL):
             tl.store(c_n + state[p], c[p].to(dtype), mask=mask[p])
 
 
 @triton.jit
 def products(
-    p_0, p_1, p_2, p_3, a, rows, w, gate, units, H, K,
-    G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr,
+    p, a, rows, w, gate, units, H, K,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr,
 ):
-    """p_g += a · w_gᵀ for G gates from ``gate`` on; a [BLOCK_B, K] at its row pointers, zeros where ``rows`` is off.
+    """p_g += a · w_gᵀ for gates from ``gate`` on, a tuple; a [BLOCK_B, K] at its row pointers, 0 where ``rows`` is off.
 
     ``CACHE``: ".cg" where other programs store ``a`` while this one runs: the caches before L2 know nothing of that.
     """
@@ -226,14 +241,20 @@ def products(
         a_k = tl.load(
             a + inputs[None, :], mask=rows[:, None] & (inputs < K)[None, :], other=0.0, cache_modifier=CACHE
         )
-        p_0 = dot(a_k, weight(w, gate, units, inputs, H, K, UPCAST), p_0, PRECISION, UPCAST)
-        if G > 1:
-            p_1 = dot(a_k, weight(w, gate + 1, units, inputs, H, K, UPCAST), p_1, PRECISION, UPCAST)
-        if G > 2:
-            p_2 = dot(a_k, weight(w, gate + 2, units, inputs, H, K, UPCAST), p_2, PRECISION, UPCAST)
-        if G > 3:
-            p_3 = dot(a_k, weight(w, gate + 3, units, inputs, H, K, UPCAST), p_3, PRECISION, UPCAST)
-    return p_0, p_1, p_2, p_3
+        sums = ()
+        for g in tl.static_range(len(p)):
+            sums += (dot(a_k, weight(w, gate + g, units, inputs, H, K, UPCAST), p[g], PRECISION, UPCAST),)
+        p = sums
+    return p
+
+
+@triton.jit
+def add_biases(p, b, gate, units, H, mask):
+    """p_g + b_g of gates from ``gate`` on, a tuple."""
+    sums = ()
+    for g in tl.static_range(len(p)):
+        sums += (p[g] + bias(b, gate + g, units, H, mask),)
+    return sums
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -247,7 +268,7 @@ def forward_step(
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
+    G: tl.constexpr = gates_of(CELL)
     # The gates this launch makes: r and z, then n, of a reset before the product; else all.
     FROM: tl.constexpr = 2 if PHASE == 1 else 0
     MADE: tl.constexpr = 1 if PHASE == 1 else (2 if CELL == "gru_reset_before" else G)
@@ -267,74 +288,56 @@ def forward_step(
     clear = clear[:, None]
     has_bias = (given & BIAS) != 0
 
-    p_0 = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    p_1, p_2, p_3 = p_0, p_0, p_0
+    p = ()  # by gate
+    for g in tl.static_range(MADE):
+        if FUSE_X:
+            p += (tl.zeros((BLOCK_B, BLOCK_N), tl.float32),)
+        else:
+            at = x + (t * x_t + wide * x_b)[:, None] * (G * H) + (FROM + g) * H + units[None, :]
+            p += (tl.load(at, mask=mask, other=0.0).to(tl.float32),)
     if FUSE_X:
-        p_0, p_1, p_2, p_3 = products(
-            p_0, p_1, p_2, p_3, x + (wide * I)[:, None], rows < B, w_ih, FROM, units, H, I,
-            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        p = products(
+            p, x + (wide * I)[:, None], rows < B, w_ih, FROM, units, H, I, BLOCK_K, PRECISION, UPCAST, "",
         )
-        p_0 += bias(b_ih, FROM, units, H, has_bias)
-        if MADE > 1:
-            p_1 += bias(b_ih, FROM + 1, units, H, has_bias)
-        if MADE > 2:
-            p_2 += bias(b_ih, FROM + 2, units, H, has_bias)
-        if MADE > 3:
-            p_3 += bias(b_ih, FROM + 3, units, H, has_bias)
-    else:
-        at = x + (t * x_t + wide * x_b)[:, None] * (G * H) + FROM * H + units[None, :]
-        p_0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if MADE > 1:
-            p_1 = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
-        if MADE > 2:
-            p_2 = tl.load(at + 2 * H, mask=mask, other=0.0).to(tl.float32)
-        if MADE > 3:
-            p_3 = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
+        p = add_biases(p, b_ih, FROM, units, H, has_bias)
     if CELL == "gru":  # the reset gate multiplies only the hidden side
-        x_n, p_2 = p_2, tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    p_0 += bias(b_hh, FROM, units, H, has_bias)
-    if MADE > 1:
-        p_1 += bias(b_hh, FROM + 1, units, H, has_bias)
-    if MADE > 2:
-        p_2 += bias(b_hh, FROM + 2, units, H, has_bias)
-    if MADE > 3:
-        p_3 += bias(b_hh, FROM + 3, units, H, has_bias)
+        x_n = p[2]
+        p = (p[0], p[1], tl.zeros((BLOCK_B, BLOCK_N), tl.float32))
+    p = add_biases(p, b_hh, FROM, units, H, has_bias)
     if PHASE == 1:
-        p_0, p_1, p_2, p_3 = products(
-            p_0, p_1, p_2, p_3, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        p = products(
+            p, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
     else:
-        p_0, p_1, p_2, p_3 = products(
-            p_0, p_1, p_2, p_3, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P,
-            MADE, BLOCK_K, PRECISION, UPCAST, "",
+        p = products(
+            p, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
 
     row = t * B + wide
-    kept = tape + row[:, None] * (4 * H) + units[None, :]
-    if CELL == "lstm":
+    kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
+    if has_c(CELL):
         c = tl.load(carry_in + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
-        i, f, g, o, c_new, h_new = lstm_forward(p_0, p_1, p_2, p_3, tl.where(clear, 0.0, c))
+        gates, c_new, h_new = lstm_forward(p, tl.where(clear, 0.0, c), CELL)
         c = tl.where(live, c_new, c)
         if carry_out is not None:
             tl.store(carry_out + state, c, mask=mask)
         tl.store(c_n + state, c.to(dtype), mask=mask & ((given & LAST) != 0))
         tl.store(states + row[:, None] * H + units[None, :], c, mask=mask & ((given & STATES) != 0))
         if SAVE:
-            keep(kept, H, live, mask, i, f, g, o)
+            keep(kept, H, live, mask, gates)
         if PROJECTED:
             tl.store(q + state, h_new.to(dtype), mask=mask)
         else:
             h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
             tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
             tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
-    elif G == 3:
+    elif is_gru(CELL):
         h = tl.load(carry_in + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
         h_prev = tl.where(clear, 0.0, h)
         if PHASE == 0:
-            r, update = sigmoid(p_0), sigmoid(p_1)
+            r, update = sigmoid(p[0]), sigmoid(p[1])
             if CELL == "gru":
-                product = p_2
+                product = p[2]
                 n = tanh(x_n + r * product)
             else:
                 product = r * h_prev
@@ -346,7 +349,7 @@ def forward_step(
                 tl.store(kept + 3 * H, tl.where(live, product, 0.0).to(dtype), mask=mask)
         else:
             update = tl.load(z + state, mask=mask, other=0.0)
-            n = tanh(p_0)
+            n = tanh(p[0])
         if CELL == "gru" or PHASE == 1:
             if SAVE:
                 tl.store(kept + 2 * H, tl.where(live, n, 0.0).to(dtype), mask=mask)
@@ -357,7 +360,7 @@ def forward_step(
             tl.store(h_out + state, h.to(dtype), mask=mask)
             tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
     else:
-        h_new = rnn_forward(p_0, CELL == "rnn_relu")
+        h_new = rnn_forward(p[0], CELL == "rnn_relu")
         h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
         tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
         tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
@@ -380,10 +383,9 @@ def forward_projection(
     state = wide[:, None] * P + units[None, :]
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=t + 1)
     live = (t < length)[:, None]
-    p = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    p, _, _, _ = products(
-        p, p, p, p, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, 1, BLOCK_K, PRECISION, UPCAST, "",
-    )
+    made = (tl.zeros((BLOCK_B, BLOCK_N), tl.float32),)
+    made = products(made, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, BLOCK_K, PRECISION, UPCAST, "")
+    p = made[0]
     h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
     tl.store(h_out + state, tl.where(live, p.to(dtype), h), mask=mask)
     tl.store(y + (t * B + wide)[:, None] * P + units[None, :], tl.where(live, p, 0.0).to(dtype), mask=mask)

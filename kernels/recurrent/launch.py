@@ -214,13 +214,13 @@ def scan_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``fastseq::scan_forward.triton``."""
     steps, batch, _ = x.shape
-    state, hidden, lstm = w_hh.shape[1], w_hh.shape[0] // tuning.GATES[cell], cell == "lstm"
-    save_tape = save and tuning.GATES[cell] > 1
+    state, hidden, lstm = w_hh.shape[1], w_hh.shape[0] // tuning.GATES[cell], tuning.HAS_C[cell]
+    save_tape = save and tuning.TAPE[cell] > 0
     with_states = lstm and (save or states)
     y, h_n = x.new_empty(steps, batch, state), x.new_empty(batch, state)
     c_n = x.new_empty(batch, hidden) if lstm else x.new_empty(0)
     all_c = x.new_empty((steps, batch, hidden) if with_states else 0, dtype=torch.float32 if with_states else x.dtype)
-    tape = x.new_empty((steps, batch, 4 * hidden) if save_tape else 0)
+    tape = x.new_empty((steps, batch, tuning.TAPE[cell] * hidden) if save_tape else 0)
     if batch == 0:
         return y, h_n, c_n, all_c, tape
 
@@ -302,9 +302,9 @@ def scan_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``fastseq::scan_backward.triton``."""
     steps, batch, state = y.shape
-    gates, lstm = tuning.GATES[cell], cell == "lstm"
+    gates, lstm = tuning.GATES[cell], tuning.HAS_C[cell]
     hidden, projected = w_hh.shape[0] // gates, w_hr is not None
-    if (gates > 1 and tape is None) or (lstm and states is None):
+    if (tuning.TAPE[cell] > 0 and tape is None) or (lstm and states is None):
         raise RuntimeError("scan: this cell's backward pass needs its tape, an LSTM's its states")
     dgates = y.new_empty(steps, batch, gates * hidden)
     dhidden = y.new_empty((steps, batch, state if projected else hidden) if projected or cell == "gru" else 0)

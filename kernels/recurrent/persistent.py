@@ -16,9 +16,26 @@ import triton
 import triton.language as tl
 
 from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
-from .forward import BIAS, C0, H0, LENGTHS, RESET, STATES, VARYING, bias, keep, products
+from .forward import (
+    BIAS,
+    C0,
+    H0,
+    LENGTHS,
+    RESET,
+    STATES,
+    VARYING,
+    bias,
+    gates_of,
+    has_c,
+    is_gru,
+    keep,
+    products,
+    tape_of,
+)
 
 # fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment, misc"
 
 
 @triton.jit
@@ -37,16 +54,12 @@ def wait(arrived, count):
 
 @triton.jit
 def read_gates(gates_x, t, wide, x_t, x_b, units, H, mask, G: tl.constexpr):
-    """One step's share of gates_x, a gate [BLOCK_B, BLOCK_N]; those that the cell lacks repeat the first."""
+    """One step's share of gates_x, a gate [BLOCK_B, BLOCK_N], in a tuple."""
     at = gates_x + (t * x_t + wide * x_b)[:, None] * (G * H) + units[None, :]
-    x_0 = tl.load(at, mask=mask, other=0.0)
-    x_1, x_2, x_3 = x_0, x_0, x_0
-    if G > 1:
-        x_1 = tl.load(at + H, mask=mask, other=0.0)
-        x_2 = tl.load(at + 2 * H, mask=mask, other=0.0)
-    if G > 3:
-        x_3 = tl.load(at + 3 * H, mask=mask, other=0.0)
-    return x_0, x_1, x_2, x_3
+    x = ()
+    for g in tl.static_range(G):
+        x += (tl.load(at + g * H, mask=mask, other=0.0),)
+    return x
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -58,9 +71,8 @@ def forward_persistent(
     CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
-    # Gates made from h itself, and how often a step all wait for each other.
-    MADE: tl.constexpr = 2 if CELL == "gru_reset_before" else G
+    G: tl.constexpr = gates_of(CELL)
+    # How often a step all wait for each other.
     MEETINGS: tl.constexpr = 2 if CELL == "gru_reset_before" else 1
     dtype = y.dtype.element_ty
     programs = tl.num_programs(0)
@@ -77,14 +89,12 @@ def forward_persistent(
     tl.store(exchange + state, h.to(dtype), mask=mask)
     arrive(arrived)
     has_bias = (given & BIAS) != 0
-    b_0 = bias(b_hh, 0, units, H, has_bias)
-    b_1, b_2, b_3 = b_0, b_0, b_0
-    if G > 1:
-        b_1, b_2 = bias(b_hh, 1, units, H, has_bias), bias(b_hh, 2, units, H, has_bias)
-    if CELL == "lstm":
-        b_3 = bias(b_hh, 3, units, H, has_bias)
+    b = ()
+    for g in tl.static_range(G):
+        b += (bias(b_hh, g, units, H, has_bias),)
+    if has_c(CELL):
         c = tl.load(c0 + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
-    x_0, x_1, x_2, x_3 = read_gates(gates_x, tl.cast(first, tl.int64), wide, x_t, x_b, units, H, mask, G)
+    x = read_gates(gates_x, tl.cast(first, tl.int64), wide, x_t, x_b, units, H, mask, G)
 
     for step in tl.range(0, T, num_stages=1):  # no load may be moved over the wait
         t = (first + step * direction).to(tl.int64)
@@ -96,52 +106,57 @@ def forward_persistent(
         live = (t < length)[:, None]
         h_prev = tl.where(clear, 0.0, h)
         row = t * B + wide
-        kept = tape + row[:, None] * (4 * H) + units[None, :]
-        p_0, p_1 = x_0.to(tl.float32) + b_0, x_1.to(tl.float32) + b_1
-        p_2, p_3 = x_2.to(tl.float32) + b_2, x_3.to(tl.float32) + b_3
-        if CELL == "gru":  # the reset gate multiplies only the hidden side
-            p_2 = tl.zeros_like(h) + b_2
+        kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
+        p = ()
+        for g in tl.static_range(G):
+            if CELL == "gru" and g == 2:  # the reset gate multiplies only the hidden side
+                p += (tl.zeros_like(h) + b[g],)
+            else:
+                p += (x[g].to(tl.float32) + b[g],)
+        if CELL == "gru_reset_before":  # whose candidate takes another product
+            candidate = (p[2],)
+            p = (p[0], p[1])
         wait(arrived, programs * (1 + step * MEETINGS))
-        p_0, p_1, p_2, p_3 = products(
-            p_0, p_1, p_2, p_3, exchange + (step % 2) * place + all_units, known, w_hh, 0, units, H, H,
-            MADE, BLOCK_K, PRECISION, UPCAST, ".cg",
+        p = products(
+            p, exchange + (step % 2) * place + all_units, known, w_hh, 0, units, H, H,
+            BLOCK_K, PRECISION, UPCAST, ".cg",
         )
-        if CELL == "lstm":
-            i, f, g, o, c_new, h_new = lstm_forward(p_0, p_1, p_2, p_3, tl.where(clear, 0.0, c))
+        if has_c(CELL):
+            gates, c_new, h_new = lstm_forward(p, tl.where(clear, 0.0, c), CELL)
             c = tl.where(live, c_new, c)
-        elif G == 3:
-            r, z = sigmoid(p_0), sigmoid(p_1)
+        elif is_gru(CELL):
+            r, z = sigmoid(p[0]), sigmoid(p[1])
             if CELL == "gru":
-                q = p_2
-                n = tanh(x_2.to(tl.float32) + r * q)
+                q = p[2]
+                n = tanh(x[2].to(tl.float32) + r * q)
             else:
                 q = r * h_prev
                 tl.store(exchange + 2 * place + state, q.to(dtype), mask=mask)
                 arrive(arrived)
                 wait(arrived, programs * (2 + step * MEETINGS))
-                p_2, _, _, _ = products(
-                    p_2, p_2, p_2, p_2, exchange + 2 * place + all_units, rows < B, w_hh, 2, units, H, H,
-                    1, BLOCK_K, PRECISION, UPCAST, ".cg",
+                candidate = products(
+                    candidate, exchange + 2 * place + all_units, rows < B, w_hh, 2, units, H, H,
+                    BLOCK_K, PRECISION, UPCAST, ".cg",
                 )
-                n = tanh(p_2)
+                n = tanh(candidate[0])
             h_new = gru_blend(z, n, h_prev)
         else:
-            h_new = rnn_forward(p_0, CELL == "rnn_relu")
+            h_new = rnn_forward(p[0], CELL == "rnn_relu")
         h = tl.where(live, h_new, h)
         tl.store(exchange + ((step + 1) % 2) * place + state, h.to(dtype), mask=mask)
         arrive(arrived)
 
         # All below, and the loads of the next step's gates, pass while the others arrive.
         tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
-        if CELL == "lstm":
+        if has_c(CELL):
             tl.store(states + row[:, None] * H + units[None, :], c, mask=mask & ((given & STATES) != 0))
             if SAVE:
-                keep(kept, H, live, mask, i, f, g, o)
-        if G == 3 and SAVE:
-            keep(kept, H, live, mask, r, z, n, q)
+                keep(kept, H, live, mask, gates)
+        if is_gru(CELL) and SAVE:
+            keep(kept, H, live, mask, (r, z, n, q))
         after = (first + tl.minimum(step + 1, T - 1) * direction).to(tl.int64)
-        x_0, x_1, x_2, x_3 = read_gates(gates_x, after, wide, x_t, x_b, units, H, mask, G)
+        x = read_gates(gates_x, after, wide, x_t, x_b, units, H, mask, G)
 
     tl.store(h_n + state, h.to(dtype), mask=mask)
-    if CELL == "lstm":
+    if has_c(CELL):
         tl.store(c_n + state, c.to(dtype), mask=mask)

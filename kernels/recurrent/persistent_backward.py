@@ -10,10 +10,12 @@ import triton.language as tl
 
 from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
 from .backward import CARRY, DC, DSTATES, DY, cleared, load, product_of
-from .forward import C0, H0, LENGTHS, VARYING
+from .forward import C0, H0, LENGTHS, VARYING, gates_of, has_c, is_gru, tape_of
 from .persistent import arrive, wait
 
 # fmt: off
+# Tuples grow in these kernels.
+# mypy: disable-error-code="assignment, misc"
 
 
 @triton.jit
@@ -36,12 +38,9 @@ def through_w_hh(
 @triton.jit
 def read_step(
     dy, tape, y, states, t, wide, units, length, begin, has_before, mask, B, given, direction, x_t, x_b, H,
-    CELL: tl.constexpr, G: tl.constexpr,
+    CELL: tl.constexpr,
 ):
-    """What a step reads of its own, unchanged: dy_t, the tape's four blocks, and c_{t-1} (LSTM), h_{t-1} (GRU) or h_t.
-
-    Blocks that a cell does without repeat the first.
-    """
+    """What a step reads of its own, unchanged: dy_t, the tape's blocks, and c_{t-1} (LSTM), h_{t-1} (GRU) or h_t."""
     live = (t < length)[:, None]
     dy_t = tl.load(
         dy + (t * x_t + wide * x_b)[:, None] * H + units[None, :], mask=mask & live & ((given & DY) != 0), other=0.0
@@ -49,18 +48,17 @@ def read_step(
     row = t * B + wide
     at = row[:, None] * H + units[None, :]
     before = at - tl.cast(direction, tl.int64) * B * H
-    if CELL == "lstm":
+    if has_c(CELL):
         state = tl.load(states + before, mask=mask & has_before, other=0.0)
-    elif G == 3:
+    elif is_gru(CELL):
         state = tl.load(y + before, mask=mask & (t != begin) & has_before, other=0.0)
     else:
         state = tl.load(y + at, mask=mask, other=0.0)
-    k_0, k_1, k_2, k_3 = dy_t, dy_t, dy_t, dy_t
-    if G > 1:
-        kept = tape + row[:, None] * (4 * H) + units[None, :]
-        k_0, k_1 = tl.load(kept, mask=mask, other=0.0), tl.load(kept + H, mask=mask, other=0.0)
-        k_2, k_3 = tl.load(kept + 2 * H, mask=mask, other=0.0), tl.load(kept + 3 * H, mask=mask, other=0.0)
-    return dy_t, k_0, k_1, k_2, k_3, state
+    kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
+    blocks = ()
+    for k in tl.static_range(tape_of(CELL)):
+        blocks += (tl.load(kept + k * H, mask=mask, other=0.0),)
+    return dy_t, blocks, state
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -73,8 +71,8 @@ def backward_persistent(
     CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if CELL == "lstm" else (3 if CELL == "gru" or CELL == "gru_reset_before" else 1)
-    DIRECT: tl.constexpr = 2 if G == 3 else G
+    G: tl.constexpr = gates_of(CELL)
+    DIRECT: tl.constexpr = 2 if is_gru(CELL) else G
     MEETINGS: tl.constexpr = 2 if CELL == "gru_reset_before" else 1
     dtype = y.dtype.element_ty
     programs = tl.num_programs(0)
@@ -88,14 +86,14 @@ def backward_persistent(
     begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
     dh = load(dh_n + state, mask & ((given & CARRY) != 0))
     last = (first + (T - 1) * direction).to(tl.int64)
-    if G == 3:
+    if is_gru(CELL):
         h_start = load(h0 + state, mask & ((given & H0) != 0))
-    if CELL == "lstm":
+    if has_c(CELL):
         dc = load(dc_n + state, mask & ((given & DC) != 0))
         c_start = load(c0 + state, mask & ((given & C0) != 0))
         c_t = load(states + (last * B + wide)[:, None] * H + units[None, :], mask)
-    dy_t, k_0, k_1, k_2, k_3, kept_state = read_step(
-        dy, tape, y, states, last, wide, units, length, begin, T > 1, mask, B, given, direction, x_t, x_b, H, CELL, G
+    dy_t, kept, kept_state = read_step(
+        dy, tape, y, states, last, wide, units, length, begin, T > 1, mask, B, given, direction, x_t, x_b, H, CELL
     )
 
     known = rows < 0  # rows that the step walked before reached from this one: none yet
@@ -107,7 +105,7 @@ def backward_persistent(
         clear = cut[:, None]
         at = row[:, None] * H + units[None, :]
         out = dgates + row[:, None] * (G * H) + units[None, :]
-        if CELL == "lstm":
+        if has_c(CELL):
             dc += load(dstates + at, mask & ((given & DSTATES) != 0))
 
         wait(arrived, programs * step * MEETINGS)
@@ -117,20 +115,18 @@ def backward_persistent(
         )
         total = dh + dy_t.to(tl.float32)
         beside = tl.zeros_like(dh)
-        if CELL == "lstm":
+        if has_c(CELL):
             c_before = tl.where(step < T - 1, kept_state, c_start)
-            d_0, d_1, d_2, d_3, dc_prev = lstm_backward(
-                k_0.to(tl.float32), k_1.to(tl.float32), k_2.to(tl.float32), k_3.to(tl.float32),
-                tl.where(clear, 0.0, c_before), c_t, total, dc,
-            )
+            gates = ()
+            for g in tl.static_range(G):
+                gates += (kept[g].to(tl.float32),)
+            d, dc_prev = lstm_backward(gates, tl.where(clear, 0.0, c_before), c_t, total, dc, CELL)
             c_t = c_before
-            tl.store(out, tl.where(live, d_0, 0.0).to(dtype), mask=mask)
-            tl.store(out + H, tl.where(live, d_1, 0.0).to(dtype), mask=mask)
-            tl.store(out + 2 * H, tl.where(live, d_2, 0.0).to(dtype), mask=mask)
-            tl.store(out + 3 * H, tl.where(live, d_3, 0.0).to(dtype), mask=mask)
+            for g in tl.static_range(G):
+                tl.store(out + g * H, tl.where(live, d[g], 0.0).to(dtype), mask=mask)
             dc = tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
-        elif G == 3:
-            r, z, n = k_0.to(tl.float32), k_1.to(tl.float32), k_2.to(tl.float32)
+        elif is_gru(CELL):
+            r, z, n = kept[0].to(tl.float32), kept[1].to(tl.float32), kept[2].to(tl.float32)
             h_prev = tl.where(clear, 0.0, tl.where(t == begin, h_start, kept_state.to(tl.float32)))
             dz, dn = gru_backward_blend(z, n, h_prev, total)
             tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
@@ -138,7 +134,7 @@ def backward_persistent(
             beside = total * z
             if CELL == "gru":
                 tl.store(dhidden + at, tl.where(live, dn * r, 0.0).to(dtype), mask=mask)
-                dr = gru_backward_reset(r, k_3.to(tl.float32), dn)
+                dr = gru_backward_reset(r, kept[3].to(tl.float32), dn)
             else:
                 arrive(arrived)
                 wait(arrived, programs * (1 + step * MEETINGS))
@@ -158,9 +154,9 @@ def backward_persistent(
         dh = tl.where(live, tl.where(clear, 0.0, beside), dh)
         known = (rows < B) & ~cut
         after = (first + tl.maximum(T - 2 - step, 0) * direction).to(tl.int64)
-        dy_t, k_0, k_1, k_2, k_3, kept_state = read_step(
+        dy_t, kept, kept_state = read_step(
             dy, tape, y, states, after, wide, units, length, begin, step + 2 < T, mask, B, given, direction,
-            x_t, x_b, H, CELL, G,
+            x_t, x_b, H, CELL,
         )
 
     if (given & H0) != 0:
@@ -170,5 +166,5 @@ def backward_persistent(
             CELL, DIRECT, G, BLOCK_K, PRECISION, UPCAST,
         )
         tl.store(dh0 + state, dh.to(dtype), mask=mask)
-    if CELL == "lstm":
+    if has_c(CELL):
         tl.store(dc0 + state, dc.to(dtype), mask=mask & ((given & C0) != 0))

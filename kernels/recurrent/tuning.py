@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+# name: G, blocks of the tape, whether there is a c, as fastseq/recurrent/cells.py has them; a test compares.
+_CELLS = {
+    "rnn_tanh": (1, 0, False),
+    "rnn_relu": (1, 0, False),
+    "lstm": (4, 4, True),
+    "gru": (3, 4, False),
+    "gru_reset_before": (3, 4, False),
+}
+GATES = {name: gates for name, (gates, _, _) in _CELLS.items()}
+TAPE = {name: tape for name, (_, tape, _) in _CELLS.items()}
+HAS_C = {name: has_c for name, (_, _, has_c) in _CELLS.items()}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -67,8 +77,6 @@ _LARGEST = {
 _TAILS = (32, 64)  # a product of 16 columns spills thousands of bytes
 # Padded H to warps, by bytes of the dtype: as many as the registers of a row of every gate ask for.
 _WARPS = {2: {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}, 4: {16: 2, 32: 4, 64: 8, 128: 8}}
-# What the backward walk reads a step, in tiles of x's dtype and of fp32, which the pipeline loads a step ahead.
-_READ = {"rnn_tanh": (2, 0), "rnn_relu": (2, 0), "lstm": (5, 3), "gru": (6, 0), "gru_reset_before": (5, 0)}
 
 
 def padded(hidden: int) -> int:
@@ -95,6 +103,13 @@ def largest_sequence(cell: str, dtype: str, backward: bool) -> int:
     return max(h for h in range(16, 513, 16) if parts(cell, dtype, h, backward))
 
 
+def read_back(cell: str) -> tuple[int, int]:
+    """What the backward walk reads a step, in tiles of x's dtype and of fp32, which the pipeline loads a step ahead: dy
+    and the tape (but q of a reset before the product), and two c and their gradient, or an h."""
+    narrow = 1 + TAPE[cell] - (cell == "gru_reset_before")
+    return (narrow, 3) if HAS_C[cell] else (narrow + 1, 0)
+
+
 def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int:
     """Shared memory that the sequence role asks for, at most.
 
@@ -103,7 +118,7 @@ def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int
     """
     size, gates = BYTES[dtype], GATES[cell]
     weights = gates * tile.units**2 * (2 if size == 2 else 8)
-    narrow, wide = _READ[cell] if backward else (gates, 0)
+    narrow, wide = read_back(cell) if backward else (gates, 0)
     ahead = (tile.stages - 1) * (narrow * size + wide * 4) * tile.units
     exchanged = (8 if size == 4 else 2 * (gates + 1) if backward else 4) * tile.units
     if tile.tail and not backward:  # h, and what is turned beside it: gates that no pipeline loads, or r * h

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
-from fastseq import direct
+from fastseq import direct, ops
 
 pytestmark = needs_native
 
@@ -32,7 +32,7 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
     rows = layers * (2 if options.get("bidirectional") else 1)
     batch = () if len(shape) == 2 else (shape[0 if options.get("batch_first") else 1],)
     h = torch.randn(rows, *batch, options.get("proj_size") or hidden, dtype=dtype)
-    c = torch.randn(rows, *batch, hidden, dtype=dtype) if cell == "lstm" else None
+    c = torch.randn(rows, *batch, hidden, dtype=dtype) if ops.HAS_C[cell] else None
     tail = (cell, layers, bool(options.get("bidirectional")), bool(options.get("batch_first")))
     return [torch.randn(shape, dtype=dtype), h, c, weights, [], *tail]
 
@@ -56,7 +56,7 @@ def by_operator(args):
     width = len(weights) // rows
     options = {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first}
     options |= {"has_biases": width >= 4, "backend": "native"}
-    if cell == "lstm":
+    if ops.HAS_C[cell]:
         hx = None if h is None else (h, c)
         y, last = fastseq.functional.lstm(x, hx, weights, projected=width % 2 == 1, **options)
         return y, *last
@@ -101,7 +101,7 @@ def test_a_trial_that_fails_turns_it_off_and_says_which(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", MODES)
 def test_the_operators_bits(cell, dtype):
-    projected = [{"proj_size": 4}] if cell == "lstm" else []
+    projected = [{"proj_size": 4}] if ops.HAS_C[cell] else []
     for options in ({}, {"bidirectional": True, "batch_first": True}, {"bias": False}, *projected):
         for shape in ((4, 3, 5), (1, 1, 5), (6, 5), (3, 0, 5)):
             if shape == (3, 0, 5) and options.get("batch_first"):

@@ -19,7 +19,7 @@ from support import CELLS
 from torch import Tensor
 
 from bench.studies import fit
-from fastseq import backend
+from fastseq import backend, ops
 from fastseq.recurrent import reference
 
 pytestmark = [pytest.mark.device("native"), missing]
@@ -113,7 +113,7 @@ def test_values_and_gradients_match_the_reference_in_every_option(cell: str, dty
 
 def run(cell: str, inputs: list, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> list[Tensor]:
     out = forward(inputs, lengths, reset, cell, reverse, backend="emulated")
-    lstm = cell == "lstm"
+    lstm = ops.HAS_C[cell]
     grads = [torch.ones_like(out[0]), torch.ones_like(out[1]), torch.ones_like(out[2]) if lstm else None, None]
     return [*out, *backward(grads, out, inputs, lengths, reset, cell, reverse, "emulated")]
 
@@ -184,7 +184,7 @@ def test_every_schedule_gives_the_same_bits(cell: str, role: str) -> None:
 @pytest.mark.parametrize("role", ["step", "grid", "cluster"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_absent_counts_as_zero(cell: str, role: str) -> None:
-    steps, batch, hidden, lstm = 3, 4, 9, cell == "lstm"
+    steps, batch, hidden, lstm = 3, 4, 9, ops.HAS_C[cell]
     inputs = draw(cell, steps, batch, 5, hidden, biases=False, dtype=torch.float32)
     bare = [*inputs[:6], None, None]
     zeros = [*inputs[:6], torch.zeros(batch, hidden), torch.zeros(batch, hidden) if lstm else None]

@@ -172,7 +172,7 @@ def draw_stack(
 ) -> tuple:
     """x, h0, c0 and the weights."""
     directions, gates = 1 + kind.bidirectional, ops.GATES[kind.cell]
-    rows, lstm = kind.num_layers * directions, kind.cell == "lstm"
+    rows, lstm = kind.num_layers * directions, ops.HAS_C[kind.cell]
     weights = []
     for row in range(rows):
         width = inputs if row < directions else directions * hidden
@@ -197,7 +197,7 @@ def layer_by_layer(kind: Kind, x: Tensor, h0, c0, weights: list[Tensor], lengths
             h_n.append(h)
             c_n.append(c)
         x = torch.cat(outputs, -1)
-    return [x, torch.stack(h_n), *([torch.stack(c_n)] if kind.cell == "lstm" else [])]
+    return [x, torch.stack(h_n), *([torch.stack(c_n)] if ops.HAS_C[kind.cell] else [])]
 
 
 @pytest.mark.usefixtures("emulated")
@@ -350,7 +350,7 @@ def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
             y, h_n, _, ys, all_c, tapes = found = stack.FORWARD(*given)
             assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
             if save:
-                dc = c0 if states and cell == "lstm" else None
+                dc = c0 if states and ops.HAS_C[cell] else None
                 last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
                 given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
                 assert shapes(stack.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
@@ -400,7 +400,7 @@ def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> 
         with machine(role, 2, 64, windows=windows):
             out = stack.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
             y, h_n, c_n, _, states, tapes = out
-            dc = torch.ones_like(c_n) if cell == "lstm" else None
+            dc = torch.ones_like(c_n) if ops.HAS_C[cell] else None
             given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
             back = stack.BACKWARD(*given, [y], states, tapes, *kind.numbers(), False, True)
         found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])

@@ -21,7 +21,7 @@ from recurrent_support import (
     walked_gradients,
     whole_gradient,
 )
-from support import CELLS, DTYPES, needs_native
+from support import CELLS, DTYPES, PROJECTED, needs_native
 from torch import Tensor
 
 from fastseq import ops
@@ -49,7 +49,7 @@ def use_isa(name: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+@pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype, isa: str) -> None:
     use_isa(isa)
     plain = cell.removesuffix("_projected")
@@ -80,7 +80,7 @@ def test_any_few_rows_meet_weights_as_they_lie(dtype: torch.dtype, isa: str) -> 
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+@pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_every_option_on_every_cell(cell: str, option: str) -> None:
     plain = cell.removesuffix("_projected")
     for threads, given in [(1, (True, False, False, True)), (2, (False, True, True, False)), (3, (True,) * 4)]:
@@ -220,7 +220,7 @@ def test_padding_is_never_read(cell: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+@pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, isa: str) -> None:
     use_isa(isa)
     plain = cell.removesuffix("_projected")
@@ -250,7 +250,7 @@ def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, i
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+@pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_absent_states_are_zeros(cell: str, option: str) -> None:
     plain = cell.removesuffix("_projected")
     for steps, batch in ((1, 1), (1, 3), (4, 3)):

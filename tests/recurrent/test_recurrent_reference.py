@@ -110,7 +110,7 @@ def test_lengths_are_each_row_run_alone(cell):
             alone = reference.scan(*row, None, None, cell=cell, reverse=reverse)
             torch.testing.assert_close(y[:n, b], alone[0][:, 0])
             torch.testing.assert_close(h_n[b], alone[1][0])
-            if cell == "lstm":
+            if ops.HAS_C[cell]:
                 torch.testing.assert_close(c_n[b], alone[2][0])
                 torch.testing.assert_close(states[:n, b], alone[3][:, 0])
 

@@ -18,7 +18,7 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
-from fastseq import direct
+from fastseq import direct, ops
 
 pytestmark = needs_native
 
@@ -63,9 +63,7 @@ def same(a, b):
 
 
 def states_of(mode, layer, shape, dtype):
-    return [
-        torch.randn(*shape, layer.hidden_size, dtype=dtype, requires_grad=True) for _ in range(1 + (mode == "lstm"))
-    ]
+    return [torch.randn(*shape, layer.hidden_size, dtype=dtype, requires_grad=True) for _ in range(1 + ops.HAS_C[mode])]
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ import torch
 from fastseq.kernels.recurrent import launch as recurrent_launch
 from fastseq.kernels.recurrent import tuning
 from recurrent_support import OPTIONS, SHAPES, backward, compare, draw, forward, options, seed
-from support import CELLS
+from support import CELLS, PROJECTED
 from triton_support import needs_interpreter
 
 import fastseq
@@ -23,7 +23,7 @@ pytestmark = needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROLES = ["sequence", "step"]
-EVERY = [*CELLS, "lstm_projected"]
+EVERY = [*CELLS, *PROJECTED]
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +301,7 @@ def test_opcheck(cell: str) -> None:
     torch.library.opcheck(torch.ops.fastseq.scan_forward.triton, args, test_utils=tests)
     y, _, _, states, tape = torch.ops.fastseq.scan_forward.triton(*args)
     dy = torch.randn_like(y)
-    back = (dy, None, None, None, y, states if cell == "lstm" else None, tape if ops.TAPE[cell] else None)
+    back = (dy, None, None, None, y, states if ops.HAS_C[cell] else None, tape if ops.TAPE[cell] else None)
     torch.library.opcheck(
         torch.ops.fastseq.scan_backward.triton,
         (*back, inputs[2], None, inputs[6], inputs[7], lengths, reset, ops.NUMBER[cell], False),

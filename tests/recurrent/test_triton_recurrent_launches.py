@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 from fastseq.kernels.recurrent import launch, tuning
-from support import CELLS, cell_inputs
+from support import CELLS, PROJECTED, cell_inputs
 from triton_recurrent_driver import Launch, Log, Made, Operations, device
 from triton_recurrent_support import Variant, variants
 from triton_support import needs_compiler
@@ -41,7 +41,7 @@ def there_and_back(
     out = launch.scan_forward(*inputs, lengths, reset, cell, reverse, save, save)
     if save:
         y, h_n, c_n, states, tape = out
-        lstm, gated = cell == "lstm", tuning.GATES[cell] > 1
+        lstm, gated = tuning.HAS_C[cell], tuning.GATES[cell] > 1
         grads = [torch.empty_like(y), torch.empty_like(h_n), torch.empty_like(c_n) if options and lstm else None, None]
         launch.scan_backward(
             *grads, y, states if lstm else None, tape if gated else None, inputs[2], inputs[5], inputs[6], inputs[7],
@@ -99,7 +99,7 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(cell: str, role: str
                 there_and_back(cell, steps, batch, 32, dtype, save=save)
                 if dtype is torch.bfloat16 and role != "persistent":  # as many as are in two parts
                     there_and_back(cell, steps, batch, 160 if tuning.GATES[cell] > 1 else 288, dtype, save=save)
-                if cell == "lstm" and role in (None, "step"):
+                if tuning.HAS_C[cell] and role in (None, "step"):
                     there_and_back(cell, steps, batch, 64, dtype, save=save, projected=32)
         unknown = [found(made) for made in log.made if found(made) not in known]
         assert not unknown, unknown[:2]
@@ -165,7 +165,7 @@ def test_steps_are_launched_as_compiled_without_asking_again() -> None:
     assert {at.arguments["BLOCK_N"] for at in forward} == {forward[0].made.constants["BLOCK_N"]}
 
 
-@pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
+@pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_what_a_step_is_launched_with_is_what_it_was_asked_for(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps after the second take over what does not change; nothing else may."""
     launch.role = "step"

@@ -4,7 +4,7 @@ Schemas are defined here, in Python, so that they exist whether or not the compi
 one overload a backend (``scan_forward.native``, ``scan_forward.triton``), so a compiled graph shows which one ran.
 
 Shapes: T time steps, B batch, I input features, H hidden units, P projected units (= H without ``w_hr``),
-G gates a cell (1 for an RNN, 3 for a GRU, 4 for an LSTM); Tq, Tk query and key positions, Hq, Hk heads.
+G gates a cell (the table in fastseq/recurrent/cells.py); Tq, Tk query and key positions, Hq, Hk heads.
 """
 
 from __future__ import annotations

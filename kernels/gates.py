@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 # fmt: off
+# Cells have tuples of different lengths.
+# mypy: disable-error-code="assignment"
 
 
 @triton.jit
@@ -47,13 +49,18 @@ def rnn_backward(h, dh, RELU: tl.constexpr):
     return d
 
 
-# LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
+# LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g); coupled, i, g, o: f = 1 - i.
 # Gates, their pre-activations and gradients come in tuples, as W has them and as the tape keeps them.
 @triton.jit
 def lstm_forward(x, c_prev, CELL: tl.constexpr):
     """The gates, c and h."""
-    i, f, g, o = sigmoid(x[0]), sigmoid(x[1]), tanh(x[2]), sigmoid(x[3])
-    gates = (i, f, g, o)
+    if CELL == "lstm_coupled":
+        i, g, o = sigmoid(x[0]), tanh(x[1]), sigmoid(x[2])
+        f = 1.0 - i
+        gates = (i, g, o)
+    else:
+        i, f, g, o = sigmoid(x[0]), sigmoid(x[1]), tanh(x[2]), sigmoid(x[3])
+        gates = (i, f, g, o)
     c = f * c_prev + i * g
     return gates, c, o * tanh(c)
 
@@ -61,14 +68,21 @@ def lstm_forward(x, c_prev, CELL: tl.constexpr):
 @triton.jit
 def lstm_backward(gates, c_prev, c, dh, dc, CELL: tl.constexpr):
     """``dc`` comes in as the gradient of c_t from later steps; the last result is that of c_prev."""
-    i, f, g, o = gates[0], gates[1], gates[2], gates[3]
+    if CELL == "lstm_coupled":
+        i, g, o = gates[0], gates[1], gates[2]
+        f = 1.0 - i
+    else:
+        i, f, g, o = gates[0], gates[1], gates[2], gates[3]
     squashed = tanh(c)
     dc = dc + dh * o * (1.0 - squashed * squashed)
-    di = dc * g * i * (1.0 - i)
-    df = dc * c_prev * f * (1.0 - f)
-    dg = dc * i * (1.0 - g * g)
-    do = dh * squashed * o * (1.0 - o)
-    d = (di, df, dg, do)
+    if CELL == "lstm_coupled":
+        d = (dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dh * squashed * o * (1.0 - o))
+    else:
+        di = dc * g * i * (1.0 - i)
+        df = dc * c_prev * f * (1.0 - f)
+        dg = dc * i * (1.0 - g * g)
+        do = dh * squashed * o * (1.0 - o)
+        d = (di, df, dg, do)
     return d, dc * f
 
 

@@ -182,6 +182,8 @@ def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse) -> None
         for before, now, first in ((h_prev, y, h0), (c_prev, states, c0)):
             column, start = now[:end, b], first[b : b + 1].to(now.dtype)
             before[:end, b] = torch.cat((column[1:], start) if reverse else (start, column[:-1])) if end else 0
+    if not live.any():
+        return
     if reset is not None:
         h_prev[reset], c_prev[reset] = 0, 0
 

@@ -47,7 +47,7 @@ class Machine:
 
 H200 = Machine()
 
-BARRIERS = {"rnn_tanh": 4, "rnn_relu": 4, "lstm": 6, "gru": 4, "gru_reset_before": 6}
+BARRIERS = {"rnn_tanh": 4, "rnn_relu": 4, "lstm": 6, "gru": 4, "gru_reset_before": 6, "lstm_coupled": 6}
 """Barriers of one step of the sequence role as compiled for sm_90: bf16, H = 128, without a tape (8 more with it)."""
 
 

@@ -6,7 +6,7 @@
 
 namespace fastseq {
 
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled };
 
 struct CellFacts {
   const char* name;
@@ -16,7 +16,7 @@ struct CellFacts {
 };
 constexpr CellFacts kCells[] = {  // in Cell's order
     {"rnn_tanh", 1, 0, false}, {"rnn_relu", 1, 0, false}, {"lstm", 4, 4, true}, {"gru", 3, 4, false},
-    {"gru_reset_before", 3, 4, false}};
+    {"gru_reset_before", 3, 4, false}, {"lstm_coupled", 3, 3, true}};
 constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
 
 constexpr int gates_of(Cell cell) { return kCells[int(cell)].gates; }

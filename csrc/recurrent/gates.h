@@ -28,7 +28,7 @@ FASTSEQ_HD V rnn_backward(V h, V dh) {
 // A forward step comes in two halves where a second function waits for a first one's value: a caller with several
 // vectors takes all of them through the first half, then all through the second, and nothing waits.
 
-// LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g)
+// LSTM: c = f c_prev + i g, h = o tanh(c), with i, f, o = sigmoid(x_*) and g = tanh(x_g); coupled, i, g, o: f = 1 - i
 // The gates of a cell that has a c (or their pre-activations, or gradients), as W has them and as the tape keeps them.
 template <Cell kCell, class V>
 struct LstmGates {
@@ -39,9 +39,15 @@ struct LstmGates {
 };
 template <Cell kCell, class V>
 FASTSEQ_HD LstmGates<kCell, V> lstm_forward(const LstmGates<kCell, V>& x, V c_prev, V& c) {
-  const V i = sigmoid(x.of[0]), f = sigmoid(x.of[1]), g = tanh(x.of[2]), o = sigmoid(x.of[3]);
-  c = f * c_prev + i * g;
-  return {{i, f, g, o}};
+  if constexpr (kCell == Cell::lstm_coupled) {
+    const V i = sigmoid(x.of[0]), g = tanh(x.of[1]), o = sigmoid(x.of[2]);
+    c = (Scalar<V>(1) - i) * c_prev + i * g;
+    return {{i, g, o}};
+  } else {
+    const V i = sigmoid(x.of[0]), f = sigmoid(x.of[1]), g = tanh(x.of[2]), o = sigmoid(x.of[3]);
+    c = f * c_prev + i * g;
+    return {{i, f, g, o}};
+  }
 }
 template <class V>
 FASTSEQ_HD V lstm_hidden(V o, V c) {
@@ -51,12 +57,21 @@ FASTSEQ_HD V lstm_hidden(V o, V c) {
 template <Cell kCell, class V>
 FASTSEQ_HD LstmGates<kCell, V> lstm_backward(const LstmGates<kCell, V>& s, V c_prev, V c, V dh, V& dc) {
   using S = Scalar<V>;
-  const V i = s.of[0], f = s.of[1], g = s.of[2], o = s.o(), squashed = tanh(c);
+  const V i = s.of[0], o = s.o(), squashed = tanh(c);
   dc = dc + dh * o * (S(1) - squashed * squashed);
-  const LstmGates<kCell, V> d{{dc * g * i * (S(1) - i), dc * c_prev * f * (S(1) - f), dc * i * (S(1) - g * g),
-                               dh * squashed * o * (S(1) - o)}};
-  dc = dc * f;
-  return d;
+  if constexpr (kCell == Cell::lstm_coupled) {
+    const V g = s.of[1];
+    const LstmGates<kCell, V> d{
+        {dc * (g - c_prev) * i * (S(1) - i), dc * i * (S(1) - g * g), dh * squashed * o * (S(1) - o)}};
+    dc = dc * (S(1) - i);
+    return d;
+  } else {
+    const V f = s.of[1], g = s.of[2];
+    const LstmGates<kCell, V> d{{dc * g * i * (S(1) - i), dc * c_prev * f * (S(1) - f), dc * i * (S(1) - g * g),
+                                 dh * squashed * o * (S(1) - o)}};
+    dc = dc * f;
+    return d;
+  }
 }
 
 // GRU: h = z h_prev + (1 - z) n, with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after

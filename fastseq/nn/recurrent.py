@@ -230,7 +230,10 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    """Long short-term memory, drop-in for :class:`torch.nn.LSTM`, proj_size included.
+    """Long short-term memory, drop-in for :class:`torch.nn.LSTM`, proj_size included, with one more keyword.
+
+    ``input_forget=True`` couples the gates, f = 1 - i, as ONNX's attribute of that name does and CIFG in Greff et al.
+    2017. The weights then have three blocks, i, g, o (``weight_ih [3H, I]``), and a quarter of the products is saved.
 
     The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does, and ``return_all_states=True`` returns a third
     value: every c_t of the last layer, ``[T, B, directions * H]``, laid out as the output.
@@ -245,12 +248,27 @@ class LSTM(_Recurrent):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([5, 3, 20]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    input_forget: bool = False  # on the class, so that a torch.nn.LSTM whose class is swapped needs nothing more
+
+    def __init__(self, *args: Any, input_forget: bool = False, **kwargs: Any) -> None:
+        if input_forget:
+            self.input_forget = True
+        super().__init__("GRU" if input_forget else "LSTM", *args, **kwargs)  # whose weights have three blocks, or four
+        self.mode = "LSTM"
+
+    def extra_repr(self) -> str:
+        """Torch's, and input_forget where it differs from torch's form."""
+        return super().extra_repr() + (", input_forget=True" if self.input_forget else "")
+
+    def flatten_parameters(self) -> None:
+        """Torch's; nothing with ``input_forget``, which cuDNN does not have."""
+        if not self.input_forget:
+            super().flatten_parameters()
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
+        projected, input_forget = self.proj_size > 0, self.input_forget
         return functional.lstm(
-            input, hx, self._weights(), projected=self.proj_size > 0, **self._options(), **kwargs
+            input, hx, self._weights(), input_forget=input_forget, projected=projected, **self._options(), **kwargs
         )  # fmt: skip
 
     def forward(
@@ -265,7 +283,7 @@ class LSTM(_Recurrent):
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
         h0, c0 = checks.lstm_state(hx)
         if lengths is None and reset is None and not return_all_states:
-            done = self._stack("lstm", input, h0, c0)
+            done = self._stack("lstm_coupled" if self.input_forget else "lstm", input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
@@ -330,12 +348,37 @@ class GRUCell(_Cell, nn.GRUCell):
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
-    """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`: hx is ``(h, c)``, each ``[B, H]``."""
+    """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`: hx is ``(h, c)``, each ``[B, H]``; with
+    ``input_forget`` as :class:`LSTM`'s."""
+
+    input_forget: bool = False
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        input_forget: bool = False,
+    ) -> None:
+        chunks = 3 if input_forget else 4
+        super(nn.LSTMCell, self).__init__(input_size, hidden_size, bias, chunks, device, dtype)
+        if input_forget:
+            self.input_forget = True
+
+    def extra_repr(self) -> str:
+        """Torch's, and input_forget where it differs from torch's form."""
+        return super().extra_repr() + (", input_forget=True" if self.input_forget else "")
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Returns the new ``(h, c)``."""
         h, c = checks.lstm_state(hx)
-        done = self._in_one_call(_CELL_WEIGHTS, input, h, c, "lstm", "cell")
+        name = "lstm_coupled" if self.input_forget else "lstm"
+        done = self._in_one_call(_CELL_WEIGHTS, input, h, c, name, "cell")
         if done is not None:
             return done[0], done[1]
-        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, input_forget=self.input_forget
+        )

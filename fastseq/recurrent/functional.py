@@ -108,6 +108,7 @@ def lstm(
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
     *,
+    input_forget: bool = False,
     num_layers: int = 1,
     has_biases: bool = True,
     dropout: float = 0.0,
@@ -127,6 +128,8 @@ def lstm(
 
     Args:
         hx: ``(h_0, c_0)``, ``[num_layers * directions, B, P]`` and ``[num_layers * directions, B, H]``, or None.
+        input_forget: True: the forget gate is f = 1 - i and has no weights (ONNX's ``input_forget``; Greff et al.
+            2017). There are three blocks then, i, g, o: w_ih ``[3H, I]``, w_hh ``[3H, P]``.
         projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
         return_all_states: also return every c_t of the last layer.
         input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
@@ -140,8 +143,9 @@ def lstm(
         ArgumentError, BackendError: as :func:`rnn`.
     """
     h0, c0 = checks.lstm_state(hx)
+    cell = "lstm_coupled" if input_forget else "lstm"
     call = RecurrentCall(
-        "lstm", input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
+        cell, input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, projected,
     )  # fmt: skip
     y, h_n, c_n, states = run(call, backend)
@@ -188,11 +192,12 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    input_forget: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input ``[B, I]`` or ``[I]``, hx a pair ``[B, H]`` or ``[H]``; returns ``(h, c)``."""
     h, c = checks.lstm_state(hx)
-    h, c = _cell("lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), backend)
+    h, c = _cell("lstm_coupled" if input_forget else "lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), backend)
     assert c is not None
     return h, c
 

@@ -28,7 +28,7 @@ def scan(
 
     Args:
         x: input ``[T, B, I]``; any float dtype. 16-bit inputs are computed in float32 and rounded once, at the end.
-        w_ih: ``[G*H, I]``, blocks in torch's order (LSTM i,f,g,o; GRU r,z,n).
+        w_ih: ``[G*H, I]``, blocks in torch's order (LSTM i,f,g,o, coupled i,g,o; GRU r,z,n).
         w_hh: ``[G*H, P]``.
         b_ih, b_hh: ``[G*H]`` or None.
         w_hr: projection ``[P, H]`` (LSTM only) or None, and then P = H.
@@ -37,7 +37,8 @@ def scan(
         lengths: int ``[B]`` or None: from step ``lengths[b]`` on, y is 0 and the state stands still; a reverse scan
             of row b starts at ``lengths[b] - 1``.
         reset: bool ``[T, B]`` or None: where set, the state is cleared before that step.
-        cell: ``rnn_tanh``, ``rnn_relu``, ``lstm``, ``gru`` (reset gate after the product, as torch and cuDNN) or
+        cell: ``rnn_tanh``, ``rnn_relu``, ``lstm``, ``lstm_coupled`` (f = 1 - i, as Greff et al. 2017,
+            https://arxiv.org/abs/1503.04069), ``gru`` (reset gate after the product, as torch and cuDNN) or
             ``gru_reset_before`` (before it, as Cho et al. 2014, https://arxiv.org/abs/1406.1078).
         reverse: walk from the last step to the first.
 
@@ -56,7 +57,7 @@ def scan(
     h, c = widen(h0), widen(c0)
     if h is None:
         h = w_hh.new_zeros(batch, w_hh.shape[1])
-    if c is None and cell == "lstm":
+    if c is None and cell.startswith("lstm"):
         c = w_hh.new_zeros(batch, w_hh.shape[1] if w_hr is None else w_hr.shape[1])
     if lengths is not None:  # what lies in the padding has no influence, not even a NaN
         x = x.masked_fill((torch.arange(steps, device=x.device)[:, None] >= lengths)[:, :, None], 0)
@@ -104,10 +105,17 @@ def step(
         pre = gates_x + F.linear(h, w_hh, b_hh)
         return (torch.tanh(pre) if cell == "rnn_tanh" else torch.relu(pre)), None
 
-    if cell == "lstm":
+    if cell in ("lstm", "lstm_coupled"):
         assert c is not None
-        i, f, g, o = (gates_x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        pre = gates_x + F.linear(h, w_hh, b_hh)
+        if cell == "lstm":
+            i, f, g, o = pre.chunk(4, -1)
+            i, f = torch.sigmoid(i), torch.sigmoid(f)
+        else:
+            i, g, o = pre.chunk(3, -1)
+            i = torch.sigmoid(i)
+            f = 1 - i
+        c = f * c + i * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         return (h if w_hr is None else F.linear(h, w_hr)), c
 

@@ -16,6 +16,7 @@ _CELLS = {
     "lstm": (4, 4, True),
     "gru": (3, 4, False),
     "gru_reset_before": (3, 4, False),
+    "lstm_coupled": (3, 3, True),
 }
 GATES = {name: gates for name, (gates, _, _) in _CELLS.items()}
 TAPE = {name: tape for name, (_, tape, _) in _CELLS.items()}
@@ -66,11 +67,13 @@ _LARGEST = {
     ("lstm", 2): (128, 128 + 32),
     ("gru", 2): (128, 128 + 64),
     ("gru_reset_before", 2): (128, 128 + 64),
+    ("lstm_coupled", 2): (128, 128 + 64),
     ("rnn_tanh", 2): (256, 256 + 64),
     ("rnn_relu", 2): (256, 256 + 64),
     ("lstm", 4): (64, 64),
     ("gru", 4): (64, 64),
     ("gru_reset_before", 4): (64, 64),
+    ("lstm_coupled", 4): (64, 64),
     ("rnn_tanh", 4): (128, 128),
     ("rnn_relu", 4): (128, 128),
 }

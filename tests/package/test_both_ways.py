@@ -70,9 +70,11 @@ LAYERS = {
     "GRU, reset before": lambda: fastseq.nn.GRU(5, 7, reset_after=False),
     "LSTM, batch first": lambda: fastseq.nn.LSTM(5, 7, batch_first=True),
     "LSTM, no bias": lambda: fastseq.nn.LSTM(5, 7, bias=False),
+    "LSTM, coupled": lambda: fastseq.nn.LSTM(5, 7, 2, bidirectional=True, input_forget=True),
     "RNNCell": lambda: fastseq.nn.RNNCell(5, 7),
     "GRUCell": lambda: fastseq.nn.GRUCell(5, 7),
     "LSTMCell": lambda: fastseq.nn.LSTMCell(5, 7, bias=False),
+    "LSTMCell, coupled": lambda: fastseq.nn.LSTMCell(5, 7, input_forget=True),
 }
 
 

@@ -22,12 +22,20 @@ from fastseq import direct, ops
 
 pytestmark = needs_native
 
-MODES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "gru_reset_before": "GRU", "lstm": "LSTM"}
+MODES = {
+    "rnn_tanh": "RNN",
+    "rnn_relu": "RNN",
+    "gru": "GRU",
+    "gru_reset_before": "GRU",
+    "lstm": "LSTM",
+    "lstm_coupled": "LSTM",
+}
 
 
 def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.float32, **options):
     """What :func:`infer` and the operator take."""
-    layer = getattr(torch.nn, MODES[cell])(shape[-1], hidden, layers, dtype=dtype, **options)
+    more = {"input_forget": True} if cell == "lstm_coupled" else {}
+    layer = getattr(fastseq.nn, MODES[cell])(shape[-1], hidden, layers, dtype=dtype, **options, **more)
     weights = [p.detach() for p in layer._flat_weights]
     rows = layers * (2 if options.get("bidirectional") else 1)
     batch = () if len(shape) == 2 else (shape[0 if options.get("batch_first") else 1],)
@@ -58,6 +66,7 @@ def by_operator(args):
     options |= {"has_biases": width >= 4, "backend": "native"}
     if ops.HAS_C[cell]:
         hx = None if h is None else (h, c)
+        options["input_forget"] = cell == "lstm_coupled"
         y, last = fastseq.functional.lstm(x, hx, weights, projected=width % 2 == 1, **options)
         return y, *last
     if cell.startswith("gru"):

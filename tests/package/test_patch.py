@@ -210,12 +210,16 @@ def test_a_parametrized_layer_can_be_patched_once_the_parametrization_is_removed
 
 def test_unpatch_converts_layers_born_as_fastseq_where_torch_has_them():
     model = nn.ModuleList(
-        [fastseq.nn.LSTM(3, 4), fastseq.nn.GRU(3, 4, reset_after=False), fastseq.nn.GRUCell(3, 4, reset_after=True)]
-    )
+        [fastseq.nn.LSTM(3, 4), fastseq.nn.GRU(3, 4, reset_after=False), fastseq.nn.GRUCell(3, 4, reset_after=True),
+         fastseq.nn.LSTM(3, 4, input_forget=True), fastseq.nn.LSTMCell(3, 4, input_forget=True)]
+    )  # fmt: skip
+    assert fastseq.patch(model).already == list("01234")
     report = fastseq.unpatch(model)
-    assert [type(layer) for layer in model] == [nn.LSTM, fastseq.nn.GRU, nn.GRUCell]
-    assert [entry.name for entry in report.left] == ["1"]
+    ours = fastseq.nn
+    assert [type(layer) for layer in model] == [nn.LSTM, ours.GRU, nn.GRUCell, ours.LSTM, ours.LSTMCell]
+    assert [entry.name for entry in report.left] == ["1", "3", "4"]
     assert "reset_after=False" in report.left[0].reason
+    assert all("input_forget=True" in entry.reason for entry in report.left[1:])
     x = torch.randn(2, 1, 3)
     model[0](x)
     model[2](x[0])

@@ -23,8 +23,16 @@ LAYERS = [
     ("GRU", {"reset_after": False}),
     ("LSTM", {}),
     ("LSTM", {"proj_size": 9}),
+    ("LSTM", {"input_forget": True}),
+    ("LSTM", {"input_forget": True, "proj_size": 9}),
 ]
-CELLS = [("RNNCell", {}), ("GRUCell", {}), ("GRUCell", {"reset_after": False}), ("LSTMCell", {})]
+CELLS = [
+    ("RNNCell", {}),
+    ("GRUCell", {}),
+    ("GRUCell", {"reset_after": False}),
+    ("LSTMCell", {}),
+    ("LSTMCell", {"input_forget": True}),
+]
 LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}, {"bias": False}]
 
 

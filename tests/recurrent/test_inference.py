@@ -19,6 +19,8 @@ LAYERS = [
     ("GRU", {"reset_after": False}),
     ("LSTM", {}),
     ("LSTM", {"proj_size": 4}),
+    ("LSTM", {"input_forget": True}),
+    ("LSTM", {"input_forget": True, "proj_size": 4}),
 ]
 LAYOUTS = [
     {},
@@ -70,7 +72,7 @@ def test_stack_in_one_call_is_the_general_way(name, kwargs, layout, dtype, only_
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("name", "kwargs"), [*CELLS, ("LSTMCell", {})], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), [*CELLS, ("LSTMCell", {}), ("LSTMCell", {"input_forget": True})], ids=str)
 def test_cell_in_one_call_is_the_general_way(name, kwargs, bias, dtype, only_native_calls):
     cell = getattr(fastseq.nn, name)(5, 17, bias=bias, **kwargs).to(dtype)
     calls = []

@@ -323,5 +323,6 @@ def test_wrong_arguments_are_named() -> None:
         forward(inputs, torch.ones(2), None, "gru", False)
     with pytest.raises(RuntimeError, match="needs its tape"):
         backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
-    with pytest.raises(RuntimeError, match=r"cell must be a number from 0 to 4 .*, not 5"):
-        torch.ops.fastseq.scan_forward.native(*inputs, None, None, 5, False, True, True)
+    last = len(CELLS) - 1
+    with pytest.raises(RuntimeError, match=rf"cell must be a number from 0 to {last} .*, not {last + 1}"):
+        torch.ops.fastseq.scan_forward.native(*inputs, None, None, last + 1, False, True, True)

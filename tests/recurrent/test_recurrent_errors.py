@@ -130,6 +130,12 @@ def test_a_named_backend_that_cannot_raises_with_the_reason():
     gru = fastseq.nn.GRU(5, 7, reset_after=False)
     with fastseq.use_backend("torch"), pytest.raises(fastseq.BackendError, match="reset gate before the product"):
         gru(x)
+    for layer, given in (
+        (fastseq.nn.LSTM(5, 7, input_forget=True), x),
+        (fastseq.nn.LSTMCell(5, 7, input_forget=True), x[0]),
+    ):
+        with fastseq.use_backend("torch"), pytest.raises(fastseq.BackendError, match="input_forget=True"):
+            layer(given)
     lstm = fastseq.nn.LSTM(5, 7)
     with fastseq.use_backend("torch"), pytest.raises(fastseq.BackendError, match="every c_t"):
         lstm(x, return_all_states=True)

@@ -233,6 +233,93 @@ def test_gru_with_the_reset_before_the_product_differs_only_by_that(backend):
     assert "reset_after" not in repr(after)
 
 
+def four(w):
+    """Three blocks of a coupled LSTM's weights as torch's four, i, f, g, o: sigmoid(-x) is 1 - sigmoid(x)."""
+    i, g, o = w.chunk(3)
+    return torch.cat((i, -i, g, o))
+
+
+def three(gradient):
+    """The gradient of what ``four`` was made from."""
+    i, f, g, o = gradient.chunk(4)
+    return torch.cat((i - f, g, o))
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"bias": False},
+        {"proj_size": 4, "batch_first": True},
+        {"num_layers": 2, "bidirectional": True},
+        {"num_layers": 2, "bidirectional": True, "proj_size": 4},
+    ],
+    ids=str,
+)
+def test_an_lstm_with_coupled_gates_is_torchs_whose_forget_gate_has_the_input_gates_weights_negated(kwargs, backend):
+    ours = fastseq.nn.LSTM(5, 7, input_forget=True, **kwargs).double()
+    theirs = nn.LSTM(5, 7, **kwargs).double()
+    theirs.load_state_dict({name: w if "weight_hr" in name else four(w) for name, w in ours.state_dict().items()})
+    x = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    batch = 3 if ours.batch_first else 6
+    for hx in (None, initial(ours, batch)):
+        with fastseq.use_backend(backend):
+            mine = flat(ours(x, hx))
+            mine_grads = gradients(ours, mine, x)
+        expected = flat(theirs(x, hx))
+        named = zip(("x", *ours.state_dict()), gradients(theirs, expected, x), strict=True)
+        wanted = [g if name == "x" or "weight_hr" in name else three(g) for name, g in named]
+        for a, b in zip(mine + list(mine_grads), expected + wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_coupled_gates_with_lengths_resets_packed_and_as_a_cell(backend):
+    lstm = fastseq.nn.LSTM(5, 7, input_forget=True).double()
+    x, lengths = torch.randn(6, 4, 5).double(), torch.tensor([3, 6, 1, 4])
+    cell = fastseq.nn.LSTMCell(5, 7, input_forget=True).double()
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in lstm.state_dict().items()})
+    reset = torch.rand(6, 4) < 0.3
+    with fastseq.use_backend(backend):
+        y, (h_n, c_n), c_all = lstm(x, lengths=lengths, reset=reset, return_all_states=True)
+        packed, last = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        plain, same_last = lstm(x, lengths=lengths)
+        state = torch.zeros(4, 7).double(), torch.zeros(4, 7).double()
+        for t in range(6):
+            live, keep = (t < lengths)[:, None], ~reset[t][:, None]
+            new = cell(x[t], tuple(torch.where(keep, s, 0) for s in state))
+            torch.testing.assert_close(y[t], torch.where(live, new[0], 0))
+            state = tuple(torch.where(live, n, s) for n, s in zip(new, state, strict=True))
+            torch.testing.assert_close(c_all[t], state[1])
+    torch.testing.assert_close((h_n[0], c_n[0]), state)
+    torch.testing.assert_close(packed.data, pack_padded_sequence(plain, lengths, enforce_sorted=False).data)
+    torch.testing.assert_close(last, same_last)
+
+
+def test_coupled_gates_have_three_blocks_of_weights_and_say_so():
+    lstm, cell = fastseq.nn.LSTM(5, 7, proj_size=3, input_forget=True), fastseq.nn.LSTMCell(5, 7, input_forget=True)
+    shapes = {name: tuple(w.shape) for name, w in lstm.state_dict().items()}
+    assert shapes == {
+        "weight_ih_l0": (21, 5), "weight_hh_l0": (21, 3), "bias_ih_l0": (21,), "bias_hh_l0": (21,),
+        "weight_hr_l0": (3, 7),
+    }  # fmt: skip
+    assert cell.weight_ih.shape == (21, 5)
+    for module, name in ((lstm, "LSTM(5, 7, proj_size=3"), (cell, "LSTMCell(5, 7")):
+        assert repr(module) == f"{name}, input_forget=True)"
+        assert "input_forget" not in repr(type(module)(5, 7))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        lstm.load_state_dict(nn.LSTM(5, 7, proj_size=3).state_dict())
+    x = torch.randn(4, 2, 5)
+    for twin in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
+        torch.testing.assert_close(twin(x)[0], lstm(x)[0], rtol=0, atol=0)
+    assert lstm.double()(x.double())[0].dtype is torch.float64
+    torch.manual_seed(3)
+    first = fastseq.nn.LSTM(5, 7, input_forget=True)
+    assert first.weight_hh_l0.abs().max() <= 7**-0.5
+    assert all(w.is_meta for w in fastseq.nn.LSTM(5, 7, input_forget=True, device="meta").parameters())
+
+
 @pytest.mark.parametrize(("name", "kwargs"), LAYERS, ids=IDS)
 def test_state_dict_attributes_and_repr_are_torch_nn(name, kwargs):
     ours, theirs = twins(name, 5, 7, num_layers=2, bidirectional=True, dropout=0.25, **kwargs)

@@ -31,7 +31,7 @@ def layer(name: str, dtype: torch.dtype = WIDE, **kwargs):
 
 def drive(module, **gates: float) -> None:
     """Set the bias of named gates, and cut their weights, so that they no longer depend on anything."""
-    order = {"LSTM": "ifgo", "GRU": "rzn"}[module.mode]
+    order = {"LSTM": "igo" if getattr(module, "input_forget", False) else "ifgo", "GRU": "rzn"}[module.mode]
     with torch.no_grad():
         for gate, value in gates.items():
             rows = slice(order.index(gate) * H, (order.index(gate) + 1) * H)
@@ -171,3 +171,45 @@ def test_shut_output_gate_hides_a_living_cell(backend, dtype):
     assert not y.any()
     assert not h_n.any()
     assert (c_n - c0).abs().max() > 0.1
+
+
+def coupled(backend: str, dtype: torch.dtype = WIDE):
+    if backend == "torch":
+        pytest.skip("torch has no such LSTM")
+    return layer("LSTM", dtype, input_forget=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_coupled_gates_keep_the_cell_where_nothing_comes_in(backend, dtype):
+    lstm = coupled(backend, dtype)
+    drive(lstm, i=SHUT)
+    x = torch.randn(1, B, I).to(dtype).expand(LONG, B, I)
+    c0 = (torch.randn(1, B, H) * 3).to(dtype).requires_grad_()
+    h0 = start(dtype)
+    with fastseq.use_backend(backend):
+        _, (_, c_n) = lstm(x, (h0, c0))
+    assert torch.equal(c_n, c0)
+    dh0, dc0 = torch.autograd.grad(c_n.sum(), [h0, c0])
+    assert torch.equal(dc0, torch.ones_like(c0))
+    assert not dh0.any()
+
+
+def test_coupled_gates_forget_all_where_all_comes_in(backend):
+    lstm = coupled(backend)
+    drive(lstm, i=OPEN)
+    h0, c0 = start(), torch.randn(1, B, H).to(WIDE).requires_grad_()
+    with fastseq.use_backend(backend):
+        y, (_, c_n) = lstm(torch.randn(T, B, I).to(WIDE), (h0, c0))
+    assert not torch.autograd.grad(y.sum(), c0, retain_graph=True)[0].any()
+    assert not torch.autograd.grad(c_n.sum(), c0)[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cell_of_coupled_gates_stays_between_the_old_and_the_new(backend, dtype):
+    lstm = coupled(backend, dtype)
+    x, c0 = (torch.randn(T, B, I) * 10).to(dtype), torch.full((1, B, H), 3.0, dtype=dtype)
+    with fastseq.use_backend(backend):
+        _, (_, c_n) = lstm(x, (start(dtype), c0))
+        _, (_, low) = lstm(x, (start(dtype), torch.zeros_like(c0)))
+    assert (c_n.abs() <= 3).all()
+    assert (low.abs() <= 1).all()

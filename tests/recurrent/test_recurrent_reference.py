@@ -1,4 +1,4 @@
-"""The oracle is held to two independent implementations: torch.nn, and ONNX Runtime, which has both GRU forms."""
+"""The oracle is held to two independent implementations: torch.nn, and ONNX Runtime, which has all cells."""
 
 from __future__ import annotations
 
@@ -45,22 +45,27 @@ def test_reference_is_torch_nn_with_a_projection():
 
 
 def onnx_scan(cell: str, inputs: list, reverse: bool) -> list:
-    """The same scan by ONNX Runtime: gates in its order; linear_before_reset tells the GRU forms apart."""
+    """The same scan by ONNX Runtime: gates in its order. linear_before_reset tells the GRU forms apart, input_forget
+    the LSTMs; the forget gate that this leaves out has weights there, which do not count."""
     onnx = pytest.importorskip("onnx", reason="onnx is an extra (bench)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra (bench)")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     x, w_ih, w_hh, b_ih, b_hh, _, h0, c0 = [None if t is None else t.float() for t in inputs]
     gates = ops.GATES[cell]
     hidden = w_hh.shape[0] // gates
-    order = {1: [0], 3: [1, 0, 2], 4: [0, 3, 1, 2]}[gates]  # GRU r,z,n -> z,r,h; LSTM i,f,g,o -> i,o,f,c
+    kind = cell[: cell.find("_")].upper() if "_" in cell else cell.upper()
+    order = {"RNN": "x", "GRU": "zrn", "LSTM": "iofg"}[kind]  # of ONNX, in torch's letters
+    ours = {1: "x", 3: "igo" if kind == "LSTM" else "rzn", 4: "ifgo"}[gates]
 
     def reorder(w: torch.Tensor) -> torch.Tensor:
-        return torch.cat([w[g * hidden : (g + 1) * hidden] for g in order])
+        blocks = dict(zip(ours, w.chunk(gates), strict=True))
+        return torch.cat([blocks.get(gate, torch.randn_like(w[:hidden])) for gate in order])
 
     attributes = {"hidden_size": hidden, "direction": "reverse" if reverse else "forward"}
-    kind = "RNN" if gates == 1 else "LSTM" if gates == 4 else "GRU"
     if kind == "GRU":
         attributes["linear_before_reset"] = int(cell == "gru")
+    if kind == "LSTM":
+        attributes["input_forget"] = int(cell == "lstm_coupled")
     if cell == "rnn_relu":
         attributes["activations"] = ["Relu"]
     values = {"W": reorder(w_ih)[None], "R": reorder(w_hh)[None], "h0": h0[None]}

@@ -13,7 +13,11 @@ from fastseq import ops
 from fastseq.recurrent.autograd import Inputs, Walk
 from fastseq.recurrent.run import scan
 
-CASES = [(cell, {}) for cell in CELLS] + [("lstm", {"projected": 2}), ("gru", {"biases": False})]
+CASES = [(cell, {}) for cell in CELLS] + [
+    ("lstm", {"projected": 2}),
+    ("lstm_coupled", {"projected": 2}),
+    ("gru", {"biases": False}),
+]
 IDS = [cell + "".join(f"-{k}" for k in kwargs) for cell, kwargs in CASES]
 
 
@@ -129,6 +133,7 @@ LAYERS = [
     ("GRU", {"reset_after": False}),
     ("LSTM", {"bidirectional": True}),
     ("LSTM", {"proj_size": 3}),
+    ("LSTM", {"input_forget": True}),
 ]
 
 

@@ -28,6 +28,8 @@ def build(mode, as_cell=False, of=fastseq.nn, features=5, hidden=17, **options):
         options["nonlinearity"] = "relu"
     if mode == "gru_reset_before":
         options["reset_after"] = False
+    if mode == "lstm_coupled":
+        options["input_forget"] = True
     return getattr(of, MODES[mode] + "Cell" * as_cell)(features, hidden, **options)
 
 
@@ -142,7 +144,7 @@ def test_second_derivatives_of_both_directions(mode):
 
 
 @pytest.mark.parametrize("as_cell", [False, True])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gru_reset_before"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not ops.NOT_IN_TORCH[mode]])
 def test_torchs_gradients(mode, as_cell):
     ours, theirs = (build(mode, as_cell, of, dtype=torch.float64) for of in (fastseq.nn, torch.nn))
     ours.load_state_dict(theirs.state_dict())

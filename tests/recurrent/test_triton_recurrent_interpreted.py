@@ -243,10 +243,11 @@ def test_an_empty_batch() -> None:
         assert back[0].shape == (3, 0, 6 * ops.GATES[cell])
 
 
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "before"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "before", "coupled"])
 def test_layers_stacks_and_cells_reach_the_kernels(name: str) -> None:
-    kwargs = {"reset_after": False} if name == "before" else {}
-    kind = "GRU" if name == "before" else name
+    kind, kwargs = {"before": ("GRU", {"reset_after": False}), "coupled": ("LSTM", {"input_forget": True})}.get(
+        name, (name, {})
+    )
     layer = getattr(fastseq.nn, kind)(5, 9, num_layers=2, bidirectional=True, batch_first=True, **kwargs)
     cell = getattr(fastseq.nn, f"{kind}Cell")(5, 9, **kwargs)
     x = torch.randn(3, 4, 5, requires_grad=True)

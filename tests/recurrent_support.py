@@ -58,7 +58,7 @@ def whole_gradient(grads, out, inputs, lengths, reset, cell: str, reverse: bool,
     dh_n, dc_n, h0, c0 = (None if s is None else s.unsqueeze(0) for s in (dh_n, dc_n, h0, c0))
     dx, dh0, dc0, found = torch.ops.fastseq.layers_backward.native(
         dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, lengths, reset, None, [y],
-        [states] if cell == "lstm" else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False, reverse,
+        [states] if ops.HAS_C[cell] else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False, reverse,
         with_dx, with_weights,
     )  # fmt: skip
     own = iter(found or [x.new_empty(0) for _ in given])

@@ -72,7 +72,7 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
             None,
             None,
             [y],
-            [states] * (cell == "lstm"),
+            [states] * ops.HAS_C[cell],
             [tape] * bool(ops.TAPE[cell]),
             number,
             1,

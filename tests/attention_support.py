@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastseq.attn.reference import dense_positions, visible_pairs
+from fastseq.attn.reference import visible_pairs
 
 
 @st.composite
@@ -108,15 +108,17 @@ def peer(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q.shape[-1] ** -0.5 * (q @ k.transpose(-2, -1))
-    at = dense_positions(q, k, lengths_q, lengths_k, align == "bottom_right")
+    left, right = window or (-1, -1)
+    at, visible = visible_pairs(
+        q, k, mask=mask, lengths_q=lengths_q, lengths_k=lengths_k, causal=causal, bottom_right=align == "bottom_right",
+        window_left=left, window_right=right,
+    )  # fmt: skip
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(q.dtype)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * (at.i + at.shift - at.j).abs()
-    left, right = window or (-1, -1)
-    visible = visible_pairs(at, mask, causal, left, right)
     seen = torch.ones_like(scores, dtype=torch.bool) if visible is None else visible.expand_as(scores)
     empty = ~seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~(seen | empty), -math.inf)

@@ -48,6 +48,9 @@ OPTIONS = AttentionCall._fields[3:]
 TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tensor, Tensor | None))
 """The fields that hold tensors; they come first."""
 
+PER_SEQUENCE = tuple(name for name in TENSORS if name.startswith("lengths_"))
+"""The fields of one number a sequence, [B]."""
+
 PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p"))
 """Those of the operator on pages."""
 
@@ -61,6 +64,15 @@ def tensors_of(fields: Sequence) -> Sequence:
 def settings_of(fields: Sequence) -> Sequence:
     """Of a call's fields all that are no tensors."""
     return fields[len(TENSORS) :]
+
+
+def is_limited(call: AttentionCall) -> bool:
+    """Whether anything but ``causal`` and the mask says which keys are seen."""
+    return (
+        call.window_left >= 0
+        or call.window_right >= 0
+        or not (call.lengths_q is call.lengths_k is call.cu_seqlens_q is None)
+    )
 
 
 def with_four_dimensions(x: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastseq.attn.call import TENSORS
 from fastseq.checks import ArgumentError, sizes, values_visible
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,13 +41,13 @@ MEANT_FOR_ATTENTION = {
 }
 """What users of torch, and of other attention packages, type for a keyword of ``attention``."""
 MEANT_FOR_TORCH = {
+    **dict.fromkeys(("window", "softcap", "backend", *TENSORS), "use fastseq.attention"),
     "mask": "use attn_mask=",
     "bias": "use attn_mask=",
     "attn_bias": "use attn_mask=",
     "causal": "use is_causal=",
     "dropout": "use dropout_p=",
     "key_padding_mask": "use attn_mask=~key_padding_mask[:, None, None, :]",
-    **dict.fromkeys(("window", "softcap", "sinks", "lengths_k", "cu_seqlens_q", "backend"), "use fastseq.attention"),
 }
 """Likewise for a keyword of ``scaled_dot_product_attention``."""
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.attn.autograd import call_reference
-from fastseq.attn.call import AttentionCall
-from fastseq.attn.reference import dense_positions, visible_pairs
+from fastseq.attn.call import AttentionCall, is_limited
+from fastseq.attn.reference import visible_pairs
 from fastseq.autograd import WithReference, functorch_active, needs_reference
 from fastseq.ops import attention as ops_attention
 
@@ -35,19 +35,16 @@ def torch_reason(call: AttentionCall, want_lse: bool) -> str | None:
 def attention(call: AttentionCall) -> Tensor:
     """o; dropout draws from torch's own generator, not from ``seed``."""
     q, k, v, bias, mask, causal = call.q, call.k, call.v, call.bias, call.mask, call.causal
-    lengths_q, lengths_k, bottom_right = call.lengths_q, call.lengths_k, call.bottom_right
-    queries, keys = q.shape[2], k.shape[2]
-    limited = call.window_left >= 0 or call.window_right >= 0 or lengths_q is not None or lengths_k is not None
-    plain_causal = causal and not limited and bias is None and mask is None and call.alibi_slopes is None
+    bottom_right, queries, keys = call.bottom_right, q.shape[2], k.shape[2]
+    plain_causal = causal and not is_limited(call) and bias is None and mask is None and call.alibi_slopes is None
     if plain_causal and bottom_right and queries != keys:  # a statement: the value of `and` may be a traced SymBool
         plain_causal = False
-    if causal and bottom_right and queries == 1 and lengths_q is None and lengths_k is None:
+    if causal and bottom_right and queries == 1 and call.lengths_q is call.lengths_k is None:
         causal = False  # one query, aligned to the last key: it sees them all
     attn_mask: Tensor | None = None
     empty: Tensor | None = None
     if not plain_causal:
-        at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
-        visible = visible_pairs(at, mask, causal, call.window_left, call.window_right)
+        at, visible = visible_pairs(**call._replace(causal=causal)._asdict())
         if call.alibi_slopes is not None:
             slopes = call.alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
             alibi = -slopes[:, None, None] * (at.i + at.shift - at.j).abs()

@@ -16,7 +16,7 @@ from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
-from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
+from fastseq.attn.call import AttentionCall, is_limited, scale_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
 from fastseq.checks import ArgumentError
 from fastseq.ops import attention as ops_attention
@@ -409,8 +409,7 @@ def _attend(
             untimed=call.dropout_p > 0.0
             or block_table is not None
             or not (call.bias is call.mask is call.alibi_slopes is None),
-            limits=max(call.window_left, call.window_right) >= 0
-            or not (call.lengths_q is call.lengths_k is call.cu_seqlens_q is None),
+            limits=is_limited(call),
             training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )
 

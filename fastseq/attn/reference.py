@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,25 +82,46 @@ def _packed_positions(
 
 
 def visible_pairs(
-    at: Positions, mask: Tensor | None, causal: bool, window_left: int, window_right: int
-) -> Tensor | None:
-    """Which key each query may look at: bool that broadcasts to [B,Hq,Tq,Tk]; None: every one at all of them."""
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths_q: Tensor | None = None,
+    lengths_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = False,
+    bottom_right: bool = True,
+    window_left: int = -1,
+    window_right: int = -1,
+    **_others: Any,
+) -> tuple[Positions, Tensor | None]:
+    """Which key each query may look at: bool that broadcasts to [B,Hq,Tq,Tk]; None: every one at all of them.
+
+    q [B,Hq,Tq,D], k [B,Hk,Tk,D] (packed: B is 1). Options that say nothing of this may be given too.
+    """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        at = _packed_positions(q, k, cu_seqlens_q, cu_seqlens_k, bottom_right)
+    else:
+        at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
     diagonal = at.i + at.shift
     ahead = at.j - diagonal  # a difference of positions cannot overflow, whatever the sides of the window
-    limits = [
-        at.row_is_real,
-        None if at.column_is_real is None else at.column_is_real.transpose(-2, -1),
-        at.same_sequence,
-        mask,
+    limits = _all_of(
         ahead <= 0 if causal else None,
         ahead >= -window_left if window_left >= 0 else None,
         ahead <= window_right if window_right >= 0 else None,
-    ]
-    visible = None
-    for limit in limits:
-        if limit is not None:
-            visible = limit if visible is None else visible & limit
-    return visible
+    )
+    real = None if at.column_is_real is None else at.column_is_real.transpose(-2, -1)
+    return at, _all_of(at.row_is_real, real, at.same_sequence, mask, limits)
+
+
+def _all_of(*conditions: Tensor | None) -> Tensor | None:
+    """Where all of them hold; None stands for everywhere."""
+    result = None
+    for condition in conditions:
+        if condition is not None:
+            result = condition if result is None else result & condition
+    return result
 
 
 def _without_padding(x: Tensor, is_real: Tensor | None) -> Tensor:
@@ -133,33 +154,22 @@ def _softmax(
     k: Tensor,
     *,
     bias: Tensor | None = None,
-    mask: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    lengths_q: Tensor | None = None,
-    lengths_k: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     scale: float,
-    causal: bool,
-    bottom_right: bool,
-    window_left: int = -1,
-    window_right: int = -1,
     softcap: float = 0.0,
-    dropout_p: float,
+    dropout_p: float = 0.0,
+    **limits: Any,
 ) -> _Softmax:
-    """All but the product with v, in the accumulator's dtype; q [B,Hq,Tq,D], k [B,Hk,Tk,D] (packed: B is 1)."""
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        at = _packed_positions(q, k, cu_seqlens_q, cu_seqlens_k, bottom_right)
-    else:
-        at = dense_positions(q, k, lengths_q, lengths_k, bottom_right)
+    """All but the product with v, in the accumulator's dtype; q [B,Hq,Tq,D], k [B,Hk,Tk,D] (packed: B is 1), and the
+    options of :func:`visible_pairs`."""
+    at, visible = visible_pairs(q, k, **limits)
     q, k = _without_padding(q, at.row_is_real), _without_padding(k, at.column_is_real)
     k = _heads_of_query(k, q)
     scores = scale * (q @ k.transpose(-2, -1))  # [B,Hq,Tq,Tk]
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = visible_pairs(at, mask, causal, window_left, window_right)
     if bias is not None:
         hidden = bias == -math.inf  # a mask in a bias's clothes; finite from here on, so that derivatives are
         visible = ~hidden if visible is None else visible & ~hidden
@@ -204,21 +214,9 @@ def attention(
     v: Tensor,
     *,
     bias: Tensor | None = None,
-    mask: Tensor | None = None,
     sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    lengths_q: Tensor | None = None,
-    lengths_k: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seed: Tensor | None = None,
-    scale: float,
-    causal: bool = False,
-    bottom_right: bool = True,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ) v and the logarithm of its denominator.
 
@@ -250,21 +248,9 @@ def attention(
             q.to(accumulator),
             k.to(accumulator),
             bias=None if bias is None else bias.to(accumulator),
-            mask=mask,
             sinks=None if sinks is None else sinks.to(accumulator),
-            alibi_slopes=alibi_slopes,
-            lengths_q=lengths_q,
-            lengths_k=lengths_k,
             cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seed=seed,
-            scale=scale,
-            causal=causal,
-            bottom_right=bottom_right,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-            dropout_p=dropout_p,
+            **options,
         )
         v = _heads_of_query(_without_padding(v.to(accumulator), softmax.at.column_is_real), q)
         o = (softmax.weights @ v).masked_fill(softmax.empty, 0.0).to(dtype)

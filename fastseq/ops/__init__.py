@@ -67,7 +67,7 @@ SCAN_BACKWARD = (
 # The options are the fields of AttentionCall (fastseq/attn/call.py) after q, k and v, in its order.
 # Dense: q [B,Hq,Tq,D], k [B,Hk,Tk,D], v [B,Hk,Tk,Dv]. Packed (cu_seqlens given): [total,H,D].
 #   bias [B|1,Hq|1,Tq|1,Tk|1] in q's dtype or float32, mask bool of such a shape (True: may look), sinks [Hq],
-#   alibi_slopes float32 (float64 as q) [Hq], lengths_q, lengths_k int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
+#   alibi_slopes float32 (float64 as q) [Hq], lengths (PER_SEQUENCE) int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
 #   scores s = scale * q k^T; softcap * tanh(s / softcap); + bias; - alibi * |i + shift - j|; then mask and limits
 #   shift = 0, or Tk - Tq where bottom_right; a window of -1 has no limit
 # -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.attn.call import OPTIONS, PAGED_OPTIONS, SCHEMA, AttentionCall
+from fastseq.attn.call import OPTIONS, PAGED_OPTIONS, PER_SEQUENCE, SCHEMA, AttentionCall
 from fastseq.ops.define import loop_over
 
 OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
@@ -91,7 +91,7 @@ def _fold(
     bias_grad = backward and args[-1]
     q_place = 2 if backward else 0
     batch = args[q_place].shape[0 if in_dims[q_place] is None else int(in_dims[q_place] == 0)]
-    bias, mask, *lengths = (leading + OPTIONS.index(n) for n in ("bias", "mask", "lengths_q", "lengths_k"))
+    bias, mask, *lengths = (leading + OPTIONS.index(n) for n in ("bias", "mask", *PER_SEQUENCE))
     folded = list(args)
     for place in (*range(leading), bias, mask, *lengths):
         arg, dim = args[place], in_dims[place]

@@ -17,7 +17,7 @@ from fastseq.kernels.attention.ranges import find_program
 from torch import Tensor
 from triton_support import needs_interpreter
 
-from fastseq.attn.reference import dense_positions, visible_pairs
+from fastseq.attn.reference import visible_pairs
 
 pytestmark = [
     needs_interpreter,
@@ -84,9 +84,7 @@ def test_a_tile_that_nobody_sees_is_never_visited(name: str, queries: int, keys:
         options["lengths_q"] = options["lengths_q"].clamp(max=queries)
     if "bias" in options:
         options["bias"] = torch.randn(1, 1, queries, keys)
-    at = dense_positions(q, k, options.get("lengths_q"), options.get("lengths_k"), options.get("bottom_right", True))
-    limits = (options.get("causal", False), options.get("window_left", -1), options.get("window_right", -1))
-    found = visible_pairs(at, None, *limits)
+    _, found = visible_pairs(q, k, **options)
     assert found is not None
     seen = found.expand(1, 1, queries, keys)[0, 0]
     tiles = blocks(q, k, v, options)

@@ -12,6 +12,16 @@
 
 namespace fastseq {
 
+// The operators' options in their order, that of AttentionCall in fastseq/attn/call.py: tensors, which may be absent, and
+// settings.
+#define FASTSEQ_ATTENTION_FIELDS(tensor, setting, separator) \
+  tensor(bias) separator tensor(mask) separator tensor(sinks) separator tensor(alibi_slopes) separator \
+  tensor(lengths_q) separator tensor(lengths_k) separator \
+  tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(seed) separator \
+  setting(double, scale) separator setting(bool, causal) separator setting(bool, bottom_right) separator \
+  setting(int64_t, window_left) separator setting(int64_t, window_right) separator \
+  setting(double, softcap) separator setting(double, dropout_p)
+
 // [B,H,T,D] of unit stride in D, or [B,H,T] of unit stride in T; strides in elements. Packed: the batch stride is 0, and
 // sequence b begins at row cu[b].
 struct View {

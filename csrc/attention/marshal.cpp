@@ -49,7 +49,7 @@ void check_lengths(const int64_t* lengths, int64_t batch, int64_t most, const ch
 template <class Size>
 AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& x,
                                    const AttentionRules& rules, AttentionArguments<Size>& call)
-    : options_(x), rules_(rules), packed_(x.cu_q.has_value()), q_(with_unit_rows("q", q, q)),
+    : options_(x), rules_(rules), packed_(x.cu_seqlens_q.has_value()), q_(with_unit_rows("q", q, q)),
       k_(with_unit_rows("k", k, q)), v_(with_unit_rows("v", v, q)), dtype_(number_of(q, "q")) {
   const int64_t rank = packed_ ? 3 : 4, length = packed_ ? 0 : 2;
   FASTSEQ_CHECK(q.dim() == rank && k.dim() == rank && v.dim() == rank, "attention: q, k and v must have ", rank,
@@ -59,14 +59,14 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   const int64_t dim = q.size(rank - 1), dim_v = v.size(rank - 1), heads_q = q.size(1), heads_k = k.size(1);
   const char* refusal = rules.refusal(dtype_, dim, dim_v);
   FASTSEQ_CHECK(!refusal, "attention: ", refusal);
-  FASTSEQ_CHECK(packed_ == x.cu_k.has_value(), "attention: cu_seqlens_q and cu_seqlens_k come together");
+  FASTSEQ_CHECK(packed_ == x.cu_seqlens_k.has_value(), "attention: cu_seqlens_q and cu_seqlens_k come together");
   FASTSEQ_CHECK(!packed_ || !(x.bias || x.mask || x.lengths_q || x.lengths_k),
                 "attention: bias, mask and lengths belong to the padded layout, not to cu_seqlens");
   FASTSEQ_CHECK(v.size(1) == heads_k && v.size(length) == k.size(length), "attention: k and v differ in heads or length");
   FASTSEQ_CHECK(k.size(rank - 1) == dim, "attention: q has ", dim, " features, k has ", k.size(rank - 1));
   FASTSEQ_CHECK(heads_k > 0 ? heads_q > 0 && heads_q % heads_k == 0 : heads_q == 0, "attention: ", heads_q,
                 " query heads cannot share ", heads_k, " key heads");
-  const int64_t batch = packed_ ? x.cu_q->numel() - 1 : q.size(0), total_q = q.size(length), total_k = k.size(length);
+  const int64_t batch = packed_ ? x.cu_seqlens_q->numel() - 1 : q.size(0), total_q = q.size(length), total_k = k.size(length);
   FASTSEQ_CHECK(packed_ ? batch >= 0 : k.size(0) == batch && v.size(0) == batch,
                 packed_ ? "attention: cu_seqlens_q is empty" : "attention: q, k and v differ in batch size");
   FASTSEQ_CHECK(std::max({total_q, total_k, batch * heads_q}) <= rules.most_rows,
@@ -75,8 +75,8 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   call.batch = Size(batch), call.heads_q = Size(heads_q), call.heads_k = Size(heads_k);
   call.dim = Size(dim), call.dim_v = Size(dim_v), call.length_q = Size(total_q), call.length_k = Size(total_k);
   call.q = view(q_), call.k = view(k_), call.v = view(v_);
-  call.cu_q = vector<int32_t>(x.cu_q, "cu_seqlens_q", ScalarType::Int, batch + 1);
-  call.cu_k = vector<int32_t>(x.cu_k, "cu_seqlens_k", ScalarType::Int, batch + 1);
+  call.cu_q = vector<int32_t>(x.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, batch + 1);
+  call.cu_k = vector<int32_t>(x.cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, batch + 1);
   call.lengths_q = vector<int64_t>(x.lengths_q, "lengths_q", ScalarType::Long, batch);
   call.lengths_k = vector<int64_t>(x.lengths_k, "lengths_k", ScalarType::Long, batch);
   if (rules.looks_at_values) {
@@ -91,8 +91,8 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   call.mask = pairs(x.mask, "mask", shape);
   call.sinks_dtype = sinks_dtype_ = dtype_beside_q(x.sinks, "sinks");
   if (x.sinks) call.sinks = vector<void>(x.sinks, "sinks", x.sinks->scalar_type(), heads_q);
-  const bool wide = x.alibi && x.alibi->scalar_type() == ScalarType::Double && dtype_ == Dtype::f64;
-  call.alibi = vector<void>(x.alibi, "alibi_slopes", wide ? ScalarType::Double : ScalarType::Float, heads_q);
+  const bool wide = x.alibi_slopes && x.alibi_slopes->scalar_type() == ScalarType::Double && dtype_ == Dtype::f64;
+  call.alibi = vector<void>(x.alibi_slopes, "alibi_slopes", wide ? ScalarType::Double : ScalarType::Float, heads_q);
   call.alibi_dtype = wide ? Dtype::f64 : Dtype::f32;
   if (x.dropout_p > 0) {
     FASTSEQ_CHECK(x.seed, "attention: dropout_p > 0 needs a seed, an int64 tensor of shape [1]");

@@ -16,25 +16,19 @@ namespace fastseq {
 using MaybeTensor = std::optional<torch::stable::Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// The options of an operator, in its order: those of AttentionCall in fastseq/attn/call.py.
+// The options of an operator: as a struct, as parameters of the operators' implementations, and as what these were given.
+#define FASTSEQ_TENSOR_PARAMETER(name) const MaybeTensor& name
+#define FASTSEQ_SETTING_PARAMETER(type, name) type name
+#define FASTSEQ_TENSOR_NAME(name) name
+#define FASTSEQ_SETTING_NAME(type, name) name
+#define FASTSEQ_COMMA ,
 struct AttentionOptions {
-  const MaybeTensor &bias, &mask, &sinks, &alibi, &lengths_q, &lengths_k, &cu_q, &cu_k, &seed;
-  double scale;
-  bool causal, bottom_right;
-  int64_t window_left, window_right;
-  double softcap, dropout_p;
+  FASTSEQ_ATTENTION_FIELDS(FASTSEQ_TENSOR_PARAMETER, FASTSEQ_SETTING_PARAMETER, ;);
 };
-// The same as parameters of the operators' implementations, and as what these were given.
 #define FASTSEQ_ATTENTION_OPTIONS \
-  const MaybeTensor &bias, const MaybeTensor &mask, const MaybeTensor &sinks, const MaybeTensor &alibi_slopes, \
-      const MaybeTensor &lengths_q, const MaybeTensor &lengths_k, const MaybeTensor &cu_seqlens_q, \
-      const MaybeTensor &cu_seqlens_k, const MaybeTensor &seed, double scale, bool causal, bool bottom_right, \
-      int64_t window_left, int64_t window_right, double softcap, double dropout_p
+  FASTSEQ_ATTENTION_FIELDS(FASTSEQ_TENSOR_PARAMETER, FASTSEQ_SETTING_PARAMETER, FASTSEQ_COMMA)
 #define FASTSEQ_GIVEN_OPTIONS \
-  { \
-    bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed, scale, causal, bottom_right, \
-        window_left, window_right, softcap, dropout_p \
-  }
+  { FASTSEQ_ATTENTION_FIELDS(FASTSEQ_TENSOR_NAME, FASTSEQ_SETTING_NAME, FASTSEQ_COMMA) }
 
 // Where the CPU and a GPU differ.
 struct AttentionRules {

@@ -32,11 +32,9 @@ def test_the_operator_on_pages_leaves_out_what_it_has_not():
 
 
 def test_cpp_names_the_options_in_order():
-    text = (ROOT / "csrc" / "attention" / "marshal.h").read_text()
-    given, passed = (text[text.index(f"#define FASTSEQ_{name}") :] for name in ("ATTENTION_OPTIONS", "GIVEN_OPTIONS"))
-    kind = r"(?:const MaybeTensor &|double |bool |int64_t )"
-    assert tuple(re.findall(rf"{kind}(\w+)", given[: given.index("#define", 1)])) == OPTIONS
-    assert tuple(re.findall(r"\b[a-z]\w+", passed[passed.index("{") : passed.index("}")])) == OPTIONS
+    text = (ROOT / "csrc" / "attention" / "call.h").read_text()
+    fields = text[text.index("#define FASTSEQ_ATTENTION_FIELDS") :].partition("\n\n")[0]
+    assert tuple(re.findall(r"(?:tensor\(|setting\(\w+, )(\w+)\)", fields)) == OPTIONS
 
 
 def test_triton_names_the_arguments_in_order():

@@ -113,8 +113,9 @@ class Backward : Gradient<S> {
   void each_tile(const Sequence& s, long b, long split, bool apart, Scratch& x, const Each& each) const {
     const Queries& q = x.queries;
     const long step = gradient_keys(s.tk);
-    const long first = s.first_key(q.i0), last = q.count ? s.end_key(q.i0 + q.count - 1) : 0;
-    for (long j = (first / step / splits_ * splits_ + split) * step; j < last; j += splits_ * step) {
+    const Sequence::Range seen = s.seen_by(q.i0, q.count);
+    const long last = q.count ? seen.end : 0;
+    for (long j = (seen.begin / step / splits_ * splits_ + split) * step; j < last; j += splits_ * step) {
       long j0 = j, j1 = least(j + step, s.tk);
       const Tile tile = x.tile.at(apart ? j : 0);
       const Seen seen = visibility(call, s, b, q.h, q.i0, q.count, Op::depth, j0, j1, tile.words);
@@ -265,7 +266,8 @@ class Backward : Gradient<S> {
     if (!words) return by_queries(0, q.count, 0, n);
     for (int row = 0; row < q.count; row += kTileRows) {
       const int rows = int(least(kTileRows, q.count - row));
-      by_queries(row, rows, most(0, s.first_key(q.i0 + row) - j0), least(n, s.end_key(q.i0 + row + rows - 1) - j0));
+      const Sequence::Range seen = s.seen_of(j0, j1, q.i0 + row, rows);
+      by_queries(row, rows, seen.begin - j0, seen.end - j0);
     }
   }
 
@@ -373,7 +375,7 @@ class LoneQuery {
   // p and dp: room for a number of each key; dp is less delta.
   void compute(long b, long h, A* p, A* dp) const {
     const Sequence s(call_, b);
-    const long first = s.first_key(0), end = s.end_key(0), dim = call_.dim, dim_v = call_.dim_v;
+    const long dim = call_.dim, dim_v = call_.dim_v;
     const A scale = A(call_.scale), hidden = A(-kInfinity);
     Row q, d_o, o, dq;
     read(at<S>(call_.q, b, h, 0), dim, q), read(at<S>(call_.d_o, b, h, 0), dim_v, d_o);
@@ -383,7 +385,7 @@ class LoneQuery {
     A top = hidden;
     for (long j = 0; j < round_up(call_.length_k, L); ++j) {
       p[j] = hidden, dp[j] = 0;
-      if (j < first || j >= end) continue;
+      if (j >= s.tk || !s.who_sees(j, 0, 1)) continue;
       Row k, v;
       read(at<S>(call_.k, b, h, j), dim, k), read(at<S>(call_.v, b, h, j), dim_v, v);
       p[j] = dot(q, k, dim), dp[j] = dot(d_o, v, dim_v) - delta;

@@ -100,8 +100,7 @@ class Decode {
     for (long r = 0; r < rows_; ++r) max[r] = A(-kInfinity), sum[r] = 0;
     const long rows = group_ * s.tq;
     if (rows == 0) return;
-    const long begin = most(task % chunks_ * chunk_, s.first_key(0));
-    const long end = least((task % chunks_ + 1) * chunk_, s.end_key(s.tq - 1));
+    const auto [begin, end] = s.seen_of(task % chunks_ * chunk_, (task % chunks_ + 1) * chunk_, 0, s.tq);
     if (begin >= end) return;
     for (long r = 0; r < rows; ++r) {  // row r: head r / tq of the group, query r % tq
       const S* q = at<S>(call_.q, b, hk * group_ + r / s.tq, s.q_row + r % s.tq);
@@ -245,9 +244,8 @@ class Decode {
         store(scores + j, x);
       }
     }
-    const long first = s.first_key(i) - j0, end = s.end_key(i) - j0;
-    for (long j = 0; j < least(n, first); ++j) scores[j] = hidden;
-    for (long j = most(0, least(n, end)); j < round_up(n, L); ++j) scores[j] = hidden;
+    s.hide(j0, j0 + n, i, scores, hidden);
+    for (long j = n; j < round_up(n, L); ++j) scores[j] = hidden;
     if (call_.mask.data) {
       const uint8_t* mask = at<uint8_t>(call_.mask, b, h, i, j0);
       const long step = call_.mask.step;

@@ -130,7 +130,8 @@ class Forward {
       else
         pack_transposed(q, call_.q.row, state.count, call_.dim, state.q);
       for (int l = 0; l < kQueries; ++l) state.max[l] = state.highest[l] = A(-kInfinity), state.sum[l] = 0;
-      first = least(first, s.first_key(i0)), end = most(end, s.end_key(i0 + state.count - 1));
+      const Sequence::Range seen = s.seen_by(i0, state.count);
+      first = least(first, seen.begin), end = most(end, seen.end);
     }
     const long step = keys_per_block(s.tk);
     for (long j = first / step * step; j < end; j += step) {
@@ -216,8 +217,8 @@ class Forward {
     } else {
       for (int row = 0; row < q.count; row += kTileRows) {
         const int rows = int(least(kTileRows, q.count - row));
-        long k0 = most(0, s.first_key(q.i0 + row) - j0), k1 = least(n, s.end_key(q.i0 + row + rows - 1) - j0);
-        k0 = k0 / Op::depth, k1 = (k1 + Op::depth - 1) / Op::depth;
+        const Sequence::Range seen = s.seen_of(j0, j1, q.i0 + row, rows);
+        const long k0 = (seen.begin - j0) / Op::depth, k1 = (seen.end - j0 + Op::depth - 1) / Op::depth;
         if (k0 >= k1 && q.begun) continue;  // nothing seen: the maximum stood still
         Operands<Op> y = to_o;
         y.a += row * y.a_row + k0 * y.a_step, y.b += k0 * y.b_row, y.c += row * y.c_row, y.scale += row;

@@ -11,7 +11,13 @@ namespace fastseq::FASTSEQ_ISA::attention {
 constexpr int kQueries = 64;  // lanes of a query block
 constexpr long kUnlimited = long(1) << 40;
 
-// One sequence of the batch. Rows from tq on and keys from tk on are padding.
+inline uint64_t bits_between(long begin, long end) {  // [begin, end) of 64
+  begin = most(begin, 0), end = least(end, 64);
+  if (begin >= end) return 0;
+  return (~uint64_t(0) << begin) & (~uint64_t(0) >> (64 - end));
+}
+
+// One sequence of the batch, and what its limits (causal, window, lengths) say. Rows from tq on and keys from tk on are padding.
 struct Sequence {
   long q_row, k_row;  // where it begins in q and in k
   long rows, tq, tk;  // rows present in the output; queries and keys that count
@@ -29,10 +35,36 @@ struct Sequence {
     right = call.window_right >= 0 ? least(call.window_right, kUnlimited) : kUnlimited;  // overflow
     if (call.causal) right = least(right, 0);
   }
-  // Query i looks at keys [first_key(i), end_key(i)), mask aside; both grow with i.
+  // Of keys [from, to), those from the first to the last that any of queries [i, i + count) sees, mask aside: none where
+  // the range is empty or turned around.
+  struct Range {
+    long begin, end;
+  };
+  Range seen_of(long from, long to, long i, long count) const {
+    return {most(from, first_key(i)), least(to, end_key(i + count - 1))};
+  }
+  Range seen_by(long i, long count = 1) const { return seen_of(0, tk, i, count); }
+  // Whether each of queries [i, i + count) sees each of keys [from, to).
+  bool all_see(long from, long to, long i, long count) const {
+    return first_key(i + count - 1) <= from && end_key(i) >= to;
+  }
+  // Which of queries [i, i + count), up to 64, see key j, one that counts.
+  uint64_t who_sees(long j, long i, long count) const {
+    const long centre = j - shift - i;
+    return bits_between(centre - right, least(centre + left + 1, count));
+  }
+  // Writes `hidden` over those of [from, to) that query i does not see; x begins at key `from`.
+  template <class A>
+  void hide(long from, long to, long i, A* x, A hidden) const {
+    const Range seen = seen_of(from, to, i, 1);
+    for (long j = from; j < least(to, seen.begin); ++j) x[j - from] = hidden;
+    for (long j = most(from, seen.end); j < to; ++j) x[j - from] = hidden;
+  }
+
+ private:
+  // Query i looks at keys [first_key(i), end_key(i)); both grow with i.
   long first_key(long i) const { return most(0, i + shift - left); }
   long end_key(long i) const { return least(tk, i + shift + right + 1); }
-  bool limited() const { return left != kUnlimited || right != kUnlimited; }
 };
 
 template <class T>
@@ -44,11 +76,6 @@ const T* at(const Pairs& x, long b, long h, long i, long j) {
   return static_cast<const T*>(x.data) + b * x.batch + h * x.head + i * x.row + j * x.step;
 }
 
-inline uint64_t bits_between(long begin, long end) {  // [begin, end) of 64
-  begin = most(begin, 0), end = least(end, 64);
-  if (begin >= end) return 0;
-  return (~uint64_t(0) << begin) & (~uint64_t(0) >> (64 - end));
-}
 inline int first_bit(uint64_t word) { return __builtin_ctzll(word); }
 inline int end_bit(uint64_t word) { return 64 - __builtin_clzll(word); }
 
@@ -100,21 +127,18 @@ enum class Seen { none, some, all };
 // `align` from where it was). `words` is filled for them unless everything is seen.
 inline Seen visibility(const AttentionCall& call, const Sequence& s, long b, long h, long i0, int count, int align,
                        long& j0, long& j1, uint64_t* words) {
-  const long first = s.first_key(i0), end = s.end_key(i0 + count - 1);
-  if (first > j0) j0 += (first - j0) / align * align;
-  j1 = least(j1, end);
+  const Sequence::Range seen = s.seen_of(j0, j1, i0, count);
+  j0 += (seen.begin - j0) / align * align;
+  j1 = seen.end;
   if (j0 >= j1) return Seen::none;
-  const bool inside = s.first_key(i0 + count - 1) <= j0 && s.end_key(i0) >= j1;
+  const bool inside = s.all_see(j0, j1, i0, count);
   if (inside && !call.mask.data) return Seen::all;
   const uint64_t full = bits_between(0, count);
   const long keys = j1 - j0;
   if (inside) {
     for (long j = 0; j < keys; ++j) words[j] = full;
   } else {
-    for (long j = 0; j < keys; ++j) {
-      const long centre = j0 + j - s.shift - i0;
-      words[j] = bits_between(centre - s.right, least(centre + s.left + 1, count));
-    }
+    for (long j = 0; j < keys; ++j) words[j] = s.who_sees(j0 + j, i0, count);
   }
   if (!call.mask.data) return Seen::some;
   and_mask(at<uint8_t>(call.mask, b, h, i0, j0), call.mask.row, call.mask.step, count, keys, words);

@@ -54,7 +54,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) bias_kernel(FASTSEQ_IN_PLACE Att
     const int h = own_h + n / shared_j / shared_i % x.sum_heads, b = own_b + n / shared_j / shared_i / x.sum_heads;
     const Sequence own(call, b);
     const int i0 = tile_i * kBlockM, j0 = tile_j * kBlockN, head_k = h / call.group;
-    const Range keys = keys_of(call, own, i0, at_most(i0 + kBlockM, own.tq) - 1, kBlockN);
+    const Range keys = keys_of<true>(call, own, i0, at_most(i0 + kBlockM, own.tq) - 1, kBlockN);
     if (j0 < keys.begin || j0 >= keys.end) continue;
     sync_block();  // the tiles of the term before are done with
     load_tile<TileQ, kThreads, true>(q_tile, at<T>(call.q, b, h, 0), call.q.row, i0, own.tq, call.dim, call.aligned, tid());

@@ -31,7 +31,7 @@ keys_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
   unsigned char* buffers = v_tile + TileV::kBytes;
   const int row = int(warp()) * 16;
 
-  const Range queries = queries_of(call, own, j0, at_most(j0 + Shape::kBlockN, own.tk) - 1, kBlockM);
+  const Range queries = queries_of<kGeneral>(call, own, j0, at_most(j0 + Shape::kBlockN, own.tk) - 1, kBlockM);
   const int tiles = queries.begin < queries.end ? (queries.end - queries.begin + kBlockM - 1) / kBlockM : 0;
   const int steps = tiles * call.group;
   const auto load_queries = [&](int step) {

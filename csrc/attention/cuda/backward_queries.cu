@@ -27,7 +27,7 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
   unsigned char* buffers = d_tile + TileD::kBytes;
   const int row = int(warp()) * 16, head_k = slot.h / call.group;
 
-  const Range keys = keys_of(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, kBlockN);
+  const Range keys = keys_of<kGeneral>(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, kBlockN);
   const auto load_keys = [&](int j0) {
     unsigned char* k_tile = buffers + j0 / kBlockN % 2 * kBuffer;
     load_tile<TileK, kThreads, kGeneral>(k_tile, at<T>(call.k, slot.b, head_k, own.k_row), call.k.row, j0, own.tk,

@@ -23,8 +23,9 @@ struct DecodeRow {
 };
 
 // Keys [begin, end) of this block that any of its queries sees.
+template <bool kGeneral>
 FASTSEQ_DEVICE Range keys_of_split(const AttentionForward& call, const Sequence& own, int split, int block) {
-  Range keys = keys_of(call, own, 0, own.tq - 1, block);
+  Range keys = keys_of<kGeneral>(call, own, 0, own.tq - 1, block);
   const int even = round_up((keys.end - keys.begin + call.splits - 1) / call.splits, kSplitUnit);
   const int share = at_least(call.split_keys, even);
   keys.begin += split * share;
@@ -40,8 +41,7 @@ FASTSEQ_DEVICE void decode_scores(Fragment<1, kN>& s, const AttentionForward& ca
   for (int half = 0; half < 2; ++half) {
     const int r = at_most(first_row + int(lane() >> 2) + 8 * half, rows - 1);
     const DecodeRow row(call, head_k, r);
-    const int centre = row.i + own.shift;
-    const int begin = centre - call.left, end = row.i < own.tq ? at_most(own.tk, centre + call.right + 1) : 0;
+    const SeenKeys<kGeneral> seen(call, own, row.i);
     const float* slopes = static_cast<const float*>(call.alibi);
     const float slope = kGeneral && slopes != nullptr ? slopes[row.h] * kLog2e : 0.0f;
     const int64_t bias = int64_t(b) * call.bias.batch + int64_t(row.h) * call.bias.head + int64_t(row.i) * call.bias.row;
@@ -58,11 +58,11 @@ FASTSEQ_DEVICE void decode_scores(Fragment<1, kN>& s, const AttentionForward& ca
         if (kGeneral) {
           if (call.bias.data != nullptr && inside)
             x += kLog2e * number_at(call.bias.data, call.bias_dtype, bias + int64_t(j) * call.bias.step);
-          const int distance = centre - j;
+          const int distance = row.i + own.shift - j;
           if (call.alibi != nullptr) x -= slope * float(distance < 0 ? -distance : distance);
           if (mask != nullptr && inside && mask[int64_t(j) * call.mask.step] == 0) x = -kInfinity;
         }
-        if (masked && (j < begin || j >= end)) x = -kInfinity;
+        if (masked && seen.hides(j)) x = -kInfinity;
       }
   }
 }
@@ -100,7 +100,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) decode_kernel(FASTSEQ_IN_PLACE A
   const int b = int(bid()) / call.splits / call.heads_k;
   const int rows = call.group * call.length_q, first_row = int(bid_y()) * 16;
   const Sequence own(call, b);
-  const Range keys = keys_of_split(call, own, split, kBlockN);
+  const Range keys = keys_of_split<kGeneral>(call, own, split, kBlockN);
   unsigned char* q_tile = shared_memory();
   unsigned char* buffers = q_tile + TileQ::kBytes + warp() * kStages * kBuffer;
 

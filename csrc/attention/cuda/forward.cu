@@ -31,7 +31,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) forward_kernel(FASTSEQ_IN_PLACE 
   const T* v_head = at<T>(call.v, slot.b, head_k, own.k_row);
   const int row = int(warp()) * 16 * kM;  // this warp's first in the tile
 
-  const Range keys = keys_of(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, Shape::kBlockN);
+  const Range keys = keys_of<kGeneral>(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, Shape::kBlockN);
   const auto load_k = [&](int j0) {
     load_tile<TileK, kThreads, kGeneral>(k_tile, k_head, call.k.row, j0, own.tk, call.dim, call.aligned, tid());
     cp_commit();
@@ -61,7 +61,7 @@ FASTSEQ_KERNEL(Shape::kThreads, Shape::kBlocks) forward_kernel(FASTSEQ_IN_PLACE 
       scale_and_cap(s, call);
       add_pairs<false>(s, call, own, corner);
     }
-    if (keys.masked(j0)) hide<false>(s, call, own, corner);
+    if (keys.masked(j0)) hide<false, kGeneral>(s, call, own, corner);
     softmax.step(s, acc, kGeneral ? 1.0f : call.factor);
     if (kGeneral && call.seed != nullptr) drop<false>(s, call, corner, 1.0f);
     cp_wait<0>();

@@ -42,7 +42,7 @@ FASTSEQ_DEVICE void probabilities(Fragment<kM, kN>& s, Fragment<kM, kN>& slope, 
       for_each_element<kM, kN>([&](int m, int n, int e) { slope.x[m][n][e] = cap_slope(s.x[m][n][e], call); });
     add_pairs<kKeysFirst>(s, call, own, corner);
   }
-  if (masked) hide<kKeysFirst>(s, call, own, corner);
+  if (masked) hide<kKeysFirst, kGeneral>(s, call, own, corner);
   const float factor = kGeneral ? 1.0f : call.factor;
   for_each_element<kM, kN>([&](int m, int n, int e) { s.x[m][n][e] = ex2(s.x[m][n][e] * factor - log_of(m, n, e)); });
 }

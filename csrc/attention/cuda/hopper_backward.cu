@@ -34,7 +34,8 @@ struct GradientTile {
   FASTSEQ_DEVICE GradientTile(const AttentionBackward& call, const Slot& slot, const Sequence& own)
       : slot(slot), own(own), first(slot.tile * Shape::kNear) {
     const int last = at_most(first + Shape::kNear, counted()) - 1;
-    far = Shape::kOfKeys ? queries_of(call, own, first, last, Shape::kFar) : keys_of(call, own, first, last, Shape::kFar);
+    far = Shape::kOfKeys ? queries_of<false>(call, own, first, last, Shape::kFar)
+                         : keys_of<false>(call, own, first, last, Shape::kFar);
   }
   // Near rows that are there, and those that count; where the sequence begins, of near and of far rows.
   FASTSEQ_DEVICE int present() const { return Shape::kOfKeys ? own.keys : own.rows; }

@@ -32,7 +32,7 @@ struct ForwardTile {
 
   FASTSEQ_DEVICE ForwardTile(const AttentionForward& call, const Slot& slot, const Sequence& own)
       : slot(slot), own(own), i0(slot.tile * Shape::kBlockM) {
-    keys = keys_of(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, Shape::kBlockN);
+    keys = keys_of<false>(call, own, i0, at_most(i0 + Shape::kBlockM, own.tq) - 1, Shape::kBlockN);
     last = keys.begin + (keys.end - 1 - keys.begin) / Shape::kBlockN * Shape::kBlockN;
   }
   FASTSEQ_DEVICE bool any() const { return keys.begin < keys.end; }
@@ -159,7 +159,7 @@ struct HopperForward {
     const auto weigh = [&](int j0, float (&a)[2]) {
       k_ring.release();
       k_ring.advance();
-      if (tile.keys.masked(j0)) hide<false>(s, call, own, Corner{slot.b, slot.h, tile.i0 + row, j0});
+      if (tile.keys.masked(j0)) hide<false, false>(s, call, own, Corner{slot.b, slot.h, tile.i0 + row, j0});
 #pragma unroll
       for (int half = 0; half < 2; ++half) a[half] = softmax.weigh(0, half, s, call.factor);
     };

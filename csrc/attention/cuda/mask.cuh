@@ -100,27 +100,24 @@ FASTSEQ_DEVICE void add_pairs(Fragment<kM, kN>& s, const AttentionCall& call, co
 }
 
 // Hides the pairs outside the limits of causality, window and lengths.
-template <bool kKeysFirst, int kM, int kN>
+template <bool kKeysFirst, bool kGeneral, int kM, int kN>
 FASTSEQ_DEVICE void hide(Fragment<kM, kN>& s, const AttentionCall& call, const Sequence& own, const Corner& c) {
   if (kKeysFirst) {  // by its row of keys; queries past the last have an lse of +inf and keys past it rows of their own
     for_each_element<kM, kN>([&](int m, int n, int e) {
       const Element<kKeysFirst> at(c, m, n, e);
-      const int centre = at.i + own.shift;
-      if (at.j < centre - call.left || at.j > centre + call.right) s.x[m][n][e] = -kInfinity;
+      if (hides<kGeneral>(call, own, at.i, at.j)) s.x[m][n][e] = -kInfinity;
     });
   } else {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int i = Element<false>(c, m, 0, 2 * half).i, centre = i + own.shift;
-        const int begin = centre - call.left, end = i < own.tq ? at_most(own.tk, centre + call.right + 1) : 0;
+        const SeenKeys<kGeneral> seen(call, own, Element<false>(c, m, 0, 2 * half).i);
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            const int j = Element<false>(c, m, n, e).j;
-            if (j < begin || j >= end) s.x[m][n][e] = -kInfinity;
+            if (seen.hides(Element<false>(c, m, n, e).j)) s.x[m][n][e] = -kInfinity;
           }
       }
   }

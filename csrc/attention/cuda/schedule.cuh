@@ -105,6 +105,26 @@ FASTSEQ_DEVICE void for_each_slot(const AttentionCall& call, const Tiling& t, co
   }
 }
 
+// What the limits (causality, window, lengths) say, in kernels of either class.
+
+// The keys that query i sees.
+template <bool kGeneral>
+struct SeenKeys {
+  int begin, end;
+  FASTSEQ_DEVICE SeenKeys(const AttentionCall& call, const Sequence& own, int i) {
+    const int centre = i + own.shift;
+    begin = centre - call.left, end = i < own.tq ? at_most(own.tk, centre + call.right + 1) : 0;
+  }
+  FASTSEQ_DEVICE bool hides(int j) const { return (j < begin) | (j >= end); }
+};
+
+// Whether key j is hidden from query i, lengths aside.
+template <bool kGeneral>
+FASTSEQ_DEVICE bool hides(const AttentionCall& call, const Sequence& own, int i, int j) {
+  const int centre = i + own.shift;
+  return (j < centre - call.left) | (j > centre + call.right);
+}
+
 // Tiles [begin, end), counted in positions, of which those in [whole_begin, whole_end) are seen by everybody.
 struct Range {
   int begin, whole_begin, whole_end, end;
@@ -112,6 +132,7 @@ struct Range {
 };
 
 // Keys that queries first..last see.
+template <bool kGeneral>
 FASTSEQ_DEVICE Range keys_of(const AttentionCall& call, const Sequence& s, int first, int last, int block) {
   if (first > last) return {0, 0, 0, 0};
   Range r;
@@ -124,6 +145,7 @@ FASTSEQ_DEVICE Range keys_of(const AttentionCall& call, const Sequence& s, int f
 }
 
 // Queries that see keys first..last.
+template <bool kGeneral>
 FASTSEQ_DEVICE Range queries_of(const AttentionCall& call, const Sequence& s, int first, int last, int block) {
   if (first > last) return {0, 0, 0, 0};
   Range r;

@@ -1,8 +1,8 @@
 // The one table of what is compiled: kinds of heads, dtypes, feature classes, and the tile of each kernel for them.
 //
 // A head of fewer features runs in the next larger kind, its missing columns zero in shared memory. Two feature classes:
-// plain (limits of causality, window and lengths, sinks, grouped heads, packed batches), and general (whatever acts on
-// single pairs: bias, mask, cap, slopes, dropout; a scale that is not positive; rows that are not aligned).
+// plain (limits of causality, window and lengths, sinks, grouped heads, packed batches), and general (all else, which
+// `is_general` names).
 #pragma once
 #include <type_traits>
 

@@ -19,10 +19,10 @@ from support import assert_within_budget, error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastseq.attn.call import OPTIONS
 from fastseq.attn.random import keep_mask
 from fastseq.attn.reference import attention as reference
 
-TENSORS = ("bias", "mask", "sinks", "alibi_slopes", "lengths_q", "lengths_k", "cu_seqlens_q", "cu_seqlens_k", "seed")
 PLAIN: dict[str, Any] = {
     "scale": 0.25, "causal": False, "bottom_right": True, "window_left": -1, "window_right": -1, "softcap": 0.0,
     "dropout_p": 0.0,
@@ -32,7 +32,7 @@ Options = dict[str, Any]
 
 
 def arguments(options: Options) -> list[Any]:
-    return [*(options.get(name) for name in TENSORS), *({**PLAIN, **options}[name] for name in PLAIN)]
+    return [{**PLAIN, **options}.get(name) for name in OPTIONS]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str = "native") -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.attn.call import PAGED_OPTIONS, AttentionCall
 from fastseq.recurrent.cells import CELLS
 
 
@@ -70,10 +71,11 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     return attention_launch.backward(*args)
 
 
-def _attention_paged(*args: Any) -> tuple[Tensor, ...]:
+def _attention_paged(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *options: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import launch as attention_launch
 
-    return attention_launch.forward_paged(*args)
+    given = dict(zip(PAGED_OPTIONS, options, strict=True))
+    return attention_launch.forward(*AttentionCall(q, k.transpose(1, 2), v.transpose(1, 2), **given), block_table)
 
 
 def register() -> None:

@@ -177,7 +177,7 @@ def attention_backward_keys(
     if j0 < keys:
         j = j0 + tl.arange(0, BLOCK_N)[:, None]
         last = tl.minimum(j0 + BLOCK_N, tk) - 1
-        begin, whole, end = query_range(call, j0, last, tq, shift, BLOCK_M)
+        begin, whole, end = query_range(call, b, j0, last, tq, shift, BLOCK_M)
         k_head = head_of(k, b, head, k_row, ALIGN)
         k1, k2 = load_halves(k_head, k_head, number(k.row), j0, tk, D, D1, D2, BLOCK_N, ALIGN)  # [BLOCK_N, D1], [, D2]
         row_k = number(k.row)
@@ -337,7 +337,7 @@ def attention_backward_queries(
     if i0 < rows:
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
-        begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
+        begin, whole_begin, whole_end, end = key_range(call, b, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
         q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
         d_head = head_of(d_o, b, h, q_row, ALIGN)

@@ -75,7 +75,7 @@ def attention_backward_bias(
         q_row, _, tq, k_row, _, tk, shift = sequence(call, b)
         i0 = tile_i * BLOCK_M
         j0 = tile_j * BLOCK_N
-        begin, _before, _after, end = key_range(call, i0, tl.minimum(i0 + BLOCK_M, tq) - 1, tk, shift, BLOCK_N)
+        begin, _before, _after, end = key_range(call, b, i0, tl.minimum(i0 + BLOCK_M, tq) - 1, tk, shift, BLOCK_N)
         if (j0 >= begin) & (j0 < end):
             head = h // number(call.group)
             i = i0 + tl.arange(0, BLOCK_M)[:, None]

@@ -40,7 +40,7 @@ def attention_decode(
         inside = row < number(call.group) * queries
         i = tl.where(inside, row % queries, 0)
         h = head * number(call.group) + tl.where(inside, row // queries, 0)
-        begin, whole_begin, whole_end, end = key_range(call, 0, tq - 1, tk, shift, BLOCK_N)
+        begin, whole_begin, whole_end, end = key_range(call, b, 0, tq - 1, tk, shift, BLOCK_N)
         share = tl.maximum(tl.cdiv(tl.maximum(end - begin, 0), splits), least)
         first = begin + split * (tl.cdiv(share, BLOCK_N) * BLOCK_N)
         last = first + tl.cdiv(share, BLOCK_N) * BLOCK_N

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ranges import find_program, key_range, sequence
-from .scores import LN2, LOG2E, biased, kept, logits, visible
+from .ranges import find_program, key_range, sequence, visible
+from .scores import LN2, LOG2E, biased, kept, logits
 from .tiles import described, dot, dot_add, head_of, head_of_keys, load_halves, load_keys, narrow, number, store_tile
 
 
@@ -127,7 +127,7 @@ def make_rows(
     if (i0 < rows) & ((tq > few) | (tq == 0)):
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         last = tl.minimum(i0 + BLOCK_M, tq) - 1
-        begin, whole_begin, whole_end, end = key_range(call, i0, last, tk, shift, BLOCK_N)
+        begin, whole_begin, whole_end, end = key_range(call, b, i0, last, tk, shift, BLOCK_N)
         q_head = head_of(q, b, h, q_row, ALIGN)
         key = head_of_keys(k, call.pages, b, h // number(call.group), k_row, ALIGN)
         value = head_of_keys(v, call.pages, b, h // number(call.group), k_row, ALIGN)

@@ -248,32 +248,14 @@ def run(plans: Iterator[Plan], device: torch.device) -> None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Arguments and results as the operator ``attention_forward``."""
-    return fill(Problem(q, k, v, *options), q, v)
-
-
-def fill(x: Problem, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o and lse of a problem."""
+    """Arguments and results as the operator ``attention_forward``; with a block_table after the last option k and v are
+    pools of pages, [P,Hk,page,D] and [P,Hk,page,Dv]."""
+    x = Problem(q, k, v, *options)
     o = empty_as(q, v.shape[-1])
     lse = torch.empty(row_sizes(x), dtype=torch.float32, device=q.device)
     if not x.empty:
         run(plan_forward(x, o, lse), q.device)
     return o, lse
-
-
-def forward_paged(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor,
-    bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    lengths_q: Tensor | None, lengths_k: Tensor, cu_seqlens_q: Tensor | None,
-    scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Arguments and results as the operator ``attention_paged``."""
-    x = Problem(
-        q, k.transpose(1, 2), v.transpose(1, 2),
-        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, None, None,
-        scale, causal, bottom_right, window_left, window_right, softcap, 0.0, block_table,
-    )  # fmt: skip
-    return fill(x, q, v)
 
 
 def row_sizes(x: Problem) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ kernel is compiled anew only for another dtype, head dimension or set of feature
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,6 @@ from torch import Tensor
 from ..precision import one_tf32_product
 from . import tuning as tuning_attention
 from .layout import laid_out_as
-from .scores import Call
 from .tiles import Pages, Pairs, View, hidden
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -36,6 +35,35 @@ WIDEST = tuning_attention.WIDTHS[-1]
 NARROWEST = 16  # columns that one product takes at least
 ALIKE = 64  # columns of 16 bits from which on every tile has the same layout in the shared memory of sm_90
 HALF_WIDEST = 256  # features that one product takes at most; and a head of float32, for want of shared memory
+
+
+class Call(NamedTuple):
+    """What a call asks for. Fields are run-time numbers (whole ones :func:`hidden`), pointers, or
+    None for a feature that is off."""
+
+    batch: object
+    group: object  # query heads that share a key head
+    length_q: object  # Tq; packed: rows of q in all
+    length_k: object
+    cu_q: object  # int32 [B+1]
+    cu_k: object
+    lengths_q: object  # int64 [B]
+    lengths_k: object
+    bottom_right: object  # 0 or 1
+    left: object  # keys j >= i + shift - left
+    right: object  # keys j <= i + shift + right; causal is 0
+    scale: object
+    cap_in: object  # scale / softcap
+    cap_out: object  # softcap * log2(e)
+    pairs: object  # 1 where there is a bias or a mask
+    bias: object  # Pairs
+    mask: object  # Pairs of int8
+    pages: object  # Pages
+    alibi: object  # float32 [Hq]
+    sinks: object  # [Hq]
+    seed: object  # int64 [1]
+    threshold: object  # a weight whose word is below is dropped
+    kept_scale: object  # 1 / (1 - dropout_p)
 
 
 def unsupported(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:

@@ -1,11 +1,12 @@
-"""Which rows a program has, and which tiles of the other side they meet: fully masked tiles are skipped."""
+"""Which rows a program has, which tiles of the other side they meet, and who looks at whom: fully masked tiles are
+skipped."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import number
+from .tiles import load_pairs, number
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def sequence(call, b):
 
 
 @triton.jit
-def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
+def key_range(call, b, first, last, tk, shift, BLOCK: tl.constexpr):
     """Keys [begin, end) that queries first..last see, [whole_begin, whole_end) of them seen by each one: all but the
     last a multiple of BLOCK, and the loop over the middle needs no mask."""
     begin = tl.cast(tk, tl.int32) * 0
@@ -108,7 +109,7 @@ def key_range(call, first, last, tk, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
+def query_range(call, b, first, last, tq, shift, BLOCK: tl.constexpr):
     """Queries [begin, end) that see any of keys first..last; those from ``whole`` on see all of these.
 
     One loop more than this would cost its registers, so under a left limit, a bias or a mask no tile is whole.
@@ -126,3 +127,22 @@ def query_range(call, first, last, tq, shift, BLOCK: tl.constexpr):
     begin = tl.where(begin < end, begin // BLOCK * BLOCK, stop)  # rounded, a begin past the end would be before it
     whole = tl.minimum(tl.cdiv(whole, BLOCK) * BLOCK, stop)
     return begin, whole, end
+
+
+@triton.jit
+def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
+    """Whether query i may look at key j."""
+    if call.right is not None:
+        last = i + (shift + number(call.right))
+        if PAST_END:
+            last = tl.minimum(last, tk - 1)
+        seen = j <= last
+    elif PAST_END:
+        seen = j < tk
+    else:
+        seen = (j == j) & (i == i)
+    if call.left is not None:
+        seen = seen & (j >= i + (shift - number(call.left)))
+    if call.mask.ptr is not None:
+        seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, tq, tk, 0) != 0)
+    return seen

@@ -1,53 +1,24 @@
-"""What every attention kernel shares: what a call asks for, the scores, who looks at whom, dropout's generator.
+"""What every attention kernel shares: the scores, and dropout's generator.
 
     s[i,j] = scale * q[i]·k[j];  softcap * tanh(s / softcap);  + bias[i,j];  - alibi * |i + shift - j|
 
 Scores are kept in units of log 2, so that exp is one exp2; scale * log2(e) is folded into one multiplication. A feature
-is a field of :class:`Call`, None where it is off: None is a constant to the compiler, and what it guards is gone.
+is a field of ``Call`` (problem.py), None where it is off: None is a constant to the compiler, and what it guards is no
+code.
 
 In the kernels b is a sequence, h a query head, i a query, j a key; a tile is [BLOCK_M queries, BLOCK_N keys].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
+from .ranges import visible
 from .tiles import load_pairs, number
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-class Call(NamedTuple):
-    """What a call asks for. Fields are run-time numbers (whole ones :func:`hidden`), pointers, or
-    None for a feature that is off."""
-
-    batch: object
-    group: object  # query heads that share a key head
-    length_q: object  # Tq; packed: rows of q in all
-    length_k: object
-    cu_q: object  # int32 [B+1]
-    cu_k: object
-    lengths_q: object  # int64 [B]
-    lengths_k: object
-    bottom_right: object  # 0 or 1
-    left: object  # keys j >= i + shift - left
-    right: object  # keys j <= i + shift + right; causal is 0
-    scale: object
-    cap_in: object  # scale / softcap
-    cap_out: object  # softcap * log2(e)
-    pairs: object  # 1 where there is a bias or a mask
-    bias: object  # Pairs
-    mask: object  # Pairs of int8
-    pages: object  # Pages
-    alibi: object  # float32 [Hq]
-    sinks: object  # [Hq]
-    seed: object  # int64 [1]
-    threshold: object  # a weight whose word is below is dropped
-    kept_scale: object  # 1 / (1 - dropout_p)
 
 
 @triton.jit
@@ -89,25 +60,6 @@ def biased(s, call, b, h, i, j, i0, j0, tq, tk, shift, MASKED: tl.constexpr, PAS
     if MASKED:
         s = tl.where(visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END), s, float("-inf"))
     return s
-
-
-@triton.jit
-def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
-    """Whether query i may look at key j."""
-    if call.right is not None:
-        last = i + (shift + number(call.right))
-        if PAST_END:
-            last = tl.minimum(last, tk - 1)
-        seen = j <= last
-    elif PAST_END:
-        seen = j < tk
-    else:
-        seen = (j == j) & (i == i)
-    if call.left is not None:
-        seen = seen & (j >= i + (shift - number(call.left)))
-    if call.mask.ptr is not None:
-        seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, tq, tk, 0) != 0)
-    return seen
 
 
 @triton.jit

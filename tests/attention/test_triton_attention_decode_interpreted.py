@@ -203,13 +203,13 @@ def test_launches_never_look_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None
             o, lse = attention_launch.forward(q, k, v, *arguments(everything))
             attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(everything), True)
     q, k, v = torch.zeros(8, 4, 24), torch.zeros(8, 2, 24), torch.zeros(8, 2, 17)
-    table, settings = torch.zeros(2, 3, dtype=torch.int32), (1.0, True, True, -1, -1, 0.0)
+    table, paged = torch.zeros(2, 3, dtype=torch.int32), {"lengths_k": lengths, "cu_seqlens_q": sequences}
     cu = {"cu_seqlens_q": sequences, "cu_seqlens_k": sequences, "sinks": sinks}
     with OnlyMemoryAndViews():
         o, lse = attention_launch.forward(q, k, v, *arguments(cu))
         attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(cu), False)
-        pools = torch.zeros(5, 16, 2, 24), torch.zeros(5, 16, 2, 17)
-        attention_launch.forward_paged(q, *pools, table, *(None,) * 5, lengths, sequences, *settings)
+        pools = torch.zeros(5, 2, 16, 24), torch.zeros(5, 2, 16, 17)
+        attention_launch.forward(q, *pools, *arguments(paged), table)
 
 
 def test_the_public_function_never_looks_at_a_value_either(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from bench.gpu.report import surroundings
 from bench.gpu.run import clock_of, told
 from bench.report import write_json
 from fastseq import cli
+from fastseq.attn.call import AttentionCall
 
 ROLES = ("forward", "backward_keys", "backward_queries", "decode")
 WIDTHS = (64, 128, 256)
@@ -180,8 +181,11 @@ class Bench:
         from fastseq.kernels.attention.problem import Problem
 
         given = attention.inputs(case, self.device)
-        options: list[Any] = [*[None] * 9, case.dim**-0.5, case.causal, True, case.window or -1, -1, 0.0, 0.0]
-        x = Problem(given.q, given.k, given.v, *options)
+        call = AttentionCall(
+            given.q, given.k, given.v, scale=case.dim**-0.5, causal=case.causal, bottom_right=True,
+            window_left=case.window or -1,
+        )  # fmt: skip
+        x = Problem(*call)
         o = torch.empty_like(given.q)
         lse = torch.empty(launch.row_sizes(x), dtype=torch.float32, device=self.device)
         if not case.training:

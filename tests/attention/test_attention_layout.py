@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_operators import arguments
 from fastseq.kernels.attention.layout import empty_as, laid_out_as
 from support import BACKENDS, NATIVE, needs_native
 
@@ -117,7 +118,7 @@ def test_the_operators_and_their_fake_kernels_agree_on_strides(order, width):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def both(q, k, v):
-        options = (*[None] * 9, 0.25, False, True, -1, -1, 0.0, 0.0)
+        options = arguments({"scale": 0.25})
         o, lse = torch.ops.fastseq.attention_forward.native(q, k, v, *options)
         found = torch.ops.fastseq.attention_backward.native(o, None, q, k, v, o, lse, *options, False)
         return [x.stride() for x in (o, lse, *found[:3])]

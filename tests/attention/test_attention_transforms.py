@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq import attention, scaled_dot_product_attention, use_backend
+from fastseq.attn.autograd import backward_arguments
+from fastseq.attn.call import AttentionCall
 
 F64 = torch.float64
 MASK = torch.tensor([[[[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]]], [[[1, 0, 1, 1, 1]] * 3]]).bool()
@@ -319,16 +321,19 @@ def test_checkpoint_draws_the_same_dropout_again(backend, use_reentrant):
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed):
     forward, backward = torch.ops.fastseq.attention_forward.native, torch.ops.fastseq.attention_backward.native
-    settings = (0.3, True, True, 3, -1, 2.0, 0.25)
     q, k, v, bias, sinks = inputs(dtype=torch.float32)
     alibi, seed = torch.rand(4), torch.tensor([7])
     if packed:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_q, cu_k = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 5, 10], dtype=torch.int32)
-        optional = (None, None, sinks, alibi, None, None, cu_q, cu_k, seed)
+        own = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     else:
-        optional = (bias, MASK, sinks, alibi, torch.tensor([3, 1]), torch.tensor([5, 4]), None, None, seed)
-    torch.library.opcheck(forward, (q, k, v, *optional, *settings))
-    o, lse = forward(q, k, v, *optional, *settings)
+        own = {"bias": bias, "mask": MASK, "lengths_q": torch.tensor([3, 1]), "lengths_k": torch.tensor([5, 4])}
+    call = AttentionCall(
+        q, k, v, **own, sinks=sinks, alibi_slopes=alibi, seed=seed, scale=0.3, causal=True, bottom_right=True,
+        window_left=3, softcap=2.0, dropout_p=0.25,
+    )  # fmt: skip
+    torch.library.opcheck(forward, tuple(call))
+    o, lse = forward(*call)
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(backward, (torch.randn_like(o), dlse, q, k, v, o, lse, *optional, *settings, not packed))
+        torch.library.opcheck(backward, backward_arguments(torch.randn_like(o), dlse, o, lse, call, not packed))

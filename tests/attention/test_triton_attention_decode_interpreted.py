@@ -18,10 +18,10 @@ from triton_support import needs_interpreter
 
 import fastseq
 from fastseq.attn import checks as checks_attention
+from fastseq.attn.call import OPTIONS, PAGED_OPTIONS
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
 
-SETTINGS = ("scale", "causal", "bottom_right", "window_left", "window_right", "softcap")
 SHAPE = (2, 4, 2, 3, 150, 24, 17)  # B, Hq, Hk, Tq, Tk, D, Dv
 
 
@@ -41,17 +41,20 @@ def in_pages(x: Tensor, page: int, lengths: Tensor, table: Tensor) -> Tensor:
     return pool
 
 
+def paged_arguments(options: Options) -> list[Any]:
+    """The options of the operator for pages, in its order."""
+    given = dict(zip(OPTIONS, arguments(options), strict=True))
+    return [given[name] for name in PAGED_OPTIONS]
+
+
 def paged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, page: int, options: Options) -> tuple[Tensor, Tensor]:
     """The operator for pages, on k and v [B,H,T,D] scattered over a pool whose unused places hold NaN."""
     pages = -(-k.shape[2] // page)
     table = (torch.randperm(k.shape[0] * pages) + 1).view(k.shape[0], pages).int()
     pools = [in_pages(x, page, lengths, table) for x in (k, v)]
-    names = ("bias", "mask", "sinks", "alibi_slopes", "lengths_q")
-    given = dict(zip(SETTINGS, arguments(options)[9:], strict=False))
     table[torch.arange(pages) * page >= lengths[:, None]] = -7
-    return operator("attention_paged", "triton")(
-        q, *pools, table, *(options.get(n) for n in names), lengths, options.get("cu_seqlens_q"), *given.values()
-    )
+    given = paged_arguments({**options, "lengths_k": lengths})
+    return operator("attention_paged", "triton")(q, *pools, table, *given)
 
 
 PAGED: dict[str, Any] = {
@@ -258,7 +261,7 @@ def test_the_public_function_reads_pages(packed_queries: bool) -> None:
 def test_the_operator_for_pages_passes_opcheck_and_vmap() -> None:
     lengths, table = torch.tensor([5, 16]), torch.tensor([[0], [1]]).int()
     q, k, v = torch.randn(2, 4, 3, 24), torch.randn(2, 16, 2, 24), torch.randn(2, 16, 2, 17)
-    rest = (table, *(None,) * 5, lengths, None, 0.2, True, True, -1, -1, 0.0)
+    rest = (table, *paged_arguments({"lengths_k": lengths, "scale": 0.2, "causal": True}))
     op = torch.ops.fastseq.attention_paged.triton
     torch.library.opcheck(op, (q, k, v, *rest), test_utils=("test_schema", "test_faketensor"))
     stack = torch.randn(3, 2, 4, 3, 24)
@@ -269,14 +272,14 @@ def test_the_operator_for_pages_passes_opcheck_and_vmap() -> None:
 def test_pages_that_do_not_fit_are_refused_before_they_do_harm() -> None:
     lengths, table = torch.tensor([5, 16]), torch.tensor([[0], [1]]).int()
     q, k, v = torch.randn(2, 4, 3, 24), torch.randn(2, 16, 2, 24), torch.randn(2, 16, 2, 17)
-    options = (0.2, True, True, -1, -1, 0.0)
+    options, few = (paged_arguments({"lengths_k": x, "scale": 0.2, "causal": True}) for x in (lengths, lengths[:1]))
     op = torch.ops.fastseq.attention_paged.triton
     for message, arguments_ in {
-        "block_table must be int32": (q, k, v, table.long(), *(None,) * 5, lengths, None),
-        r"block_table must be int32 of shape \[2": (q, k, v, table[:1], *(None,) * 5, lengths, None),
-        "pages": (q, k, v[:1], table, *(None,) * 5, lengths, None),
-        "lengths_k must be torch.int64": (q, k, v, table, *(None,) * 5, lengths[:1], None),
-        "differ in heads or length": (q, k, v[:, :8], table, *(None,) * 5, lengths, None),
+        "block_table must be int32": (q, k, v, table.long(), *options),
+        r"block_table must be int32 of shape \[2": (q, k, v, table[:1], *options),
+        "pages": (q, k, v[:1], table, *options),
+        "lengths_k must be torch.int64": (q, k, v, table, *few),
+        "differ in heads or length": (q, k, v[:, :8], table, *options),
     }.items():
         with pytest.raises(RuntimeError, match=message):
-            op(*arguments_, *options)
+            op(*arguments_)

@@ -122,7 +122,7 @@ class Arguments:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor,
-        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed,
+        bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k, seed,
         scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
         dropout_p: float,
     ) -> None:  # fmt: skip
@@ -142,7 +142,7 @@ class Arguments:
             self.add((span(pairs), strides(pairs) or [0] * 4))
         self.pointers += [
             None if x is None else x.contiguous()
-            for x in (sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed)
+            for x in (sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k, seed)
         ]
         self.reals = [scale, softcap, dropout_p]
 

@@ -53,6 +53,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         parts, ends_q, ends_k = [], x.pop("cu_seqlens_q").tolist(), x.pop("cu_seqlens_k").tolist()
         for b in range(len(ends_q) - 1):
             own_q, own_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+            if x.get("prefix_lengths") is not None:
+                x["prefix_lengths"] = options["prefix_lengths"][b : b + 1]
             one = eager(*(t.transpose(0, 1)[None] for t in (q[own_q], k[own_k], v[own_k])), **x, batch=b)
             parts.append(one[0].transpose(0, 1))
         rest = q.new_zeros(q.shape[0] - ends_q[-1], q.shape[1], v.shape[2])
@@ -63,13 +65,16 @@ def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     columns = x["lengths_k"][:, None, None, None] if x.get("lengths_k") is not None else k.shape[2]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     diagonal = i + (columns - rows if x["bottom_right"] else 0)
-    visible = (i < rows) & (j < columns) & (x["mask"] if x.get("mask") is not None else True)
+    near = torch.ones_like(diagonal - j, dtype=torch.bool)
     if x["causal"]:
-        visible = visible & (j <= diagonal)
+        near = near & (j <= diagonal)
     if x["window_left"] >= 0:
-        visible = visible & (diagonal - j <= x["window_left"])
+        near = near & (diagonal - j <= x["window_left"])
     if x["window_right"] >= 0:
-        visible = visible & (j - diagonal <= x["window_right"])
+        near = near & (j - diagonal <= x["window_right"])
+    if x.get("prefix_lengths") is not None:
+        near = near | (j < x["prefix_lengths"][:, None, None, None])
+    visible = near & (i < rows) & (j < columns) & (x["mask"] if x.get("mask") is not None else True)
     scores = q @ k.transpose(-2, -1) * x["scale"]
     if x["softcap"] > 0:
         scores = x["softcap"] * torch.tanh(scores / x["softcap"])
@@ -264,6 +269,11 @@ def feature(name: str, dtype: torch.dtype, shape=DENSE) -> Options:
         "lengths": lambda: {
             "lengths_q": torch.randint(0, tq + 1, (b,)), "lengths_k": torch.randint(0, tk + 1, (b,)), "causal": True,
         },
+        "prefix": lambda: {"prefix_lengths": torch.randint(0, tk + 1, (b,)), "causal": True},
+        "prefix, window": lambda: {
+            "prefix_lengths": torch.randint(0, tk + 1, (b,)), "window_left": 9, "window_right": 3,
+            "bottom_right": False,
+        },
         "dropout": lambda: {"dropout_p": 0.3, "seed": torch.tensor([0x1234567890ABCDEF])},
     }  # fmt: skip
     return makers[name]()
@@ -273,7 +283,7 @@ FEATURES = [
     "plain", "negative scale", "causal", "causal, top left", "window", "window, causal", "softcap", "bias",
     "bias, broadcast over batch and queries", "bias, broadcast over heads and keys", "bias, one number",
     "bias of -inf", "mask", "mask of keys", "mask of queries", "mask, keys first in memory", "sinks",
-    "sinks in float32", "alibi", "lengths", "dropout",
+    "sinks in float32", "alibi", "lengths", "prefix", "prefix, window", "dropout",
 ]  # fmt: skip
 
 

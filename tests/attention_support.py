@@ -46,6 +46,8 @@ def calls(pick):
         options["lengths_q"] = torch.randint(0, queries + 1, (batch,))
     if pick(flip):
         options["lengths_k"] = torch.randint(0, keys + 1, (batch,))
+    if pick(flip) and (options["causal"] or max(options["window_left"], options["window_right"]) >= 0):
+        options["prefix_lengths"] = torch.randint(0, keys + 1, (batch,))
     return q, k, v, options
 
 
@@ -61,12 +63,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias-of-keys": {"bias": "keys"},
     "bias-and-mask": {"bias": "pairs", "mask": "pairs", "causal": True},
     "lengths": {"lengths_q": True, "lengths_k": True, "causal": True},
+    "prefix": {"prefix_lengths": True, "causal": True},
+    "prefix-window": {"prefix_lengths": True, "window": (5, 3), "lengths_k": True, "align": "top_left"},
     "alibi": {"alibi_slopes": True, "causal": True},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": True, "causal": True},
     "everything": {
         "causal": True, "window": (20, -1), "softcap": 3.0, "sinks": True, "alibi_slopes": True, "bias": "pairs",
-        "mask": "pairs", "lengths_k": True,
+        "mask": "pairs", "lengths_k": True, "prefix_lengths": True,
     },
 }  # fmt: skip
 """Named options of ``fastseq.attention``; :func:`options_of` puts tensors where they name one."""
@@ -97,12 +101,15 @@ def options_of(feature: str, q: Tensor, k: Tensor) -> dict[str, Any]:
         options["lengths_q"] = torch.randint(0, queries + 1, (batch,))
     if "lengths_k" in options:
         options["lengths_k"] = torch.randint(0, keys + 1, (batch,))
+    if "prefix_lengths" in options:
+        options["prefix_lengths"] = torch.randint(0, keys + 1, (batch,))
     return options
 
 
 def peer(
     q: Tensor, k: Tensor, v: Tensor, *, bias=None, mask=None, causal=False, align="bottom_right", window=None,
     softcap=0.0, sinks=None, alibi_slopes=None, lengths_q=None, lengths_k=None,
+    prefix_lengths=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a user would write with torch today: each step of the formula in q's own dtype, softmax by torch."""
     group = q.shape[1] // k.shape[1]
@@ -110,8 +117,8 @@ def peer(
     scores = q.shape[-1] ** -0.5 * (q @ k.transpose(-2, -1))
     left, right = window or (-1, -1)
     at, visible = visible_pairs(
-        q, k, mask=mask, lengths_q=lengths_q, lengths_k=lengths_k, causal=causal, bottom_right=align == "bottom_right",
-        window_left=left, window_right=right,
+        q, k, mask=mask, lengths_q=lengths_q, lengths_k=lengths_k, prefix_lengths=prefix_lengths, causal=causal,
+        bottom_right=align == "bottom_right", window_left=left, window_right=right,
     )  # fmt: skip
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -160,6 +160,8 @@ def draw_attention(case: Case, one_of: OneOf, choose: Callable[[str], None], top
     case["window"] = [one_of(-1, 0, 1, 3, far), one_of(-1, 0, 1, 3, far)] if one_of(*NO) else None
     for name, longest in (("lengths_q", case["L"]), ("lengths_k", case["S"])):
         case[name] = [one_of(*range(longest + 1)) for _ in range(case["B"])] if one_of(*SELDOM) else None
+    if case["causal"] and one_of(*SELDOM):
+        case["prefix_lengths"] = [one_of(*range(case["S"] + 1)) for _ in range(case["B"])]
 
 
 def draw_multihead(case: Case, one_of: OneOf, topic: str, empty: bool) -> None:
@@ -344,5 +346,7 @@ def make_others(case: Case) -> dict[str, Tensor]:
             getattr(torch, case["dtype"])
         )
     return others | {
-        n: torch.tensor(case[n], dtype=torch.int64) for n in ("lengths_q", "lengths_k") if case.get(n) is not None
+        n: torch.tensor(case[n], dtype=torch.int64)
+        for n in ("lengths_q", "lengths_k", "prefix_lengths")
+        if case.get(n) is not None
     }

@@ -16,7 +16,7 @@ namespace fastseq {
 // settings.
 #define FASTSEQ_ATTENTION_FIELDS(tensor, setting, separator) \
   tensor(bias) separator tensor(mask) separator tensor(sinks) separator tensor(alibi_slopes) separator \
-  tensor(lengths_q) separator tensor(lengths_k) separator \
+  tensor(lengths_q) separator tensor(lengths_k) separator tensor(prefix_lengths) separator \
   tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(seed) separator \
   setting(double, scale) separator setting(bool, causal) separator setting(bool, bottom_right) separator \
   setting(int64_t, window_left) separator setting(int64_t, window_right) separator \
@@ -45,6 +45,7 @@ struct AttentionArguments {
   View q, k, v;
   const int32_t *cu_q = nullptr, *cu_k = nullptr;            // [B+1]: packed
   const int64_t *lengths_q = nullptr, *lengths_k = nullptr;  // [B]
+  const int64_t* prefix = nullptr;                           // [B]: keys seen whatever causality and window say
   Pairs bias;                                                // bias_dtype
   Pairs mask;                                                // bytes, not 0: may look
   const void* sinks = nullptr;                               // sinks_dtype [Hq]

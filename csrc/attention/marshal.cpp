@@ -79,11 +79,13 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   call.cu_k = vector<int32_t>(x.cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, batch + 1);
   call.lengths_q = vector<int64_t>(x.lengths_q, "lengths_q", ScalarType::Long, batch);
   call.lengths_k = vector<int64_t>(x.lengths_k, "lengths_k", ScalarType::Long, batch);
+  call.prefix = vector<int64_t>(x.prefix_lengths, "prefix_lengths", ScalarType::Long, batch);
   if (rules.looks_at_values) {
     if (packed_) call.length_q = Size(longest(call.cu_q, batch, total_q, "cu_seqlens_q"));
     if (packed_) call.length_k = Size(longest(call.cu_k, batch, total_k, "cu_seqlens_k"));
     check_lengths(call.lengths_q, batch, total_q, "lengths_q");
     check_lengths(call.lengths_k, batch, total_k, "lengths_k");
+    check_lengths(call.prefix, batch, total_k, "prefix_lengths");
   }
   const int64_t shape[4] = {batch, heads_q, total_q, total_k};
   call.bias = pairs(x.bias, "bias", shape), call.bias_dtype = bias_dtype_ = dtype_beside_q(x.bias, "bias");

@@ -24,6 +24,7 @@ class AttentionCall(NamedTuple):
     alibi_slopes: Tensor | None = None
     lengths_q: Tensor | None = None
     lengths_k: Tensor | None = None
+    prefix_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seed: Tensor | None = None
@@ -48,7 +49,7 @@ OPTIONS = AttentionCall._fields[3:]
 TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tensor, Tensor | None))
 """The fields that hold tensors; they come first."""
 
-PER_SEQUENCE = tuple(name for name in TENSORS if name.startswith("lengths_"))
+PER_SEQUENCE = tuple(name for name in TENSORS if "lengths" in name)
 """The fields of one number a sequence, [B]."""
 
 PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p"))
@@ -71,7 +72,7 @@ def is_limited(call: AttentionCall) -> bool:
     return (
         call.window_left >= 0
         or call.window_right >= 0
-        or not (call.lengths_q is call.lengths_k is call.cu_seqlens_q is None)
+        or not (call.lengths_q is call.lengths_k is call.prefix_lengths is call.cu_seqlens_q is None)
     )
 
 

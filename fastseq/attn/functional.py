@@ -38,6 +38,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     lengths_q: Tensor | None = None,
     lengths_k: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -50,9 +51,10 @@ def attention(
     """softmax(q kᵀ · scale + bias) v; Vaswani et al. 2017.
 
     The score of query i and key j is s = scale · q[i]·k[j]; then softcap · tanh(s / softcap); then + bias[i, j];
-    then − alibi_slopes · |i + shift − j|. What ``mask``, ``causal``, ``window`` and the lengths leave is visible. A
-    row that sees no key gives 0 and has zero gradients. ``align`` sets shift, the key that the diagonal meets at
-    query 0: 0 for ``"top_left"``, Tk − Tq for ``"bottom_right"`` (of each sequence's own lengths, where they vary).
+    then − alibi_slopes · |i + shift − j|. Key j is visible where ``causal`` and ``window`` allow it or
+    j < ``prefix_lengths``, and where j < ``lengths_k``, and where ``mask`` is True. A row that sees no key gives 0 and
+    has zero gradients. ``align`` sets shift, the key that the diagonal meets at query 0: 0 for ``"top_left"``, Tk − Tq
+    for ``"bottom_right"`` (of each sequence's own lengths, where they vary).
 
     Args:
         q: ``[B, Hq, Tq, D]``; float64, float32, bfloat16 or float16; any strides.
@@ -68,6 +70,8 @@ def attention(
             dtype or float32; has a gradient.
         alibi_slopes: ``[Hq]``, q's dtype or float32, constants; Press et al. 2021.
         lengths_q, lengths_k: int ``[B]``: positions from there on are padding, never read; o is 0 there.
+        prefix_lengths: int ``[B]``, beside ``causal`` or ``window``: keys j < prefix_lengths[b] are seen by every query
+            of sequence b whatever these two say, as in a prefix-LM; Raffel et al. 2020. Packed too.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, running sums of lengths from 0: q, k and v are then packed,
             ``[total, H, D]``, sequence after sequence. Not together with bias, mask or lengths.
         block_table: int32 ``[B, pages]``: k and v are then a cache in pages, pools ``[P, page, Hk, D]`` and
@@ -111,6 +115,7 @@ def attention(
     if unknown:
         checks_attention.refuse_keyword("attention", unknown, checks_attention.MEANT_FOR_ATTENTION)
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
+    short = short and prefix_lengths is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
         o = direct_attention.attend(
@@ -157,8 +162,17 @@ def attention(
     checks_attention.check_numbers(scale, softcap, dropout_p)
     bottom_right = checks_attention.check_align(align)
     left, right = checks_attention.check_window(window)
+    if prefix_lengths is not None:
+        if not causal and left < 0 and right < 0:
+            raise ArgumentError(
+                "prefix_lengths needs causal=True or a window, got neither: every query sees every key; leave it out"
+            )
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        longest = shape[3] if not packed else k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
+        checks_attention.check_lengths("prefix_lengths", prefix_lengths, q, longest, batch)
+        prefix_lengths = prefix_lengths.to(torch.int64)
     call = AttentionCall(
-        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k,
+        q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
         scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left, window_right=right,
         softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
@@ -408,7 +422,7 @@ def _attend(
             k.shape[-2],
             untimed=call.dropout_p > 0.0
             or block_table is not None
-            or not (call.bias is call.mask is call.alibi_slopes is None),
+            or not (call.bias is call.mask is call.alibi_slopes is call.prefix_lengths is None),
             limits=is_limited(call),
             training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .random import keep_mask
@@ -88,6 +89,7 @@ def visible_pairs(
     mask: Tensor | None = None,
     lengths_q: Tensor | None = None,
     lengths_k: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     causal: bool = False,
@@ -111,6 +113,8 @@ def visible_pairs(
         ahead >= -window_left if window_left >= 0 else None,
         ahead <= window_right if window_right >= 0 else None,
     )
+    if prefix_lengths is not None and limits is not None:
+        limits = limits | (at.j < F.pad(prefix_lengths, (0, 1))[at.b])  # rows of no sequence have no prefix
     real = None if at.column_is_real is None else at.column_is_real.transpose(-2, -1)
     return at, _all_of(at.row_is_real, real, at.same_sequence, mask, limits)
 

@@ -49,6 +49,7 @@ class Call(NamedTuple):
     cu_k: object
     lengths_q: object  # int64 [B]
     lengths_k: object
+    prefix: object  # int64 [B]: keys that every query sees, whatever left and right
     bottom_right: object  # 0 or 1
     left: object  # keys j >= i + shift - left
     right: object  # keys j <= i + shift + right; causal is 0
@@ -83,7 +84,8 @@ class Problem:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-        lengths_q: Tensor | None, lengths_k: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+        lengths_q: Tensor | None, lengths_k: Tensor | None, prefix_lengths: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
         seed: Tensor | None, scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int,
         softcap: float, dropout_p: float, block_table: Tensor | None = None, machine: str | None = None,
     ) -> None:  # fmt: skip
@@ -98,8 +100,8 @@ class Problem:
         self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         self.bias, self.scale = bias, float(scale)
         self.check(
-            bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, seed, dropout_p,
-            block_table,
+            bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k, seed,
+            dropout_p, block_table,
         )  # fmt: skip
         right = min(window_right if window_right >= 0 else UNLIMITED, 0 if causal else UNLIMITED)
         self.call = Call(
@@ -111,6 +113,7 @@ class Problem:
             cu_k=None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
             lengths_q=None if lengths_q is None else lengths_q.contiguous(),
             lengths_k=None if lengths_k is None else lengths_k.contiguous(),
+            prefix=None if prefix_lengths is None else prefix_lengths.contiguous(),
             bottom_right=hidden(int(bottom_right)),
             left=hidden(min(window_left, UNLIMITED)) if window_left >= 0 else None,
             right=hidden(right) if right < UNLIMITED else None,
@@ -130,7 +133,8 @@ class Problem:
 
     def check(
         self, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-        lengths_q: Tensor | None, lengths_k: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+        lengths_q: Tensor | None, lengths_k: Tensor | None, prefix_lengths: Tensor | None,
+        cu_q: Tensor | None, cu_k: Tensor | None,
         seed: Tensor | None, dropout_p: float, block_table: Tensor | None,
     ) -> None:  # fmt: skip
         """Refuses what would make a kernel read past a tensor's end, as far as shapes tell."""
@@ -158,6 +162,7 @@ class Problem:
         vectors = {
             "lengths_q": (lengths_q, torch.int64, self.batch),
             "lengths_k": (lengths_k, torch.int64, self.batch),
+            "prefix_lengths": (prefix_lengths, torch.int64, self.batch),
             "cu_seqlens_q": (cu_q, torch.int32, self.batch + 1),
             "cu_seqlens_k": (cu_k, torch.int32, self.batch + 1),
             "alibi_slopes": (alibi_slopes, torch.float32, self.heads),

@@ -82,6 +82,15 @@ def sequence(call, b):
 
 
 @triton.jit
+def prefix_of(call, b):
+    """The first keys of a sequence that every query sees, of a call with a prefix; may be more than there are."""
+    if call.cu_q is None:
+        return tl.load(call.prefix + b).to(tl.int32)
+    else:
+        return tl.load(call.prefix + b, mask=b < number(call.batch), other=0).to(tl.int32)
+
+
+@triton.jit
 def key_range(call, b, first, last, tk, shift, BLOCK: tl.constexpr):
     """Keys [begin, end) that queries first..last see, [whole_begin, whole_end) of them seen by each one: all but the
     last a multiple of BLOCK, and the loop over the middle needs no mask."""
@@ -95,6 +104,13 @@ def key_range(call, b, first, last, tk, shift, BLOCK: tl.constexpr):
     if call.right is not None:
         end = tl.minimum(end, last + shift + number(call.right) + 1)
         whole_end = tl.minimum(whole_end, first + shift + number(call.right) + 1)
+    if call.prefix is not None:  # what is between the prefix and a window is visited, and hidden
+        prefix = tl.minimum(prefix_of(call, b), tk)
+        begin = tl.where(prefix > 0, 0, begin)
+        end = tl.maximum(end, prefix)
+        joined = whole_begin <= prefix
+        whole_begin = tl.where(joined, 0, whole_begin)
+        whole_end = tl.where(joined, tl.maximum(whole_end, prefix), whole_end)
     end = tl.where(first <= last, end, 0)
     whole_end = tl.where(first <= last, whole_end, 0)
     if call.left is not None:
@@ -122,6 +138,11 @@ def query_range(call, b, first, last, tq, shift, BLOCK: tl.constexpr):
         whole = tl.maximum(whole, last - shift - number(call.right))
     if call.left is not None:
         end = tl.minimum(end, last - shift + number(call.left) + 1)
+    if call.prefix is not None:
+        prefix = prefix_of(call, b)
+        begin = tl.where(first < prefix, 0, begin)
+        whole = tl.where(last < prefix, 0, whole)
+        end = tl.where(first < prefix, tq, end)
     end = tl.where(first <= last, end, 0)
     stop = tl.cdiv(end, BLOCK) * BLOCK
     begin = tl.where(begin < end, begin // BLOCK * BLOCK, stop)  # rounded, a begin past the end would be before it
@@ -143,6 +164,11 @@ def visible(call, b, h, i, j, i0, j0, tq, tk, shift, PAST_END: tl.constexpr):
         seen = (j == j) & (i == i)
     if call.left is not None:
         seen = seen & (j >= i + (shift - number(call.left)))
+    if call.prefix is not None:
+        prefix = prefix_of(call, b)
+        if PAST_END:
+            prefix = tl.minimum(prefix, tk)
+        seen = seen | (j < prefix)
     if call.mask.ptr is not None:
         seen = seen & (load_pairs(call.mask, b, h, i, j, i0, j0, tq, tk, 0) != 0)
     return seen

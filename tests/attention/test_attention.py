@@ -374,7 +374,7 @@ def test_packed_is_the_padded_batch(backend, align):
             p[b, :, : cu[b + 1] - cu[b]] = x[cu[b] : cu[b + 1]].transpose(0, 1)
     common = {
         "causal": True, "align": align, "window": (12, -1), "alibi_slopes": torch.rand(4), "sinks": torch.randn(4),
-        "dropout_p": 0.2, "softcap": 4.0,
+        "dropout_p": 0.2, "softcap": 4.0, "prefix_lengths": torch.tensor([2, 4, 9, 0]),
     }  # fmt: skip
     results = []
     for inputs, extra in (

@@ -25,7 +25,8 @@ def draw(*shape, requires_grad=False):
 
 
 def formula(q, k, v, *, scale, bias=None, mask=None, sinks=None, alibi_slopes=None, lengths_q=None, lengths_k=None,
-            causal=False, bottom_right=True, window_left=-1, window_right=-1, softcap=0.0):  # fmt: skip
+            prefix_lengths=None, causal=False, bottom_right=True, window_left=-1, window_right=-1,
+            softcap=0.0):  # fmt: skip
     """The definition, one query at a time, in numpy."""
     batch, heads, queries, _ = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
@@ -41,10 +42,11 @@ def formula(q, k, v, *, scale, bias=None, mask=None, sinks=None, alibi_slopes=No
                 score = softcap * math.tanh(score / softcap) if softcap > 0 else score
                 score += 0.0 if bias is None else bias[b, h, i, j]
                 score -= 0.0 if alibi_slopes is None else float(alibi_slopes[h]) * abs(i + shift - j)
-                seen = mask is None or mask[b, h, i, j]
-                seen = seen and (not causal or j <= i + shift)
+                seen = not causal or j <= i + shift
                 seen = seen and (window_left < 0 or j >= i + shift - window_left)
                 seen = seen and (window_right < 0 or j <= i + shift + window_right)
+                seen = seen or (prefix_lengths is not None and j < prefix_lengths[b])
+                seen = seen and (mask is None or mask[b, h, i, j])
                 if seen and score > -np.inf:
                     logits.append(score)
                     values.append(v[b, h // group, j])

@@ -326,7 +326,7 @@ def test_opcheck(packed):
     if packed:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_q, cu_k = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 5, 10], dtype=torch.int32)
-        own = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+        own = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "prefix_lengths": torch.tensor([1, 5])}
     else:
         own = {"bias": bias, "mask": MASK, "lengths_q": torch.tensor([3, 1]), "lengths_k": torch.tensor([5, 4])}
     call = AttentionCall(

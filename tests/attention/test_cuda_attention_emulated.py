@@ -108,6 +108,7 @@ def test_packed_sequences(dtype: torch.dtype) -> None:
     q, k, v, cu = packed([1, 0, 70, 33], [65, 7, 129, 0], dtype, spare=2)
     check(q, k, v, {**cu, "causal": True})
     check(q, k, v, {**cu, "window_left": 5, "bottom_right": False, "sinks": torch.randn(4)})
+    check(q, k, v, {**cu, "causal": True, "prefix_lengths": torch.tensor([3, 7, 100, 0])})
 
 
 @either
@@ -137,7 +138,8 @@ def test_any_strides() -> None:
         check(layout(q), layout(k), layout(v), {"causal": True})
 
 
-DECODED = ["plain", "causal", "window", "softcap", "bias", "mask", "sinks", "alibi", "lengths", "dropout"]
+DECODED = ["plain", "causal", "window", "softcap", "bias", "mask", "sinks", "alibi", "lengths", "prefix, window",
+           "dropout"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DECODED)

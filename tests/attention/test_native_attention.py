@@ -48,6 +48,7 @@ def test_packed_sequences(dtype: torch.dtype, isa: str) -> None:
     q, k, v, cu = packed([1, 0, 70, 33], [65, 7, 129, 0], dtype, spare=2)
     for more in ({}, {"causal": True}, {"window_left": 5, "bottom_right": False}, {"sinks": torch.randn(4)}):
         assert_right(q, k, v, {**cu, **more})
+    assert_right(q, k, v, {**cu, "causal": True, "prefix_lengths": torch.tensor([3, 7, 100, 0])}, with_dlse=True)
     q, k, v, cu = packed([1, 3, 2], [300, 1, 40], dtype)
     assert_right(q, k, v, {**cu, "causal": True, "dropout_p": 0.2, "seed": torch.tensor([5])})
 

@@ -39,24 +39,27 @@ def case(name: str, dtype: torch.dtype = HALF) -> Options:
         "padding mask": {"mask": torch.empty(batch, 1, 1, length, dtype=torch.bool)},
         "bias of heads": {"bias": torch.empty(1, heads, length, length, dtype=dtype)},
         "bias of keys": {"bias": torch.empty(batch, 1, 1, length)},
+        "prefix": {"causal": True, "prefix_lengths": lengths},
+        "prefix and window": {"causal": True, "window_left": 100, "prefix_lengths": lengths},
         "dropout": {"dropout_p": 0.1, "seed": torch.empty(1, dtype=torch.int64), "causal": True},
         "alibi": {"alibi_slopes": torch.empty(heads), "causal": True},
         "softcap": {"softcap": 30.0, "causal": True, "window_left": 100},
         "everything": {
             **by_pair, "alibi_slopes": torch.empty(heads), "softcap": 30.0, "dropout_p": 0.1, "window_left": 9,
             "seed": torch.empty(1, dtype=torch.int64), "sinks": torch.empty(heads), "lengths_q": lengths,
-            "lengths_k": lengths, "causal": True,
+            "lengths_k": lengths, "prefix_lengths": lengths, "causal": True,
         },
     }  # fmt: skip
     return options[name]
 
 
 CASES = [
-    "full", "causal", "window", "packed", "lengths", "padding mask", "bias of heads", "bias of keys", "dropout",
-    "alibi", "softcap", "everything",
+    "full", "causal", "window", "packed", "lengths", "padding mask", "bias of heads", "bias of keys", "prefix",
+    "prefix and window", "dropout", "alibi", "softcap", "everything",
 ]  # fmt: skip
 QUICK = [("sm_90", "causal", 64), ("sm_90", "causal", 128), ("sm_80", "window", 128), ("sm_100", "packed", 128),
          ("sm_90", "everything", 128), ("sm_80", "everything", 64), ("sm_90", "full", 192),
+         ("sm_90", "prefix", 128), ("sm_80", "prefix and window", 64),
          ("sm_100", "causal", 512)]  # fmt: skip
 
 
@@ -350,6 +353,7 @@ def test_each_feature_multiplies_the_variants_by_a_known_number() -> None:
         ]),
         "right limit": (2, [{}, {"causal": True}, {"causal": True, "window_right": 5}, {"window_right": 100}]),
         "left limit": (2, [{}, {"window_left": 0}, {"window_left": 100}]),
+        "prefix": (2, [{}, {"prefix_lengths": lengths}]),
         "align": (1, [{}, {"bottom_right": False}]),
         "softcap": (2, [{}, {"softcap": 1.0}, {"softcap": 30.0}]),
         "slopes": (2, [{}, {"alibi_slopes": torch.empty(4)}]),

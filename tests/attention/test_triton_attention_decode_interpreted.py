@@ -59,6 +59,7 @@ def paged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, page: int, options: 
 
 PAGED: dict[str, Any] = {
     "plain": {}, "causal": {"causal": True}, "window": {"window_left": 9, "window_right": 3},
+    "prefix": {"prefix_lengths": torch.tensor([40, 0]), "window_left": 9},
     "softcap": {"softcap": 2.0, "causal": True}, "sinks": {"sinks": torch.tensor([0.5, -1, 2, 0])},
     "alibi": {"alibi_slopes": torch.tensor([0.1, 0.5, 1.0, 0.0])},
 }  # fmt: skip

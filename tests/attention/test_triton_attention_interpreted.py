@@ -123,8 +123,10 @@ def test_packed_sequences_of_any_strides() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "more", [{}, {"causal": True}, {"window_left": 5, "bottom_right": False}, {"sinks": torch.tensor([0.5, -1, 2, 0])}],
-    ids=["plain", "causal", "window", "sinks"],
+    "more",
+    [{}, {"causal": True}, {"window_left": 5, "bottom_right": False}, {"sinks": torch.tensor([0.5, -1, 2, 0])},
+     {"causal": True, "prefix_lengths": torch.tensor([3, 7, 60, 0])}],
+    ids=["plain", "causal", "window", "sinks", "prefix"],
 )  # fmt: skip
 def test_packed_sequences(more: Options, dtype: torch.dtype) -> None:
     q, k, v, cu = packed([1, 0, 40, 33], [35, 7, 67, 0], dtype, spare=2)

@@ -32,6 +32,7 @@ LIMITS: dict[str, Options] = {
     "window, top left": {"window_left": 20, "window_right": 5, "bottom_right": False},
     "causal window": {"causal": True, "window_left": 70},
     "lengths": {"lengths_q": [60], "lengths_k": [100], "causal": True},
+    "prefix": {"causal": True, "bottom_right": False, "prefix_lengths": [70]},
     "causal with a bias": {"causal": True, "bias": True},
     "window with a bias, top left": {"window_left": 20, "bottom_right": False, "bias": True},
 }
@@ -69,6 +70,7 @@ FULL = pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "queries", "keys"),
     [("causal", 70, 130), ("window", 70, 130), ("window", 4, 130), ("lengths", 70, 130), ("lengths", 4, 130),
+     ("prefix", 130, 130),
      # Keys that only queries past the last would see, and queries that only keys past the last would: the last tile of
      # the other side, which is not full, is no more theirs than any before it.
      ("causal, top left", 70, 130), ("window, top left", 130, 70),

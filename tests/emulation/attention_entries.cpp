@@ -44,6 +44,7 @@ void read_call(Reader& in, AttentionCall& call) {
   in.pairs(call.bias), in.pairs(call.mask);
   call.sinks = in.pointer<void>(), call.alibi = in.pointer<float>();
   call.lengths_q = in.pointer<int64_t>(), call.lengths_k = in.pointer<int64_t>();
+  call.prefix = in.pointer<int64_t>();
   call.cu_q = in.pointer<int32_t>(), call.cu_k = in.pointer<int32_t>();
   call.seed = in.pointer<int64_t>();
   call.scale = in.x[0], call.softcap = in.x[1], call.dropout_p = in.x[2];

@@ -19,7 +19,7 @@ struct Problem {
   bool packed, time_major;
   int threads;
   std::vector<int32_t> cu_q, cu_k;
-  std::vector<int64_t> lengths_q, lengths_k;
+  std::vector<int64_t> lengths_q, lengths_k, prefix;
   int64_t bias_size[4] = {}, mask_size[4] = {};
   Array q, k, v, bias, sinks, alibi, d_o, dlse;
   std::shared_ptr<unsigned char[]> mask;
@@ -46,6 +46,7 @@ struct Problem {
       if (random.chance(0.25)) lengths_q = draw_lengths(random, Tq);
       if (random.chance(0.35)) lengths_k = draw_lengths(random, Tk);
     }
+    if (random.chance(0.2)) prefix = draw_lengths(random, Tk);
     const int64_t batches = packed ? 1 : B;
     q = random.array(dtype, batches * Hq * rows_q * D, 1);
     k = random.array(dtype, batches * Hk * rows_k * D, 1);
@@ -95,12 +96,12 @@ struct Problem {
   std::string describe(uint64_t seed) const {
     char text[240];
     std::snprintf(text, sizeof text,
-                  "attention seed %lu: %s B%ld Hq%ld Hk%ld Tq%ld Tk%ld D%ld Dv%ld threads %d%s%s%s%s%s%s%s%s%s",
+                  "attention seed %lu: %s B%ld Hq%ld Hk%ld Tq%ld Tk%ld D%ld Dv%ld threads %d%s%s%s%s%s%s%s%s%s%s",
                   (unsigned long)seed, kDtypeNames[int(dtype)], long(B), long(Hq), long(Hk), long(Tq), long(Tk), long(D),
                   long(Dv), threads, packed ? " packed" : "", bias.absent() ? "" : " bias", mask ? " mask" : "",
                   options.causal ? " causal" : "", sinks.absent() ? "" : " sinks", alibi.absent() ? "" : " alibi",
                   options.dropout_p > 0 ? " dropout" : "", options.softcap > 0 ? " softcap" : "",
-                  lengths_q.empty() && lengths_k.empty() ? "" : " lengths");
+                  lengths_q.empty() && lengths_k.empty() ? "" : " lengths", prefix.empty() ? "" : " prefix");
     return text;
   }
 
@@ -130,6 +131,7 @@ struct Problem {
     if (packed) call.cu_q = cu_q.data(), call.cu_k = cu_k.data();
     if (!lengths_q.empty()) call.lengths_q = lengths_q.data();
     if (!lengths_k.empty()) call.lengths_k = lengths_k.data();
+    if (!prefix.empty()) call.prefix = prefix.data();
     if (!bias.absent()) call.bias = pairs(bias.data(), bias_size);
     if (mask) call.mask = pairs(mask.get(), mask_size);
     if (!sinks.absent()) call.sinks = sinks.data();

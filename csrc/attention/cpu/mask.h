@@ -22,6 +22,7 @@ struct Sequence {
   long q_row, k_row;  // where it begins in q and in k
   long rows, tq, tk;  // rows present in the output; queries and keys that count
   long shift, left, right;
+  long prefix;  // keys that every query sees
 
   Sequence(const AttentionCall& call, long b) {
     q_row = call.cu_q ? call.cu_q[b] : 0;
@@ -30,6 +31,7 @@ struct Sequence {
     tq = call.lengths_q ? least(rows, long(call.lengths_q[b])) : rows;
     const long keys = call.cu_k ? call.cu_k[b + 1] - k_row : call.length_k;
     tk = call.lengths_k ? least(keys, long(call.lengths_k[b])) : keys;
+    prefix = call.prefix ? least(tk, long(call.prefix[b])) : 0;
     shift = call.bottom_right ? tk - tq : 0;
     left = call.window_left >= 0 ? least(call.window_left, kUnlimited) : kUnlimited;  // sums with positions must not
     right = call.window_right >= 0 ? least(call.window_right, kUnlimited) : kUnlimited;  // overflow
@@ -41,28 +43,31 @@ struct Sequence {
     long begin, end;
   };
   Range seen_of(long from, long to, long i, long count) const {
-    return {most(from, first_key(i)), least(to, end_key(i + count - 1))};
+    const long end = least(to, most(prefix, end_key(i + count - 1)));
+    return {from < prefix ? from : most(from, first_key(i)), end};
   }
   Range seen_by(long i, long count = 1) const { return seen_of(0, tk, i, count); }
   // Whether each of queries [i, i + count) sees each of keys [from, to).
   bool all_see(long from, long to, long i, long count) const {
-    return first_key(i + count - 1) <= from && end_key(i) >= to;
+    return prefix >= to || (first_key(i + count - 1) <= most(from, prefix) && end_key(i) >= to);
   }
   // Which of queries [i, i + count), up to 64, see key j, one that counts.
   uint64_t who_sees(long j, long i, long count) const {
+    if (j < prefix) return bits_between(0, count);
     const long centre = j - shift - i;
     return bits_between(centre - right, least(centre + left + 1, count));
   }
   // Writes `hidden` over those of [from, to) that query i does not see; x begins at key `from`.
   template <class A>
   void hide(long from, long to, long i, A* x, A hidden) const {
-    const Range seen = seen_of(from, to, i, 1);
-    for (long j = from; j < least(to, seen.begin); ++j) x[j - from] = hidden;
-    for (long j = most(from, seen.end); j < to; ++j) x[j - from] = hidden;
+    const long after = most(from, prefix);
+    const Range seen = seen_of(after, to, i, 1);
+    for (long j = after; j < least(to, seen.begin); ++j) x[j - from] = hidden;
+    for (long j = most(after, seen.end); j < to; ++j) x[j - from] = hidden;
   }
 
  private:
-  // Query i looks at keys [first_key(i), end_key(i)); both grow with i.
+  // Query i looks at keys [first_key(i), end_key(i)), which both grow with i, and at those of the prefix.
   long first_key(long i) const { return most(0, i + shift - left); }
   long end_key(long i) const { return least(tk, i + shift + right + 1); }
 };

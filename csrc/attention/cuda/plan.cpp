@@ -53,7 +53,7 @@ void prepare(AttentionBackward& call) {
 
 bool is_general(const AttentionCall& call) {
   return call.bias.data != nullptr || call.mask.data != nullptr || call.alibi != nullptr || call.seed != nullptr ||
-         call.cap_out != 0 || !(call.factor > 0) || !call.aligned;
+         call.cap_out != 0 || call.prefix != nullptr || !(call.factor > 0) || !call.aligned;
 }
 
 namespace {
@@ -67,7 +67,8 @@ struct Mapped {
 const char* hopper_refusal_of(const AttentionCall& call, const Place& place, std::initializer_list<Mapped> views) {
   if (place.capability != 90) return "the GPU is not of compute capability 9.0";
   if (!call.aligned) return "rows do not begin at 16 bytes";
-  if (is_general(call)) return "bias, mask, cap, slopes, dropout or a scale that is not positive act on single pairs";
+  if (is_general(call))
+    return "bias, mask, cap, slopes, dropout, a prefix or a scale that is not positive act on single pairs";
   if (call.length_q == 0 || call.length_k == 0) return "there are no queries, or no keys";
   const bool packed = call.cu_q != nullptr;
   const auto stepped = [](int64_t size, int64_t stride) {

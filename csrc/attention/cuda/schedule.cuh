@@ -15,6 +15,7 @@ struct Sequence {
   int q_row, k_row;  // where it begins
   int rows, keys;    // present
   int tq, tk;        // that count
+  int prefix;        // keys that every query sees; of the general class alone
   int shift;
 
   FASTSEQ_DEVICE Sequence(const AttentionCall& call, int b) {
@@ -30,6 +31,7 @@ struct Sequence {
       if (call.lengths_q != nullptr) tq = at_least(0, at_most(rows, int(call.lengths_q[b])));
       if (call.lengths_k != nullptr) tk = at_least(0, at_most(keys, int(call.lengths_k[b])));
     }
+    prefix = call.prefix != nullptr && tk > 0 ? at_least(0, at_most(tk, int(call.prefix[b]))) : 0;
     shift = call.bottom_right ? tk - tq : 0;
   }
 };
@@ -110,19 +112,24 @@ FASTSEQ_DEVICE void for_each_slot(const AttentionCall& call, const Tiling& t, co
 // The keys that query i sees.
 template <bool kGeneral>
 struct SeenKeys {
-  int begin, end;
+  int begin, end, prefix;
   FASTSEQ_DEVICE SeenKeys(const AttentionCall& call, const Sequence& own, int i) {
     const int centre = i + own.shift;
     begin = centre - call.left, end = i < own.tq ? at_most(own.tk, centre + call.right + 1) : 0;
+    prefix = kGeneral ? own.prefix : 0;
   }
-  FASTSEQ_DEVICE bool hides(int j) const { return (j < begin) | (j >= end); }
+  FASTSEQ_DEVICE bool hides(int j) const {
+    const bool outside = (j < begin) | (j >= end);
+    return kGeneral ? outside & (j >= prefix) : outside;
+  }
 };
 
 // Whether key j is hidden from query i, lengths aside.
 template <bool kGeneral>
 FASTSEQ_DEVICE bool hides(const AttentionCall& call, const Sequence& own, int i, int j) {
   const int centre = i + own.shift;
-  return (j < centre - call.left) | (j > centre + call.right);
+  const bool outside = (j < centre - call.left) | (j > centre + call.right);
+  return kGeneral ? outside & (j >= own.prefix) : outside;
 }
 
 // Tiles [begin, end), counted in positions, of which those in [whole_begin, whole_end) are seen by everybody.
@@ -136,11 +143,18 @@ template <bool kGeneral>
 FASTSEQ_DEVICE Range keys_of(const AttentionCall& call, const Sequence& s, int first, int last, int block) {
   if (first > last) return {0, 0, 0, 0};
   Range r;
-  const int end = at_least(0, at_most(s.tk, last + s.shift + call.right + 1));
-  r.end = end;
-  r.begin = at_least(0, first + s.shift - call.left) / block * block;
-  r.whole_begin = round_up(at_least(0, last + s.shift - call.left), block);
-  r.whole_end = at_least(0, at_most(s.tk, first + s.shift + call.right + 1)) / block * block;
+  r.end = at_least(0, at_most(s.tk, last + s.shift + call.right + 1));
+  r.begin = at_least(0, first + s.shift - call.left);
+  r.whole_begin = at_least(0, last + s.shift - call.left);
+  r.whole_end = at_least(0, at_most(s.tk, first + s.shift + call.right + 1));
+  if (kGeneral) {  // what is between the prefix and a window is visited, and hidden
+    if (s.prefix > 0) r.begin = 0;
+    r.end = at_least(r.end, s.prefix);
+    if (r.whole_begin <= s.prefix) r.whole_begin = 0, r.whole_end = at_least(r.whole_end, s.prefix);
+  }
+  r.begin = r.begin / block * block;
+  r.whole_begin = round_up(r.whole_begin, block);
+  r.whole_end = r.whole_end / block * block;
   return r;
 }
 
@@ -153,6 +167,8 @@ FASTSEQ_DEVICE Range queries_of(const AttentionCall& call, const Sequence& s, in
   r.begin = at_least(0, first - s.shift - call.right) / block * block;
   r.whole_begin = round_up(at_least(0, last - s.shift - call.right), block);
   r.whole_end = at_least(0, at_most(s.tq, first - s.shift + call.left + 1)) / block * block;
+  if (kGeneral && first < s.prefix) r.begin = 0, r.end = s.tq;
+  if (kGeneral && last < s.prefix) r.whole_begin = 0, r.whole_end = s.tq / block * block;
   return r;
 }
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import triton
 from attention_operators import Options, arguments
-from fastseq.kernels.attention import launch as attention_launch
-from fastseq.kernels.attention.launch import Plan, Problem
 from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton_support import TARGETS, Compiled, read
+
+from fastseq.kernels.attention import launch as attention_launch
+from fastseq.kernels.attention.launch import Plan, Problem
 
 
 def specialized(x: Any, specialize: bool) -> tuple[Any, Any]:
@@ -88,7 +89,7 @@ def plans(
     q, k, v = make(heads, queries, dim), make(heads_k, keys, dim), make(heads_k, keys, dim_v)
     if pages is not None:
         k, v = (torch.empty(9, keys, heads_k, d, dtype=dtype).transpose(1, 2) for d in (dim, dim_v))
-    x = Problem(q, k, v, *arguments(options), block_table=pages, machine=machine)
+    x = Problem(q, k, v, *arguments({**options, "block_table": pages}), machine=machine)
     if not describable:
         x.describable = lambda *_: False  # type: ignore[method-assign]
     o = make(heads, queries, dim_v)

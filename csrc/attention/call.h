@@ -17,7 +17,7 @@ namespace fastseq {
 #define FASTSEQ_ATTENTION_FIELDS(tensor, setting, separator) \
   tensor(bias) separator tensor(mask) separator tensor(sinks) separator tensor(alibi_slopes) separator \
   tensor(lengths_q) separator tensor(lengths_k) separator tensor(prefix_lengths) separator \
-  tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(seed) separator \
+  tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(block_table) separator tensor(seed) separator \
   setting(double, scale) separator setting(bool, causal) separator setting(bool, bottom_right) separator \
   setting(int64_t, window_left) separator setting(int64_t, window_right) separator \
   setting(double, softcap) separator setting(double, dropout_p)

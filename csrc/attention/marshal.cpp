@@ -59,6 +59,7 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   const int64_t dim = q.size(rank - 1), dim_v = v.size(rank - 1), heads_q = q.size(1), heads_k = k.size(1);
   const char* refusal = rules.refusal(dtype_, dim, dim_v);
   FASTSEQ_CHECK(!refusal, "attention: ", refusal);
+  FASTSEQ_CHECK(!x.block_table, "attention: the native kernels read no pages (block_table)");
   FASTSEQ_CHECK(packed_ == x.cu_seqlens_k.has_value(), "attention: cu_seqlens_q and cu_seqlens_k come together");
   FASTSEQ_CHECK(!packed_ || !(x.bias || x.mask || x.lengths_q || x.lengths_k),
                 "attention: bias, mask and lengths belong to the padded layout, not to cu_seqlens");

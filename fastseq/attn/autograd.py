@@ -106,7 +106,9 @@ def _gradient(d_o: Tensor, dlse: Tensor | None, call: AttentionCall, bias_grad: 
 
 def call_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The reference's o and lse, o in memory as q is."""
-    o, lse = reference_attention(**call._asdict())
+    given = call._asdict()
+    del given["block_table"]  # its pages were gathered
+    o, lse = reference_attention(**given)
     return ops_attention.laid_out_as(call.q, o), lse
 
 

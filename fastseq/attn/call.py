@@ -27,6 +27,7 @@ class AttentionCall(NamedTuple):
     prefix_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
     seed: Tensor | None = None
     scale: float = 1.0
     causal: bool = False
@@ -51,9 +52,6 @@ TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tenso
 
 PER_SEQUENCE = tuple(name for name in TENSORS if "lengths" in name)
 """The fields of one number a sequence, [B]."""
-
-PAGED_OPTIONS = tuple(name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p"))
-"""Those of the operator on pages."""
 
 
 def tensors_of(fields: Sequence) -> Sequence:

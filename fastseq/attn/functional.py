@@ -173,10 +173,10 @@ def attention(
         prefix_lengths = prefix_lengths.to(torch.int64)
     call = AttentionCall(
         q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-        scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left, window_right=right,
-        softcap=float(softcap), dropout_p=float(dropout_p),
+        block_table, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left,
+        window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
-    o, lse = _attend(call, return_lse, backend, block_table)
+    o, lse = _attend(call, return_lse, backend)
     return (o, lse) if return_lse else o
 
 
@@ -408,9 +408,7 @@ def _four_dimensions(
     return as_batch(q, heads_q), as_batch(k, heads_k), as_batch(v, heads_k), mask, shape
 
 
-def _attend(
-    call: AttentionCall, return_lse: bool = False, backend: str | None = None, block_table: Tensor | None = None
-) -> tuple[Tensor, Any]:
+def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None = None) -> tuple[Tensor, Any]:
     """Choose the backend and run it: o and lse, which may be None where ``return_lse`` is not set."""
     backends.check_not_context_parallel()
     q, k, v = call.q, call.k, call.v
@@ -421,7 +419,7 @@ def _attend(
             q.shape[-2],
             k.shape[-2],
             untimed=call.dropout_p > 0.0
-            or block_table is not None
+            or call.block_table is not None
             or not (call.bias is call.mask is call.alibi_slopes is call.prefix_lengths is None),
             limits=is_limited(call),
             training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -435,10 +433,8 @@ def _attend(
     name = backends.resolve("attention", kind, device, reasons, backend)
     if call.dropout_p > 0.0 and name != "torch":
         call = call._replace(seed=_seed(q))
-    if block_table is not None:
-        if autograd_attention.reads_pages(name, call):
-            return ops_attention.paged(call, block_table)
-        call = pages.gather(call, block_table)
+    if call.block_table is not None and not autograd_attention.reads_pages(name, call):
+        call = pages.gather(call)
     return (eager_attention.attention(call), None) if name == "torch" else autograd_attention.run(name, call)
 
 

@@ -14,14 +14,12 @@ import torch
 from fastseq.ops import triton as ops_triton
 from fastseq.ops.attention import (
     OPTIONS_SCHEMA,
-    PAGED_SCHEMA,
     attention_rule,
     fake_attention_backward,
     fake_attention_forward,
-    fake_attention_paged,
 )
 from fastseq.ops.define import BACKENDS as BACKENDS
-from fastseq.ops.define import define, fold_batch, loop_over
+from fastseq.ops.define import define, fold_batch
 from fastseq.ops.layers import (
     LAYERS_BACKWARD,
     LAYERS_FORWARD,
@@ -70,6 +68,9 @@ SCAN_BACKWARD = (
 #   alibi_slopes float32 (float64 as q) [Hq], lengths (PER_SEQUENCE) int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
 #   scores s = scale * q k^T; softcap * tanh(s / softcap); + bias; - alibi * |i + shift - j|; then mask and limits
 #   shift = 0, or Tk - Tq where bottom_right; a window of -1 has no limit
+# On a cache of pages, of a backend that reads them (Triton's): k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,
+#   pages of the longest], of which lengths_k rows count; q dense, or packed with cu_seqlens_q alone; Tk = pages of the
+#   longest * page. No dropout and no gradient.
 # -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)
 #    [B,Hq,Tq], packed [Hq,total]
 ATTENTION_FORWARD = f"(Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}) -> (Tensor o, Tensor lse)"
@@ -80,11 +81,6 @@ ATTENTION_BACKWARD = (
     f"(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS_SCHEMA}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
-
-# Inference on a cache of pages: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,pages of the longest], of which
-# lengths_k int64 [B] rows count; q [B,Hq,Tq,D], or packed [total,Hq,D] with cu_seqlens_q. No gradients, no dropout;
-# else, and what comes out, as ATTENTION_FORWARD with Tk = pages of the longest * page.
-ATTENTION_PAGED = f"(Tensor q, Tensor k, Tensor v, Tensor block_table, {PAGED_SCHEMA}) -> (Tensor o, Tensor lse)"
 
 # A matrix [(gates + apart)*H, K] of bfloat16 or int8 as the kernels of this instruction set read it, for inference:
 # [vectors of H * words of K * gates, lanes, elements of a word of 4 bytes], then the same of the gates `apart`, which
@@ -159,10 +155,6 @@ define("layers_forward", LAYERS_FORWARD, fake_layers_forward, None, ("native",))
 define("layers_backward", LAYERS_BACKWARD, fake_layers_backward, None, ("native",))
 define("attention_forward", ATTENTION_FORWARD, fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", ATTENTION_BACKWARD, fake_attention_backward, attention_rule(7, backward=True))
-define(
-    "attention_paged", ATTENTION_PAGED, fake_attention_paged,
-    lambda op: lambda info, in_dims, *args: loop_over(op, info.batch_size, in_dims, args), ("triton",),
-)  # fmt: skip
 torch.library.define("fastseq::native_isa", NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", PACK_WEIGHTS)
 torch.library.define("fastseq::native_scan_plan", NATIVE_SCAN_PLAN)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.attn.call import OPTIONS, PAGED_OPTIONS, PER_SEQUENCE, SCHEMA, AttentionCall
+from fastseq.attn.call import OPTIONS, PER_SEQUENCE, SCHEMA, AttentionCall
 from fastseq.ops.define import loop_over
 
 OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
-PAGED_SCHEMA = ", ".join({**SCHEMA, "lengths_k": "Tensor lengths_k"}[name] for name in PAGED_OPTIONS)
 
 
 def empty_as(x: Tensor, features: int) -> Tensor:
@@ -47,16 +46,6 @@ def fake_attention_backward(d_o, dlse, q, k, v, o, lse, *rest):
     )
 
 
-def fake_attention_paged(q, k, v, block_table, *options):
-    return fake_attention_forward(*AttentionCall(q, k, v, **dict(zip(PAGED_OPTIONS, options, strict=True))))
-
-
-def paged(call: AttentionCall, block_table: Tensor) -> tuple[Tensor, Tensor]:
-    """o and lse of a call whose k and v are pools of pages, by the operator that reads them where they lie."""
-    options = (getattr(call, name) for name in PAGED_OPTIONS)
-    return torch.ops.fastseq.attention_paged.triton(call.q, call.k, call.v, block_table, *options)
-
-
 def native_cuda_reason(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
     """Why the CUDA C++ kernels cannot run on heads of ``dim`` and ``dim_v`` features; None where they can."""
     if dtype not in (torch.bfloat16, torch.float16):
@@ -73,7 +62,7 @@ def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callabl
     def of(op: Callable) -> Callable[..., tuple[Any, Any]]:
         def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
             options, dims = (dict(zip(OPTIONS, x[leading:], strict=False)) for x in (args, in_dims))
-            packed = options["cu_seqlens_q"] is not None
+            packed = options["cu_seqlens_q"] is not None or options["block_table"] is not None
             # Dropout's bits depend on the place in the batch, and sinks have one gradient a batch.
             one_by_one = packed or options["dropout_p"] > 0.0 or (backward and options["sinks"] is not None)
             if one_by_one or dims["sinks"] is not None or dims["alibi_slopes"] is not None:

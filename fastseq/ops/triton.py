@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.attn.call import PAGED_OPTIONS, AttentionCall
+from fastseq.attn.call import AttentionCall
 from fastseq.recurrent.cells import CELLS
 
 
@@ -62,20 +62,16 @@ def _scan_backward(*args: Any) -> tuple[Tensor, ...]:
 def _attention_forward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import launch as attention_launch
 
-    return attention_launch.forward(*args)
+    call = AttentionCall(*args)
+    if call.block_table is not None:  # the kernels have a page's heads before its rows
+        call = call._replace(k=call.k.transpose(1, 2), v=call.v.transpose(1, 2))
+    return attention_launch.forward(*call)
 
 
 def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import launch as attention_launch
 
     return attention_launch.backward(*args)
-
-
-def _attention_paged(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    from fastseq.kernels.attention import launch as attention_launch
-
-    given = dict(zip(PAGED_OPTIONS, options, strict=True))
-    return attention_launch.forward(*AttentionCall(q, k.transpose(1, 2), v.transpose(1, 2), **given), block_table)
 
 
 def register() -> None:
@@ -86,6 +82,5 @@ def register() -> None:
         ("scan_backward", _scan_backward),
         ("attention_forward", _attention_forward),
         ("attention_backward", _attention_backward),
-        ("attention_paged", _attention_paged),
     ):
         torch.library.impl(f"fastseq::{name}.triton", devices, implementation)

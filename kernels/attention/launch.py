@@ -248,8 +248,8 @@ def run(plans: Iterator[Plan], device: torch.device) -> None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Arguments and results as the operator ``attention_forward``; with a block_table after the last option k and v are
-    pools of pages, [P,Hk,page,D] and [P,Hk,page,Dv]."""
+    """Arguments and results as the operator ``attention_forward``; but with a block_table k and v are pools of pages
+    [P,Hk,page,D] and [P,Hk,page,Dv]."""
     x = Problem(q, k, v, *options)
     o = empty_as(q, v.shape[-1])
     lse = torch.empty(row_sizes(x), dtype=torch.float32, device=q.device)

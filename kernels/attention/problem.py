@@ -85,9 +85,9 @@ class Problem:
         self, q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
         lengths_q: Tensor | None, lengths_k: Tensor | None, prefix_lengths: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, block_table: Tensor | None,
         seed: Tensor | None, scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int,
-        softcap: float, dropout_p: float, block_table: Tensor | None = None, machine: str | None = None,
+        softcap: float, dropout_p: float, machine: str | None = None,
     ) -> None:  # fmt: skip
         self.packed, self.paged = cu_seqlens_q is not None, block_table is not None
         self.machine = tuning_attention.architecture(q) if machine is None else machine
@@ -152,8 +152,8 @@ class Problem:
             raise RuntimeError(f"attention: {self.heads} query heads cannot share {self.heads_k} key heads")
         if rank_k == 4 and (k.shape[0] != v.shape[0] or (not self.paged and k.shape[0] != self.batch)):
             raise RuntimeError("attention: q, k and v differ in batch size, or the pools of k and v in pages")
-        if self.paged and (lengths_k is None or cu_k is not None):
-            raise RuntimeError("attention: block_table needs lengths_k, and takes no cu_seqlens_k")
+        if self.paged and (lengths_k is None or cu_k is not None or dropout_p > 0.0):
+            raise RuntimeError("attention: block_table needs lengths_k, and takes neither cu_seqlens_k nor dropout")
         if not self.paged and (cu_q is None) != (cu_k is None):
             raise RuntimeError("attention: cu_seqlens_q and cu_seqlens_k come together")
         dense_only = (bias, mask, lengths_q, None if self.paged else lengths_k)

@@ -26,11 +26,6 @@ def test_operators_take_a_calls_fields_in_order(backend):
     assert names("attention_backward", backend) == [*before, *OPTIONS, "bias_grad"]
 
 
-def test_the_operator_on_pages_leaves_out_what_it_has_not():
-    without = [name for name in OPTIONS if name not in ("cu_seqlens_k", "seed", "dropout_p")]
-    assert names("attention_paged", "triton") == ["q", "k", "v", "block_table", *without]
-
-
 def test_cpp_names_the_options_in_order():
     text = (ROOT / "csrc" / "attention" / "call.h").read_text()
     fields = text[text.index("#define FASTSEQ_ATTENTION_FIELDS") :].partition("\n\n")[0]

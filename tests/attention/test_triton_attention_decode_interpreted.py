@@ -10,15 +10,14 @@ import pytest
 import torch
 from attention_operators import Options, arguments, assert_right, dense, feature, forward, packed
 from devices import operator
-from fastseq.kernels.attention import launch as attention_launch
-from fastseq.kernels.attention.problem import Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_support import needs_interpreter
 
 import fastseq
 from fastseq.attn import checks as checks_attention
-from fastseq.attn.call import OPTIONS, PAGED_OPTIONS
+from fastseq.kernels.attention import launch as attention_launch
+from fastseq.kernels.attention.problem import Problem
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
 
@@ -41,20 +40,14 @@ def in_pages(x: Tensor, page: int, lengths: Tensor, table: Tensor) -> Tensor:
     return pool
 
 
-def paged_arguments(options: Options) -> list[Any]:
-    """The options of the operator for pages, in its order."""
-    given = dict(zip(OPTIONS, arguments(options), strict=True))
-    return [given[name] for name in PAGED_OPTIONS]
-
-
 def paged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, page: int, options: Options) -> tuple[Tensor, Tensor]:
     """The operator for pages, on k and v [B,H,T,D] scattered over a pool whose unused places hold NaN."""
     pages = -(-k.shape[2] // page)
     table = (torch.randperm(k.shape[0] * pages) + 1).view(k.shape[0], pages).int()
     pools = [in_pages(x, page, lengths, table) for x in (k, v)]
     table[torch.arange(pages) * page >= lengths[:, None]] = -7
-    given = paged_arguments({**options, "lengths_k": lengths})
-    return operator("attention_paged", "triton")(q, *pools, table, *given)
+    given = arguments({**options, "lengths_k": lengths, "block_table": table})
+    return operator("attention_forward", "triton")(q, *pools, *given)
 
 
 PAGED: dict[str, Any] = {
@@ -213,7 +206,7 @@ def test_launches_never_look_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None
         o, lse = attention_launch.forward(q, k, v, *arguments(cu))
         attention_launch.backward(o, lse, q, k, v, o, lse, *arguments(cu), False)
         pools = torch.zeros(5, 2, 16, 24), torch.zeros(5, 2, 16, 17)
-        attention_launch.forward(q, *pools, *arguments(paged), table)
+        attention_launch.forward(q, *pools, *arguments({**paged, "block_table": table}))
 
 
 def test_the_public_function_never_looks_at_a_value_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +216,7 @@ def test_the_public_function_never_looks_at_a_value_either(monkeypatch: pytest.M
     refuse_values(monkeypatch)
     monkeypatch.setattr(
         OnlyMemoryAndViews, "ALLOWED",
-        (*OnlyMemoryAndViews.ALLOWED, "attention_forward", "attention_backward", "attention_paged", "randint"),
+        (*OnlyMemoryAndViews.ALLOWED, "attention_forward", "attention_backward", "randint"),
     )  # fmt: skip
     q, k, v = (x.requires_grad_() for x in dense((*SHAPE[:3], 40, *SHAPE[4:])))
     lengths, cu, table = torch.tensor([3, 150]), torch.tensor([0, 1, 8]).int(), torch.zeros(2, 10).int()
@@ -253,7 +246,7 @@ def test_the_public_function_reads_pages(packed_queries: bool) -> None:
     torch.testing.assert_close(call("triton", return_lse=True), call("reference", return_lse=True))
     with torch.profiler.profile() as seen:
         call("triton")
-    assert any("attention_paged" in event.key for event in seen.key_averages())
+    assert not any("index" in event.key for event in seen.key_averages()), "nothing is gathered"
     pools[0].requires_grad_()  # a gradient: the keys are gathered, and the kernels take them so
     grads = [torch.autograd.grad(call(name).square().sum(), pools[0])[0] for name in ("triton", "reference")]
     torch.testing.assert_close(*grads)
@@ -262,8 +255,8 @@ def test_the_public_function_reads_pages(packed_queries: bool) -> None:
 def test_the_operator_for_pages_passes_opcheck_and_vmap() -> None:
     lengths, table = torch.tensor([5, 16]), torch.tensor([[0], [1]]).int()
     q, k, v = torch.randn(2, 4, 3, 24), torch.randn(2, 16, 2, 24), torch.randn(2, 16, 2, 17)
-    rest = (table, *paged_arguments({"lengths_k": lengths, "scale": 0.2, "causal": True}))
-    op = torch.ops.fastseq.attention_paged.triton
+    rest = arguments({"lengths_k": lengths, "scale": 0.2, "causal": True, "block_table": table})
+    op = torch.ops.fastseq.attention_forward.triton
     torch.library.opcheck(op, (q, k, v, *rest), test_utils=("test_schema", "test_faketensor"))
     stack = torch.randn(3, 2, 4, 3, 24)
     each = torch.stack([op(x, k, v, *rest)[0] for x in stack])
@@ -273,14 +266,17 @@ def test_the_operator_for_pages_passes_opcheck_and_vmap() -> None:
 def test_pages_that_do_not_fit_are_refused_before_they_do_harm() -> None:
     lengths, table = torch.tensor([5, 16]), torch.tensor([[0], [1]]).int()
     q, k, v = torch.randn(2, 4, 3, 24), torch.randn(2, 16, 2, 24), torch.randn(2, 16, 2, 17)
-    options, few = (paged_arguments({"lengths_k": x, "scale": 0.2, "causal": True}) for x in (lengths, lengths[:1]))
-    op = torch.ops.fastseq.attention_paged.triton
-    for message, arguments_ in {
-        "block_table must be int32": (q, k, v, table.long(), *options),
-        r"block_table must be int32 of shape \[2": (q, k, v, table[:1], *options),
-        "pages": (q, k, v[:1], table, *options),
-        "lengths_k must be torch.int64": (q, k, v, table, *few),
-        "differ in heads or length": (q, k, v[:, :8], table, *options),
-    }.items():
+    settings = {"scale": 0.2, "causal": True, "lengths_k": lengths, "block_table": table}
+    op = torch.ops.fastseq.attention_forward.triton
+    for message, values, more in (
+        ("block_table must be int32", v, {"block_table": table.long()}),
+        (r"block_table must be int32 of shape \[2", v, {"block_table": table[:1]}),
+        ("pages", v[:1], {}),
+        ("lengths_k must be torch.int64", v, {"lengths_k": lengths[:1]}),
+        ("neither cu_seqlens_k nor dropout", v, {"dropout_p": 0.5, "seed": torch.tensor([1])}),
+        ("differ in heads or length", v[:, :8], {}),
+    ):
         with pytest.raises(RuntimeError, match=message):
-            op(*arguments_)
+            op(q, k, values, *arguments({**settings, **more}))
+    with pytest.raises(RuntimeError, match="no pages"):
+        torch.ops.fastseq.attention_forward.native(q, k.transpose(1, 2), v.transpose(1, 2), *arguments(settings))

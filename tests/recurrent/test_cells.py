@@ -34,7 +34,7 @@ def test_triton_kernels_have_the_same_cells() -> None:
 def test_no_operator_that_computes_takes_text() -> None:
     """torch's stable ABI never frees the copy that it makes of a text argument."""
     for name in ("scan_forward", "scan_backward", "layers_forward", "layers_backward",
-                 "attention_forward", "attention_backward", "attention_paged"):  # fmt: skip
+                 "attention_forward", "attention_backward"):  # fmt: skip
         packet = getattr(torch.ops.fastseq, name)
         for overload in packet.overloads():
             types = [str(argument.type) for argument in getattr(packet, overload)._schema.arguments]

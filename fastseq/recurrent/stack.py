@@ -60,8 +60,9 @@ class Kind(NamedTuple):
 def values_read(
     kind: Kind, weights: int, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
 ) -> tuple[bool, ...]:
-    """Of which of x, h0, c0, y and the weights the gradient reads the values. As with torch's layers, the others may be
-    changed in place before the backward pass."""
+    """Of which of x, h0, c0, y and the weights the gradient reads the values, where a gradient of x, of a w_ih of the
+    first layer, of a w_hh and of h0 is needed. As with torch's layers, the others may be changed in place before the
+    backward pass."""
     width, cell = weights // kind.rows, kind.cell
     w_hh = not one_step or need_h0 or cell == "gru_reset_before"
     y = not one_step or cell.startswith("rnn")
@@ -106,7 +107,11 @@ class Layers(torch.autograd.Function):
         else:
             one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
             need = ctx.needs_input_grad
-            r_x, r_h0, r_c0, r_y, *read = values_read(kind, len(weights), one_step, need[0], need[6], need[7], need[1])
+            own, width = need[6:], len(weights) // kind.rows
+            first, w_hh = own[: kind.directions * width : width], own[1::width]
+            r_x, r_h0, r_c0, r_y, *read = values_read(
+                kind, len(weights), one_step, need[0], True in first, True in w_hh, need[1]
+            )
             kept_y = y if r_y else y.detach()  # else the result would hold its own graph
             autograd.save(
                 ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest),

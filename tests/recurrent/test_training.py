@@ -499,6 +499,19 @@ def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell,
     assert same(gradients([x]), want)
 
 
+@pytest.mark.parametrize("frozen", ["", "_reverse"])
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_what_one_direction_reads_may_not_change_in_place(mode, frozen):
+    layer = build(mode, bidirectional=True)
+    x = torch.randn(4, 3, 5)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not name.endswith("l0" + frozen))
+    y = layer(x)[0]
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("general", [False, True])
 def test_a_second_derivative_refuses_what_was_changed_in_place(general, monkeypatch):
     if general:

@@ -56,21 +56,22 @@ class Kind(NamedTuple):
         return self.num_layers * self.directions
 
 
-@functools.lru_cache
-def values_read(
-    kind: Kind, weights: int, one_step: bool, need_x: bool, need_w_ih: bool, need_w_hh: bool, need_h0: bool
-) -> tuple[bool, ...]:
-    """Of which of x, h0, c0, y and the weights the gradient reads the values, where a gradient of x, of a w_ih of the
-    first layer, of a w_hh and of h0 is needed. As with torch's layers, the others may be changed in place before the
-    backward pass."""
-    width, cell = weights // kind.rows, kind.cell
+@functools.lru_cache(maxsize=1024)
+def values_read(kind: Kind, one_step: bool, need: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Of which of x, h0, c0, lengths, reset, y, the weights and what else is kept the gradient reads the values. As with
+    torch's layers, the others may be changed in place before the backward pass. ``need``: whose gradient is needed, by
+    the place among the arguments of :class:`Layers`."""
+    need_x, need_h0, own, cell = need[0], need[1], need[6:], kind.cell
+    width, lstm = len(own) // kind.rows, ops.HAS_C[cell]
+    need_w_ih, need_w_hh = any(own[: kind.directions * width : width]), any(own[1::width])
     w_hh = not one_step or need_h0 or cell == "gru_reset_before"
     y = not one_step or cell.startswith("rnn")
-    own: list[bool] = []
+    read = [need_w_ih, cell.startswith("gru") or need_w_hh, True, True, True, y]
     for row in range(kind.rows):
         biases, projection = (False, False) * (width >= 4), (True,) * (width % 2)
-        own += (need_x or row >= kind.directions, w_hh, *biases, *projection)
-    return need_w_ih, cell.startswith("gru") or need_w_hh, True, y, *own
+        read += (need_x or row >= kind.directions, w_hh, *biases, *projection)
+    kept = kind.num_layers - 1 + kind.rows * (lstm + bool(ops.TAPE[cell]))  # outputs below the last, states, tapes
+    return (*read, *kept * [True])
 
 
 class Layers(torch.autograd.Function):
@@ -106,22 +107,16 @@ class Layers(torch.autograd.Function):
             autograd.save(ctx, (x, h0, c0, lengths, reset, y, *weights, *rest))
         else:
             one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
-            need = ctx.needs_input_grad
-            own, width = need[6:], len(weights) // kind.rows
-            first, w_hh = own[: kind.directions * width : width], own[1::width]
-            r_x, r_h0, r_c0, r_y, *read = values_read(
-                kind, len(weights), one_step, need[0], True in first, True in w_hh, need[1]
-            )
-            kept_y = y if r_y else y.detach()  # else the result would hold its own graph
-            autograd.save(
-                ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest),
-                (r_x, r_h0, r_c0, True, True, r_y, *read, *(True,) * len(rest)),
-            )  # fmt: skip
-        results = [t for t in (y, h_n, c_n) if t is not None]
-        if want_states and ops.HAS_C[cell]:
-            at = num_layers - 1 + kind.rows  # where states end
-            results += rest[at - kind.directions : at]
-        return tuple(results)
+            read = values_read(kind, one_step, ctx.needs_input_grad)
+            kept_y = y if read[5] else y.detach()  # else the result would hold its own graph
+            autograd.save(ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest), read)
+        results = (y,) if h_n is None else (y, h_n)
+        if c_n is None:
+            return results
+        if not want_states:
+            return (*results, c_n)
+        at = num_layers - 1 + kind.rows  # where states end
+        return (*results, c_n, *rest[at - kind.directions : at])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -166,7 +161,10 @@ _recorded = autograd.recorder(Layers)
 
 def _is_mapped(grads: Sequence[Tensor | None]) -> bool:
     """Whether a vmap goes over gradients, torch.func's or that of ``is_grads_batched``."""
-    return autograd.functorch_active() or any(d is not None and autograd.is_batched(d) for d in grads)
+    for d in grads:
+        if d is not None and autograd.is_batched(d):
+            return True
+    return autograd.functorch_active()
 
 
 Tensors = Sequence[Any]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from devices import COUNTS, operator
+from fastseq.kernels.attention.layout import empty_as
 from support import assert_within_budget, error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastseq.attn.call import OPTIONS
 from fastseq.attn.random import keep_mask
 from fastseq.attn.reference import attention as reference
-from fastseq.kernels.attention.layout import empty_as
 
 PLAIN: dict[str, Any] = {
     "scale": 0.25, "causal": False, "bottom_right": True, "window_left": -1, "window_right": -1, "softcap": 0.0,

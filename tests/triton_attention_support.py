@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import triton
 from attention_operators import Options, arguments
+from fastseq.kernels.attention import launch as attention_launch
+from fastseq.kernels.attention.launch import Plan, Problem
 from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton_support import TARGETS, Compiled, read
-
-from fastseq.kernels.attention import launch as attention_launch
-from fastseq.kernels.attention.launch import Plan, Problem
 
 
 def specialized(x: Any, specialize: bool) -> tuple[Any, Any]:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from triton_support import SHARED_LIMIT, Compiled, compile_for
-
 from fastseq.kernels.recurrent import (
     backward as recurrent_backward,
 )
@@ -21,6 +19,7 @@ from fastseq.kernels.recurrent import (
     persistent_backward as recurrent_persistent_backward,
 )
 from fastseq.kernels.recurrent import tuning
+from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
 _LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}

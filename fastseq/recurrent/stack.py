@@ -58,9 +58,9 @@ class Kind(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def values_read(kind: Kind, one_step: bool, need: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of which of x, h0, c0, lengths, reset, y, the weights and what else is kept the gradient reads the values. As with
-    torch's layers, the others may be changed in place before the backward pass. ``need``: whose gradient is needed, by
-    the place among the arguments of :class:`Layers`."""
+    """Of which of x, h0, c0, lengths, reset, y, the weights and what else is kept the gradient reads the values. As
+    with torch's layers, the others may be changed in place before the backward pass. ``need``: whose gradient is
+    needed, by the place among the arguments of :class:`Layers`."""
     need_x, need_h0, own, cell = need[0], need[1], need[6:], kind.cell
     width, lstm = len(own) // kind.rows, ops.HAS_C[cell]
     need_w_ih, need_w_hh = any(own[: kind.directions * width : width]), any(own[1::width])

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_operators import arguments
+from fastseq.kernels.attention.layout import empty_as, laid_out_as
 from support import BACKENDS, NATIVE, needs_native
 
 from fastseq import attention, scaled_dot_product_attention, use_backend
-from fastseq.kernels.attention.layout import empty_as, laid_out_as
 
 ORDERS = [(*order, 3) for order in itertools.permutations(range(3))]
 SHAPES = [(2, 4, 9, 16), (1, 4, 9, 16), (2, 1, 9, 16), (2, 4, 1, 16), (1, 1, 1, 16), (3, 3, 3, 3)]

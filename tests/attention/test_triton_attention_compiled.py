@@ -13,10 +13,9 @@ import re
 import pytest
 import torch
 from attention_operators import Options
+from fastseq.kernels.attention import tuning as tuning_attention
 from triton_attention_support import Plan, compile_plan, loops, plans, variant
 from triton_support import NVIDIA, Compiled, needs_compiler
-
-from fastseq.kernels.attention import tuning as tuning_attention
 
 pytestmark = needs_compiler
 

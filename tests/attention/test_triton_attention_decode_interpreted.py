@@ -10,14 +10,14 @@ import pytest
 import torch
 from attention_operators import Options, arguments, assert_right, dense, feature, forward, packed
 from devices import operator
+from fastseq.kernels.attention import launch as attention_launch
+from fastseq.kernels.attention.problem import Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_support import needs_interpreter
 
 import fastseq
 from fastseq.attn import checks as checks_attention
-from fastseq.kernels.attention import launch as attention_launch
-from fastseq.kernels.attention.problem import Problem
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")]
 

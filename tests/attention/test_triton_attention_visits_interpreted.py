@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from attention_operators import Options, arguments, dense
+from fastseq.kernels.attention import launch as attention_launch
+from fastseq.kernels.attention.problem import Problem
+from fastseq.kernels.attention.ranges import find_program
 from torch import Tensor
 from triton_support import needs_interpreter
 
 from fastseq.attn.reference import visible_pairs
-from fastseq.kernels.attention import launch as attention_launch
-from fastseq.kernels.attention.problem import Problem
-from fastseq.kernels.attention.ranges import find_program
 
 pytestmark = [
     needs_interpreter,

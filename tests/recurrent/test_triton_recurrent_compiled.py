@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from fastseq.kernels.recurrent import backward as recurrent_backward
+from fastseq.kernels.recurrent import forward as recurrent
+from fastseq.kernels.recurrent import tuning
 from triton_recurrent_support import Variant, variants
 from triton_support import NVIDIA, TARGETS, needs_compiler
 
 from bench.studies.model import BARRIERS
-from fastseq.kernels.recurrent import backward as recurrent_backward
-from fastseq.kernels.recurrent import forward as recurrent
-from fastseq.kernels.recurrent import tuning
 
 pytestmark = needs_compiler
 

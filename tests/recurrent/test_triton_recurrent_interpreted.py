@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastseq.kernels.recurrent import launch as recurrent_launch
+from fastseq.kernels.recurrent import tuning
 from recurrent_support import OPTIONS, SHAPES, backward, compare, draw, forward, options, seed
 from support import CELLS, PROJECTED
 from triton_support import needs_interpreter
 
 import fastseq
 from fastseq import ops
-from fastseq.kernels.recurrent import launch as recurrent_launch
-from fastseq.kernels.recurrent import tuning
 
 pytestmark = needs_interpreter
 

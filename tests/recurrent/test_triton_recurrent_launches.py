@@ -11,12 +11,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton
+from fastseq.kernels.recurrent import launch, tuning
 from support import CELLS, PROJECTED, cell_inputs
 from triton_recurrent_driver import Launch, Log, Made, Operations, device
 from triton_recurrent_support import Variant, variants
 from triton_support import needs_compiler
-
-from fastseq.kernels.recurrent import launch, tuning
 
 pytestmark = needs_compiler
 

@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 import test_recurrent_transforms as transforms
 import torch
+from fastseq.kernels.recurrent import launch as recurrent_launch
 from support import CELLS, cell_inputs
 from triton_recurrent_schedule import side_by_side
 from triton_support import needs_interpreter
 
 import fastseq
 from fastseq import ops
-from fastseq.kernels.recurrent import launch as recurrent_launch
 
 pytestmark = needs_interpreter
 

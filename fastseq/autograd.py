@@ -31,6 +31,14 @@ def wants_gradient(tensors: Sequence[Any]) -> bool:
     return False
 
 
+def all_absent(grads: Sequence[Tensor | None]) -> bool:
+    """Whether no result has a gradient, as where what came after returned none: then nothing has one."""
+    for d in grads:  # noqa: SIM110 - as above
+        if d is not None:
+            return False
+    return True
+
+
 def needs_reference() -> bool:
     """Whether a transform is active that the fused operators do not have: forward mode, a nested gradient, or
     functionalization, which takes no Function."""

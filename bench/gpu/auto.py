@@ -38,7 +38,8 @@ def kind_of(op: str, shape: Mapping[str, Any], device: str) -> str:
     if op == "scan":
         scans = shape["layers"] * (2 if shape["bidirectional"] else 1)
         sizes = (shape["steps"], shape["batch"], shape["hidden"], shape["hidden"], scans)
-        return auto.scan_kind(device, shape["cell"], dtype, *sizes, shape["packed"])
+        cell = "rnn_tanh" if shape["cell"] == "rnn" else shape["cell"]
+        return auto.scan_kind(device, cell, dtype, *sizes, shape["packed"])
     if device not in auto.ATTENTION_KINDS:
         return ""
     limits = shape["window"] > 0 or shape["kind"] == "varlen"

@@ -299,7 +299,7 @@ StackInputGradients Stack::run_back(const StackGradient& given) {
       q.dgates = p.dgates, q.x = x, q.y = p.y, q.h0 = p.h0;
       if (q.cell == Cell::gru) q.dhidden = p.dhidden;
       if (q.cell == Cell::gru_reset_before) q.tape = p.tape;
-      q.w_ih = view("w_ih", w[0], dtype, {N, I});
+      if (with_dx) q.w_ih = view("w_ih", w[0], dtype, {N, I});
       if (with_dx) q.dx = offset(whole(*dx, B, I), direction * T * B * I, dtype);
       OptionalTensor db_ih, db_hh;  // the kernel makes them with the others, without biases too
       if (given.with_weights) {

@@ -95,13 +95,15 @@ class Scan(torch.autograd.Function):
         read: list[bool] | None = None
         if not (torch.compiler.is_compiling() or autograd.functorch_active()):
             need = ctx.needs_input_grad
-            x, w_ih, w_hh, h0, kept_y = values_read(ctx.cell, y.shape[0] == 1, *need[:3], need[6])
+            x, w_ih, w_hh, h0, kept_y = values_read(ctx.cell, bool(y.shape[0] == 1), *need[:3], need[6])
             read = [x, w_ih, w_hh, False, False, True, h0, True, True, True, kept_y, True, True]
             y = y if kept_y else y.detach()  # else the result would hold its own graph
         autograd.save(ctx, (*inputs[:10], y, states, tape), read)
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
+        if autograd.all_absent(results):
+            return (None,) * 13
         saved = autograd.saved(ctx)
         inputs, kept = Inputs(*saved[:10]), Kept(*saved[10:])
         grads = results[:4] if ops.HAS_C[ctx.cell] else (*results[:2], None, None)
@@ -190,8 +192,10 @@ def torch_products(
             x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
         dw_ih = flat.t() @ _rows(x)
         dw_hh = _dw_hh(dgates, dhidden, inputs, kept, walk)
-        db_ih = db_hh = flat.sum(0)
-        if walk.cell == "gru":
+        db_ih = flat.sum(0)
+        if walk.cell != "gru":
+            db_hh = db_ih.clone()  # the caller may scale each in place
+        else:
             db_hh = torch.cat((db_ih[: -dhidden.shape[-1]], dhidden.sum((0, 1))))
     return dx, dw_ih, dw_hh, db_ih, db_hh
 

@@ -107,7 +107,7 @@ class Layers(torch.autograd.Function):
             autograd.save(ctx, (x, h0, c0, lengths, reset, y, *weights, *rest))
         else:
             one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
-            read = values_read(kind, one_step, ctx.needs_input_grad)
+            read = values_read(kind, bool(one_step), ctx.needs_input_grad)  # a size may be a symbol of a trace
             kept_y = y if read[5] else y.detach()  # else the result would hold its own graph
             autograd.save(ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest), read)
         results = (y,) if h_n is None else (y, h_n)
@@ -121,6 +121,8 @@ class Layers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         kind, need = ctx.kind, ctx.needs_input_grad
+        if autograd.all_absent(grads):
+            return (None,) * len(need)
         x, h0, c0, lengths, reset, y, *rest = autograd.saved(ctx)
         weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
         needed = (*need[:3], *need[6:])

@@ -15,6 +15,7 @@ from support import fast_paths, flat, needs_native
 from test_direct import MODES, Dispatch, Functions, leaves_nothing_behind
 from test_threads import run_python
 from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
@@ -497,6 +498,58 @@ def test_what_the_backward_pass_does_not_read_may_change_in_place(mode, as_cell,
     named["weight_ih"].requires_grad_(False)
     want = gradients([])
     assert same(gradients([x]), want)
+
+
+def test_a_symbolic_trace_and_eager_training_follow_each_other():
+    layer, x = build("lstm"), torch.randn(4, 3, 5)
+
+    def gradients(x, lengths=None):
+        return torch.autograd.grad(layer(x, lengths=lengths)[0].sin().sum(), list(layer.parameters()))
+
+    lengths = torch.tensor([4, 2, 3])
+    want, with_lengths = gradients(x), gradients(x, lengths)
+    for mode in ("symbolic", "fake", "real"):
+        trace = make_fx(gradients, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        for a, b in zip((*trace(x), *gradients(x), *gradients(x, lengths)), (*want, *want, *with_lengths), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return None
+
+
+@pytest.mark.parametrize("as_cell", [False, True])
+@pytest.mark.parametrize("mode", ["rnn_tanh", "gru", "lstm"])
+def test_without_a_gradient_of_the_results_the_inputs_have_none(mode, as_cell):
+    layer, x = build(mode, as_cell), torch.randn(*(() if as_cell else (4,)), 3, 5, requires_grad=True)
+    Nothing.apply(call(layer, x, [])[0]).sum().backward()
+    assert all(t.grad is None for t in (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["rnn_tanh", "lstm"])
+def test_gradients_of_both_biases_are_tensors_of_their_own(mode):
+    layer, x = build(mode, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
+    biases, y = [layer.bias_ih_l0, layer.bias_hh_l0], layer(x)[0]
+    many = torch.randn(2, *y.shape, dtype=torch.float64)
+    for found in (
+        torch.autograd.grad(y, biases, many, is_grads_batched=True),
+        torch.autograd.grad(layer(x)[0].sum(), biases),
+    ):
+        assert found[0].data_ptr() != found[1].data_ptr()
+
+
+def test_a_weight_that_no_gradient_reads_may_be_freed():
+    layer, x = build("gru"), torch.randn(4, 3, 5)
+    want = torch.autograd.grad(layer(x)[0].sum(), [layer.weight_hh_l0])[0]
+    y = layer(x)[0]
+    layer.weight_ih_l0.untyped_storage().resize_(0)
+    assert torch.equal(torch.autograd.grad(y.sum(), [layer.weight_hh_l0])[0], want)
 
 
 @pytest.mark.parametrize("frozen", ["", "_reverse"])

@@ -220,8 +220,11 @@ def test_activation_checkpointing_changes_nothing(backend, reentrant):
         torch.testing.assert_close(leaf.grad, expected)
 
 
+OPCHECKED = [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16]
+
+
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", OPCHECKED, ids=str)
 @pytest.mark.parametrize(("cell", "kwargs"), CASES, ids=IDS)
 def test_opcheck(cell, kwargs, dtype):
     inputs = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
@@ -241,7 +244,7 @@ def test_opcheck(cell, kwargs, dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", OPCHECKED, ids=str)
 @pytest.mark.parametrize(("cell", "kwargs"), CASES, ids=IDS)
 def test_opcheck_of_a_stack(cell, kwargs, dtype):
     x, *weights, h0, c0 = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)

@@ -43,6 +43,12 @@ def grows(call: Callable[[], object], times: int) -> float:
     return statistics.median(found)
 
 
+def leaks(call: Callable[[], object], times: int, most: float) -> bool:
+    """Whether a call leaves ``most`` bytes or more behind, three times over: a heap in pieces may grow for a while, by
+    128 KiB at once, a leak does every time."""
+    return all(grows(call, times) >= most for _ in range(3))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cell", CELLS)
 def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
@@ -82,12 +88,11 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
             True,
         ),
     }
-    kept = {name: grows(call, 4000) for name, call in calls.items()}
-    assert max(kept.values()) < 16, f"bytes a call: {kept}"
+    assert [name for name, call in calls.items() if leaks(call, 4000, 16)] == []
 
 
 def test_asking_for_the_instruction_set_keeps_no_memory() -> None:
-    assert grows(lambda: torch.ops.fastseq.native_isa(""), 4000) < 16
+    assert not leaks(lambda: torch.ops.fastseq.native_isa(""), 4000, 16)
 
 
 def test_training_steps_of_a_packed_bidirectional_stack_keep_no_memory() -> None:
@@ -98,7 +103,7 @@ def test_training_steps_of_a_packed_bidirectional_stack_keep_no_memory() -> None
         model(packed)[0].data.sum().backward()
         model.zero_grad()
 
-    assert grows(step, 800) < 100, "bytes a step"
+    assert not leaks(step, 800, 100), "bytes a step"
 
 
 def test_training_steps_of_attention_keep_no_memory() -> None:
@@ -108,4 +113,4 @@ def test_training_steps_of_attention_keep_no_memory() -> None:
     def step() -> None:
         torch.autograd.grad(fastseq.attention(q, k, v, softcap=3.0, lengths_k=lengths).sum(), (q, k, v))
 
-    assert grows(step, 800) < 100, "bytes a step"
+    assert not leaks(step, 800, 100), "bytes a step"

@@ -116,6 +116,28 @@ def saved(ctx: Any) -> list[Any]:
     return tensors
 
 
+def present(found: Sequence[Tensor | None], need: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as a Function may return them: an empty tensor where there is none, or none is needed."""
+    return tuple(like.new_empty(0) if d is None or not n else d for d, n in zip(found, need, strict=True))
+
+
+def vjp(
+    function: Callable, inputs: Sequence[Tensor | None], need: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of a function's inputs from those of its results, some of which may be None; differentiable. None where
+    not needed."""
+    wanted = [i for i, t in enumerate(inputs) if t is not None and need[i]]
+    outputs = [i for i, d in enumerate(grads) if d is not None]
+
+    def forward(*own: Tensor) -> tuple[Tensor, ...]:
+        results = function(*(own[wanted.index(i)] if i in wanted else t for i, t in enumerate(inputs)))
+        return tuple(results[i] for i in outputs)
+
+    pull: Any = torch.func.vjp(forward, *(inputs[i] for i in wanted))[1]
+    found = dict(zip(wanted, pull(tuple(d for d in grads if d is not None)), strict=True))
+    return [found.get(i) for i in range(len(inputs))]
+
+
 class WithReference(torch.autograd.Function):
     """A fused kernel, and behind it, for whoever differentiates its results, a reference that torch can differentiate.
     Second derivatives are rare, so nothing is computed for them until one is taken.

@@ -115,6 +115,7 @@ def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequenc
     """Gradients of the first eight inputs, None where not needed; differentiable in grad mode."""
     if need[5] and grads[0] is None and grads[1] is None and kept.y.shape[0] == 1:
         need = (*need[:5], False, *need[6:])  # the c of one step does not depend on w_hr
+    found: Sequence[Tensor | None]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         found = fused_gradient(grads, inputs, kept, walk, need)
     elif autograd.needs_reference():
@@ -129,15 +130,12 @@ def _differentiable_gradient(
 ) -> tuple[Tensor | None, ...]:
     """The fused gradient, whose own derivative is the reference's. A place that is not needed holds an empty tensor."""
 
-    def present(x: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(0) if g is None or not n else g for g, n in zip(found, need, strict=True))
-
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        return present(t[4], fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need))
+        return autograd.present(fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need), need, t[4])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
-        return present(t[4], reference_gradient(t[:4], Inputs(*t[4:]), walk, need))
+        return autograd.present(reference_gradient(t[:4], Inputs(*t[4:]), walk, need), need, t[4])
 
     return autograd.apply(autograd.WithReference, kernel, None, by_reference, 12, 14, *grads, *inputs, *kept)
 
@@ -160,21 +158,14 @@ def fused_gradient(
     return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
 
 
-def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[bool]) -> tuple[Tensor, ...]:
+def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[bool]) -> Sequence[Tensor | None]:
     """The same by the reference: slower, and differentiable itself."""
-    wanted = [n for n, t in enumerate(inputs[:8]) if t is not None and need[n]]
-    outputs = [n for n, g in enumerate(grads) if g is not None]
 
-    def forward(*own: Tensor) -> tuple[Tensor, ...]:
-        given = [own[wanted.index(n)] if n in wanted else t for n, t in enumerate(inputs)]
-        results: Any = reference.scan(*given, cell=walk.cell, reverse=walk.reverse)  # type: ignore[arg-type]
-        return tuple(results[n] for n in outputs)
+    def forward(*own: Any) -> tuple[Tensor | None, ...]:
+        given: Any = (*own, inputs.lengths, inputs.reset)
+        return reference.scan(*given, cell=walk.cell, reverse=walk.reverse)
 
-    vjp: Any = torch.func.vjp(forward, *(inputs[n] for n in wanted))[1]
-    found = [inputs.x.new_empty(0)] * 8
-    for place, grad in zip(wanted, vjp(tuple(g for g in grads if g is not None)), strict=True):
-        found[place] = grad
-    return tuple(found)
+    return autograd.vjp(forward, inputs[:8], need, grads)
 
 
 def torch_products(

@@ -10,6 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def has_one_step(layout: str, x: Any) -> Any:
+    """Whether x or y has one time step alone."""
+    return layout == "cell" or x.shape[1 if layout == "batch_first" and x.dim() == 3 else 0] == 1
+
+
 def steps_in(layout: str, rank: int, x: Any) -> Any:
     """x or y, as the kernels have it."""
     if x is None:

@@ -19,8 +19,9 @@ from fastseq import autograd, direct, ops
 from fastseq import backend as backends
 from fastseq.recurrent import reference
 from fastseq.recurrent.autograd import Inputs, Kept, Walk, fused_gradient
+from fastseq.recurrent.autograd import values_read as values_a_scan_reads
 from fastseq.recurrent.call import RecurrentCall, Result
-from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
+from fastseq.recurrent.layout import has_one_step, state_in, state_out, steps_in, steps_out
 
 FORWARD = torch.ops.fastseq.layers_forward.native
 BACKWARD = torch.ops.fastseq.layers_backward.native
@@ -61,16 +62,15 @@ def values_read(kind: Kind, one_step: bool, need: tuple[bool, ...]) -> tuple[boo
     """Of which of x, h0, c0, lengths, reset, y, the weights and what else is kept the gradient reads the values. As
     with torch's layers, the others may be changed in place before the backward pass. ``need``: whose gradient is
     needed, by the place among the arguments of :class:`Layers`."""
-    need_x, need_h0, own, cell = need[0], need[1], need[6:], kind.cell
-    width, lstm = len(own) // kind.rows, ops.HAS_C[cell]
+    own, cell = need[6:], kind.cell
+    width = len(own) // kind.rows
     need_w_ih, need_w_hh = any(own[: kind.directions * width : width]), any(own[1::width])
-    w_hh = not one_step or need_h0 or cell == "gru_reset_before"
-    y = not one_step or cell.startswith("rnn")
-    read = [need_w_ih, cell.startswith("gru") or need_w_hh, True, True, True, y]
+    x, w_ih, w_hh, h0, y = values_a_scan_reads(cell, one_step, need[0], need_w_ih, need_w_hh, need[1])
+    read = [x, h0, True, True, True, y]
     for row in range(kind.rows):
         biases, projection = (False, False) * (width >= 4), (True,) * (width % 2)
-        read += (need_x or row >= kind.directions, w_hh, *biases, *projection)
-    kept = kind.num_layers - 1 + kind.rows * (lstm + bool(ops.TAPE[cell]))  # outputs below the last, states, tapes
+        read += (w_ih or row >= kind.directions, w_hh, *biases, *projection)
+    kept = kind.num_layers - 1 + kind.rows * (ops.HAS_C[cell] + bool(ops.TAPE[cell]))  # as parts_of has them
     return (*read, *kept * [True])
 
 
@@ -106,8 +106,8 @@ class Layers(torch.autograd.Function):
         if torch.compiler.is_compiling():
             autograd.save(ctx, (x, h0, c0, lengths, reset, y, *weights, *rest))
         else:
-            one_step = layout == "cell" or y.shape[1 if layout == "batch_first" and y.dim() == 3 else 0] == 1
-            read = values_read(kind, bool(one_step), ctx.needs_input_grad)  # a size may be a symbol of a trace
+            one_step = bool(has_one_step(layout, y))  # a size may be a symbol of a trace
+            read = values_read(kind, one_step, ctx.needs_input_grad)
             kept_y = y if read[5] else y.detach()  # else the result would hold its own graph
             autograd.save(ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest), read)
         results = (y,) if h_n is None else (y, h_n)
@@ -151,10 +151,10 @@ class Layers(torch.autograd.Function):
             dx, *starts = (d if n else None for d, n in zip(made[:3], needed, strict=False))
             found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[3:]]
         found = [d if n else None for d, n in zip(found, needed, strict=True)]
-        if dy is None and dh_n is None and len(weights) // kind.rows % 2:
-            one_step = is_cell or x.shape[1 if kind.layout == "batch_first" and x.dim() == 3 else 0] == 1
-            for row in range(kind.rows - kind.directions, kind.rows) if one_step else ():
-                found[3 + (row + 1) * (len(weights) // kind.rows) - 1] = None  # c of one step does not depend on w_hr
+        width = len(weights) // kind.rows
+        if dy is None and dh_n is None and width % 2 and has_one_step(kind.layout, x):
+            for row in range(kind.rows - kind.directions, kind.rows):
+                found[3 + (row + 1) * width - 1] = None  # c of one step does not depend on w_hr
         return (*found[:3], None, None, None, *found[3:])
 
 
@@ -173,6 +173,14 @@ Tensors = Sequence[Any]
 """Of tensors, some of which may be None."""
 
 
+def parts_of(kind: Kind, kept: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """The outputs of all layers, an LSTM's states and a cell's tapes, of y, the outputs of the layers below, states and
+    tapes one after another."""
+    n = kind.num_layers
+    m = n + kind.rows * ops.HAS_C[kind.cell]
+    return (*kept[1:n], kept[0]), kept[n:m], kept[m:]
+
+
 def fused_stack_gradient(
     kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -183,20 +191,18 @@ def fused_stack_gradient(
     """
     x, h0, c0, *weights = inputs
     lengths, reset = options
-    y, below = kept[0], kind.num_layers - 1
-    states = kind.rows if ops.HAS_C[kind.cell] else 0
-    ys, kept_states, tapes = kept[1 : 1 + below], kept[1 + below : 1 + below + states], kept[1 + below + states :]
+    ys, states, tapes = parts_of(kind, kept)
     starts = None
     if lengths is not None and x.is_cuda:
         x, starts = with_lengths(x, lengths, kind.bidirectional)
     dy, dh_n, dc_n, *dstates = grads
     if any(d is not None for d in dstates):
-        own = zip(dstates, kept_states[-kind.directions :], strict=True)
+        own = zip(dstates, states[-kind.directions :], strict=True)
         dstates = [torch.zeros_like(s) if d is None else d for d, s in own]
     else:
         dstates = []
     dx, dh0, dc0, dweights = BACKWARD(
-        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, [*ys, y], kept_states, tapes,
+        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, ys, states, tapes,
         *kind.numbers(), needed[0], any(needed[3:]),
     )  # fmt: skip
     return [dx, dh0, dc0, *(dweights or len(weights) * [None])]
@@ -216,9 +222,8 @@ def _gradient_by_scans(
     x, h0, c0, *weights = inputs
     d, dh_n, dc_n, *dstates = grads
     width, below, directions = len(weights) // kind.rows, kind.num_layers - 1, kind.directions
-    states = kept[1 + below : 1 + below + kind.rows] if ops.HAS_C[kind.cell] else kind.rows * [None]
-    tapes: Any = kept[-kind.rows :] if ops.TAPE[kind.cell] else kind.rows * [None]
-    ys = [*kept[1 : 1 + below], kept[0]]
+    ys, *all_rows = parts_of(kind, kept)
+    states, tapes = (rows or kind.rows * (None,) for rows in all_rows)
     found: list[Any] = len(weights) * [None]
     starts: list[list[Any]] = [kind.rows * [None], kind.rows * [None]]
     for layer in reversed(range(kind.num_layers)):
@@ -249,8 +254,8 @@ def _gradient_by_scans(
             ]  # fmt: skip
         d = below_d[0] if len(below_d) == 1 else below_d[0] + below_d[1] if below_d else None
     dh0, dc0 = (
-        None if s is None else torch.stack([t for t in all_rows if t is not None])
-        for s, all_rows in zip((h0, c0), starts, strict=True)
+        None if s is None else torch.stack([t for t in of_rows if t is not None])
+        for s, of_rows in zip((h0, c0), starts, strict=True)
     )
     return [d, dh0, dc0, *found]
 
@@ -261,15 +266,13 @@ def _differentiable_gradient(
     """The same, whose own derivative is the reference's."""
     n, m = len(grads), len(grads) + len(inputs)
 
-    def present(x: Tensor, found: Tensors) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(0) if d is None or not w else d for d, w in zip(found, needed, strict=True))
-
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        return present(t[n], fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 2], t[m + 2 :], needed))
+        found = fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 2], t[m + 2 :], needed)
+        return autograd.present(found, needed, t[n])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
-        return present(t[n], reference_gradient(kind, t[:n], t[n:m], t[m : m + 2], needed))
+        return autograd.present(reference_gradient(kind, t[:n], t[n:m], t[m : m + 2], needed), needed, t[n])
 
     tensors = (*grads, *inputs, *options, *kept)
     if autograd.needs_reference():
@@ -281,17 +284,11 @@ def reference_gradient(
     kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same by the reference: slower, and differentiable itself."""
-    wanted = [i for i, t in enumerate(inputs) if t is not None and needed[i]]
-    outputs = [i for i, d in enumerate(grads) if d is not None]
 
-    def forward(*own: Tensor) -> tuple[Tensor, ...]:
-        x, h0, c0, *weights = (own[wanted.index(i)] if i in wanted else t for i, t in enumerate(inputs))
-        results = reference.layers(x, h0, c0, weights, options[0], options[1], *kind[:4])
-        return tuple(results[i] for i in outputs)
+    def forward(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        return reference.layers(x, h0, c0, weights, options[0], options[1], *kind[:4])
 
-    vjp: Any = torch.func.vjp(forward, *(inputs[i] for i in wanted))[1]
-    found = dict(zip(wanted, vjp(tuple(d for d in grads if d is not None)), strict=True))
-    return [found.get(i) for i in range(len(inputs))]
+    return autograd.vjp(forward, inputs, needed, grads)
 
 
 @functools.lru_cache

@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 
 from fastseq import nn as fast
 from fastseq.nn.compressed import KINDS, CompressedWeights
+from fastseq.swapped import own_class, swapped
+from fastseq.torch_calls import calls_torch, is_redirected, redirected
 
 TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: fast.RNN,
@@ -99,7 +101,13 @@ class Report:
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
 
-def patch(model: nn.Module, *, weights: str | torch.dtype | None = None, keep_class: bool = False) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    weights: str | torch.dtype | None = None,
+    keep_class: bool = False,
+    functional: bool = False,
+) -> Report:
     """Make every ``torch.nn`` RNN, GRU, LSTM, cell and MultiheadAttention inside ``model`` run on fastseq, in place.
 
     Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
@@ -121,6 +129,10 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None, keep_cl
         keep_class: a patched layer stays an instance of the class that it had, for tools that ask
             ``isinstance(layer, torch.nn.LSTM)``. Subclasses of torch's layers that override nothing of these are then
             patched too. torch.compile breaks its graph at such layers, as it does at torch's own.
+        functional: modules that call ``torch.nn.functional.scaled_dot_product_attention`` themselves call
+            :func:`fastseq.scaled_dot_product_attention` instead, they and what they call, in every thread and under
+            torch.compile; code outside of them is not touched. They are found by reading the code of their
+            ``forward``; their class becomes a subclass of what it was. Without it the report counts them.
 
     Returns:
         a :class:`Report`; print it to see the table.
@@ -142,7 +154,7 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None, keep_cl
         accepted = ", ".join(map(repr, (None, *KINDS)))
         raise ValueError(f"weights: got {weights!r}, accepted is one of {accepted}")
     report = Report("patch")
-    swapped: set[int] = set()
+    done: set[int] = set()
     for name, module in _modules(model, "patch"):
         target = _target(module, keep_class)
         if target is None:
@@ -153,12 +165,30 @@ def patch(model: nn.Module, *, weights: str | torch.dtype | None = None, keep_cl
         elif reason := _why_not_patch(module):
             report.left.append(Left(name, _class_name(type(module)), reason))
         elif _swap(report, name, module, target):
-            swapped.add(id(module))
+            done.add(id(module))
+    _redirect(report, model, functional)
+    report.notes += _transformers_note(model)
     report.notes += _class_note(report, keep_class)
-    report.notes += _fast_path_note(model, swapped)
+    report.notes += _fast_path_note(model, done)
     if weights is not None:
         report.notes.append(_compress(model, weights))
     return report
+
+
+def _redirect(report: Report, model: nn.Module, functional: bool) -> None:
+    """Give the calls of torch's attention function in a model to fastseq, or tell how many modules have some."""
+    others = [(name, m) for name, m in model.named_modules() if not isinstance(m, (*TO_TORCH, torch.jit.ScriptModule))]
+    report.already += [name for name, module in others if is_redirected(module)]
+    callers = [(name, module) for name, module in others if not is_redirected(module) and calls_torch(module)]
+    if not functional and callers:
+        what = "1 module calls" if len(callers) == 1 else f"{len(callers)} modules call"
+        report.notes.append(f"{what} torch's scaled_dot_product_attention: patch(..., functional=True) sends them here")
+    for name, module in callers if functional else ():
+        if "forward" in vars(module):
+            reason = "calls torch's scaled_dot_product_attention from a forward that was replaced on the instance"
+            report.left.append(Left(name, _class_name(type(module)), reason))
+        else:
+            _swap(report, name, module, redirected(type(module)))
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -173,7 +203,7 @@ def unpatch(model: nn.Module) -> Report:
     """
     report = Report("unpatch")
     for name, module in _modules(model, "unpatch"):
-        target = getattr(type(module), "_own_class", None) or TO_TORCH.get(type(module))
+        target = own_class(type(module)) or TO_TORCH.get(type(module))
         if target is None:
             if type(module) in TO_FASTSEQ:
                 report.already.append(name)
@@ -206,19 +236,7 @@ def _with_class(ours: Any, cls: Any) -> type[nn.Module]:
     """Our layer as a subclass of ``cls`` too."""
     if issubclass(ours, cls):
         return ours
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ours, cls), {**names, "_own_class": cls, "__reduce_ex__": _reduce_with_class})
-
-
-def _reduce_with_class(self: nn.Module, protocol: Any) -> tuple:
-    """For copy and pickle, which cannot find a class made here by its name."""
-    ours: Any = next(base for base in type(self).__mro__ if base in TO_TORCH)
-    cls: Any = type(self)
-    return _new_with_class, (ours, cls._own_class), object.__reduce_ex__(self, protocol)[2]
-
-
-def _new_with_class(ours: Any, cls: Any) -> nn.Module:
-    return object.__new__(_with_class(ours, cls))
+    return swapped(_with_class, (ours, cls), cls, (ours, cls))
 
 
 def _overridden(cls: type) -> list[str]:
@@ -235,6 +253,17 @@ def _class_note(report: Report, keep_class: bool) -> list[str]:
     if keep_class or not any(change.old in layers for change in report.changed):
         return []
     return ['tools that look for torch.nn\'s recurrent classes miss these layers: see keep_class=, weights="int8"']
+
+
+def _transformers_note(model: nn.Module) -> list[str]:
+    """Models of transformers choose their attention by name, from a table."""
+    for _, module in model.named_modules():
+        chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if type(module).__module__.startswith("transformers.") and chosen in ("sdpa", "eager"):
+            name = type(module).__name__
+            how = 'fastseq.integrations.transformers.register(), then attn_implementation="fastseq"'
+            return [f"{name} takes its attention from a table of transformers ({chosen!r} now): {how}"]
+    return []
 
 
 def _compress(model: nn.Module, weights: str) -> str:
@@ -271,7 +300,8 @@ def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module])
         report.left.append(Left(name, old, f"Python refused to swap its class: {error}"))
         return False
     shown = next((base for base in target.__mro__ if base in TO_TORCH), target)  # of a class that keeps another one
-    report.changed.append(Changed(name, old, _class_name(shown)))
+    new = "calls fastseq.scaled_dot_product_attention" if is_redirected(module) else _class_name(shown)
+    report.changed.append(Changed(name, old, new))
     return True
 
 
@@ -337,13 +367,13 @@ def _weight_names(module: nn.Module) -> list[str]:
     return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
-def _fast_path_note(model: nn.Module, swapped: set[int]) -> list[str]:
+def _fast_path_note(model: nn.Module, done: set[int]) -> list[str]:
     """torch's encoder layer hands its attention's weights to one fused kernel in inference, whatever the class."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer)
-        and id(module.self_attn) in swapped
+        and id(module.self_attn) in done
         and module.self_attn.batch_first
         and module.self_attn.in_proj_bias is not None
     ]

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch"},
+    {"nn", "patch", "swapped", "torch_calls"},
     {"fastseq"},
     {"cli"},
     {"doctor", "demo", "__main__"},

@@ -1,0 +1,30 @@
+"""Classes made to be swapped into a module, by :mod:`fastseq.patch`: each shows itself as the class that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def swapped(maker: Callable, arguments: tuple, own: Any, bases: tuple, **names: Any) -> type[nn.Module]:
+    """What ``maker(*arguments)`` returns: a class in the place of a module's ``own``, which it remembers."""
+    names |= {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    made = {"_own_class": own, "_maker": staticmethod(maker), "_arguments": arguments, "__reduce_ex__": _reduce}
+    return type(own.__name__, bases, names | made)
+
+
+def own_class(cls: type) -> type[nn.Module] | None:
+    """The class in whose place :func:`swapped` made this one; None where it did not."""
+    return vars(cls).get("_own_class")
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple:
+    """For copy and pickle, which cannot find a class made here by its name."""
+    cls: Any = type(self)
+    return _new, (cls._maker, cls._arguments), object.__reduce_ex__(self, protocol)[2]
+
+
+def _new(maker: Callable, arguments: tuple) -> nn.Module:
+    return object.__new__(maker(*arguments))

@@ -5,9 +5,10 @@ built) or ``none``. What was built, and why the rest was not, goes into ``fastse
 
 Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
 it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
-serves every later version of both. CUDA sources go into a second file, ``fastseq/_native_cuda.abi3.so``: the first one
-must load under a torch without CUDA. Objects are kept in build/native and compiled again only when their command line,
-their source or a header changed.
+serves every later version of both. The same without what talks to Python, and with the operators' schemas, is
+``fastseq/libfastseq.so``, for C++ programs. CUDA sources go into another file, ``fastseq/_native_cuda.abi3.so``: the
+first one must load under a torch without CUDA. Objects are kept in build/native and compiled again only when their
+command line, their source or a header changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -37,7 +39,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OBJECTS = Path("build", "native")
 REPORT = "_build.json"
-EXTENSIONS = {"cpu": "_native.abi3.so", "cuda": "_native_cuda.abi3.so"}
+LIBRARIES = {"cpu": ["_native.abi3.so", "libfastseq.so"], "cuda": ["_native_cuda.abi3.so"]}
 OLDEST_TORCH = (2, 10)
 PYTHON_ABI = "cp310"
 
@@ -68,6 +70,8 @@ COMMON_FLAGS = [
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 BOTH = [Path("csrc/attention/marshal.cpp")]  # what both extensions have
+OF_PYTHON = ("direct", "module")  # how the names of sources begin that talk to Python
+SCHEMAS = Path("csrc/core/schemas.cpp")  # of libfastseq.so alone
 CUDA_ARCHITECTURES = {"80": ["sm_80"], "90a": ["sm_90a"], "100": ["sm_100", "compute_100"]}
 
 
@@ -241,8 +245,18 @@ class Report:
     cuda_architectures: list[str] = field(default_factory=list)
 
 
-def build_cpu(report: Report) -> Path:
-    """Compiles and links the CPU extension; returns the library. Raises Unavailable."""
+def write_schemas() -> None:
+    """What csrc/core/schemas.cpp includes: the operators' schemas, from the files that Python reads."""
+    options = runpy.run_path(str(ROOT / "fastseq/attn/call.py"))["OPTIONS_SCHEMA"]
+    schemas = runpy.run_path(str(ROOT / "fastseq/ops/schemas.py"))["of_the_cpu"](options)
+    text = "".join(f"m.def({json.dumps(name + schema)});\n" for name, schema in schemas.items())
+    written = ROOT / OBJECTS / "schemas.inc"
+    if not written.exists() or written.read_text() != text:
+        written.write_text(text)
+
+
+def build_cpu(report: Report) -> list[Path]:
+    """Compiles and links the CPU extension and libfastseq.so. Raises Unavailable."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     if sys.platform != "linux" or machine not in ISAS:
         raise Unavailable(
@@ -275,11 +289,13 @@ def build_cpu(report: Report) -> Path:
         report.instruction_sets.append(isa)
         units[isa] = [Unit(object_of(path, isa), path, [*base, *flags]) for path in kernels]
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in report.instruction_sets if isa != "baseline"]
+    write_schemas()
+    include = [*torch.compile_flags, f"-iquote{OBJECTS}", "-isystem", python_include]
     glue = [
         Unit(
             object_of(path, "torch"),
             path,
-            [*base, "-fopenmp", *have, *torch.compile_flags, "-isystem", python_include],
+            [*base, "-fopenmp", *have, *include],
         )
         for path in sources("csrc/*/*.cpp")
     ]
@@ -287,7 +303,15 @@ def build_cpu(report: Report) -> Path:
     # linker keeps the first, which every processor can run.
     ordered = [*glue, *(unit for isa in report.instruction_sets for unit in units[isa])]
     compiled = compile_all(ordered, f"{version}\ntorch {torch.version}")
-    return link(command, ordered, ["-fopenmp", *torch.link_flags], EXTENSIONS["cpu"], compiled)
+    without = {
+        "_native.abi3.so": [unit for unit in glue if unit.source == SCHEMAS],
+        "libfastseq.so": [unit for unit in glue if unit.source.name.startswith(OF_PYTHON)],
+    }
+    flags = ["-fopenmp", *torch.link_flags]
+    return [
+        link(command, [unit for unit in ordered if unit not in without[name]], flags, name, compiled)
+        for name in LIBRARIES["cpu"]
+    ]
 
 
 def find_nvcc() -> str:
@@ -299,7 +323,7 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def build_cuda(report: Report) -> Path:
+def build_cuda(report: Report) -> list[Path]:
     """Compiles and links the CUDA extension, for all architectures in one file. Raises Unavailable."""
     files = [*sources("csrc/*/cuda/*.cpp"), *sources("csrc/*/cuda/*.cu"), *BOTH]
     torch = Torch.find()
@@ -327,14 +351,15 @@ def build_cuda(report: Report) -> Path:
     units = [Unit(object_of(path, "cuda"), path, [*base, *flags]) for path in files]
     compiled = compile_all(units, f"{version}\ntorch {torch.version}")
     libraries = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
-    return link(base, units, [*libraries, "-ltorch_cuda"], EXTENSIONS["cuda"], compiled)
+    (name,) = LIBRARIES["cuda"]
+    return [link(base, units, [*libraries, "-ltorch_cuda"], name, compiled)]
 
 
-def build(wanted: str) -> tuple[Report, dict[str, Path]]:
+def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
     """Builds what ``wanted`` (the value of FASTSEQ_BUILD) asks for; returns the report and the libraries."""
     report = Report()
-    libraries: dict[str, Path] = {}
-    parts: dict[str, Callable[[Report], Path]] = {"cpu": build_cpu, "cuda": build_cuda}
+    libraries: dict[str, list[Path]] = {}
+    parts: dict[str, Callable[[Report], list[Path]]] = {"cpu": build_cpu, "cuda": build_cuda}
     required = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}
     if wanted not in required:
         raise SystemExit(f"FASTSEQ_BUILD={wanted}: expected auto, cpu, cuda or none")
@@ -373,13 +398,13 @@ class BuildNative(build_ext):
         target = ROOT / "fastseq" if in_place else Path(self.build_lib, "fastseq")
         target.mkdir(parents=True, exist_ok=True)
         self.written = [target / REPORT]
-        for part, name in EXTENSIONS.items():
-            if part in libraries:
+        for part, names in LIBRARIES.items():
+            for path in libraries.get(part, []):
                 # Moved into place, as a running process may have the old file mapped.
-                shutil.copy2(ROOT / libraries[part], target / f"{name}.tmp")
-                os.replace(target / f"{name}.tmp", target / name)
-                self.written.append(target / name)
-            else:
+                shutil.copy2(ROOT / path, target / f"{path.name}.tmp")
+                os.replace(target / f"{path.name}.tmp", target / path.name)
+                self.written.append(target / path.name)
+            for name in names if part not in libraries else ():
                 (target / name).unlink(missing_ok=True)
         (target / REPORT).write_text(json.dumps(vars(report), indent=2) + "\n")
         if not libraries:

@@ -188,7 +188,7 @@ def _redirect(report: Report, model: nn.Module, functional: bool) -> None:
             reason = "calls torch's scaled_dot_product_attention from a forward that was replaced on the instance"
             report.left.append(Left(name, _class_name(type(module)), reason))
         else:
-            _swap(report, name, module, redirected(type(module)))
+            _swap(report, name, module, redirected(type(module)))  # type: ignore[arg-type]
 
 
 def unpatch(model: nn.Module) -> Report:

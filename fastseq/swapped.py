@@ -1,4 +1,4 @@
-"""Classes made to be swapped into a module, by :mod:`fastseq.patch`: each shows itself as the class that it replaces."""
+"""Classes that :mod:`fastseq.patch` makes and swaps into modules: each shows itself as the class that it replaces."""
 
 from __future__ import annotations
 

@@ -98,14 +98,14 @@ def _function_of(x: Any) -> FunctionType | None:
     if isinstance(x, (MethodType, staticmethod, classmethod)):
         return _function_of(x.__func__)
     if not isinstance(x, (FunctionType, ModuleType, nn.Module, type)):
-        x = getattr(type(x), "__call__", None)
+        x = next((vars(cls)["__call__"] for cls in type(x).__mro__ if "__call__" in vars(cls)), None)
     return x if isinstance(x, FunctionType) else None
 
 
 def _is_left_out(x: Any) -> bool:
     """Whether a function or module is of torch or of this package."""
     name = getattr(x, "__module__", None) or getattr(x, "__name__", "")
-    return name.split(".")[0] in ("torch", "fastseq")
+    return str(name).split(".")[0] in ("torch", "fastseq")
 
 
 @functools.cache

@@ -75,8 +75,8 @@ def operators() -> ctypes.CDLL:
     if not target.exists():
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
         build.run([str(build.compiler()), "-shared", "-pthread", *map(str, objects), *libraries], target)
-    for name, schema in (("forward", ops.ATTENTION_FORWARD), ("backward", ops.ATTENTION_BACKWARD)):
-        torch.library.define(f"fastseq::attention_{name}.emulated_tensors", schema)
+    for name in ("attention_forward", "attention_backward"):
+        torch.library.define(f"fastseq::{name}.emulated_tensors", ops.SCHEMAS[f"{name}.native"])
     torch.ops.load_library(str(target))
     return ctypes.CDLL(str(target))
 
@@ -242,11 +242,11 @@ def backward_arguments(
 @cache
 def register() -> None:
     """Defines the operators; once a process."""
-    for name, schema, fake, run in (
-        ("attention_forward", ops.ATTENTION_FORWARD, ops_attention.fake_attention_forward, forward),
-        ("attention_backward", ops.ATTENTION_BACKWARD, ops_attention.fake_attention_backward, backward),
+    for name, fake, run in (
+        ("attention_forward", ops_attention.fake_attention_forward, forward),
+        ("attention_backward", ops_attention.fake_attention_backward, backward),
     ):
-        define(name, schema, fake, None, ("emulated",))
+        define(name, fake, None, ("emulated",))
         torch.library.impl(f"fastseq::{name}.emulated", "CPU", run)
 
 

@@ -22,7 +22,7 @@ import torch
 from emulation import build
 
 from fastseq import ops
-from fastseq.ops import layers as ops_layers
+from fastseq.ops import schemas
 
 CUDA = build.ROOT / "csrc" / "recurrent" / "cuda"
 TORCH = Path(torch.__file__).parent
@@ -63,14 +63,14 @@ def library() -> ctypes.CDLL:
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
         build.run([str(build.compiler()), "-shared", "-pthread", *map(str, objects), *libraries], target)
     for op, schema in {
-        "scan_forward": ops.SCAN_FORWARD,
-        "scan_backward": ops.SCAN_BACKWARD,
-        "layers_forward": ops_layers.LAYERS_FORWARD,
-        "layers_backward": ops_layers.LAYERS_BACKWARD,
-        "native_scan_plan": ops.NATIVE_SCAN_PLAN,
-        "native_scan_role": ops.NATIVE_SCAN_ROLE,
-        "native_scan_schedule": ops_layers.NATIVE_SCAN_SCHEDULE,
-        "native_scan_windows": ops_layers.NATIVE_SCAN_WINDOWS,
+        "scan_forward": schemas.SCAN_FORWARD,
+        "scan_backward": schemas.SCAN_BACKWARD,
+        "layers_forward": schemas.LAYERS_FORWARD,
+        "layers_backward": schemas.LAYERS_BACKWARD,
+        "native_scan_plan": schemas.NATIVE_SCAN_PLAN,
+        "native_scan_role": schemas.NATIVE_SCAN_ROLE,
+        "native_scan_schedule": schemas.NATIVE_SCAN_SCHEDULE,
+        "native_scan_windows": schemas.NATIVE_SCAN_WINDOWS,
     }.items():
         torch.library.define(f"fastseq::{op}.emulated", schema)
     torch.ops.load_library(str(target))

@@ -1,5 +1,5 @@
 // torch.ops.fastseq.attention_forward.native and attention_backward.native on the CPU. The schemas, with every shape, are
-// in fastseq/ops/__init__.py.
+// in fastseq/ops/schemas.py.
 #include "attention/ops.h"
 
 #include <torch/csrc/stable/ops.h>

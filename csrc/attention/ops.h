@@ -1,5 +1,5 @@
 // The attention operators on the CPU and on a GPU, which core/library.cpp and core/cuda/library.cpp register. Their
-// schemas are in fastseq/ops/__init__.py.
+// schemas are in fastseq/ops/schemas.py.
 #pragma once
 #include "attention/marshal.h"
 

@@ -1,6 +1,4 @@
-// The Python module fastseq._native: importing it registers the CPU implementations with torch. Its functions are the
-// fast path past torch's dispatcher (direct.cpp).
-#include <Python.h>
+// Loading this library registers the CPU implementations with torch.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -11,9 +9,6 @@
 #include "core/ops.h"
 
 namespace fastseq {
-
-extern PyMethodDef direct_methods[];  // recurrent/direct.cpp
-
 namespace {
 
 // Forces an instruction set of the CPU kernels ("": only asks) and returns the one in force.
@@ -39,10 +34,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&fastseq::native_isa));  // no tensor among its arguments
-}
-
-extern "C" PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Registers fastseq's CPU kernels.", -1,
-                                   fastseq::direct_methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -1,4 +1,4 @@
-// The operators that library.cpp registers. Their schemas, with every shape and dtype, are in fastseq/ops/__init__.py.
+// The operators that library.cpp registers. Their schemas, with every shape and dtype, are in fastseq/ops/schemas.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

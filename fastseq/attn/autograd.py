@@ -24,7 +24,7 @@ _BIAS, _SINKS = map(AttentionCall._fields.index, ("bias", "sinks"))
 
 
 class Attention(torch.autograd.Function):
-    """Arguments: an :class:`AttentionCall`'s fields, and the backend's name. Results as ``ops.ATTENTION_FORWARD``."""
+    """Arguments: an :class:`AttentionCall`'s fields, and the backend's name. Results: ``schemas.ATTENTION_FORWARD``."""
 
     generate_vmap_rule = True
 
@@ -57,7 +57,7 @@ class Attention(torch.autograd.Function):
 def backward_arguments(
     d_o: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, fields: Sequence, bias_grad: bool
 ) -> tuple:
-    """In the order of ``ops.ATTENTION_BACKWARD``; ``fields`` are an :class:`AttentionCall`'s."""
+    """In the order of ``schemas.ATTENTION_BACKWARD``; ``fields`` are an :class:`AttentionCall`'s."""
     q, k, v, *options = fields
     return d_o, dlse, q, k, v, o, lse, *options, bias_grad
 
@@ -65,7 +65,7 @@ def backward_arguments(
 def gradient(
     d_o: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, call: AttentionCall, bias_grad: bool, backend: str
 ) -> tuple[Tensor, ...]:
-    """Results as ``ops.ATTENTION_BACKWARD``, differentiable where gradients are on."""
+    """Results as ``schemas.ATTENTION_BACKWARD``, differentiable where gradients are on."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return BACKWARD[backend](*backward_arguments(d_o, dlse, o, lse, call, bias_grad))
     if needs_reference():
@@ -91,7 +91,7 @@ _ORDER = (*_DIFFERENTIABLE, *(name for name in TENSORS if name not in _DIFFERENT
 
 
 def _gradient(d_o: Tensor, dlse: Tensor | None, call: AttentionCall, bias_grad: bool) -> tuple[Tensor, ...]:
-    """What ``ops.ATTENTION_BACKWARD`` computes, by the reference: differentiable, and of T x T memory."""
+    """What ``schemas.ATTENTION_BACKWARD`` computes, by the reference: differentiable, and of T x T memory."""
     names = ["q", "k", "v", *["bias"] * bias_grad, *["sinks"] * (call.sinks is not None)]
 
     def forward(*given: Tensor) -> tuple[Tensor, ...]:

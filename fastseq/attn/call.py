@@ -1,19 +1,20 @@
 """One call of attention as one object: its fields are the operators' arguments, in their order.
 
-A new option of attention is a field here; the schemas (``fastseq/ops/__init__.py``) and the places of arguments in them
+A new option of attention is a field here; the schemas (``fastseq/ops/schemas.py``) and the places of arguments in them
 are made of these fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # setup.py reads this file where torch cannot be imported
+    from torch import Tensor
 
 
 class AttentionCall(NamedTuple):
-    """Arguments that were checked. Shapes and dtypes are those of the operator: ``fastseq/ops/__init__.py``."""
+    """Arguments that were checked. Shapes and dtypes are those of the operator: ``fastseq/ops/schemas.py``."""
 
     q: Tensor
     k: Tensor
@@ -38,16 +39,18 @@ class AttentionCall(NamedTuple):
     dropout_p: float = 0.0
 
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "int"}
-_TYPES = get_type_hints(AttentionCall)
+_SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
+_TYPES = {name: str(getattr(t, "__forward_arg__", t)) for name, t in AttentionCall.__annotations__.items()}
 
-SCHEMA = {name: f"{_SCHEMA_TYPES[_TYPES[name]]} {name}" for name in AttentionCall._fields}
+SCHEMA = {name: f"{_SCHEMA_TYPES.get(_TYPES[name], _TYPES[name])} {name}" for name in AttentionCall._fields}
 """Each field as the operators' schemas declare it."""
 
 OPTIONS = AttentionCall._fields[3:]
 """All but q, k and v."""
 
-TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name] in (Tensor, Tensor | None))
+OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
+
+TENSORS = tuple(name for name in AttentionCall._fields if _TYPES[name].startswith("Tensor"))
 """The fields that hold tensors; they come first."""
 
 PER_SEQUENCE = tuple(name for name in TENSORS if "lengths" in name)

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.attn.call import OPTIONS, PER_SEQUENCE, SCHEMA, AttentionCall
+from fastseq.attn.call import OPTIONS, PER_SEQUENCE, AttentionCall
 from fastseq.ops.define import loop_over
-
-OPTIONS_SCHEMA = ", ".join(SCHEMA[name] for name in OPTIONS)
 
 
 def empty_as(x: Tensor, features: int) -> Tensor:

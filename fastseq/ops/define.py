@@ -1,4 +1,4 @@
-"""How an operator is defined: a schema, a fake kernel and a vmap rule for each backend."""
+"""How an operator is defined: its schema, a fake kernel and a vmap rule for each backend."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.attn.call import OPTIONS_SCHEMA
+from fastseq.ops import schemas
+
 BACKENDS = ("native", "triton")
 """Backends that are operators of their own; ``reference`` and ``torch`` are made of torch's."""
+
+SCHEMAS = schemas.of_the_cpu(OPTIONS_SCHEMA)
+"""Of the operators that the CPU kernels implement, by name with overload; those of other backends are the same."""
 
 
 def define(
     name: str,
-    schema: str,
     fake: Callable,
     rule: Callable[[Callable], Callable] | None,
     backends: Sequence[str] = BACKENDS,
@@ -23,7 +28,7 @@ def define(
     """Define ``fastseq::name.<backend>`` for every backend, with its fake kernel and its vmap rule (None: no vmap)."""
     for backend in backends:
         full = f"fastseq::{name}.{backend}"
-        torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.define(full, SCHEMAS[f"{name}.native"], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(full, _refusing_mixed_devices(fake))
         if rule is not None:
             torch.library.register_vmap(full, rule(getattr(getattr(torch.ops.fastseq, name), backend)))

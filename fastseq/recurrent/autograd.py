@@ -22,7 +22,7 @@ BACKWARD = {name: getattr(torch.ops.fastseq.scan_backward, name) for name in ops
 
 
 class Inputs(NamedTuple):
-    """The tensors of a scan, in the operators' order and shapes (``ops.SCAN_FORWARD``)."""
+    """The tensors of a scan, in the operators' order and shapes (``schemas.SCAN_FORWARD``)."""
 
     x: Tensor
     w_ih: Tensor

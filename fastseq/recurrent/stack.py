@@ -1,6 +1,6 @@
 """A stack of recurrent layers on the native kernels as one differentiable function: one call forward, one back.
 
-On CUDA the call runs side by side what is independent (:mod:`fastseq.ops.layers`). On the CPU in eager mode it goes
+On CUDA the call runs side by side what is independent (:mod:`fastseq.ops.schemas`). On the CPU in eager mode it goes
 past torch's dispatcher (:mod:`fastseq.direct`). The gradient is the kernels' own; whoever differentiates that gets
 the reference's, computed anew.
 """
@@ -344,7 +344,9 @@ def stack(
     weights: Sequence[Tensor],
 ) -> Sequence[Tensor]:  # fmt: skip
     """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions."""
-    if not (torch.is_grad_enabled() and autograd.wants_gradient((x, h0, c0, *weights))):
+    learns = torch.is_grad_enabled() and autograd.wants_gradient((x, h0, c0, *weights))
+    # An exported program has no backward pass to keep anything for. To Dynamo every program is an exported one.
+    if not learns or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
         y, h_n, c_n, _, states, _ = FORWARD(
             x, weights, h0, c0, lengths, reset, *kind.numbers(), False, kind.want_states
         )  # fmt: skip

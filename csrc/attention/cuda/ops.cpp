@@ -1,5 +1,5 @@
 // torch.ops.fastseq.attention_*.native on a GPU. No tensor's values are looked at, so lengths are clamped by the kernels
-// rather than refused here. The schemas, with every shape, are in fastseq/ops/__init__.py.
+// rather than refused here. The schemas, with every shape, are in fastseq/ops/schemas.py.
 // The tests' emulated machine has the same operators on the CPU.
 #include "attention/ops.h"
 

@@ -1,5 +1,5 @@
 // torch.ops.fastseq.scan_*.native on a GPU: tensors into the structs of recurrent.h, products by torch.
-// The schemas, with every shape, are in fastseq/ops/__init__.py. The tests' emulated machine has the same operators on the CPU.
+// The schemas, with every shape, are in fastseq/ops/schemas.py. The tests' emulated machine has the same operators on the CPU.
 #include "recurrent/cuda/call.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The recurrent operators on a GPU, which library.cpp registers. Their schemas are in fastseq/ops/__init__.py.
+// The recurrent operators on a GPU, which library.cpp registers. Their schemas are in fastseq/ops/schemas.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,43 @@ from fastseq.checks import ArgumentError
 from fastseq.ops import attention as ops_attention
 from fastseq.ops import triton as ops_triton
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    class Options(TypedDict, total=False):
+        """Keywords of :func:`attention`, but for return_lse, on which the result's type depends."""
+
+        bias: Tensor | None
+        mask: Tensor | None
+        causal: bool
+        align: str
+        window: tuple[int, int] | None
+        softcap: float
+        sinks: Tensor | None
+        alibi_slopes: Tensor | None
+        lengths_q: Tensor | None
+        lengths_k: Tensor | None
+        prefix_lengths: Tensor | None
+        cu_seqlens_q: Tensor | None
+        cu_seqlens_k: Tensor | None
+        block_table: Tensor | None
+        scale: float | None
+        dropout_p: float
+        backend: str | None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

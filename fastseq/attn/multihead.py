@@ -38,7 +38,7 @@ def attend(
         weights = weights.mean(1) if average else weights
         weights = weights if batched else weights.squeeze(0)
     else:
-        o = attention(call.q, call.k, call.v, **options, align="top_left")  # type: ignore[assignment]
+        o = attention(call.q, call.k, call.v, **options, align="top_left")
     if not batched:
         o = o.squeeze(0).transpose(0, 1)  # [L,heads,D]
     else:

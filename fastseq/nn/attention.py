@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         call = AttentionCall(q, k, v, bias, mask, causal=is_causal, dropout_p=dropout_p)
         return multihead.attend(call, self, batched, need_weights, average_attn_weights)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _every_parameter(self) -> Iterator[tuple[str, Tensor | None]]:
         yield from ((name, getattr(self, name)) for name in _PARAMETERS)

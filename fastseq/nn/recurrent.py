@@ -6,7 +6,7 @@ refuses to trace whole.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from fastseq.nn.compressed import CompressedWeights
 from fastseq.recurrent.stack import in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
+Pair = tuple[Tensor, Tensor]
+
+
+def _refuse(layer: nn.Module, unknown: dict[str, Any]) -> None:
+    if "proj_size" in unknown:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    if unknown:
+        raise TypeError(f"{type(layer).__name__}.__init__() got an unexpected keyword argument {next(iter(unknown))!r}")
 
 
 class _Native(nn.Module):
@@ -148,21 +156,39 @@ class RNN(_Recurrent):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        _refuse(self, unknown)
+        self.nonlinearity = nonlinearity
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
         return functional.rnn(input, hx, self._weights(), nonlinearity=nonlinearity, **self._options(), **kwargs)
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
         self,
@@ -178,6 +204,9 @@ class RNN(_Recurrent):
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class GRU(_Recurrent):
@@ -197,10 +226,26 @@ class GRU(_Recurrent):
 
     reset_after: bool = True  # on the class, so that a torch.nn.GRU whose class is swapped needs nothing more
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        **unknown: NoReturn,
+    ) -> None:
+        _refuse(self, unknown)
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device,
+            dtype=dtype,
+        )  # fmt: skip
         if not reset_after:
             self.reset_after = False
 
@@ -212,6 +257,13 @@ class GRU(_Recurrent):
         return functional.gru(
             input, hx, self._weights(), reset_after=self.reset_after, **self._options(), **kwargs
         )  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
         self,
@@ -227,6 +279,9 @@ class GRU(_Recurrent):
             if done is not None:
                 return done
         return self._call(input, hx, lengths, reset)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class LSTM(_Recurrent):
@@ -250,10 +305,28 @@ class LSTM(_Recurrent):
 
     input_forget: bool = False  # on the class, so that a torch.nn.LSTM whose class is swapped needs nothing more
 
-    def __init__(self, *args: Any, input_forget: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        input_forget: bool = False,
+    ) -> None:
         if input_forget:
             self.input_forget = True
-        super().__init__("GRU" if input_forget else "LSTM", *args, **kwargs)  # whose weights have three blocks, or four
+        mode = "GRU" if input_forget else "LSTM"  # whose weights have three blocks, or four
+        super().__init__(
+            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype,
+        )  # fmt: skip
         self.mode = "LSTM"
 
     def extra_repr(self) -> str:
@@ -270,6 +343,25 @@ class LSTM(_Recurrent):
         return functional.lstm(
             input, hx, self._weights(), input_forget=input_forget, projected=projected, **self._options(), **kwargs
         )  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+        return_all_states: Literal[False] = False,
+    ) -> tuple[Tensor, Pair]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+        return_all_states: Literal[True],
+    ) -> tuple[Tensor, Pair, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Pair | None = None, *, return_all_states: Literal[False] = False
+    ) -> tuple[PackedSequence, Pair]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Pair | None = None, *, return_all_states: Literal[True]
+    ) -> tuple[PackedSequence, Pair, PackedSequence]: ...
 
     def forward(
         self,
@@ -288,6 +380,9 @@ class LSTM(_Recurrent):
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
         return self._call(input, pair, lengths, reset, return_all_states=return_all_states)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class _Cell(_Native):
@@ -311,6 +406,9 @@ class RNNCell(_Cell, nn.RNNCell):
         return functional.rnn_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class GRUCell(_Cell, nn.GRUCell):
@@ -345,6 +443,9 @@ class GRUCell(_Cell, nn.GRUCell):
         return functional.gru_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, reset_after=self.reset_after
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
@@ -382,3 +483,6 @@ class LSTMCell(_Cell, nn.LSTMCell):
         return functional.lstm_cell(
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, input_forget=self.input_forget
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -606,3 +607,23 @@ def test_autocast_gives_torchs_dtypes_and_takes_the_states_back(name, options, g
             if dtype is torch.bfloat16 or name != "LSTM" or options:  # torch's LSTM of float16 depends on the chip
                 assert [t.dtype for t in flat(found)] == [t.dtype for t in flat(want)]
             ours(x, found if cell else found[1])
+
+
+POSITIONS = {
+    "RNN": (5, 7, 2, "relu", False, True, 0.25, True),
+    "GRU": (5, 7, 2, False, True, 0.25, True),
+    "LSTM": (5, 7, 2, False, True, 0.25, True, 3),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_constructors_name_their_arguments_in_torchs_order(name):
+    cls, positions = getattr(fastseq.nn, name), POSITIONS[name]
+    mine, theirs = cls(*positions), getattr(torch.nn, name)(*positions)
+    assert repr(mine) == repr(theirs)
+    assert [(n, p.shape) for n, p in mine.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+    named = list(inspect.signature(cls).parameters)[: len(positions)]
+    assert repr(cls(**dict(zip(named, positions, strict=True)))) == repr(theirs)
+    assert cls(5, 7, device="meta", dtype=torch.bfloat16).weight_hh_l0.dtype is torch.bfloat16
+    with pytest.raises(TypeError, match="hidden"):
+        cls(5, 7, hidden=3)

@@ -45,6 +45,8 @@ struct AttentionArguments {
   View q, k, v;
   const int32_t *cu_q = nullptr, *cu_k = nullptr;            // [B+1]: packed
   const int64_t *lengths_q = nullptr, *lengths_k = nullptr;  // [B]
+  const int32_t* pages = nullptr;  // [B,table_row] on the CPU: k and v are pools of pages, whose batch stride is a page's;
+  Size page = 0, table_row = 0;    // key j of sequence b is row j % page of page pages[b][j / page]
   const int64_t* prefix = nullptr;                           // [B]: keys seen whatever causality and window say
   Pairs bias;                                                // bias_dtype
   Pairs mask;                                                // bytes, not 0: may look

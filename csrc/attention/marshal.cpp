@@ -49,33 +49,41 @@ void check_lengths(const int64_t* lengths, int64_t batch, int64_t most, const ch
 template <class Size>
 AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& x,
                                    const AttentionRules& rules, AttentionArguments<Size>& call)
-    : options_(x), rules_(rules), packed_(x.cu_seqlens_q.has_value()), q_(with_unit_rows("q", q, q)),
+    : options_(x), rules_(rules), packed_(x.cu_seqlens_q.has_value()),
+      paged_(x.block_table.has_value()), q_(with_unit_rows("q", q, q)),
       k_(with_unit_rows("k", k, q)), v_(with_unit_rows("v", v, q)), dtype_(number_of(q, "q")) {
-  const int64_t rank = packed_ ? 3 : 4, length = packed_ ? 0 : 2;
-  FASTSEQ_CHECK(q.dim() == rank && k.dim() == rank && v.dim() == rank, "attention: q, k and v must have ", rank,
-                " dimensions, got ", q.dim(), ", ", k.dim(), " and ", v.dim());
+  const int64_t rank = packed_ ? 3 : 4, rank_k = paged_ ? 4 : rank, heads = paged_ ? 2 : 1;
+  const int64_t length = packed_ ? 0 : 2, length_k = paged_ ? 1 : length;  // which dimension
+  FASTSEQ_CHECK(q.dim() == rank && k.dim() == rank_k && v.dim() == rank_k, "attention: q must have ", rank,
+                " dimensions, k and v ", rank_k, ", got ", q.dim(), ", ", k.dim(), " and ", v.dim());
   FASTSEQ_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                 "attention: q, k and v must have one dtype");
-  const int64_t dim = q.size(rank - 1), dim_v = v.size(rank - 1), heads_q = q.size(1), heads_k = k.size(1);
+  const int64_t dim = q.size(rank - 1), dim_v = v.size(rank_k - 1), heads_q = q.size(1), heads_k = k.size(heads);
   const char* refusal = rules.refusal(dtype_, dim, dim_v);
   FASTSEQ_CHECK(!refusal, "attention: ", refusal);
-  FASTSEQ_CHECK(!x.block_table, "attention: the native kernels read no pages (block_table)");
-  FASTSEQ_CHECK(packed_ == x.cu_seqlens_k.has_value(), "attention: cu_seqlens_q and cu_seqlens_k come together");
-  FASTSEQ_CHECK(!packed_ || !(x.bias || x.mask || x.lengths_q || x.lengths_k),
+  FASTSEQ_CHECK(!paged_ || rules.reads_pages, "attention: these kernels read no pages (block_table)");
+  FASTSEQ_CHECK((packed_ && !paged_) == x.cu_seqlens_k.has_value(),
+                "attention: cu_seqlens_q and cu_seqlens_k come together, without block_table");
+  FASTSEQ_CHECK(!packed_ || !(x.bias || x.mask || x.lengths_q || (x.lengths_k && !paged_)),
                 "attention: bias, mask and lengths belong to the padded layout, not to cu_seqlens");
-  FASTSEQ_CHECK(v.size(1) == heads_k && v.size(length) == k.size(length), "attention: k and v differ in heads or length");
-  FASTSEQ_CHECK(k.size(rank - 1) == dim, "attention: q has ", dim, " features, k has ", k.size(rank - 1));
+  FASTSEQ_CHECK(v.size(heads) == heads_k && v.size(length_k) == k.size(length_k),
+                "attention: k and v differ in heads or length");
+  FASTSEQ_CHECK(k.size(rank_k - 1) == dim, "attention: q has ", dim, " features, k has ", k.size(rank_k - 1));
   FASTSEQ_CHECK(heads_k > 0 ? heads_q > 0 && heads_q % heads_k == 0 : heads_q == 0, "attention: ", heads_q,
                 " query heads cannot share ", heads_k, " key heads");
-  const int64_t batch = packed_ ? x.cu_seqlens_q->numel() - 1 : q.size(0), total_q = q.size(length), total_k = k.size(length);
-  FASTSEQ_CHECK(packed_ ? batch >= 0 : k.size(0) == batch && v.size(0) == batch,
+  const int64_t batch = packed_ ? x.cu_seqlens_q->numel() - 1 : q.size(0), total_q = q.size(length);
+  FASTSEQ_CHECK(packed_ ? batch >= 0 : paged_ || (k.size(0) == batch && v.size(0) == batch),
                 packed_ ? "attention: cu_seqlens_q is empty" : "attention: q, k and v differ in batch size");
+  FASTSEQ_CHECK(!paged_ || (v.size(0) == k.size(0) && x.lengths_k && x.block_table->dim() == 2 &&
+                            x.block_table->size(0) == batch && x.block_table->scalar_type() == ScalarType::Int),
+                "attention: pages need as many of k as of v, lengths_k and an int32 block_table [B, pages]");
+  const int64_t total_k = k.size(length_k) * (paged_ ? x.block_table->size(1) : 1);
   FASTSEQ_CHECK(std::max({total_q, total_k, batch * heads_q}) <= rules.most_rows,
                 "attention: these kernels take up to ", rules.most_rows, " rows and as many heads in all");
   call.dtype = dtype_;
   call.batch = Size(batch), call.heads_q = Size(heads_q), call.heads_k = Size(heads_k);
   call.dim = Size(dim), call.dim_v = Size(dim_v), call.length_q = Size(total_q), call.length_k = Size(total_k);
-  call.q = view(q_), call.k = view(k_), call.v = view(v_);
+  call.q = view(q_), call.k = keys_view(k_), call.v = keys_view(v_);
   call.cu_q = vector<int32_t>(x.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, batch + 1);
   call.cu_k = vector<int32_t>(x.cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, batch + 1);
   call.lengths_q = vector<int64_t>(x.lengths_q, "lengths_q", ScalarType::Long, batch);
@@ -83,10 +91,21 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   call.prefix = vector<int64_t>(x.prefix_lengths, "prefix_lengths", ScalarType::Long, batch);
   if (rules.looks_at_values) {
     if (packed_) call.length_q = Size(longest(call.cu_q, batch, total_q, "cu_seqlens_q"));
-    if (packed_) call.length_k = Size(longest(call.cu_k, batch, total_k, "cu_seqlens_k"));
+    if (call.cu_k) call.length_k = Size(longest(call.cu_k, batch, total_k, "cu_seqlens_k"));
     check_lengths(call.lengths_q, batch, total_q, "lengths_q");
     check_lengths(call.lengths_k, batch, total_k, "lengths_k");
     check_lengths(call.prefix, batch, total_k, "prefix_lengths");
+  }
+  if (paged_) {
+    rules.check("block_table", *x.block_table, q_);
+    call.pages = static_cast<const int32_t*>(keep(rules.contiguous(*x.block_table)).data_ptr());
+    call.page = Size(k.size(1)), call.table_row = Size(x.block_table->size(1));
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i * k.size(1) < call.lengths_k[b]; ++i) {
+        const int64_t page = call.pages[b * call.table_row + i];
+        FASTSEQ_CHECK(page >= 0 && page < k.size(0), "attention: block_table[", b, ", ", i, "] is ", page, ", outside 0..",
+                      k.size(0) - 1);
+      }
   }
   const int64_t shape[4] = {batch, heads_q, total_q, total_k};
   call.bias = pairs(x.bias, "bias", shape), call.bias_dtype = bias_dtype_ = dtype_beside_q(x.bias, "bias");
@@ -144,6 +163,9 @@ Tensor AttentionTensors::empty_as(const Tensor& x, const Sizes& sizes) const {
 
 View AttentionTensors::view(const Tensor& x) const {
   return {x.data_ptr(), packed_ ? 0 : stride_of(x, 0), stride_of(x, 1), stride_of(x, packed_ ? 0 : 2)};
+}
+View AttentionTensors::keys_view(const Tensor& x) const {
+  return paged_ ? View{x.data_ptr(), stride_of(x, 0), stride_of(x, 2), stride_of(x, 1)} : view(x);
 }
 View AttentionTensors::row_view(const Tensor& x) const {
   return {x.data_ptr(), packed_ ? 0 : stride_of(x, 0), stride_of(x, packed_ ? 0 : 1), 1};

@@ -33,6 +33,7 @@ struct AttentionOptions {
 // Where the CPU and a GPU differ.
 struct AttentionRules {
   bool looks_at_values;  // of lengths and offsets, to check them and to find the longest sequence
+  bool reads_pages;      // of a block_table
   const char* (*refusal)(Dtype dtype, int64_t dim, int64_t dim_v);  // why the kernels take no such call; null: they do
   int64_t most_rows;  // of q, of k, and heads in all
   void (*check)(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& q);  // readable beside q
@@ -83,11 +84,12 @@ class AttentionTensors {
   bool packed() const { return packed_; }
   // Rows of q, and of k: some may belong to no packed sequence.
   int64_t total_q() const { return q_.size(packed_ ? 0 : 2); }
-  int64_t total_k() const { return k_.size(packed_ ? 0 : 2); }
+  int64_t total_k() const { return k_.size(packed_ ? 0 : 2); }  // not of pages
 
  private:
   static Sizes sizes_of(const Tensor& x);
   View view(const Tensor& x) const;      // [B,H,T,D], packed [total,H,D]
+  View keys_view(const Tensor& x) const;  // the same of k and v, in pages [P,page,H,D]
   View row_view(const Tensor& x) const;  // [B,H,T], packed [H,total]
   Sizes o_sizes() const, row_sizes() const;
   Tensor empty_as(const Tensor& x, const Sizes& sizes) const;  // in the order of x's dimensions
@@ -105,7 +107,7 @@ class AttentionTensors {
   const AttentionOptions options_;
   const AttentionRules& rules_;
   std::vector<Tensor> kept_;
-  const bool packed_;
+  const bool packed_, paged_;
   const Tensor q_, k_, v_;
   Dtype dtype_, bias_dtype_ = Dtype::f32, sinks_dtype_ = Dtype::f32;
 };

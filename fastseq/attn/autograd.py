@@ -134,7 +134,8 @@ def differentiates(call: AttentionCall) -> bool:
 
 
 def reads_pages(backend: str, call: AttentionCall) -> bool:
-    """Whether the backend reads keys and values from their pages: Triton's does, for inference."""
-    if backend != "triton" or call.dropout_p > 0.0 or needs_reference() or functorch_active():
+    """Whether the backend reads keys and values from their pages, as some do for inference."""
+    reads = backend == "triton" or (backend == "native" and call.q.is_cpu)
+    if not reads or call.dropout_p > 0.0 or needs_reference() or functorch_active():
         return False
     return not differentiates(call)

@@ -114,8 +114,8 @@ def attention(
             ``[P, page, Hk, Dv]`` that all sequences share, and key j of sequence b is row j % page of page
             block_table[b, j // page]; Kwon et al. 2023. ``lengths_k`` must say how many keys each sequence has; what
             the table names past them is never looked at. Tk is pages · page. q may be packed by ``cu_seqlens_q``
-            alone. The Triton kernels read the pages where they lie; any other backend, a gradient or dropout has the
-            keys gathered first.
+            alone. The Triton kernels and the native ones on the CPU read the pages where they lie; for any other
+            backend, a gradient or dropout the keys are gathered first.
         scale: 1 / sqrt(D) by default.
         dropout_p: chance in [0, 1] of each weight to be dropped, the kept ones scaled by 1 / (1 − dropout_p). Drawn
             from torch's default generator: the same after the same ``torch.manual_seed``.

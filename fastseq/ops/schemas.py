@@ -77,7 +77,7 @@ NATIVE_SCAN_WINDOWS = "(int windows, int walkers) -> int"
 #   alibi_slopes float32 (float64 as q) [Hq], lengths (PER_SEQUENCE) int64 [B], cu_seqlens int32 [B+1], seed int64 [1]
 #   scores s = scale * q k^T; softcap * tanh(s / softcap); + bias; - alibi * |i + shift - j|; then mask and limits
 #   shift = 0, or Tk - Tq where bottom_right; a window of -1 has no limit
-# On a cache of pages, of a backend that reads them (Triton's): k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,
+# On a cache of pages, by Triton's kernels and the CPU's: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,
 #   pages of the longest], of which lengths_k rows count; q dense, or packed with cu_seqlens_q alone; Tk = pages of the
 #   longest * page. No dropout and no gradient.
 # -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from support import needs_native
 from torch import Tensor
 
 import fastseq
+from fastseq.attn import pages
+from fastseq.attn.call import AttentionCall
 from fastseq.checks import ArgumentError
 
 TABLE, LENGTHS = torch.tensor([[5, 2, 8], [1, -9, 77], [6, 0, -1]]), torch.tensor([41, 7, 32])
@@ -69,6 +72,38 @@ def test_packed_queries_on_pages(backend: str) -> None:
     )  # fmt: skip
     torch.testing.assert_close((got, lse), want)
     assert not got[6].any()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("page", [1, 5, 16, 200])
+@pytest.mark.parametrize("queries", [1, 8, 9, 70])
+def test_native_kernels_read_pages_to_the_bits_of_a_tensor(
+    queries: int, page: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "gather", None)  # nothing is copied before
+    lengths = torch.tensor([300, 0, 131])
+    count = -(-300 // page)
+    table = torch.randperm(3 * count)[: 2 * count].reshape(2, count)[[0, 0, 1]]  # two sequences share theirs
+    k, v = (torch.randn(3 * count, 2, page, d).to(dtype).transpose(1, 2) for d in (24, 17))  # [P,page,Hk,D]
+    wholes = (x[table].flatten(1, 2).transpose(1, 2)[:, :, : count * page] for x in (k, v))
+    q = torch.randn(3, 4, queries, 24, dtype=dtype)
+    options = {"lengths_k": lengths, "causal": True, "window": (250, -1), "softcap": 5.0, "backend": "native"}
+    with torch.no_grad():
+        got = fastseq.attention(q, k, v, block_table=table, **options, return_lse=True)
+        want = fastseq.attention(q, *wholes, **options, return_lse=True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@needs_native
+def test_the_operator_refuses_a_page_that_is_not_there() -> None:
+    k, v = torch.randn(9, 16, 2, 24), torch.randn(9, 16, 2, 17)
+    table = TABLE.clamp(0, 8).to(torch.int32)
+    table[0, 2] = 9
+    call = AttentionCall(torch.randn(3, 6, 5, 24), k, v, lengths_k=LENGTHS, block_table=table)
+    with pytest.raises(RuntimeError, match=r"block_table\[0, 2\] is 9, outside 0\.\.8"):
+        torch.ops.fastseq.attention_forward.native(*call)
 
 
 def test_gradients_reach_the_pages_that_were_read() -> None:

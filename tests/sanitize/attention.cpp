@@ -25,6 +25,8 @@ struct Problem {
   std::shared_ptr<unsigned char[]> mask;
   AttentionCall options{};
   int64_t seed;
+  int64_t page = 0;  // not 0: the forward pass runs once more with keys and values in pages of so many
+  std::vector<int32_t> table;
 
   explicit Problem(Random& random) {
     dtype = Dtype(random.below(4));
@@ -73,6 +75,28 @@ struct Problem {
     if (random.chance(0.2)) options.softcap = 2;
     if (random.chance(0.2)) options.dropout_p = 0.3;
     seed = int64_t(random.bits());
+    if (!packed && random.chance(0.4)) draw_pages(random);
+  }
+
+  void draw_pages(Random& random) {
+    page = random.pick({1, 3, 16, 64});
+    const int64_t pages = B * ((Tk + page - 1) / page);
+    for (int64_t i = 0; i < pages; ++i) table.push_back(int32_t(i));
+    for (int64_t i = pages - 1; i > 0; --i) std::swap(table[size_t(i)], table[size_t(random.below(i + 1))]);
+  }
+  // [pages, page, Hk, n] of what view() says of [B,Hk,Tk,n]; past a sequence's keys it is NaN.
+  Array in_pages(const Array& a, int64_t n) const {
+    const View from = view(a, Hk, rows_k, n);
+    const int64_t columns = int64_t(table.size()) / B;
+    Array pool(a.dtype(), int64_t(table.size()) * page * Hk * n);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t j = 0; j < (lengths_k.empty() ? Tk : lengths_k[size_t(b)]); ++j)
+        for (int64_t h = 0; h < Hk; ++h)
+          for (int64_t d = 0; d < n; ++d) {
+            const int64_t row = table[size_t(b * columns + j / page)] * page + j % page;
+            pool.set((row * Hk + h) * n + d, a[b * from.batch + h * from.head + j * from.row + d]);
+          }
+    return pool;
   }
 
   int64_t draw_offsets(Random& random, int64_t longest, std::vector<int32_t>& cu) {
@@ -155,6 +179,18 @@ struct Problem {
     bool done = Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, forward)
                                               : FASTSEQ_DISPATCH(attention_forward, forward);
     Outputs out = {{"o", o}, {"lse", lse, true}};
+
+    if (page) {
+      Array paged_o(dtype, d_o.size()), paged_lse(accumulator_of(dtype), lse.size());
+      const Array pool_k = in_pages(k, D), pool_v = in_pages(v, Dv);
+      forward.k = {pool_k.data(), page * Hk * D, D, Hk * D}, forward.v = {pool_v.data(), page * Hk * Dv, Dv, Hk * Dv};
+      forward.o = view(paged_o, Hq, rows_q, Dv), forward.lse = row_view(paged_lse);
+      forward.pages = table.data(), forward.page = page, forward.table_row = int64_t(table.size()) / B;
+      done = done && (Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, forward)
+                                                    : FASTSEQ_DISPATCH(attention_forward, forward));
+      out.insert(out.end(), {{"o of pages", paged_o}, {"lse of pages", paged_lse, true}});
+      forward.o = view(o, Hq, rows_q, Dv), forward.lse = row_view(lse);
+    }
 
     Array dq(dtype, q.size()), dk(dtype, k.size()), dv(dtype, v.size()), dbias, dsinks, rows;
     AttentionBackward backward{};

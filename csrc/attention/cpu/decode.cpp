@@ -87,9 +87,11 @@ class Decode {
   struct Scratch {
     Query* q;                   // [rows, width]
     A *scores, *bias, *rescale;  // [4, kStep], [kStep], [4]
+    const S **k, **v;            // [kStep], rows
     Scratch(const Decode& d, Arena& arena) {
       q = arena.take<Query>(d.rows_ * d.width_);
       scores = arena.take<A>(kRows * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kRows);
+      k = arena.take<const S*>(kStep), v = arena.take<const S*>(kStep);
     }
   };
 
@@ -114,20 +116,20 @@ class Decode {
     }
     for (long j = begin; j < end; j += kStep) {
       const long n = least(kStep, end - j);
-      const S *k = at<S>(call_.k, b, hk, s.k_row + j), *v = at<S>(call_.v, b, hk, s.k_row + j);
+      rows_of(call_, call_.k, s, b, hk, j, n, x.k), rows_of(call_, call_.v, s, b, hk, j, n, x.v);
       for (long r = 0; r < rows; r += kRows) {
         switch (least(kRows, rows - r)) {
           case 1:
-            meet<1>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            meet<1>(s, b, hk, r, j, n, o, max, sum, x);
             break;
           case 2:
-            meet<2>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            meet<2>(s, b, hk, r, j, n, o, max, sum, x);
             break;
           case 3:
-            meet<3>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            meet<3>(s, b, hk, r, j, n, o, max, sum, x);
             break;
           default:
-            meet<4>(s, b, hk, r, j, n, k, v, o, max, sum, x);
+            meet<4>(s, b, hk, r, j, n, o, max, sum, x);
         }
       }
     }
@@ -135,9 +137,8 @@ class Decode {
 
   // Rows r.. meet keys [j0, j0 + n).
   template <int R>
-  void meet(const Sequence& s, long b, long hk, long r, long j0, long n, const S* k, const S* v, A* o, A* max, A* sum,
-            Scratch& x) const {
-    multiply_keys<R>(k, n, x.q + r * width_, x.scores);
+  void meet(const Sequence& s, long b, long hk, long r, long j0, long n, A* o, A* max, A* sum, Scratch& x) const {
+    multiply_keys<R>(x.k, n, x.q + r * width_, x.scores);
     for (int i = 0; i < R; ++i) {
       const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
       A* const scores = x.scores + i * kStep;
@@ -150,18 +151,18 @@ class Decode {
       const long wide = call_.dim_v - long(c) * L;
       A* const out = o + r * width_v_ + c * L;
       if (wide >= 4 * L)
-        multiply_values<R, 4, true>(v + c * L, n, x, out, wide);
+        multiply_values<R, 4, true>(c * L, n, x, out, wide);
       else
         for (int one = c; one < vectors; ++one)
-          multiply_values<R, 1, false>(v + one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L);
+          multiply_values<R, 1, false>(one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L);
     }
   }
 
   template <int R>
-  void multiply_keys(const S* k, long n, const Query* q, A* scores) const {
+  void multiply_keys(const S* const* k, long n, const Query* q, A* scores) const {
     for (long j = 0; j < n; j += 4) {
       const S* rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = k + least(j + i, n - 1) * call_.k.row;
+      for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
       Vec<A> acc[R][4] = {};
       long d = 0;
       for (; d + kQueryLanes <= call_.dim; d += kQueryLanes) add_products<R, true>(rows, d, q, acc);
@@ -202,13 +203,14 @@ class Decode {
   }
 
   template <int R, int N, bool kWhole>
-  void multiply_values(const S* v, long n, const Scratch& x, A* o, long wide) const {
+  void multiply_values(long d, long n, const Scratch& x, A* o, long wide) const {
     Vec<A> acc[R][N];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < N; ++c) acc[r][c] = load(o + r * width_v_ + c * L) * x.rescale[r];
-    for (long j = 0; j < n; ++j, v += call_.v.row) {
+    for (long j = 0; j < n; ++j) {
+      const S* const v = x.v[j] + d;
       Vec<A> vv[N];
 #pragma GCC unroll 4
       for (int c = 0; c < N; ++c) vv[c] = kWhole ? load(v + c * L) : load_n(v, int(least(L, wide)));

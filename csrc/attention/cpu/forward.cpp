@@ -94,12 +94,18 @@ class Forward {
       rescale = arena.take<A>(kQueries);
       if (f.copy_k_) k = arena.take<KCopy>(keys * f.k_copy_row_);
       if (f.copy_v_) v = arena.take<Element>(keys / Op::depth * f.width_v_);
+      if (f.call_.pages) {
+        rows = arena.take<const S*>(keys);
+        gathered_k = arena.take<S>(keys * f.call_.dim), gathered_v = arena.take<S>(keys * f.call_.dim_v);
+      }
     }
     using KCopy = std::conditional_t<kDot, S, A>;
     State state[kBlocksAtOnce];
     A *scores, *bias, *block_max, *rescale;
     Element *p, *v = nullptr;
     KCopy* k = nullptr;
+    const S** rows = nullptr;  // of pages
+    S *gathered_k = nullptr, *gathered_v = nullptr;
     uint64_t *words, *kept;
   };
   // A block of keys, where the products find it: k by rows, v by rows (by pairs of rows).
@@ -152,29 +158,42 @@ class Forward {
   }
 
   Keys prepare(const Sequence& s, long b, long hk, long j0, long j1, Scratch& x) const {
-    const S* k = at<S>(call_.k, b, hk, s.k_row + j0);
-    const S* v = at<S>(call_.v, b, hk, s.k_row + j0);
     const long n = j1 - j0;
-    Keys out{reinterpret_cast<const char*>(k), call_.k.row * long(sizeof(S)), reinterpret_cast<const Element*>(v),
-             call_.v.row};
+    const S *k, *v;
+    long k_row = call_.k.row, v_row = call_.v.row;
+    if (call_.pages) {
+      k = gather(call_.k, call_.dim, s, b, hk, j0, n, x.rows, x.gathered_k), k_row = call_.dim;
+      v = gather(call_.v, call_.dim_v, s, b, hk, j0, n, x.rows, x.gathered_v), v_row = call_.dim_v;
+    } else {
+      k = at<S>(call_.k, b, hk, s.k_row + j0), v = at<S>(call_.v, b, hk, s.k_row + j0);
+    }
+    Keys out{reinterpret_cast<const char*>(k), k_row * long(sizeof(S)), reinterpret_cast<const Element*>(v), v_row};
     if (copy_k_) {
       if constexpr (kDot) {
-        pad_rows(k, call_.k.row, n, call_.dim, k_copy_row_, x.k);
+        pad_rows(k, k_row, n, call_.dim, k_copy_row_, x.k);
         out.k_row = k_copy_row_ * long(sizeof(S));
       } else {
-        widen_rows(k, call_.k.row, n, n, call_.dim, k_copy_row_, x.k);
+        widen_rows(k, k_row, n, n, call_.dim, k_copy_row_, x.k);
         out.k_row = k_copy_row_ * long(sizeof(A));
       }
       out.k = reinterpret_cast<const char*>(x.k);
     }
     if (copy_v_) {
       if constexpr (kDot)
-        interleave_rows(v, call_.v.row, n, (n + 1) / 2, call_.dim_v, width_v_, x.v);
+        interleave_rows(v, v_row, n, (n + 1) / 2, call_.dim_v, width_v_, x.v);
       else
-        widen_rows(v, call_.v.row, n, n, call_.dim_v, width_v_, x.v);
+        widen_rows(v, v_row, n, n, call_.dim_v, width_v_, x.v);
       out.v = x.v, out.v_row = width_v_;
     }
     return out;
+  }
+
+  // Keys [j0, j0 + n) of pages, side by side.
+  const S* gather(const View& view, long width, const Sequence& s, long b, long hk, long j0, long n, const S** rows,
+                  S* to) const {
+    rows_of(call_, view, s, b, hk, j0, n, rows);
+    for (long j = 0; j < n; ++j) __builtin_memcpy(to + j * width, rows[j], size_t(width) * sizeof(S));
+    return to;
   }
 
   // One query block meets keys [j0, j1) of the block that begins at key `base`.

@@ -76,6 +76,23 @@ template <class T>
 T* at(const View& view, long b, long h, long row) {
   return static_cast<T*>(view.data) + b * view.batch + h * view.head + row * view.row;
 }
+// Where keys [j, j + n) of sequence b and head h lie, of k or of v, one at a time.
+template <class T>
+void rows_of(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n, const T** rows) {
+  for (long done = 0; done < n;) {
+    long count = n;
+    const T* row;
+    if (call.pages) {
+      const long first = (j + done) % call.page;
+      row = at<const T>(view, call.pages[b * call.table_row + (j + done) / call.page], h, first);
+      count = least(n - done, call.page - first);
+    } else {
+      row = at<const T>(view, b, h, s.k_row + j);
+    }
+    for (long i = 0; i < count; ++i, row += view.row) rows[done++] = row;
+  }
+}
+
 template <class T>
 const T* at(const Pairs& x, long b, long h, long i, long j) {
   return static_cast<const T*>(x.data) + b * x.batch + h * x.head + i * x.row + j * x.step;

@@ -7,6 +7,7 @@ or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take t
 """
 
 from fastseq import functional, nn
+from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention, scaled_dot_product_attention
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "KVCache",
     "Report",
     "attention",
     "backends",

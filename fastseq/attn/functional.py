@@ -16,6 +16,7 @@ from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
+from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall, is_limited, scale_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
 from fastseq.checks import ArgumentError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         cu_seqlens_q: Tensor | None
         cu_seqlens_k: Tensor | None
         block_table: Tensor | None
+        cache: KVCache | None
         scale: float | None
         dropout_p: float
         backend: str | None
@@ -49,20 +51,22 @@ if TYPE_CHECKING:
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
-) -> Tensor: ...
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, return_lse: bool, **options: Unpack[Options]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -78,6 +82,7 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    cache: KVCache | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -116,6 +121,8 @@ def attention(
             the table names past them is never looked at. Tk is pages · page. q may be packed by ``cu_seqlens_q``
             alone. The Triton kernels and the native ones on the CPU read the pages where they lie; for any other
             backend, a gradient or dropout the keys are gathered first.
+        cache: a :class:`fastseq.KVCache` in the place of k, v and their lengths; q's batch is its batch. Queries are
+            aligned with the end of each sequence; a cache with ``window`` limits what they see to that.
         scale: 1 / sqrt(D) by default.
         dropout_p: chance in [0, 1] of each weight to be dropped, the kept ones scaled by 1 / (1 − dropout_p). Drawn
             from torch's default generator: the same after the same ``torch.manual_seed``.
@@ -150,6 +157,13 @@ def attention(
     """
     if unknown:
         checks_attention.refuse_keyword("attention", unknown, checks_attention.MEANT_FOR_ATTENTION)
+    if cache is not None:
+        given = {"k": k, "v": v, "lengths_k": lengths_k, "cu_seqlens_k": cu_seqlens_k, "block_table": block_table}
+        top_left = None if align == "bottom_right" else align
+        of_positions = {"bias": bias, "mask": mask, "prefix_lengths": prefix_lengths, "align": top_left}
+        k, v, lengths_k, block_table, window = cache.arguments(window, given, of_positions)
+    elif k is None or v is None:
+        raise TypeError("attention: k and v are missing; give both, or cache= in their place")
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
     short = short and prefix_lengths is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")

@@ -17,6 +17,7 @@ namespace {
 constexpr long kChunk = 2048;  // keys a task
 constexpr long kStep = 128;    // keys a block
 constexpr int kRows = 4;       // rows at once
+constexpr long kAhead = 32;    // keys for which memory is asked before they are met, where their rows lie apart
 
 // The sums of the lanes of four vectors.
 template <class A>
@@ -50,7 +51,8 @@ class Decode {
 
   explicit Decode(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
-        rows_(group_ * call.length_q), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)) {}
+        rows_(group_ * call.length_q), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)),
+        apart_(call.pages || call.k.row != call.dim || call.v.row != call.dim_v) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;
@@ -138,7 +140,7 @@ class Decode {
   // Rows r.. meet keys [j0, j0 + n).
   template <int R>
   void meet(const Sequence& s, long b, long hk, long r, long j0, long n, A* o, A* max, A* sum, Scratch& x) const {
-    multiply_keys<R>(x.k, n, x.q + r * width_, x.scores);
+    multiply_keys<R>(x.k, n, x.q + r * width_, x.scores, apart_ && r == 0 ? x.v : nullptr);
     for (int i = 0; i < R; ++i) {
       const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
       A* const scores = x.scores + i * kStep;
@@ -158,9 +160,17 @@ class Decode {
     }
   }
 
+  // Into the second cache: rows that lie a power of two apart would drive each other out of the first.
+  static void prefetch_row(const S* row, long width) {
+    for (long d = 0; d < width; d += 64 / long(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+  }
+
   template <int R>
-  void multiply_keys(const S* const* k, long n, const Query* q, A* scores) const {
+  void multiply_keys(const S* const* k, long n, const Query* q, A* scores, const S* const* v) const {
     for (long j = 0; j < n; j += 4) {
+      for (long i = j; v && i < least(j + 4, n); ++i) {
+        prefetch_row(k[least(i + kAhead, n - 1)], call_.dim), prefetch_row(v[i], call_.dim_v);
+      }
       const S* rows[4];
       for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
       Vec<A> acc[R][4] = {};
@@ -320,6 +330,7 @@ class Decode {
   const Scoring<S> scoring_;
   const Dropout dropout_;
   const long group_, rows_, width_, width_v_;
+  const bool apart_;  // the processor does not foresee the next row
   long chunk_ = kChunk, chunks_ = 1;
   A *o_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // [B, Hk, chunks, rows] (o: times width_v)
 };

@@ -9,7 +9,7 @@ or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take t
 from fastseq import functional, nn
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
-from fastseq.functional import attention, scaled_dot_product_attention
+from fastseq.functional import attention, merge_attention, scaled_dot_product_attention
 from fastseq.patch import Report, patch, unpatch
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "merge_attention",
     "nn",
     "patch",
     "scaled_dot_product_attention",

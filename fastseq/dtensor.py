@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +84,10 @@ class Shards:
 
     def count(self, role: str) -> int:
         """Into how many shards."""
-        return math.prod(self.mesh.size(n) for n, r in enumerate(self.roles) if r == role)
+        count = 1
+        for n, r in enumerate(self.roles):
+            count *= self.mesh.size(n) if r == role else 1
+        return count
 
     def index(self, *roles: str) -> int:
         """Which of the shards is this process's."""
@@ -139,11 +141,12 @@ class Shards:
         for role in self.roles:
             dim = None if role is None else getattr(axes, role)
             placements.append(Replicate() if dim is None else Shard(dim))
-        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-        inner = [math.prod(shape[d] for d in order[n + 1 :]) for n in range(x.dim())]
-        stride = [inner[order.index(d)] for d in range(x.dim())]
-        shape, stride = torch.Size(shape), tuple(stride)  # type: ignore[assignment]
-        return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=shape, stride=stride)  # type: ignore[arg-type]
+        stride, inner = [0] * x.dim(), 1
+        for dim in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):  # dense, and in memory in the order of this part's
+            stride[dim] = inner
+            inner *= shape[dim]
+        whole: Any = {"shape": torch.Size(shape), "stride": tuple(stride)}
+        return DTensor.from_local(x, self.mesh, placements, run_check=False, **whole)
 
     @contextlib.contextmanager
     def drawing(self, wanted: bool) -> Any:

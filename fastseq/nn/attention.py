@@ -137,6 +137,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         call = AttentionCall(q, k, v, bias, mask, causal=is_causal, dropout_p=dropout_p)
         return multihead.attend(call, self, batched, need_weights, average_attn_weights)
 
+    @torch._disable_dynamo  # torch.compile breaks its graph here, as it cannot trace a layer that is made on the way
     def _on_shards(
         self,
         query: Tensor,

@@ -1,9 +1,9 @@
 """DTensors: a call runs on each process's own shards, and its results are DTensors again.
 
-Batches and heads are independent of each other, so a call that is sharded along these needs no communication. All else is
-brought into that form first, by DTensor's own redistribution, which is differentiable: what a shard needs whole is
-gathered, what is partial is summed, and the gradient of what all shards share is the sum of theirs. Nothing here imports
-torch.distributed before a DTensor is met.
+Batches and heads are independent of each other, so a call that is sharded along these needs no communication. All else
+is brought into that form first, by DTensor's own redistribution, which is differentiable: what a shard needs whole is
+gathered, what is partial is summed, and the gradient of what all shards share is the sum of theirs. Nothing here
+imports torch.distributed before a DTensor is met.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fastseq.backend import BackendError
 from fastseq.checks import ArgumentError, sizes
 
 if TYPE_CHECKING:
@@ -47,20 +48,23 @@ def mesh_of(tensors: Mapping[str, Any]) -> DeviceMesh:
     """
     from torch.distributed.tensor import DTensor
 
-    first, mesh = next((name, x.device_mesh) for name, x in tensors.items() if x is not None and is_dtensor(x))
+    sharded: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None and is_dtensor(x)}
+    first = next(iter(sharded))
+    mesh = sharded[first].device_mesh
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             continue
-        if not is_dtensor(x):
-            if DTensor._op_dispatcher._allow_implicit_replication:
+        if name not in sharded:
+            if getattr(DTensor._op_dispatcher, "_allow_implicit_replication", False):
                 continue
             raise ArgumentError(
                 f"{name} is a torch.Tensor but {first} a DTensor, got both in one call; make {name} a DTensor with "
                 f"torch.distributed.tensor.distribute_tensor({name}, mesh), or call inside "
                 "torch.distributed.tensor.experimental.implicit_replication()"
             )
-        if x.device_mesh != mesh:
-            raise ArgumentError(f"{name} and {first} must be on one mesh, got {x.device_mesh} and {mesh}")
+        if sharded[name].device_mesh != mesh:
+            got = f"{sharded[name].device_mesh} and {mesh}"
+            raise ArgumentError(f"{name} and {first} must be on one mesh, got {got}")
     return mesh
 
 
@@ -72,8 +76,8 @@ class Axes(NamedTuple):
 
 
 class Shards:
-    """How a call is divided over a mesh. ``roles``: for each dimension of the mesh :data:`BATCH`, :data:`HEADS`, or None
-    where all its processes do the same; ``whole``: the sizes of batch and heads before they are divided."""
+    """How a call is divided over a mesh. ``roles``: for each dimension of the mesh :data:`BATCH`, :data:`HEADS`, or
+    None where all its processes do the same; ``whole``: the sizes of batch and heads before they are divided."""
 
     def __init__(self, mesh: DeviceMesh, roles: Sequence[str | None], whole: Mapping[str, int]) -> None:
         self.mesh, self.roles, self.whole = mesh, tuple(roles), whole
@@ -98,7 +102,8 @@ class Shards:
         return index
 
     def own(self, role: str) -> tuple[int, int]:
-        """Where this process's shard begins, and its size: cut as torch.chunk cuts, one dimension of the mesh after another."""
+        """Where this process's shard begins, and its size: cut as torch.chunk cuts, for one dimension of the mesh after
+        another."""
         start, size = 0, self.whole[role]
         for n, r in enumerate(self.roles):
             if r == role:
@@ -107,9 +112,16 @@ class Shards:
                 start, size = start + before, min(step, size - before)
         return start, size
 
+    def _placements(self, axes: Axes) -> list[Any]:
+        """Of a tensor with these axes."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        dims = (None if role is None else getattr(axes, role) for role in self.roles)
+        return [Replicate() if dim is None else Shard(dim) for dim in dims]
+
     def local(self, name: str, x: Tensor | None, axes: Axes = Axes()) -> Any:  # noqa: B008 - it is immutable
         """This process's part of a tensor: its shard along the axes that it has, whole along all others."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
         if x is None:
             return None
@@ -118,35 +130,33 @@ class Shards:
             raise ArgumentError(f"{name} {sizes(x)} must have the batch, {batch}, in dimension {axes.batch}")
         if not is_dtensor(x):  # taken for replicated
             x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        placements: list[Any] = []
-        grads: list[Any] = []
-        for role in self.roles:
-            dim = None if role is None else getattr(axes, role)
-            placements.append(Replicate() if dim is None else Shard(dim))
-            # What several shards read whole has a gradient from each.
-            grads.append(Partial() if dim is None and role is not None else placements[-1])
+        placements = self._placements(axes)
+        # What several shards read whole has a gradient from each.
+        shared = [role is not None and p.is_replicate() for role, p in zip(self.roles, placements, strict=True)]
+        grads = [Partial() if several else p for several, p in zip(shared, placements, strict=True)]
         # Even where nothing moves: backward, this brings the gradient into the placements that x has.
-        return x.redistribute(placements=placements).to_local(grad_placements=grads)  # type: ignore[attr-defined]
+        own = x.redistribute(placements=placements).to_local(grad_placements=grads)  # type: ignore[attr-defined]
+        if own.requires_grad and not torch.compiler.is_compiling():
+            own.register_hook(_refuse_second_derivatives)
+        return own
 
     def joined(self, x: Tensor | None, axes: Axes) -> Any:
         """The DTensor of which ``x`` is this process's part."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor
 
         if x is None:
             return None
-        shape, placements = list(x.shape), []
+        shape = list(x.shape)
         for role, dim in zip((BATCH, HEADS), axes, strict=True):
             if dim is not None:
                 shape[dim] = self.whole[role]
-        for role in self.roles:
-            dim = None if role is None else getattr(axes, role)
-            placements.append(Replicate() if dim is None else Shard(dim))
         stride, inner = [0] * x.dim(), 1
-        for dim in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):  # dense, and in memory in the order of this part's
-            stride[dim] = inner
-            inner *= shape[dim]
+        # Dense, its dimensions in memory in the order of this part's.
+        for d in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):
+            stride[d] = inner
+            inner *= shape[d]
         whole: Any = {"shape": torch.Size(shape), "stride": tuple(stride)}
-        return DTensor.from_local(x, self.mesh, placements, run_check=False, **whole)
+        return DTensor.from_local(x, self.mesh, self._placements(axes), run_check=False, **whole)
 
     @contextlib.contextmanager
     def drawing(self, wanted: bool) -> Any:
@@ -161,6 +171,15 @@ class Shards:
         with torch.random.fork_rng(others, device_type="cuda" if device == "cpu" else device):
             torch.manual_seed(int(seeds[self.index(BATCH, HEADS)]))
             yield
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    """The backward of DTensor's own to_local is not differentiable, and does not say so: terms would be missing."""
+    if torch.is_grad_enabled():
+        raise BackendError(
+            "second derivatives (create_graph=True) do not go through DTensors: DTensor's to_local cuts them off; take "
+            "them with ordinary tensors, as x.full_tensor() gives them"
+        )
 
 
 def role_of(n: int, tensors: Sequence[tuple[Tensor, Axes]]) -> str | None:

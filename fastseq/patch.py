@@ -224,7 +224,7 @@ def _new_with_class(ours: Any, cls: Any) -> nn.Module:
 
 
 def _unsharded(cls: type) -> Any:
-    """The class that a module had before torch's fully_shard; which makes a subclass for each class that it is given."""
+    """The class that a module had before torch's fully_shard, which gives it a subclass."""
     fsdp = any(base.__name__ == "FSDPModule" for base in cls.__bases__[0].__mro__)
     return cls.__bases__[1] if fsdp and len(cls.__bases__) == 2 else cls
 
@@ -283,7 +283,7 @@ def _modules(model: nn.Module, action: str) -> Iterator[tuple[str, nn.Module]]:
 def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module]) -> bool:
     old = _class_name(_unsharded(type(module)))
     try:
-        module.__class__ = _sharded_as(type(module), target)
+        module.__class__ = _sharded_as(type(module), target)  # type: ignore[arg-type]
     except TypeError as error:  # a class with another memory layout (__slots__)
         report.left.append(Left(name, old, f"Python refused to swap its class: {error}"))
         return False

@@ -16,14 +16,14 @@ _PAIRS, _PER_HEAD = ("bias", "mask"), ("sinks", "alibi_slopes")
 def attend(call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Any]]) -> tuple[Any, Any]:
     """``run`` of a call of DTensors, on each process's shard; o and, where there is one, lse are DTensors.
 
-    Key heads that the shards do not divide are whole in every process, and each takes the one that its query heads share.
+    Key heads that the shards do not divide are whole in every process; each takes the one that its query heads share.
     """
     mesh = mesh_of({name: getattr(call, name) for name in TENSORS})
     axes = _axes(call)
     packed = call.cu_seqlens_q is not None
     roles = [role_of(n, [(getattr(call, x), axes[x]) for x in "qkv"]) for n in range(mesh.ndim)]
     whole = {BATCH: -1 if packed else call.q.shape[0], HEADS: call.q.shape[1]}
-    heads_q, heads_k = call.q.shape[1], call.k.shape[axes["k"].heads]
+    heads_q, heads_k = call.q.shape[1], call.k.shape[1 if call.block_table is None else 2]
     shards = Shards(mesh, roles, whole)
     share = shared_heads(heads_q, heads_k, shards.count(HEADS))
     if share is None:
@@ -88,7 +88,7 @@ def multihead(
     steps = Axes(None if not batched else 0 if layer.batch_first else 1)
     first = Axes(0 if batched else None)
     roles = [role_of(n, [(query, steps)]) for n in range(mesh.ndim)]
-    shards = Shards(mesh, roles, {BATCH: query.shape[steps.batch]} if batched else {})  # type: ignore[index]
+    shards = Shards(mesh, roles, {BATCH: query.shape[steps.batch]} if batched else {})
     local = {name: shards.local(name, tensors[name], steps) for name in ("query", "key", "value")}
     local["key_padding_mask"] = shards.local("key_padding_mask", tensors["key_padding_mask"], first)
     mask = shards.local("attn_mask", tensors["attn_mask"])

@@ -28,8 +28,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         lses: as many, each ``[B, H, T]``, or packed ``[H, total]``; float32 or float64.
 
     Returns:
-        o, of the dtype and shape of the parts, its dimensions in memory in the order of the first one's; and lse, float32,
-        or float64 where a part's is. Both have gradients, to any order.
+        o, of the dtype and shape of the parts, its dimensions in memory in the order of the first one's; and lse,
+        float32, or float64 where a part's is. Both have gradients, to any order.
 
     Raises:
         ArgumentError: numbers of parts, shapes, dtypes or devices that do not fit; the message names the argument.

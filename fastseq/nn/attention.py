@@ -156,7 +156,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         settings: dict[str, Any] = {
             "need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal,
         }  # fmt: skip
-        return dtensor.multihead(self, tensors, lambda shard, local: MultiheadAttention.forward(shard, **local, **settings))
+        return dtensor.multihead(
+            self, tensors, lambda shard, local: MultiheadAttention.forward(shard, **local, **settings)
+        )
 
     def _every_parameter(self) -> Iterator[tuple[str, Tensor | None]]:
         yield from ((name, getattr(self, name)) for name in _PARAMETERS)

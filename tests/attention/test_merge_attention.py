@@ -28,9 +28,7 @@ def in_parts(q, k, v, cuts, mask=None, sinks=None, **options):
     for n, (a, b) in enumerate(bounds):
         own = sinks if n == len(bounds) - 1 else None
         seen = None if mask is None else mask[..., a:b]
-        parts.append(
-            fastseq.attention(q, k[:, :, a:b], v[:, :, a:b], mask=seen, sinks=own, return_lse=True, **options)
-        )
+        parts.append(fastseq.attention(q, k[:, :, a:b], v[:, :, a:b], mask=seen, sinks=own, return_lse=True, **options))
     return merge_attention(*map(list, zip(*parts, strict=True)))
 
 

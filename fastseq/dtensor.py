@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -150,9 +150,14 @@ class Shards:
         for role, dim in zip((BATCH, HEADS), axes, strict=True):
             if dim is not None:
                 shape[dim] = self.whole[role]
+        order: list[int] = []  # of memory, outermost first; sorted() takes no size that torch.compile leaves open
+        for d in range(x.dim()):
+            place = len(order)
+            while place > 0 and x.stride(order[place - 1]) < x.stride(d):
+                place -= 1
+            order.insert(place, d)
         stride, inner = [0] * x.dim(), 1
-        # Dense, its dimensions in memory in the order of this part's.
-        for d in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):
+        for d in reversed(order):
             stride[d] = inner
             inner *= shape[d]
         whole: Any = {"shape": torch.Size(shape), "stride": tuple(stride)}
@@ -171,6 +176,12 @@ class Shards:
         with torch.random.fork_rng(others, device_type="cuda" if device == "cpu" else device):
             torch.manual_seed(int(seeds[self.index(BATCH, HEADS)]))
             yield
+
+
+@torch._disable_dynamo
+def in_eager(function: Callable, *args: Any) -> Any:
+    """The function, not traced by torch.compile, which has no account of :meth:`Shards.drawing`."""
+    return function(*args)
 
 
 def _refuse_second_derivatives(grad: Tensor) -> None:

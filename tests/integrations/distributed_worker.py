@@ -66,7 +66,7 @@ def same(
     function: Callable, inputs: list, placements: list, expected: Any = None, others: Any = None, torchs_own=False
 ) -> Any:
     """The function of DTensors equals the function of tensors, gradients of inputs and of ``others`` (two lists of the
-    parameters used, whole and sharded) too. ``torchs_own``: layers of torch's take part; their gradients may be partial."""
+    parameters used, whole and sharded) too. ``torchs_own``: layers of torch's take part, with partial gradients."""
     given = [sharded(x, p) for x, p in zip(inputs, placements, strict=True)]
     theirs, ours = (expected or function)(*inputs), function(*given)
     torch.testing.assert_close(whole(ours), theirs)
@@ -354,6 +354,27 @@ def check_dtensors_compile_in_one_graph():
         results = [f(*given) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))]
         torch.testing.assert_close(*map(whole, results))
         torch.testing.assert_close(*(whole(list(torch.autograd.grad(scalar(r), given))) for r in results))
+
+
+def check_one_compiled_graph_serves_all_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for keys in (6, 7, 9):
+            q, k, v = (sharded(torch.randn(4, 4, n, 8), BATCH) for n in (5, keys, keys))
+            torch.testing.assert_close(*(whole(f(q, k, v)) for f in (compiled, attention)))
+
+
+def check_dropout_breaks_a_compiled_graph():
+    layer = distribute_module(fastseq.nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True, dtype=torch.float64), mesh())
+    q, x = sharded(draw(4, 2, 5, 8), BATCH), sharded(draw(4, 5, 8), BATCH)
+    for function, given in ((lambda q: fastseq.attention(q, q, q, dropout_p=0.5), q), (lambda x: layer(x)[0], x)):
+        torch._dynamo.reset()
+        results = []
+        for f in (function, torch.compile(function, backend="aot_eager")):
+            torch.manual_seed(3)
+            results.append(whole(f(given)))
+        torch.testing.assert_close(*results)
 
 
 def check_a_compiled_multihead_attention_breaks_its_graph():

@@ -7,8 +7,6 @@ passes them on from process to process and merges what its queries saw of each b
 elsewhere.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

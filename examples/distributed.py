@@ -1,17 +1,14 @@
 """Train one of the demo's models on several processes, with DDP or FSDP2, and go on from a distributed checkpoint.
 
     torchrun --nproc-per-node 2 examples/distributed.py --model lstm --steps 200
-    torchrun --nproc-per-node 2 examples/distributed.py --model lstm --steps 400 --fsdp      # goes on from step 200
 
-Ctrl-C ends all processes after the same step, with a checkpoint. NCCL where there are GPUs, gloo elsewhere.
+With `--steps 400 --fsdp` it then goes on from step 200. Ctrl-C ends all processes after the same step, and saves.
+NCCL where there are GPUs, gloo elsewhere.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +18,6 @@ import torch.distributed.checkpoint as checkpoint
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import fastseq
 from fastseq.demo.data import load
@@ -52,7 +48,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         fully_shard([m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.MultiheadAttention))])
         fully_shard(model)
     else:
-        model = DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), kind.learning_rate)
     first = resume(args.checkpoints, model, optimizer)
     batch = max(1, kind.batch // world)
@@ -72,13 +68,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         optimizer.zero_grad()
         told = torch.stack((loss.detach(), torch.tensor(float(len(stops) > 0), device=device)))
         dist.all_reduce(told)  # so that all processes end after the same step
-        stopped = told[1].item() > 0
-        if rank == 0 and (step % 10 == 0 or step == args.steps or stopped):
+        last = step == args.steps or told[1].item() > 0
+        if rank == 0 and (step % 10 == 0 or last):
             speed = (step - first) * world * ids.numel() / (time.perf_counter() - start)
             print(f"step {step:5}/{args.steps}  loss {told[0] / world:.4f}  {speed:9,.0f} characters/s", flush=True)
-        if step == args.steps or stopped or step % 100 == 0:
+        if last or step % 100 == 0:
             checkpoint.save(state_of(model, optimizer), checkpoint_id=args.checkpoints / f"step-{step:06}")
-        if stopped:
+        if last:
             break
 
 
@@ -90,16 +86,13 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder to go on from")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit("start it with: torchrun --nproc-per-node 2 examples/distributed.py")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        parser.error("start it with: torchrun --nproc-per-node 2 examples/distributed.py")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    try:
-        train(args, device)
-    finally:
-        dist.destroy_process_group()
+    train(args, device)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

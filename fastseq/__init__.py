@@ -10,7 +10,7 @@ from fastseq import functional, nn
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
-from fastseq.functional import attention, scaled_dot_product_attention
+from fastseq.functional import attention, merge_attention, scaled_dot_product_attention
 from fastseq.patch import Report, patch, unpatch
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "merge_attention",
     "nn",
     "patch",
     "scaled_dot_product_attention",

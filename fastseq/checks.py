@@ -205,4 +205,4 @@ def values_visible(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return not isinstance(tensor, torch._subclasses.FakeTensor)
+    return not (isinstance(tensor, torch._subclasses.FakeTensor) or hasattr(tensor, "device_mesh"))  # a DTensor's are

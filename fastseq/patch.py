@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastseq import nn as fast
+from fastseq.dtensor import is_dtensor
 from fastseq.nn.compressed import KINDS, CompressedWeights
 from fastseq.swapped import own_class, swapped
 from fastseq.torch_calls import calls_torch, is_redirected, redirected
@@ -161,9 +162,9 @@ def patch(
             if isinstance(module, tuple(TO_TORCH)):
                 report.already.append(name)
             elif reason := _why_not_exact(module, keep_class):
-                report.left.append(Left(name, _class_name(type(module)), reason))
+                report.left.append(Left(name, _class_name(_unsharded(type(module))), reason))
         elif reason := _why_not_patch(module):
-            report.left.append(Left(name, _class_name(type(module)), reason))
+            report.left.append(Left(name, _class_name(_unsharded(type(module))), reason))
         elif _swap(report, name, module, target):
             done.add(id(module))
     _redirect(report, model, functional)
@@ -188,7 +189,7 @@ def _redirect(report: Report, model: nn.Module, functional: bool) -> None:
             reason = "calls torch's scaled_dot_product_attention from a forward that was replaced on the instance"
             report.left.append(Left(name, _class_name(type(module)), reason))
         else:
-            _swap(report, name, module, redirected(type(module)))  # type: ignore[arg-type]
+            _swap(report, name, module, redirected(_unsharded(type(module))))
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -203,15 +204,16 @@ def unpatch(model: nn.Module) -> Report:
     """
     report = Report("unpatch")
     for name, module in _modules(model, "unpatch"):
-        target = own_class(type(module)) or TO_TORCH.get(type(module))
+        cls = _unsharded(type(module))
+        target = own_class(cls) or TO_TORCH.get(cls)
         if target is None:
-            if type(module) in TO_FASTSEQ:
+            if cls in TO_FASTSEQ:
                 report.already.append(name)
             elif isinstance(module, tuple(TO_TORCH)):
                 subclass = "a subclass of a fastseq layer: its code may need what torch's does not have"
-                report.left.append(Left(name, _class_name(type(module)), subclass))
+                report.left.append(Left(name, _class_name(cls), subclass))
         elif reason := _why_not_unpatch(module, target):
-            report.left.append(Left(name, _class_name(type(module)), reason))
+            report.left.append(Left(name, _class_name(cls), reason))
         else:
             options = _options(module, target)
             if _swap(report, name, module, target):
@@ -222,7 +224,7 @@ def unpatch(model: nn.Module) -> Report:
 
 def _target(module: nn.Module, keep_class: bool) -> type[nn.Module] | None:
     """The class that patching gives a module; None where there is none."""
-    cls = type(module)
+    cls = _unsharded(type(module))
     ours = TO_FASTSEQ.get(cls)
     if not keep_class or isinstance(module, tuple(TO_TORCH)):
         return ours
@@ -237,6 +239,21 @@ def _with_class(ours: Any, cls: Any) -> type[nn.Module]:
     if issubclass(ours, cls):
         return ours
     return swapped(_with_class, (ours, cls), cls, (ours, cls))
+
+
+def _unsharded(cls: type) -> Any:
+    """The class that a module had before torch's fully_shard, which gives it a subclass."""
+    fsdp = any(base.__name__ == "FSDPModule" for base in cls.__bases__[0].__mro__)
+    return cls.__bases__[1] if fsdp and len(cls.__bases__) == 2 else cls
+
+
+@functools.cache
+def _sharded_as(cls: Any, target: Any) -> Any:
+    """The class that fully_shard would have made of ``target``, where it has made ``cls``."""
+    if _unsharded(cls) is cls:
+        return target
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, (cls.__bases__[0], target), own)
 
 
 def _overridden(cls: type) -> list[str]:
@@ -293,9 +310,9 @@ def _modules(model: nn.Module, action: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module]) -> bool:
-    old = _class_name(type(module))
+    old = _class_name(_unsharded(type(module)))
     try:
-        module.__class__ = target
+        module.__class__ = _sharded_as(type(module), target)  # type: ignore[arg-type]
     except TypeError as error:  # a class with another memory layout (__slots__)
         report.left.append(Left(name, old, f"Python refused to swap its class: {error}"))
         return False
@@ -307,7 +324,7 @@ def _swap(report: Report, name: str, module: nn.Module, target: type[nn.Module])
 
 def _why_not_exact(module: nn.Module, keep_class: bool) -> str | None:
     """The reason to report a module that is not exactly one of torch.nn's layers; None if it is unrelated."""
-    cls = type(module)
+    cls = _unsharded(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         kind = getattr(module, "original_name", "")
         return "a ScriptModule, already compiled: patch before torch.jit.script or trace" if kind in _NAMES else None
@@ -332,7 +349,7 @@ def _why_not_patch(module: nn.Module) -> str | None:
         weight = module._parameters[name]
         if weight is None:
             continue
-        if type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter and not is_dtensor(weight):
             return f"its {name} is a {_class_name(type(weight))}: the kernels read plain tensors"
         if weight.dtype not in _DTYPES:
             return f"its {name} has dtype {weight.dtype}: supported are {', '.join(str(d) for d in _DTYPES)}"

@@ -14,12 +14,14 @@ from fastseq import backend as backends
 from fastseq.attn import autograd as autograd_attention
 from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
+from fastseq.attn import dtensor as dtensor_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
 from fastseq.attn.cache import KVCache
-from fastseq.attn.call import AttentionCall, is_limited, scale_of, with_four_dimensions
+from fastseq.attn.call import AttentionCall, is_limited, scale_of, tensors_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
 from fastseq.checks import ArgumentError
+from fastseq.dtensor import any_dtensor, in_eager
 from fastseq.ops import attention as ops_attention
 from fastseq.ops import triton as ops_triton
 
@@ -461,6 +463,10 @@ def _four_dimensions(
 def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None = None) -> tuple[Tensor, Any]:
     """Choose the backend and run it: o and lse, which may be None where ``return_lse`` is not set."""
     backends.check_not_context_parallel()
+    if any_dtensor(tensors_of(call)):
+        arguments: tuple = call, lambda shard: _attend(shard, return_lse, backend)
+        attend = dtensor_attention.attend
+        return in_eager(attend, *arguments) if call.dropout_p > 0.0 else attend(*arguments)
     q, k, v = call.q, call.k, call.v
     device, kind = auto.device_key(q.device), ""
     if device in auto.ATTENTION_KINDS:

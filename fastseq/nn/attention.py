@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.attn import multihead
+from fastseq.attn import dtensor, multihead
 from fastseq.attn.call import AttentionCall
 from fastseq.attn.checks import check_strided
 from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
 from fastseq.checks import ArgumentError, check_memory, check_tensor, sizes
+from fastseq.dtensor import any_dtensor
 
 _PARAMETERS = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
@@ -73,6 +74,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
             for name, x in (("query", query), ("key", key), ("value", value)):
                 check_tensor(name, x)
+        if type(query) is not Tensor and any_dtensor((query, key, value)):
+            return self._on_shards(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -109,6 +114,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             if done is not None:
                 return done
             explain_native("attention", multihead.in_one_call, *arguments)
+        if any_dtensor(self._parameters.values()):
+            return self._on_shards(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if not masked:  # the native call has its own look at shapes
             self._check(query, key, value, batched)
         for name, parameter in self._every_parameter():
@@ -130,6 +139,29 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @torch._disable_dynamo  # torch.compile breaks its graph here, as it cannot trace a layer that is made on the way
+    def _on_shards(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The call, where something is a DTensor."""
+        tensors = {
+            "query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask,
+        }  # fmt: skip
+        settings: dict[str, Any] = {
+            "need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal,
+        }  # fmt: skip
+        return dtensor.multihead(
+            self, tensors, lambda shard, local: MultiheadAttention.forward(shard, **local, **settings)
+        )
 
     def _every_parameter(self) -> Iterator[tuple[str, Tensor | None]]:
         yield from ((name, getattr(self, name)) for name in _PARAMETERS)

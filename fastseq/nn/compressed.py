@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from fastseq import direct, ops
+from fastseq.dtensor import any_dtensor
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""
@@ -156,8 +157,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     current = [(copies, made) for copies in tuple(_watched) if (made := copies._made) is not None]
     if not current:
         return
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = any_dtensor(parameters)  # as by FSDP, whose whole weights lie elsewhere, and tell of no new version
     written = {p.untyped_storage().data_ptr() for p in parameters if type(p) in (Tensor, Parameter) and p.is_cpu}
     for copies, (sources, _) in current:
-        if any(source.untyped_storage().data_ptr() in written for source in sources.memory):
+        if sharded or any(source.untyped_storage().data_ptr() in written for source in sources.memory):
             copies.forget()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
-from fastseq.recurrent import eager, packed, reference, stack
+from fastseq.dtensor import any_dtensor, in_eager
+from fastseq.recurrent import dtensor, eager, packed, reference, stack
 from fastseq.recurrent.autograd import FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
@@ -20,6 +21,10 @@ from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
+    if any_dtensor((call.x, *call.weights, call.h0, call.c0, call.lengths, call.reset)):
+        arguments: tuple = call, lambda shard: run(shard, backend)
+        draws = call.training and call.dropout > 0.0
+        return in_eager(dtensor.run, *arguments) if draws else dtensor.run(*arguments)
     c_dtype = _cast_as_autocast(call)
     checks.check_input(call.x, call.weights[0], call.batch_first)
     # Packed data are laid out as a layer's already.

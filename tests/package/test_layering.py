@@ -17,7 +17,7 @@ LONGEST = 500
 LAYERS: list[set[str]] = [
     {"_native", "_native_cuda", "recurrent.cells", "attn.call"},
     {"auto", "ops", "recurrent.reference", "attn.reference", "attn.random", "kernels"},
-    {"checks", "attn.checks", "backend", "autograd", "attn.autograd"},
+    {"checks", "attn.checks", "backend", "autograd", "attn.autograd", "dtensor"},
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},

@@ -103,6 +103,8 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
     order = auto.row(device, op, kind).order
     if tracing():  # what torch's own layers do can be saved, loaded without this package, and differentiated
         order = ("torch", *order)
+    elif exporting_onnx():  # ONNX knows torch's operators, not ours
+        order = ("torch", "reference")
     for name in order:
         reason = reasons(name)
         if reason is None:
@@ -144,6 +146,11 @@ _NATIVE_FIRST = {
 def tracing() -> bool:
     """Whether ``torch.jit.trace`` records this call."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def exporting_onnx() -> bool:
+    """Whether ``torch.onnx.export`` captures this call for its graph."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def native_scan() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
@@ -108,10 +109,21 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
     for name in order:
         reason = reasons(name)
         if reason is None:
+            if tracing() and name != "torch":
+                _warn_of_trace(op, reasons("torch"))
             return name
         if not torch.compiler.is_compiling():
             _log_once(op, name, reason)
     raise BackendError(f"no backend can run this {op} on {device}: " + "; ".join(f"{n}: {reasons(n)}" for n in NAMES))
+
+
+def _warn_of_trace(op: str, reason: str | None) -> None:
+    warnings.warn(
+        f"this trace holds fastseq's operator of {op}, since {reason}: import fastseq where it is loaded, and export to "
+        "ONNX with dynamo=True",
+        torch.jit.TracerWarning,
+        stacklevel=2,
+    )
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

@@ -163,9 +163,9 @@ def _attention(*arguments: Any) -> Sequence[Value]:
         **{"packed sequences (cu_seqlens)": call.cu_seqlens_q is not None},
     )
     q, k, v, bias, sinks, slopes = map(_wide, (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes))
-    group = int(q.shape[1]) // int(k.shape[1])
-    if group > 1:
-        heads = op.Constant(value_ints=[head // group for head in range(int(q.shape[1]))])
+    queries, keys = (int(x.shape[1]) for x in (call.q, call.k))
+    if queries > keys:  # heads of keys are shared
+        heads = op.Constant(value_ints=[head * keys // queries for head in range(queries)])
         k, v = op.Gather(k, heads, axis=1), op.Gather(v, heads, axis=1)
     at = _Positions(call)
     scores = op.Mul(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), call.scale)

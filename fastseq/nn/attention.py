@@ -13,7 +13,7 @@ from fastseq.attn.call import AttentionCall
 from fastseq.attn.checks import check_strided
 from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
-from fastseq.checks import ArgumentError, check_memory, check_tensor, sizes
+from fastseq.checks import ArgumentError, check_memory, check_tensor, refuse_script, sizes
 
 _PARAMETERS = (
     "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
@@ -45,6 +45,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         >>> y.shape, weights.shape
         (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(
         self,

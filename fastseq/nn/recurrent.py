@@ -50,6 +50,8 @@ class _Native(nn.Module):
             return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
         return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)
 
+    __prepare_scriptable__ = checks.refuse_script
+
     def extra_repr(self) -> str:
         """Torch's, and the smaller copies where there are any."""
         text = super().extra_repr()
@@ -168,7 +170,6 @@ class RNN(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple:
@@ -217,7 +218,6 @@ class GRU(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple:
@@ -275,7 +275,6 @@ class LSTM(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         return_all_states: bool = False,

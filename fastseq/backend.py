@@ -119,8 +119,8 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
 
 def _warn_of_trace(op: str, reason: str | None) -> None:
     warnings.warn(
-        f"this trace holds fastseq's operator of {op}, since {reason}: import fastseq where it is loaded, and export to "
-        "ONNX with dynamo=True",
+        f"this trace holds fastseq's operator of {op}, since {reason}: import fastseq where it is loaded, and "
+        "export to ONNX with dynamo=True",
         torch.jit.TracerWarning,
         stacklevel=2,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -211,6 +212,6 @@ def values_visible(tensor: Tensor) -> bool:
 def refuse_script(layer: object) -> NoReturn:
     """``__prepare_scriptable__`` of our layers: torch.jit.script calls it of a model and of every module inside."""
     raise RuntimeError(
-        f"torch.jit.script cannot compile fastseq's {type(layer).__name__}: use torch.jit.trace or torch.export, or call "
-        "fastseq.unpatch(model) before"
+        f"torch.jit.script cannot compile fastseq's {type(layer).__name__}: use torch.jit.trace or torch.export, or "
+        "call fastseq.unpatch(model) before"
     )

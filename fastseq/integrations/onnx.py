@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import ir
-from onnxscript import opset18 as op
+from onnxscript import ir, opset18
 
 from fastseq import ops
 from fastseq.attn.call import AttentionCall
 from fastseq.recurrent import onnx as recurrent
 from fastseq.recurrent.cells import CELLS
 
+op: Any = opset18  # whose annotations leave out the Python numbers and lists that it takes for constants
 Value = Any
 """A value of the ONNX graph that is being built."""
 

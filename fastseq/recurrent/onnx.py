@@ -96,7 +96,9 @@ def layer(
         y, last[0] = to.project(y, w_hr), to.project(last[0], w_hr)
     if lengths is not None:  # ONNX does not say what the state of an empty sequence is; here it stands still
         starts = (h0, c0)[: len(last)]
-        last = [s if given is None else to.where_empty(lengths, given, s) for s, given in zip(last, starts, strict=True)]
+        last = [
+            s if given is None else to.where_empty(lengths, given, s) for s, given in zip(last, starts, strict=True)
+        ]
     return to.beside(y), *last
 
 
@@ -164,7 +166,7 @@ def stack(call: RecurrentCall) -> Result:
     """y, h_n, c_n and every c_t of a call, as nodes of ONNX in the graph that is being exported."""
     dtype = call.x.dtype
     wide = torch.promote_types(dtype, torch.float32)  # as the kernels compute, and as runtimes have these operators
-    x, h0, c0 = (None if s is None else s.to(wide) for s in (call.x, call.h0, call.c0))
+    x, h0, c0 = call.x.to(wide), *(None if s is None else s.to(wide) for s in (call.h0, call.c0))
     weights = [[w.to(wide) for w in call.weights_of(n) if w is not None] for n in range(call.rows)]
     kind = Layer(call.cell, call.hidden, call.directions)
     found: list[Sequence[Tensor]] = []

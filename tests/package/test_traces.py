@@ -109,7 +109,7 @@ def test_a_trace_runs_where_fastseq_is_not_installed(tmp_path):
 def test_scripting_says_in_one_line_what_to_do(name):
     layer = getattr(fastseq.nn, name)(4, 2)
     for model in (layer, nn.Sequential(nn.Linear(4, 4), layer)):
-        with pytest.raises(RuntimeError, match=rf"cannot compile fastseq's {name}: use torch.jit.trace or .*unpatch") as e:
+        with pytest.raises(RuntimeError, match=f"fastseq's {name}: use torch.jit.trace or .*unpatch") as e:
             torch.jit.script(model)
         assert "\n" not in str(e.value)
 

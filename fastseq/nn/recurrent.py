@@ -64,7 +64,10 @@ class _Native(nn.Module):
 
 
 class _Recurrent(_Native, nn.RNNBase):
-    """What the three layers share: how a call is unpacked, and how its results are laid out again."""
+    """What the three layers share: how a call is unpacked, and how its results are laid out again.
+
+    ``forward`` takes its options by position too: torch.onnx's exporter without dynamo hands all over so.
+    """
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
 

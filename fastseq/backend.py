@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
@@ -103,13 +104,26 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
     order = auto.row(device, op, kind).order
     if tracing():  # what torch's own layers do can be saved, loaded without this package, and differentiated
         order = ("torch", *order)
+    elif exporting_onnx():  # ONNX knows torch's operators, not ours
+        order = ("torch", "reference")
     for name in order:
         reason = reasons(name)
         if reason is None:
+            if tracing() and name != "torch":
+                _warn_of_trace(op, reasons("torch"))
             return name
         if not torch.compiler.is_compiling():
             _log_once(op, name, reason)
     raise BackendError(f"no backend can run this {op} on {device}: " + "; ".join(f"{n}: {reasons(n)}" for n in NAMES))
+
+
+def _warn_of_trace(op: str, reason: str | None) -> None:
+    warnings.warn(
+        f"this trace holds fastseq's operator of {op}, since {reason}: import fastseq where it is loaded, and "
+        "export to ONNX with dynamo=True",
+        torch.jit.TracerWarning,
+        stacklevel=2,
+    )
 
 
 def _log_once(op: str, name: str, reason: str) -> None:
@@ -144,6 +158,11 @@ _NATIVE_FIRST = {
 def tracing() -> bool:
     """Whether ``torch.jit.trace`` records this call."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def exporting_onnx() -> bool:
+    """Whether ``torch.onnx.export`` captures this call for its graph."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def native_scan() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -206,3 +207,11 @@ def values_visible(tensor: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return not (isinstance(tensor, torch._subclasses.FakeTensor) or hasattr(tensor, "device_mesh"))  # a DTensor's are
+
+
+def refuse_script(layer: object) -> NoReturn:
+    """``__prepare_scriptable__`` of our layers: torch.jit.script calls it of a model and of every module inside."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fastseq's {type(layer).__name__}: use torch.jit.trace or torch.export, or "
+        "call fastseq.unpatch(model) before"
+    )

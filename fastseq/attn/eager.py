@@ -14,6 +14,7 @@ from fastseq.attn.autograd import call_reference
 from fastseq.attn.call import AttentionCall, is_limited
 from fastseq.attn.reference import visible_pairs
 from fastseq.autograd import WithReference, functorch_active, needs_reference
+from fastseq.backend import exporting_onnx
 from fastseq.ops import attention as ops_attention
 
 
@@ -56,6 +57,8 @@ def attention(call: AttentionCall) -> Tensor:
         elif visible is not None:
             empty = ~visible.any(-1, keepdim=True)
             attn_mask = visible | empty
+    if attn_mask is not None and exporting_onnx():  # of ONNX's Attention, ONNX Runtime broadcasts only batch and heads
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], queries, keys)
     if keys == 0 or q.shape[1] == 0:  # without heads torch's backward divides by zero
         return call_reference(AttentionCall(q, k, v, bias, mask, scale=call.scale))[0]
     o = F.scaled_dot_product_attention(

@@ -14,7 +14,7 @@ from fastseq.attn.call import AttentionCall
 from fastseq.attn.checks import check_strided
 from fastseq.autograd import functorch_active
 from fastseq.backend import explain_native
-from fastseq.checks import ArgumentError, check_memory, check_tensor, sizes
+from fastseq.checks import ArgumentError, check_memory, check_tensor, refuse_script, sizes
 from fastseq.dtensor import any_dtensor
 
 _PARAMETERS = (
@@ -47,6 +47,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         >>> y.shape, weights.shape
         (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(
         self,

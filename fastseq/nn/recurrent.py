@@ -58,6 +58,8 @@ class _Native(nn.Module):
             return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
         return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)
 
+    __prepare_scriptable__ = checks.refuse_script
+
     def extra_repr(self) -> str:
         """Torch's, and the smaller copies where there are any."""
         text = super().extra_repr()
@@ -70,7 +72,10 @@ class _Native(nn.Module):
 
 
 class _Recurrent(_Native, nn.RNNBase):
-    """What the three layers share: how a call is unpacked, and how its results are laid out again."""
+    """What the three layers share: how a call is unpacked, and how its results are laid out again.
+
+    ``forward`` takes its options by position too: torch.onnx's exporter without dynamo hands all over so.
+    """
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
 
@@ -194,7 +199,6 @@ class RNN(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple:
@@ -269,7 +273,6 @@ class GRU(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple:
@@ -367,7 +370,6 @@ class LSTM(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         return_all_states: bool = False,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
 from fastseq.dtensor import any_dtensor, in_eager
-from fastseq.recurrent import dtensor, eager, packed, reference, stack
+from fastseq.recurrent import dtensor, eager, onnx, packed, reference, stack
 from fastseq.recurrent.autograd import FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
@@ -34,6 +34,8 @@ def run(call: RecurrentCall, backend: str | None) -> Result:
     if name == "torch":
         y, h_n, c_n = eager.torch_stack(call, batch)
         states = None
+    elif name == "onnx":
+        y, h_n, c_n, states = onnx.stack(call)
     elif call.batch_sizes is not None:
         y, h_n, c_n, states = _packed(name, call)
     else:
@@ -90,8 +92,10 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
 
 
 def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) -> str:
-    """The name of the backend."""
+    """The name of the backend, or ``onnx`` while a model is exported to it."""
     x = call.x
+    if backends.exporting_onnx() and backends.forced(backend) is None and call.batch_sizes is None:
+        return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
     if usual and backends.native_scan():
         return "native"

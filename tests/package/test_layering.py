@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"functional"},
     {"nn", "patch", "swapped", "torch_calls"},
     {"fastseq"},
-    {"cli"},
+    {"cli", "integrations"},
     {"doctor", "demo", "__main__"},
 ]
 REFERENCE = {"recurrent.reference", "attn.reference", "attn.random"}

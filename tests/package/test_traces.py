@@ -69,10 +69,59 @@ def test_a_loaded_trace_can_be_trained(name, kwargs):
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_torch_does_not_have_is_traced_as_an_operator(grad):
     layer = fastseq.nn.GRU(4, 6, reset_after=False)
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), pytest.warns(torch.jit.TracerWarning, match="import fastseq where it is loaded"):
         trace = reloaded(torch.jit.trace(layer, torch.randn(5, 3, 4)))
     x = torch.randn(9, 3, 4)
     assert_same(trace(x), layer(x))
+
+
+LOAD_WITHOUT_FASTSEQ = """
+import sys, torch
+sys.modules["fastseq"] = None
+for file in sys.argv[1:]:
+    trace, inputs, expected = torch.load(file, weights_only=False)
+    y = torch.jit.load(trace)(*inputs)
+    torch.testing.assert_close(y[0] if isinstance(y, tuple) else y, expected)
+    print("same")
+"""
+
+
+def test_a_trace_runs_where_fastseq_is_not_installed(tmp_path):
+    models = {
+        **{name: getattr(fastseq.nn, name)(4, 6, num_layers=2, bidirectional=True) for name in ("RNN", "GRU", "LSTM")},
+        "LSTMCell": fastseq.nn.LSTMCell(4, 6),
+        "MultiheadAttention": fastseq.nn.MultiheadAttention(4, 2),
+    }
+    files = []
+    for name, layer in models.items():
+        repeated = 3 if name == "MultiheadAttention" else 1
+        trace = torch.jit.trace(layer.eval(), repeated * (inputs(name, 5),))
+        torch.jit.save(trace, tmp_path / name)
+        x = repeated * (inputs(name, 9),)
+        files.append(str(tmp_path / f"{name}.inputs"))
+        torch.save((str(tmp_path / name), x, layer(*x)[0].detach()), files[-1])
+    done = subprocess.run([sys.executable, "-c", LOAD_WITHOUT_FASTSEQ, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == len(models) * ["same"]
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "LSTMCell", "MultiheadAttention"])
+def test_scripting_says_in_one_line_what_to_do(name):
+    layer = getattr(fastseq.nn, name)(4, 2)
+    for model in (layer, nn.Sequential(nn.Linear(4, 4), layer)):
+        with pytest.raises(RuntimeError, match=f"fastseq's {name}: use torch.jit.trace or .*unpatch") as e:
+            torch.jit.script(model)
+        assert "\n" not in str(e.value)
+
+
+def test_an_unpatched_model_can_be_scripted():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 6))
+    fastseq.patch(model)
+    with pytest.raises(RuntimeError, match="unpatch"):
+        torch.jit.script(model)
+    fastseq.unpatch(model)
+    x = torch.randn(5, 3, 4)
+    assert_same(torch.jit.script(model)(x), model(x))
 
 
 class Packed(nn.Module):

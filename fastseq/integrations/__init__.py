@@ -1,0 +1,1 @@
+"""Other libraries' ways in: each module is imported only when asked for."""

@@ -6,7 +6,7 @@
 or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
 """
 
-from fastseq import functional, nn
+from fastseq import functional, integrations, nn
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention, scaled_dot_product_attention
@@ -22,6 +22,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "integrations",
     "nn",
     "patch",
     "scaled_dot_product_attention",

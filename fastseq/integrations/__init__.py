@@ -1,0 +1,28 @@
+"""Other packages' models on fastseq's kernels. Each module is imported when it is first asked for, and needs the package
+that it is named after."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+NAMES = ("transformers",)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in NAMES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there is: {', '.join(NAMES)}")
+
+
+def hide_own_kernels() -> None:
+    """In a checkout, the folder of our kernels has the name of a package that transformers looks for. Python started
+    there would find ours, which refuses to be imported by that name."""
+    own = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
+    if "kernels" not in sys.modules and own.exists():
+        found = importlib.util.find_spec("kernels")
+        if found is not None and found.origin is not None and Path(found.origin).resolve() == own:
+            sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none

@@ -7,7 +7,7 @@ transformers describes a mask by functions of one query's and one key's position
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,17 +45,16 @@ def _both(parts: list[Pattern]) -> Pattern | None:
     """The intersection; None where a Pattern cannot say it."""
     found = EVERYTHING
     for part in parts:
-        for name in ("chunk", "padding", "documents", "positions"):
-            if getattr(found, name) not in (None, 0) and getattr(part, name) not in (None, 0):
-                return None
-        found = Pattern(
-            found.causal or part.causal,
-            _least(found.left, part.left),
-            _least(found.right, part.right),
-            found.chunk or part.chunk,
-            *(getattr(found if getattr(part, n) is None else part, n) for n in ("padding", "documents", "positions")),
-        )
+        given = {n: getattr(part, n) for n in ("chunk", "padding", "documents", "positions") if _says(part, n)}
+        if any(_says(found, name) for name in given):
+            return None
+        left, right = _least(found.left, part.left), _least(found.right, part.right)
+        found = replace(found, causal=found.causal or part.causal, left=left, right=right, **given)
     return found
+
+
+def _says(pattern: Pattern, name: str) -> bool:
+    return getattr(pattern, name) is not getattr(EVERYTHING, name)
 
 
 def _intersection(mask_functions: tuple[Callable, ...]) -> Pattern | None:

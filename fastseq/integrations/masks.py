@@ -148,6 +148,54 @@ class LimitsMask(Tensor):
         return func(*args, **kwargs)
 
 
+class TracedLimits:
+    """The same in a graph that torch.compile traces, where it can make no such tensor: an object that is a bool tensor to
+    whoever asks it for something."""
+
+    def __init__(self, limits: Limits, make: Callable[[], Tensor], shape: tuple[int, ...]) -> None:
+        self.limits, self.matrix, self.shape, self.ndim, self.dtype = limits, make, shape, len(shape), torch.bool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.matrix(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.matrix()[index]
+
+
+def read_traced(function: Callable, skips: tuple[bool, bool], local: int | None, config: Any) -> Pattern | None:
+    """As :func:`read`, where torch.compile traces and does not show what a function closes over. ``skips``: whether a
+    causal mask, or one that lets everything be seen, may be left out: transformers allows it where nothing was added
+    to the mask. ``local``: its window, or its chunk."""
+    if function in _PLAIN:
+        return _PLAIN[function]
+    if local is None or local != getattr(config, "sliding_window", None) or hasattr(config, "attention_chunk_size"):
+        return None
+    if skips[0]:
+        return Pattern(causal=True, left=local - 1)
+    return Pattern(left=local, right=local) if skips[1] else None
+
+
+def traced_limits(
+    pattern: Pattern, batch: int, lengths: tuple[int, int], offsets: tuple[int | Tensor, int], seen: Tensor | None
+) -> Limits | None:
+    """As :func:`limits`, from shapes alone: what a tensor holds is not known while a graph is made."""
+    shift = offsets[0] - offsets[1]
+    if pattern.documents is not None or pattern.chunk or pattern.positions is not None:
+        return None
+    options: dict[str, Any] = {}
+    if pattern.causal or pattern.left >= 0 or pattern.right >= 0:
+        options = {"causal": pattern.causal, "align": "bottom_right"}
+        if pattern.left >= 0 or pattern.right >= 0:
+            options["window"] = (pattern.left, pattern.right)
+        if isinstance(shift, Tensor):
+            options["lengths_k"] = (shift + lengths[0]).reshape(1).to(torch.int64).expand(batch)
+        elif lengths[1] != lengths[0] + shift:
+            return None
+    if seen is not None:
+        options["mask"] = seen[:, None, None, :]
+    return Limits(options, lengths[1])
+
+
 def limits(
     pattern: Pattern, batch: int, lengths: tuple[int, int], offsets: tuple[int | Tensor, int], seen: Tensor | None
 ) -> Limits | None:

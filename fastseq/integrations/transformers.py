@@ -24,7 +24,7 @@ hide_own_kernels()
 import transformers  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils  # noqa: E402
 
-from fastseq.integrations.masks import Limits, LimitsMask, limits, read  # noqa: E402
+from fastseq.integrations.masks import Limits, LimitsMask, TracedLimits, limits, read, read_traced, traced_limits  # noqa: E402
 
 RESERVED = ("eager", "sdpa", "flash", "flex_attention", "paged|", "/")
 """Parts of a name by which transformers takes an implementation for one of its own."""
@@ -92,21 +92,33 @@ def make_mask(
         allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device,
         **{**kwargs, "allow_is_causal_skip": False},
     )  # fmt: skip
-    if masking_utils.is_tracing(attention_mask) or use_vmap or getattr(attention_mask, "ndim", 2) != 2:
+    if isinstance(attention_mask, TracedLimits):
+        return attention_mask
+    if use_vmap or getattr(attention_mask, "ndim", 2) != 2:
         return matrix()
-    pattern = read(mask_function)
+    tracing = masking_utils.is_tracing(attention_mask)
+    if tracing and not torch.compiler.is_dynamo_compiling():
+        return matrix()
+    if tracing:
+        skips = (kwargs.get("allow_is_causal_skip", False), allow_is_bidirectional_skip)
+        pattern = read_traced(mask_function, skips, kwargs.get("local_size"), kwargs.get("config"))
+    else:
+        pattern = read(mask_function)
     if pattern is None:
         return matrix()
-    if isinstance(q_offset, Tensor) and q_offset.is_cpu:
+    if isinstance(q_offset, Tensor) and q_offset.is_cpu and not tracing:
         q_offset = int(q_offset)
     seen = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if seen is not None:
         seen = seen[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    found = limits(pattern, batch_size, (q_length, kv_length), (q_offset, kv_offset), seen)
+    said = traced_limits if tracing else limits
+    found = said(pattern, batch_size, (q_length, kv_length), (q_offset, kv_offset), seen)
     if found is None:
         return matrix()
     if allow_is_bidirectional_skip and not found.options and found.cu_seqlens is None:
         return None
+    if tracing:
+        return TracedLimits(found, matrix, (batch_size, 1, q_length, kv_length))
     return LimitsMask(found, matrix, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
@@ -154,7 +166,7 @@ def attend(
     if query.shape[0] != key.shape[0]:
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    if isinstance(attention_mask, LimitsMask):
+    if isinstance(attention_mask, (LimitsMask, TracedLimits)):
         found = _limits_of(attention_mask, query, key)
         if found is None or (found.cu_seqlens is not None and not (bias is late_sinks is None)):
             attention_mask = attention_mask.matrix()

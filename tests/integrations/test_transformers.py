@@ -295,18 +295,22 @@ def test_dropout_is_drawn_in_training_alone():
     torch.manual_seed(3)
     assert torch.equal(model(TOKENS).logits, first)
     assert not torch.allclose(first, second)
+    q, module = torch.randn(1, 2, 4, 8), torch.nn.Module().eval()  # some layers hand their dropout over in evaluation too
+    assert torch.equal(
+        integration.attend(module, q, q, q, None, dropout=0.5)[0], integration.attend(module, q, q, q, None)[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_are_as_near_to_the_truth_as_eager(dtype):
     padding = LEFT.flip(1)  # on the left eager's rows that see nothing are NaN in float64
-    for family in ("Llama", "gpt-oss", "T5"):
+    for family in ("Llama", "Gemma 2", "T5"):
         model, batch = build(family), given(family, padding)
         kept = None if family == "T5" else padding
         truth = answer(model.double(), "eager", kept, **batch)["y"]
         model.to(dtype)
-        errors = [float((answer(model, n, kept, **batch)["y"] - truth).abs().max()) for n in ("fastseq", "eager")]
-        assert errors[0] <= 2 * errors[1] + 1e-6 * float(truth.abs().max())
+        errors = [float((answer(model, n, kept, **batch)["y"] - truth).norm()) for n in ("fastseq", "eager")]
+        assert errors[0] <= 1.5 * errors[1] + 1e-6 * float(truth.norm())
 
 
 def test_a_sink_for_each_query():

@@ -82,8 +82,8 @@ def apply(function: Any, *args: Any) -> Any:
 
 
 def distinct(args: Sequence[Any]) -> list[Any]:
-    """The arguments, with a view of a tensor that was there before: Dynamo gives a tensor that is several arguments of a
-    Function the gradient of one of them alone."""
+    """The arguments, with a view of a tensor that was there before: Dynamo gives a tensor that is several arguments of
+    a Function the gradient of one of them alone."""
     out: list[Any] = []
     for x in args:
         out.append(x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in out) else x)

@@ -1,9 +1,10 @@
-"""Other packages' models on fastseq's kernels. Each module is imported when it is first asked for, and needs the package
-that it is named after."""
+"""Other packages' models on fastseq's kernels. Each module is imported when it is first asked for, and needs the
+package that it is named after."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -26,3 +27,11 @@ def hide_own_kernels() -> None:
         found = importlib.util.find_spec("kernels")
         if found is not None and found.origin is not None and Path(found.origin).resolve() == own:
             sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none
+
+
+def transformers_here() -> str:
+    """The version of transformers, and how its models run here; for the doctor."""
+    if importlib.util.find_spec("transformers") is None:
+        return "not installed"
+    how = "fastseq.integrations.transformers.register(), then attn_implementation='fastseq'"
+    return f"{importlib.metadata.version('transformers')}; its models run on fastseq after {how}"

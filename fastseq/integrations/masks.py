@@ -92,7 +92,7 @@ def read(function: Callable) -> Pattern | None:
     """What a mask function says; None if it is not put together from those known here."""
     if function in _PLAIN:
         return _PLAIN[function]
-    code = getattr(function, "__code__", None)
+    code: Any = getattr(function, "__code__", None)
     if code not in _MADE:
         return None
     closed = zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
@@ -102,8 +102,8 @@ def read(function: Callable) -> Pattern | None:
 @dataclass(frozen=True)
 class Limits:
     """A mask as arguments of ``fastseq.attention``. keys: how many of the keys any query sees, from the first on; the
-    others are a cache's that are not filled yet. cu_seqlens: q, k and v are to be packed, row after row of the batch, and
-    cut there."""
+    others are a cache's that are not filled yet. cu_seqlens: q, k and v are to be packed, row after row of the batch,
+    and cut there."""
 
     options: dict[str, Any]
     keys: int
@@ -111,20 +111,20 @@ class Limits:
 
 
 class LimitsMask(Tensor):
-    """A bool mask [B, 1, Tq, Tk] that is kept as limits. Whatever reads it, gets the matrix, made then, and from then on
-    attention takes the matrix too, since the reader may have changed it."""
+    """A bool mask [B, 1, Tq, Tk] that is kept as limits. Whatever reads it gets the matrix, made then, and from then
+    on attention takes the matrix too, since the reader may have changed it."""
 
     limits: Limits | None
-    _make: Callable[[], Tensor]
+    _make: Callable[[], Any]
     _matrix: Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls: type[LimitsMask], limits: Limits, make: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device
+        cls: type[LimitsMask], limits: Limits, make: Callable[[], Any], shape: tuple[int, ...], device: torch.device
     ) -> LimitsMask:
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.limits, mask._make, mask._matrix = limits, make, None
         return mask
 
@@ -134,7 +134,7 @@ class LimitsMask(Tensor):
         return self._matrix
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (aten.detach.default, aten.alias.default) and args[0].limits is not None:
             return LimitsMask(args[0].limits, args[0].matrix, tuple(args[0].shape), args[0].device)
 
@@ -149,10 +149,10 @@ class LimitsMask(Tensor):
 
 
 class TracedLimits:
-    """The same in a graph that torch.compile traces, where it can make no such tensor: an object that is a bool tensor to
-    whoever asks it for something."""
+    """The same in a graph that torch.compile traces, where no such tensor can be made: an object that is a bool tensor
+    to whoever asks it for something."""
 
-    def __init__(self, limits: Limits, make: Callable[[], Tensor], shape: tuple[int, ...]) -> None:
+    def __init__(self, limits: Limits, make: Callable[[], Any], shape: tuple[int, ...]) -> None:
         self.limits, self.matrix, self.shape, self.ndim, self.dtype = limits, make, shape, len(shape), torch.bool
 
     def __getattr__(self, name: str) -> Any:

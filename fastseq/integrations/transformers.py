@@ -1,8 +1,8 @@
 """Models of Hugging Face transformers on fastseq's attention.
 
-    import fastseq
-    fastseq.integrations.transformers.register()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastseq")
+import fastseq
+fastseq.integrations.transformers.register()
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastseq")
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ alone, and leaves it to any other implementation to look only at these."""
 def register(name: str = "fastseq") -> None:
     """Make ``attn_implementation=name`` run attention by :func:`fastseq.attention`.
 
-    Every model of transformers that takes its attention from ``AttentionInterface`` can then be made, loaded or switched
-    (``model.set_attn_implementation(name)``) to it, for training, inference and ``generate``. Causal and sliding limits,
-    chunks, padding, packed documents and caches come as limits and lengths, without the matrix [B, 1, Tq, Tk], where the
-    model's mask is made of transformers' own mask functions; any other mask comes as the matrix. A query that may look
-    at no key gives 0. Calling it again changes nothing.
+    Every model of transformers that takes its attention from ``AttentionInterface`` can then be made, loaded or
+    switched (``model.set_attn_implementation(name)``) to it, for training, inference and ``generate``. Causal and
+    sliding limits, chunks, padding, packed documents and caches come as limits and lengths, without the matrix
+    [B, 1, Tq, Tk], where the model's mask is made of transformers' own mask functions; any other mask comes as the
+    matrix. A query that may look at no key gives 0. Calling it again changes nothing.
 
     Args:
         name: what models are to call it; none of transformers' own names.
@@ -84,7 +84,7 @@ def make_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | TracedLimits | None:
     """The mask of one kind of layers, as ``transformers.masking_utils.sdpa_mask`` makes it, or a :class:`LimitsMask` in
     its place. None says that every query sees every key."""
     matrix = partial(
@@ -127,7 +127,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | TracedLimits | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -137,8 +137,8 @@ def attend(
 
     Args:
         query, key, value: [B, Hq, Tq, D], [B, Hk, Tk, D], [B, Hk, Tk, Dv].
-        attention_mask: what :func:`make_mask` gave; or a mask of the user's or the model's own: bool (True: may look) or
-            floating (added to the scores), broadcastable to [B, Hq, Tq, Tk].
+        attention_mask: what :func:`make_mask` gave; or a mask of the user's or the model's own, broadcastable to
+            [B, Hq, Tq, Tk]: bool (True: may look) or floating (added to the scores).
         options: ``softcap``, ``s_aux`` [Hq], ``sinks`` [B, Hq, Tq, 1], ``position_bias``. What else transformers hands
             over says what the mask says, or is not for attention.
 
@@ -148,6 +148,36 @@ def attend(
     Raises:
         ArgumentError: an option that changes the result and that is not known here.
     """
+    _check(module, options)
+    given = {
+        "scale": scaling,
+        "softcap": options.get("softcap") or 0.0,
+        "sinks": options.get("s_aux"),
+        "dropout_p": dropout if module.training else 0.0,
+    }
+    bias, sinks = options.get("position_bias"), options.get("sinks")
+    if query.shape[0] != key.shape[0]:
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    mask: Any = attention_mask
+    if isinstance(mask, (LimitsMask, TracedLimits)):
+        found = mask.limits if mask.shape[2:] == (query.shape[2], key.shape[2]) else None
+        if found is None or (found.cu_seqlens is not None and not (bias is sinks is None)):
+            mask = mask.matrix()
+        elif found.cu_seqlens is not None:
+            return _packed(query, key, value, found, given), None
+        else:
+            key, value = key[:, :, : found.keys], value[:, :, : found.keys]
+            bias = None if bias is None else bias[..., : found.keys]
+            given |= found.options
+            mask = None
+    elif mask is None and query.shape[2] > 1:
+        given["causal"] = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        given["align"] = "top_left"
+    return _dense(query, key, value, mask, bias, sinks, given), None
+
+
+def _check(module: torch.nn.Module, options: dict[str, Any]) -> None:
     for name in REFUSED:
         if options.get(name) is not None:
             raise ArgumentError(
@@ -155,59 +185,33 @@ def attend(
                 f"use attn_implementation='sdpa' for this model"
             )
     if options.get("output_attentions"):
-        _warn_of_weights()
-    given: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": options.get("softcap") or 0.0,
-        "sinks": options.get("s_aux"),
-        "dropout_p": dropout if module.training else 0.0,
-    }
-    bias, late_sinks = options.get("position_bias"), options.get("sinks")
-    if query.shape[0] != key.shape[0]:
-        batch = max(query.shape[0], key.shape[0])
-        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    if isinstance(attention_mask, (LimitsMask, TracedLimits)):
-        found = _limits_of(attention_mask, query, key)
-        if found is None or (found.cu_seqlens is not None and not (bias is late_sinks is None)):
-            attention_mask = attention_mask.matrix()
-        elif found.cu_seqlens is not None:
-            return _packed(query, key, value, found, given), None
-        else:
-            key, value = key[:, :, : found.keys], value[:, :, : found.keys]
-            bias = None if bias is None else bias[..., : found.keys]
-            given |= found.options
-            attention_mask = None
-    elif attention_mask is None and query.shape[2] > 1:
-        given["causal"] = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        given["align"] = "top_left"
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        given["mask"] = attention_mask
-    elif attention_mask is not None:
-        bias = attention_mask if bias is None else bias + attention_mask
+        transformers.utils.logging.get_logger(__name__).warning_once(
+            "fastseq's attention does not form the weights, so output_attentions=True gets None for them; "
+            "use attn_implementation='eager' for a model whose weights are to be read."
+        )
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Any, sinks: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """Attention of a batch, [B, Tq, Hq, Dv], with what is added to its scores, and a sink for each query."""
+    if mask is not None and mask.dtype == torch.bool:
+        given["mask"] = mask
+    elif mask is not None:
+        bias = mask if bias is None else bias + mask
     if bias is not None:
         given["bias"] = bias if bias.dtype in (query.dtype, torch.float32) else bias.to(query.dtype)
-    if late_sinks is None:
-        return attention(query, key, value, **given).transpose(1, 2).contiguous(), None
-    o, lse = attention(query, key, value, return_lse=True, **given)
-    share = torch.sigmoid(lse.unsqueeze(-1) - late_sinks)  # of the keys in the denominator, beside the sink of each query
-    return (o * share.to(o.dtype)).transpose(1, 2).contiguous(), None
-
-
-def _limits_of(mask: LimitsMask, query: Tensor, key: Tensor) -> Limits | None:
-    """Those of a mask; None where it was read, or made for other lengths."""
-    return mask.limits if mask.shape[2:] == (query.shape[2], key.shape[2]) else None
+    if sinks is None:
+        o: Any = attention(query, key, value, **given)
+    else:
+        o, lse = attention(query, key, value, return_lse=True, **given)
+        o = o * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(o.dtype)  # the keys' part of the denominator
+    return o.transpose(1, 2).contiguous()
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, found: Limits, given: dict[str, Any]) -> Tensor:
     """Attention within the sequences that a batch is cut into, [B, T, Hq, Dv]."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    ends = {"cu_seqlens_q": found.cu_seqlens, "cu_seqlens_k": found.cu_seqlens}
-    o = attention(q, k, v, **given, **found.options, **ends)
+    ends: dict[str, Any] = {"cu_seqlens_q": found.cu_seqlens, "cu_seqlens_k": found.cu_seqlens}
+    o: Any = attention(q, k, v, **given, **found.options, **ends)
     return o.unflatten(0, (query.shape[0], query.shape[2])).contiguous()
-
-
-def _warn_of_weights() -> None:
-    transformers.utils.logging.get_logger(__name__).warning_once(
-        "fastseq's attention does not form the weights, so output_attentions=True gets None for them; "
-        "use attn_implementation='eager' for a model whose weights are to be read."
-    )

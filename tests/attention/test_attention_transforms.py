@@ -302,7 +302,6 @@ def test_a_scale_that_the_graph_leaves_open_compiles():
     torch.testing.assert_close(got, layer.forward(x))
 
 
-
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_export_with_any_length(backend, strict):

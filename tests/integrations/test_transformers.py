@@ -295,7 +295,10 @@ def test_dropout_is_drawn_in_training_alone():
     torch.manual_seed(3)
     assert torch.equal(model(TOKENS).logits, first)
     assert not torch.allclose(first, second)
-    q, module = torch.randn(1, 2, 4, 8), torch.nn.Module().eval()  # some layers hand their dropout over in evaluation too
+    q, module = (
+        torch.randn(1, 2, 4, 8),
+        torch.nn.Module().eval(),
+    )  # some layers hand their dropout over in evaluation too
     assert torch.equal(
         integration.attend(module, q, q, q, None, dropout=0.5)[0], integration.attend(module, q, q, q, None)[0]
     )
@@ -366,7 +369,7 @@ def test_weights_are_not_there_and_that_is_said(caplog):
 
 def test_what_changes_the_result_and_is_not_known_is_refused():
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ArgumentError, match="chooses its keys by indices=.*attn_implementation='sdpa'"):
+    with pytest.raises(ArgumentError, match=r"chooses its keys by indices=.*attn_implementation='sdpa'"):
         integration.attend(torch.nn.Module(), q, q, q, None, indices=torch.zeros(1))
 
 

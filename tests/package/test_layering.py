@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch"},
+    {"nn", "patch", "integrations"},
     {"fastseq"},
     {"cli"},
     {"doctor", "demo", "__main__"},

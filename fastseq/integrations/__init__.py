@@ -3,10 +3,12 @@ package that it is named after."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,14 +21,20 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there is: {', '.join(NAMES)}")
 
 
-def hide_own_kernels() -> None:
-    """In a checkout, the folder of our kernels has the name of a package that transformers looks for. Python started
-    there would find ours, which refuses to be imported by that name."""
+@contextlib.contextmanager
+def own_kernels_hidden() -> Iterator[None]:
+    """In a checkout, the folder of our kernels has the name of a package that transformers looks for at its import.
+    Python started there would find ours, which refuses to be imported by that name."""
     own = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
-    if "kernels" not in sys.modules and own.exists():
-        found = importlib.util.find_spec("kernels")
-        if found is not None and found.origin is not None and Path(found.origin).resolve() == own:
-            sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none
+    found = importlib.util.find_spec("kernels") if "kernels" not in sys.modules and own.exists() else None
+    hides = found is not None and found.origin is not None and Path(found.origin).resolve() == own
+    if hides:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules["kernels"]
 
 
 def transformers_here() -> str:

@@ -133,6 +133,9 @@ class LimitsMask(Tensor):
             self._matrix = self._make()
         return self._matrix
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.detach()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (aten.detach.default, aten.alias.default) and args[0].limits is not None:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention
-from fastseq.integrations import hide_own_kernels
+from fastseq.integrations import own_kernels_hidden
 
-hide_own_kernels()
+with own_kernels_hidden():
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-import transformers  # noqa: E402
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils  # noqa: E402
-
-from fastseq.integrations.masks import Limits, LimitsMask, TracedLimits, limits, read, read_traced, traced_limits  # noqa: E402
+from fastseq.integrations.masks import Limits, LimitsMask, TracedLimits, limits, read, read_traced, traced_limits
 
 RESERVED = ("eager", "sdpa", "flash", "flex_attention", "paged|", "/")
 """Parts of a name by which transformers takes an implementation for one of its own."""

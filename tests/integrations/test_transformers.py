@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -270,6 +271,7 @@ def test_a_mask_that_is_read_is_the_matrix():
     assert torch.equal(torch.where(made(), 0.0, 1.0), torch.where(want, 0.0, 1.0))
     assert torch.equal(made().clone(), want)
     assert isinstance(made().detach(), masks.LimitsMask)
+    assert torch.equal(copy.deepcopy(made()), want)
     changed = made()
     changed[:, :, :, 0] = True
     q, module = torch.randn(3, 2, 13, 8), torch.nn.Module()

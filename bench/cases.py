@@ -251,10 +251,10 @@ MULTIHEAD_GRID: tuple[tuple[tuple[int, int, int, int], dict[str, bool]], ...] = 
 
 VOCABULARY = 512
 MODEL_GRID = (
-    ("forward", "llama", 2, 512, ""), ("forward", "llama", 4, 256, "padded"), ("forward", "gemma2", 2, 512, ""),
-    ("forward", "gpt_oss", 2, 512, ""), ("forward", "modernbert", 8, 128, "padded"), ("training", "llama", 2, 512, ""),
-    ("training", "gemma2", 2, 512, ""), ("training", "modernbert", 8, 128, "padded"), ("generate", "llama", 1, 256, ""),
-    ("generate", "llama", 1, 256, "static"), ("generate", "gemma2", 1, 256, ""),
+    ("forward", "llama", 2, 512, ""), ("forward", "llama", 4, 256, "padded"), ("forward", "bert", 8, 128, "padded"),
+    ("forward", "gemma2", 2, 512, ""), ("forward", "gpt_oss", 2, 512, ""), ("forward", "modernbert", 2, 512, ""),
+    ("training", "llama", 2, 512, ""), ("training", "gemma2", 2, 512, ""), ("training", "modernbert", 2, 512, ""),
+    ("generate", "llama", 1, 256, ""), ("generate", "llama", 1, 256, "static"), ("generate", "gemma2", 1, 256, ""),
 )  # fmt: skip
 """(mode, model, B, T, option), where transformers is installed"""
 

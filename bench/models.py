@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "gemma2": ("Gemma2ForCausalLM", WINDOW),
     "gpt_oss": ("GptOssForCausalLM", WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "bert": ("BertForMaskedLM", {}),
     "modernbert": ("ModernBertForMaskedLM", {"local_attention": 64}),
 }
 

@@ -207,6 +207,12 @@ def test_limits_are_not_made_into_a_matrix(family, matrices):
         assert matrices
 
 
+def test_chunks_with_padding_between_their_tokens():
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[1, 5:7] = mask[2, :2] = mask[2, 11] = 0
+    assert_as_eager(build("Llama 4"), mask, input_ids=TOKENS, attention_mask=mask)
+
+
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_cache_that_is_filled_by_several_tokens_at_a_time(chunk):
     """With padding on the left, and with a hole in it."""

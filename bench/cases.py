@@ -7,6 +7,7 @@ of an embedding, those of all heads.
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -184,19 +185,31 @@ class Multihead(Case):
         return f"multihead {self.mode} {DTYPES[self.dtype]}"
 
 
+@dataclass(frozen=True)
+class Model(Case):
+    """A small random model of Hugging Face transformers: ``forward``, ``training`` or ``generate`` (16 tokens after the
+    prompt, greedily). option: ``padded`` on the right, for sequences of unequal length; a ``static`` cache, four times
+    as long as the prompt. Contestants are implementations of the model's attention."""
+
+    kind: str
+    batch: int
+    steps: int
+    option: str = ""
+    family = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, ["hf", self.mode, self.kind, f"B{self.batch}-T{self.steps}", self.option]))
+
+    @property
+    def group(self) -> str:
+        return f"hf {self.mode} {DTYPES[self.dtype]}"
+
+
 RECURRENT_GRID = (
-    (1, 1, 64, 64),
-    (1, 1, 128, 128),
-    (1, 1, 512, 512),
-    (1, 32, 256, 256),
-    (100, 1, 128, 128),
-    (50, 32, 128, 128),
-    (200, 8, 256, 256),
-    (100, 32, 128, 128),
-    (256, 16, 512, 512),
-    (64, 128, 256, 256),
-    (1000, 4, 40, 96),
-)
+    (1, 1, 64, 64), (1, 1, 128, 128), (1, 1, 512, 512), (1, 32, 256, 256), (100, 1, 128, 128), (50, 32, 128, 128),
+    (200, 8, 256, 256), (100, 32, 128, 128), (256, 16, 512, 512), (64, 128, 256, 256), (1000, 4, 40, 96),
+)  # fmt: skip
 """(T, B, I, H)"""
 
 STEP_HIDDEN = (64, 128, 512)
@@ -235,6 +248,15 @@ MULTIHEAD_GRID: tuple[tuple[tuple[int, int, int, int], dict[str, bool]], ...] = 
     ((4, 200, 512, 8), {"padded": True}),
 )
 """(B, T, E, heads), options"""
+
+VOCABULARY = 512
+MODEL_GRID = (
+    ("forward", "llama", 2, 512, ""), ("forward", "llama", 4, 256, "padded"), ("forward", "bert", 8, 128, "padded"),
+    ("forward", "gemma2", 2, 512, ""), ("forward", "gpt_oss", 2, 512, ""), ("forward", "modernbert", 2, 512, ""),
+    ("training", "llama", 2, 512, ""), ("training", "gemma2", 2, 512, ""), ("training", "modernbert", 2, 512, ""),
+    ("generate", "llama", 1, 256, ""), ("generate", "llama", 1, 256, "static"), ("generate", "gemma2", 1, 256, ""),
+)  # fmt: skip
+"""(mode, model, B, T, option), where transformers is installed"""
 
 QUICK = frozenset(
     [f"{cell}-inference-{shape}" for cell in ("rnn", "gru", "lstm") for shape in
@@ -276,6 +298,8 @@ def _all() -> Iterator[Case]:
         for mode in ("inference", "training"):
             for shape_of_layer, options in MULTIHEAD_GRID:
                 yield Multihead(mode, dtype, *shape_of_layer, **options)
+    for mode, *shape_of_model in MODEL_GRID if importlib.util.find_spec("transformers") else ():
+        yield Model(mode, "float32", *shape_of_model)  # type: ignore[arg-type]
 
 
 @cache
@@ -323,9 +347,6 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if any(c in pattern for c in "*?[") else pattern in name
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class RecurrentInputs:
     """x [T,B,I], h0 and c0 [layers * directions,B,H], dy [T,B,directions * H] (gradient of y, in training; of a cell's
@@ -361,19 +382,24 @@ class MultiheadInputs:
     state: dict[str, Tensor]
 
 
-Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs
+@dataclass
+class ModelInputs:
+    """tokens int64 [B,T], mask bool [B,T] where padded, dy [B,T,vocabulary] (gradient of the logits, in training)."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    dy: Tensor
+
+
+Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs | ModelInputs
 
 
 class Draw:
     """Random tensors in the data type of a case, from the seed of its name."""
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
-        self.rng, self.dtype, self.device, self.training = (
-            case.generator(device),
-            case.torch_dtype,
-            device,
-            case.training,
-        )
+        self.rng, self.dtype = case.generator(device), case.torch_dtype
+        self.device, self.training = device, case.training
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, device=self.device).to(self.dtype)
@@ -398,6 +424,11 @@ def make_inputs(case: Case) -> Inputs:
     """The case's inputs, the same at each call."""
     if isinstance(case, Recurrent):
         return recurrent_inputs(case)
+    if isinstance(case, Model):
+        draw, shape = Draw(case), (case.batch, case.steps)
+        tokens = torch.randint(3, VOCABULARY, shape, generator=draw.rng)
+        mask = torch.arange(case.steps) < draw.lengths(*shape)[:, None] if case.option == "padded" else None
+        return ModelInputs(tokens, mask, draw.gradient(*shape, VOCABULARY))
     return multihead_inputs(case) if isinstance(case, Multihead) else attention_inputs(case)  # type: ignore[arg-type]
 
 

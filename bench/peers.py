@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseq
-from bench.cases import Attention, AttentionInputs, Case, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
+from bench.cases import Attention, AttentionInputs, Case, Model, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
+from bench.models import build
 
 Outputs = dict[str, Tensor]
 
@@ -51,9 +52,6 @@ class Contestant:
     def missing(self) -> str | None:
         """The first package it needs and that is not installed."""
         return next((package for package in self.needs if importlib.util.find_spec(package) is None), None)
-
-
-# --- one call, and its gradients ------------------------------------------------------------------------------------
 
 
 def backward(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -101,9 +99,6 @@ def entrant(
         return named(answer) | by_name | {f"d_{name}": unpack(by_name[f"d_{name}"]) for name in inputs}
 
     return Entrant(train, outputs, setting)
-
-
-# --- recurrent layers -----------------------------------------------------------------------------------------------
 
 
 def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -154,9 +149,6 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
         return y, state
 
     return Entrant(step_cell if case.as_cell else step_layer, named)
-
-
-# --- attention ------------------------------------------------------------------------------------------------------
 
 
 def build_multihead(
@@ -223,7 +215,17 @@ def cumulative(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-# --- fastseq and torch ----------------------------------------------------------------------------------------------
+def model_entrant(case: Model, inputs: Any, implementation: str) -> Entrant:
+    """One call of the model, whose attention is run by this implementation."""
+    model = build(case, implementation, inputs.dy.dtype)
+    given = {"input_ids": inputs.tokens, "attention_mask": inputs.mask}
+    if case.mode == "generate":
+        given |= {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+        if case.option == "static":
+            given |= {"cache_implementation": "static", "max_cache_len": 4 * case.steps}
+        return Entrant(lambda: model.generate(**given), lambda y: {"tokens": y.double()}, implementation)
+    dy = inputs.dy if case.training else None
+    return entrant(lambda: model(**given).logits, {}, lambda y: {"y": y}, dy, model, implementation)
 
 
 def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
@@ -233,6 +235,8 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
         yield layer_entrant(case, layer, inputs)
+    elif isinstance(case, Model):
+        yield model_entrant(case, inputs, "fastseq")
     elif isinstance(case, Multihead):
         yield multihead_entrant(case, build_multihead(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
     elif isinstance(case, Attention) and case.kind == "varlen":
@@ -249,6 +253,10 @@ def torch_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
         if case.cell == "gru_reset_before":
             raise Unavailable("torch has no GRU that resets before the product")
         yield layer_entrant(case, build_layer(nn, case, inputs.state, inputs.x.dtype), inputs)
+    elif isinstance(case, Model):
+        yield model_entrant(case, inputs, "eager")
+        if case.kind not in ("gemma2", "gpt_oss"):  # which transformers does not let use torch's function
+            yield model_entrant(case, inputs, "sdpa")
     elif isinstance(case, Multihead):
         # Inference runs with and without torch's fast path, which keeps the matrix of scores. For all layers
         # `torch.backends.mha.set_fastpath_enabled(False)` turns it off; the training flag does so for this one and,
@@ -293,8 +301,6 @@ def torch_loop(case: Attention, inputs: AttentionInputs) -> Entrant:
 
     return attention_entrant(case, attend, heads(inputs), setting="loop")
 
-
-# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
 ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 """For each gate in ONNX's order, its index in torch's: GRU r,z,n -> z,r,h; LSTM i,f,g,o -> i,o,f,c."""
@@ -377,8 +383,6 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         yield Entrant(calls(session), outputs, "spinning" if spinning else "not spinning")
 
-
-# --- the registry ---------------------------------------------------------------------------------------------------
 
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
 PEERS = {

@@ -35,9 +35,6 @@ RESULTS = ROOT / "bench" / "results"
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
-
-
 def environment(threads: int) -> Document:
     """Machine, software and commit, without which a number has no meaning."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -92,9 +89,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-# --- the document ---------------------------------------------------------------------------------------------------
 
 
 def document(cases: Sequence[Document], options: Options, complete: bool, environ: Document) -> Document:
@@ -208,9 +202,6 @@ def write_json(path: Path, data: Document, last: bool = True) -> None:
     ordinary file, in which they replace these."""
     if last or cli.is_file(path):
         cli.write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -24,7 +24,7 @@ import torch
 
 import fastseq
 from bench import peak
-from bench.cases import Case, Inputs, Multihead, Recurrent, make_inputs, registry
+from bench.cases import Case, Inputs, Model, Multihead, Recurrent, make_inputs, registry
 from bench.check import Judge, errors
 from bench.peers import OURS, PEERS, Contestant, Entrant, Unavailable
 
@@ -136,9 +136,6 @@ def geomean(ratios: Sequence[float]) -> float | None:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
-# --- the clock ------------------------------------------------------------------------------------------------------
-
-
 def block(call: Callable[[], object], calls: int) -> float:
     """Seconds of so many calls, without garbage collection."""
     return timeit.Timer(call).timeit(calls)
@@ -182,9 +179,6 @@ def add_blocks(
             if found[i].calls > 1:
                 calls[i]()  # brings its data back into the caches, which the others have used since
             found[i].blocks.append(block(calls[i], found[i].calls))
-
-
-# --- one case -------------------------------------------------------------------------------------------------------
 
 
 def measure(case: Case, contestants: Sequence[Contestant], options: Options, clock: bool = True) -> Result:
@@ -285,6 +279,6 @@ def miniature(case: Case) -> Case:
     """The same case on two steps, or 32 positions."""
     if isinstance(case, Recurrent):
         return dataclasses.replace(case, steps=2, batch=1)
-    if isinstance(case, Multihead):
+    if isinstance(case, (Multihead, Model)):
         return dataclasses.replace(case, steps=32, batch=1)
     return dataclasses.replace(case, batch=1, queries=32, keys=32)  # type: ignore[call-arg]

@@ -6,7 +6,7 @@
 or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
 """
 
-from fastseq import functional, nn
+from fastseq import functional, integrations, nn
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "integrations",
     "merge_attention",
     "nn",
     "patch",

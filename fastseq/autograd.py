@@ -74,9 +74,20 @@ def recorder(function: Any) -> Any:
 
 def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)`` by way of :func:`recorder`. What torch's own does besides is done here."""
-    if torch.compiler.is_compiling() or functorch_active():
+    if torch.compiler.is_compiling():
+        return function.apply(*distinct(args))
+    if functorch_active():
         return function.apply(*args)
     return recorder(function)(*map(unwrapped, args))
+
+
+def distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments, with a view of a tensor that was there before: Dynamo gives a tensor that is several arguments of
+    a Function the gradient of one of them alone."""
+    out: list[Any] = []
+    for x in args:
+        out.append(x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in out) else x)
+    return out
 
 
 def unwrapped(x: Any) -> Any:

@@ -116,6 +116,7 @@ def examine() -> Findings:
         "nvcc": _nvcc,
         "FASTSEQ_BACKEND": lambda: os.environ.get("FASTSEQ_BACKEND", "not set: the choice is automatic"),
         "extras": _extras,
+        "transformers": lambda: importlib.import_module("fastseq.integrations").transformers_here(),
     }.items():
         findings.facts[name] = _guarded(probe)
     cells = [(device, layer, backend) for device in _devices() for layer in LAYERS for backend in BACKENDS]

@@ -32,9 +32,6 @@ def inputs(case: Heads, device: str) -> AttentionInputs:
     return AttentionInputs(q, k, v, draw.gradient(*q.shape), None)
 
 
-# --- the truth --------------------------------------------------------------------------------------------------------
-
-
 def sampled(case: Heads) -> list[tuple[int, int]]:
     """(sequence, head of keys) that are compared."""
     b, h = case.batch, case.kv_heads
@@ -111,9 +108,6 @@ def compared(case: Heads, outputs: Outputs) -> Outputs:
         if not bool(tensor.isfinite().all()):
             found[name] = torch.full_like(found[name], torch.nan)
     return found
-
-
-# --- contestants ------------------------------------------------------------------------------------------------------
 
 
 def entrant(case: Heads, function: Callable[..., Any], given: AttentionInputs) -> Entrant:

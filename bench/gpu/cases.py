@@ -136,8 +136,6 @@ class Heads(Attention):
         return 1.5 + self.operations / self.heads * 3 / 10e12 + 40 * self.operations / 200e12 + 2 * (self.keys > 8000)
 
 
-# --- recurrent --------------------------------------------------------------------------------------------------------
-
 CELLS = ("lstm", "gru", "rnn", "rnn_relu", "gru_reset_before")
 BATCHES, HIDDEN, STEPS = (1, 4, 16, 17, 64, 128), (64, 128, 192, 256, 512, 768, 1024), (1, 128, 1024)
 
@@ -170,8 +168,6 @@ def recurrent_grid() -> Iterator[Layers]:
         if (plain or cell != "gru_reset_before") and not (packed and steps == 1):
             yield Layers(mode, dtype, cell, steps, batch, hidden, layers, both, packed)
 
-
-# --- attention --------------------------------------------------------------------------------------------------------
 
 LENGTHS, DIMS = (50, 200, 512, 1024, 2048, 4096, 8192, 16384, 32768), (64, 128, 256)
 
@@ -222,9 +218,6 @@ def attention_grid() -> Iterator[Heads]:
     for dtype, batch, length, dim in product(HALVES, (16, 32, 64), (8192, 16384, 32768, 65536), (64, 128)):
         if batch * length * dim <= 16 * 65536 * 128:
             yield decode(dtype, batch, length, dim)
-
-
-# --- order ------------------------------------------------------------------------------------------------------------
 
 
 def _axes(case: Case) -> Iterator[tuple[object, ...]]:

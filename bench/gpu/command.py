@@ -96,9 +96,6 @@ class Run:
         return late
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------
-
-
 def suites() -> list[str]:
     """The test files that have something to run on a GPU; not those that schedule the interpreter's own programs."""
     found = []
@@ -173,9 +170,6 @@ def tests(run: Run, until: float) -> None:
         run.failed |= bool(part["failures"]) or part["reason"].startswith("the process ended")
 
 
-# --- sanitizers -------------------------------------------------------------------------------------------------------
-
-
 def sanitizers(run: Run, until: float) -> None:
     """compute-sanitizer's tools over small cases of the CUDA C++ kernels, side by side."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -203,9 +197,6 @@ def sanitizers(run: Run, until: float) -> None:
     run.write("sanitizer", {"schema": 1, "environment": run.environment, **found})
     told = {name: tool["status"] for name, tool in found["tools"].items()}
     print(f"compute-sanitizer: {reason or told}", flush=True)
-
-
-# --- timings ----------------------------------------------------------------------------------------------------------
 
 
 def worker(run: Run, family: str, journal: Path, until: float, **more: object) -> list[str]:
@@ -251,9 +242,6 @@ def timings(run: Run, family: str, until: float) -> None:
     for case in done["cases"]:
         wrong = [name for name, entry in case["contestants"].items() if entry["status"] == "refused"]
         run.failed |= any(RUNNERS[name].backend is not None for name in wrong)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:

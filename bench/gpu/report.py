@@ -61,9 +61,6 @@ def _driver() -> str | None:
     return said.split()[0] if said.strip() else None
 
 
-# --- documents ------------------------------------------------------------------------------------------------------
-
-
 def case_lost(line: Mapping[str, Any]) -> Document:
     """A case whose process was lost, and which was not measured after that."""
     where = f" (at {line['at']})" if line.get("at") else ""
@@ -153,9 +150,6 @@ def print_cases(document: Document, labels: Mapping[str, str]) -> None:
                   f"worst {worst} ({line['worst_case']})")  # fmt: skip
     for note in document["notes"]:
         print(note)
-
-
-# --- bench/results --------------------------------------------------------------------------------------------------
 
 
 def load(results: Path) -> dict[str, dict[str, Document]]:

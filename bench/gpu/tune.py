@@ -47,9 +47,6 @@ PATIENCE = {"start": 120.0, "compile": 60.0, "measure": 25.0}
 """Seconds after which a process without an answer is assumed to hang."""
 
 
-# --- candidates -------------------------------------------------------------------------------------------------------
-
-
 def cases(role: str, width: int, tiny: bool) -> list[Heads]:
     """What a role is timed on."""
     mode = "backward" if role.startswith("backward") else "forward"
@@ -149,9 +146,6 @@ class Candidate:
     def told(self) -> str:
         tile = self.found.get("tile", self.tile)
         return (text_of(tile) if tile else "the tile") + " (in force)" * (not self.tile)
-
-
-# --- in the processes -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -326,9 +320,6 @@ class Helper:
         if process is not None:
             process.kill()
             process.join()
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def interleaved(options: argparse.Namespace) -> list[Candidate]:

@@ -322,7 +322,7 @@ def check_alibi(slopes: Tensor) -> None:
 
 def check_numbers(scale: Any, softcap: Any, dropout_p: Any) -> None:
     """Ranges of the scalars."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ArgumentError(f"scale must be a finite number, or None for 1/sqrt(D), got {scale!r}")
     if not 0.0 <= softcap < math.inf:
         raise ArgumentError(f"softcap must be a finite number, at least 0 (0: no cap), got {softcap!r}")

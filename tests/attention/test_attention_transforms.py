@@ -279,6 +279,29 @@ def test_compiled_transforms_have_right_gradients(transform, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_a_tensor_that_is_several_arguments_has_all_its_gradients_when_compiled():
+    x, d_o = torch.randn(2, 2, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
+
+    def gradient(call):
+        return torch.autograd.grad(call(x), x, d_o)[0]
+
+    def call(x):
+        return fastseq.attention(x, x, x, causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), gradient(call))
+
+
+def test_a_scale_that_the_graph_leaves_open_compiles():
+    """torch.compile(dynamic=True) takes a number of the module for an input."""
+    layer = torch.nn.Module()
+    layer.scale = 0.3
+    layer.forward = lambda x: fastseq.attention(x, x, x, scale=layer.scale)
+    x = torch.randn(2, 2, 5, 8)
+    got = torch.compile(layer.forward, fullgraph=True, backend="aot_eager", dynamic=True)(x)
+    torch.testing.assert_close(got, layer.forward(x))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_export_with_any_length(backend, strict):

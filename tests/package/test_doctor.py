@@ -44,6 +44,7 @@ def test_the_facts_are_there(findings):
         "Triton",
         "GPU",
         "C++ compiler",
+        "transformers",
     ):
         assert findings.facts[name]
         assert "cannot tell" not in findings.facts[name]

@@ -21,9 +21,9 @@ LAYERS: list[set[str]] = [
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch", "swapped", "torch_calls"},
+    {"nn", "patch", "swapped", "torch_calls", "integrations"},
     {"fastseq"},
-    {"cli", "integrations"},
+    {"cli"},
     {"doctor", "demo", "__main__"},
 ]
 REFERENCE = {"recurrent.reference", "attn.reference", "attn.random"}

@@ -6,7 +6,7 @@
 or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
 """
 
-from fastseq import functional, integrations, nn
+from fastseq import flops, functional, integrations, nn
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
@@ -14,6 +14,8 @@ from fastseq.functional import attention, merge_attention, scaled_dot_product_at
 from fastseq.patch import Report, patch, unpatch
 
 __version__ = "0.1.0"
+
+flops.register()
 
 __all__ = [
     "ArgumentError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fastseq.attn import direct as direct_attention
 from fastseq.attn import dtensor as dtensor_attention
 from fastseq.attn import eager as eager_attention
 from fastseq.attn import pages
+from fastseq.attn import prefix as shared_prefix
 from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall, is_limited, scale_of, tensors_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
@@ -28,27 +29,7 @@ from fastseq.ops import triton as ops_triton
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    class Options(TypedDict, total=False):
-        """Keywords of :func:`attention`, but for return_lse, on which the result's type depends."""
-
-        bias: Tensor | None
-        mask: Tensor | None
-        causal: bool
-        align: str
-        window: tuple[int, int] | None
-        softcap: float
-        sinks: Tensor | None
-        alibi_slopes: Tensor | None
-        lengths_q: Tensor | None
-        lengths_k: Tensor | None
-        prefix_lengths: Tensor | None
-        cu_seqlens_q: Tensor | None
-        cu_seqlens_k: Tensor | None
-        block_table: Tensor | None
-        cache: KVCache | None
-        scale: float | None
-        dropout_p: float
-        backend: str | None
+    from fastseq.attn.options import Options
 
 
 @overload
@@ -81,6 +62,7 @@ def attention(
     lengths_q: Tensor | None = None,
     lengths_k: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -115,6 +97,9 @@ def attention(
         lengths_q, lengths_k: int ``[B]``: positions from there on are padding, never read; o is 0 there.
         prefix_lengths: int ``[B]``, beside ``causal`` or ``window``: keys j < prefix_lengths[b] are seen by every query
             of sequence b whatever these two say, as in a prefix-LM; Raffel et al. 2020. Packed too.
+        prefix: k ``[Hk, P, D]`` and v ``[Hk, P, Dv]``: keys that every query of every sequence sees before its own, a
+            system prompt; read once for the batch. Limits, bias, mask and lengths are of the other keys. Not together
+            with alibi_slopes.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, running sums of lengths from 0: q, k and v are then packed,
             ``[total, H, D]``, sequence after sequence. Not together with bias, mask or lengths.
         block_table: int32 ``[B, pages]``: k and v are then a cache in pages, pools ``[P, page, Hk, D]`` and
@@ -167,7 +152,7 @@ def attention(
     elif k is None or v is None:
         raise TypeError("attention: k and v are missing; give both, or cache= in their place")
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
-    short = short and prefix_lengths is None
+    short = short and prefix_lengths is prefix is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
         o = direct_attention.attend(
@@ -228,7 +213,11 @@ def attention(
         block_table, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left,
         window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
-    o, lse = _attend(call, return_lse, backend)
+    if prefix is None:
+        o, lse = _attend(call, return_lse, backend)
+    else:
+        shared_prefix.check(prefix, call)
+        o, lse = shared_prefix.attend(call, prefix, lambda part: _attend(part, True, backend))
     return (o, lse) if return_lse else o
 
 

@@ -1,4 +1,5 @@
-"""``prefix_lengths``: every query sees a sequence's first keys, whatever causality and the window say (prefix-LM)."""
+"""``prefix_lengths``: every query sees a sequence's first keys, whatever causality and the window say (prefix-LM); and
+``prefix``: keys that all sequences share."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastseq
+from fastseq.checks import ArgumentError
 
 BACKENDS = ["reference", "torch", "native"]
 F64 = torch.float64
@@ -154,3 +156,82 @@ def test_vmap_over_prefixes_and_over_all() -> None:
     one_by_one = torch.stack([call(q, prefix) for prefix in prefixes])
     torch.testing.assert_close(torch.vmap(call, (None, 0))(q, prefixes), one_by_one)
     torch.testing.assert_close(torch.vmap(call)(torch.stack([q, q]), prefixes), one_by_one)
+
+
+def beside(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the prefix before each sequence's own."""
+    return tuple(torch.cat((p.expand(x.shape[0], *p.shape), x), 2) for p, x in zip(prefix, (k, v), strict=True))
+
+
+def visible(own: Tensor, prefix_length: int) -> Tensor:
+    """A mask [..., Tq, P + Tk] of which the prefix is seen by all."""
+    return torch.cat((own.new_ones(*own.shape[:-1], prefix_length), own), -1)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "softcap": {"softcap": 2.0, "scale": 0.7},
+    "sinks": {"sinks": torch.randn(4)},
+    "rows that see none of their own": {"mask": torch.tensor([[True] * 9, [False] * 9, [True] * 9])},
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("options", SHARED)
+def test_a_shared_prefix_equals_its_concatenation(backend: str, options: str) -> None:
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+    prefix = torch.randn(2, 6, 8), torch.randn(2, 6, 5)
+    given = SHARED[options]
+    own = given.get("mask", torch.ones(3, 9, dtype=torch.bool))
+    own = own.tril(6) if given.get("causal") else own
+    rest = {name: x for name, x in given.items() if name not in ("mask", "causal")}
+    leaves = [x.requires_grad_() for x in (q, k, v, *prefix)]
+    got = fastseq.attention(q, k, v, prefix=prefix, return_lse=True, backend=backend, **given)
+    want = fastseq.attention(
+        q, *beside(prefix, k, v), mask=visible(own, 6), return_lse=True, backend="reference", **rest
+    )  # fmt: skip
+    torch.testing.assert_close(got, want)
+    found, expected = (torch.autograd.grad(o.sin().sum() + lse.cos().sum(), leaves) for o, lse in (got, want))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_shared_prefix_before_padded_packed_and_cached_sequences() -> None:
+    lengths_q, lengths_k = torch.tensor([3, 0, 2]), torch.tensor([0, 4, 9])
+    q, k, v = torch.randn(3, 4, 3, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 5)
+    prefix = torch.randn(2, 6, 8), torch.randn(2, 6, 5)
+    whole = beside(prefix, k, v)
+    want = fastseq.attention(q, *whole, lengths_q=lengths_q, lengths_k=lengths_k + 6, return_lse=True)
+    got = fastseq.attention(q, k, v, prefix=prefix, lengths_q=lengths_q, lengths_k=lengths_k, return_lse=True)
+    torch.testing.assert_close(got, want)
+
+    def packed(x: Tensor, lengths: Tensor) -> Tensor:
+        rows = [x[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths.tolist())]
+        return torch.cat([*rows, torch.zeros(2, *rows[0].shape[1:])])  # and rows that are nobody's
+
+    starts_q, starts_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)) for n in (lengths_q, lengths_k))
+    got = fastseq.attention(
+        packed(q, lengths_q), packed(k, lengths_k), packed(v, lengths_k), prefix=prefix, cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+    )  # fmt: skip
+    torch.testing.assert_close(got, packed(want[0], lengths_q))
+
+    cache = fastseq.KVCache(3, 2, 8, dim_v=5, page_size=4)
+    cache.append(k, v)
+    torch.testing.assert_close(fastseq.attention(q, cache=cache, prefix=prefix), fastseq.attention(q, *whole))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more", "message"),
+    [
+        (torch.zeros(2, 6, 8), {}, "pair of Tensors"),
+        ((torch.zeros(2, 6, 8), torch.zeros(2, 5, 5)), {}, r"prefix's v must be \[2, P, 5\]"),
+        ((torch.zeros(4, 6, 8), torch.zeros(4, 6, 5)), {}, r"prefix's k must be \[2, P, 8\]"),
+        ((torch.zeros(2, 6, 8).double(), torch.zeros(2, 6, 5)), {}, "float64"),
+        ((torch.zeros(2, 6, 8), torch.zeros(2, 6, 5)), {"alibi_slopes": torch.ones(4)}, "alibi_slopes cannot"),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_refused(prefix: Any, more: dict[str, Any], message: str) -> None:
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+    with pytest.raises((ArgumentError, TypeError), match=message):
+        fastseq.attention(q, k, v, prefix=prefix, **more)

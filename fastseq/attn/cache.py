@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastseq.attn.checks import check_window
 from fastseq.checks import ArgumentError, sizes
 
 _ROWS = 64  # a page, and a first allocation, where nobody says
@@ -125,6 +126,8 @@ class KVCache(nn.Module):
             ArgumentError: sizes, dtypes or sequences that do not fit; a cache that is full. It is then as it was.
         """
         self._check(k, v, sequences)
+        if k.numel() == 0:
+            return
         if not torch.compiler.is_compiling():
             self._make_room(k.shape[2], sequences)
         own = slice(None) if sequences is None else sequences
@@ -150,7 +153,7 @@ class KVCache(nn.Module):
     def reset(self, sequences: Tensor | None = None) -> None:
         """Forget all sequences, or some: int64 ``[n]``. Their pages go back to the pool; memory stays."""
         if sequences is not None:
-            self._check_sequences(sequences, None)
+            self._check_sequences(sequences)
         own = slice(None) if sequences is None else sequences
         if self.table is not None and self.window is None:
             page, columns = self._page_size(), torch.arange(self.table.shape[1], device=self.k.device)
@@ -177,7 +180,7 @@ class KVCache(nn.Module):
             return self.k, self.v, self.lengths, None, window
         if self.window is not None:
             self._refuse(of_positions, "a cache with window= has forgotten where its sequences begin")
-            left, right = (self.window - 1, -1) if window is None else window
+            left, right = (self.window - 1, -1) if window is None else check_window(window)
             if not 0 <= left < self.window:
                 raise ArgumentError(
                     f"window={window}: the cache keeps {self.window} positions; left must be below that"
@@ -193,9 +196,10 @@ class KVCache(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Of a cache that had grown, too."""
-        for name in ("k", "v", "table", "free"):
-            own, other = getattr(self, name, None), state_dict.get(prefix + name)
-            if own is not None and other is not None and own.shape != other.shape and self.capacity is None:
+        grows = {"k": 2, "v": 2} if self.table is None else {"k": 0, "v": 0, "table": 1, "free": 0}
+        for name, dim in grows.items() if self.capacity is None else ():
+            own, other = getattr(self, name), state_dict.get(prefix + name)
+            if other is not None and own.select(dim, 0).shape == other.select(dim, 0).shape:
                 setattr(self, name, own.new_empty(other.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -223,6 +227,7 @@ class KVCache(nn.Module):
         self.table[own] = torch.where(new, self.free[place], self.table[own])
         self.used.copy_(end[-1])
 
+    @torch.inference_mode(False)  # a cache that grew in inference mode takes appends outside of it too
     def _make_room(self, t: int, sequences: Tensor | None) -> None:
         """Grow where the cache may; say that it is full where it may not."""
         own = slice(None) if sequences is None else sequences
@@ -262,6 +267,8 @@ class KVCache(nn.Module):
             raise ArgumentError(f"the cache is full: it has room for {room} {what}, {wanted} are needed")
 
     def _check(self, k: Tensor, v: Tensor, sequences: Tensor | None) -> None:
+        if sequences is not None:
+            self._check_sequences(sequences)
         for name, x, features in (("k", k, self.dim), ("v", v, self.dim_v)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -274,10 +281,8 @@ class KVCache(nn.Module):
                 raise ArgumentError(
                     f"{name} is {x.dtype} on {x.device}, the cache {self.k.dtype} on {self.k.device}: convert one"
                 )
-        if sequences is not None:
-            self._check_sequences(sequences, k.device)
 
-    def _check_sequences(self, sequences: Tensor, device: Any) -> None:
+    def _check_sequences(self, sequences: Tensor) -> None:
         if not isinstance(sequences, Tensor) or sequences.dtype != torch.int64 or sequences.dim() != 1:
             raise ArgumentError("sequences must be an int64 Tensor [n] of sequences' numbers")
         if torch.compiler.is_compiling():

@@ -133,18 +133,18 @@ class KVCache(nn.Module):
         own = slice(None) if sequences is None else sequences
         before = self.lengths[own]
         at = before[:, None] + torch.arange(k.shape[2], device=self.k.device)
+        rows = (torch.arange(self.batch, device=self.k.device) if sequences is None else sequences)[:, None]
         if self.table is None:
-            rows = torch.arange(self.batch, device=self.k.device) if sequences is None else sequences
-            self.k[rows[:, None], :, at] = k.transpose(1, 2)
-            self.v[rows[:, None], :, at] = v.transpose(1, 2)
+            self.k[rows, :, at] = k.transpose(1, 2)
+            self.v[rows, :, at] = v.transpose(1, 2)
         else:
             page = self._page_size()
             if self.window is not None:
                 self._leave(own, before)
             else:
-                self._take(own, before, before + k.shape[2])
+                self._take(rows, before, k.shape[2])
             column = at // page - self.first[own][:, None]
-            row = self.table[own].gather(1, column).long() * page + at % page
+            row = self.table[rows, column].long() * page + at % page
             self.k.flatten(0, 1)[row] = k.transpose(1, 2)
             self.v.flatten(0, 1)[row] = v.transpose(1, 2)
         self.lengths[own] = before + k.shape[2]
@@ -216,15 +216,17 @@ class KVCache(nn.Module):
         self.table[own] = self.table[own].gather(1, columns % self.table.shape[1])
         self.first[own] = first
 
-    def _take(self, own: Any, before: Tensor, after: Tensor) -> None:
-        """Give sequences the pages that they need for more positions."""
+    def _take(self, rows: Tensor, before: Tensor, t: int) -> None:
+        """Give sequences the pages that they need for t more positions."""
         assert self.table is not None
-        have, want = (_pages(n, self._page_size()) for n in (before, after))
+        have, want = (_pages(n, self._page_size()) for n in (before, before + t))
         end = (want - have).cumsum(0) + self.used  # of the pages that each takes
-        columns = torch.arange(self.table.shape[1], device=self.k.device)
-        new = (columns >= have[:, None]) & (columns < want[:, None])
+        most = min(_pages(t, self._page_size()), self.table.shape[1])
+        columns = have[:, None] + torch.arange(most, device=self.k.device)
+        new = columns < want[:, None]
         place = torch.where(new, (end - want)[:, None] + columns, 0)
-        self.table[own] = torch.where(new, self.free[place], self.table[own])
+        columns = columns % self.table.shape[1]  # those that are not new keep what they have
+        self.table[rows, columns] = torch.where(new, self.free[place], self.table[rows, columns])
         self.used.copy_(end[-1])
 
     @torch.inference_mode(False)  # a cache that grew in inference mode takes appends outside of it too

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import needs_native
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.checks import ArgumentError
@@ -113,6 +114,37 @@ def test_every_layout_gives_the_same_bits():
         cache.append(k, v)
         found.append(fastseq.attention(q, cache=cache, backend="native"))
     assert all(torch.equal(o, found[0]) for o in found)
+
+
+@needs_native
+def test_room_that_is_not_in_use_does_not_change_the_bits():
+    k, v, q = torch.randn(1, 1, 300, DIM), torch.randn(1, 1, 300, DIM_V), torch.randn(1, 2, 1, DIM)
+    found = []
+    for options in ({"capacity": 300}, {"capacity": 10000}, {"capacity": 10000, "page_size": 16}, {"page_size": 7}):
+        cache = fastseq.KVCache(1, 1, DIM, dim_v=DIM_V, **options)
+        cache.append(k, v)
+        found.append(fastseq.attention(q, cache=cache, backend="native"))
+    assert all(torch.equal(o, found[0]) for o in found)
+
+
+@needs_native
+def test_the_work_of_a_step_does_not_grow_with_the_pool():
+    cache = fastseq.KVCache(4, 1, 4, capacity=4000, page_size=1)
+    assert cache.table is not None
+    own = {x.untyped_storage().data_ptr() for x in cache.buffers()}
+    made_sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in own:
+                made_sizes.append(out.numel())
+            return out
+
+    with Sizes():
+        cache.append(torch.randn(4, 1, 2, 4), torch.randn(4, 1, 2, 4))
+        fastseq.attention(torch.randn(4, 1, 1, 4), cache=cache)
+    assert max(made_sizes) < 1000 < cache.table.numel()
 
 
 def test_a_ring_has_the_memory_of_its_window():

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(layout, change):
     cache, sizes = made(layout), {"batch": BATCH, "heads": HEADS, "dim": DIM, "dim_v": DIM_V}
     other = fastseq.KVCache(**{**sizes, **LAYOUTS[layout], **change})
     other.append(*(torch.randn(other.batch, other.heads, 40, d) for d in (other.dim, DIM_V)))
-    with pytest.raises(RuntimeError, match="size mismatch|Unexpected key"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
         cache.load_state_dict(other.state_dict())
     assert cache.k.shape[-1] == DIM
     assert cache.page_size is None or cache.k.shape[1] == cache.page_size
@@ -314,7 +314,7 @@ def test_without_keys_and_cache_the_call_says_what_is_missing():
 
 
 def test_what_is_no_cache_is_refused():
-    with pytest.raises(TypeError, match="cache must be a fastseq.KVCache, got tuple"):
+    with pytest.raises(TypeError, match=r"cache must be a fastseq\.KVCache, got tuple"):
         fastseq.attention(torch.zeros(1, 1, 1, 4), cache=(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastseq.swapped import swapped
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = {torch.Tensor, nn.Parameter}
+_LEFT_OUT = {"torch", "fastseq", *sys.stdlib_module_names}
 
 
 class _ToFastseq(TorchFunctionMode):
@@ -94,6 +96,8 @@ def _reached(module: nn.Module) -> Iterator[Any]:
             waiting.append((x.__func__, x.__self__))
         else:
             waiting += [(part, owner) for part in _inside(x)]
+            if not isinstance(x, (ModuleType, nn.Module, type)):
+                waiting += [(call, x) for call in _attributes(type(x), "__call__")[:1]]
 
 
 def _called_by(function: FunctionType, owner: Any) -> Iterator[tuple[Any, Any]]:
@@ -112,17 +116,23 @@ def _called_by(function: FunctionType, owner: Any) -> Iterator[tuple[Any, Any]]:
             found = _attributes(holder, name)
             found = found if "super" in names else found[:1]
             yield from ((x, holder) for x in found)
-            holders += [x for x in found if isinstance(x, (ModuleType, type)) or hasattr(x, "__dict__")]
+            holders += found
 
 
 def _attributes(holder: Any, name: str) -> list[Any]:
     """What an object, module or class has under a name, and its base classes have, without running its code."""
     spaces = [*(holder.__mro__ if isinstance(holder, type) else (holder, *type(holder).__mro__))]
-    return [vars(x)[name] for x in spaces if name in getattr(x, "__dict__", ())]
+    return [own[name] for own in map(_dict_of, spaces) if name in own]
+
+
+def _dict_of(x: Any) -> Mapping[str, Any]:
+    """An object's own attributes; none of one that has no dictionary, or makes up its attributes."""
+    own = getattr(x, "__dict__", None)
+    return own if isinstance(own, Mapping) else {}
 
 
 def _inside(x: Any) -> list[Any]:
-    """The functions behind a decorated one, a partial, a descriptor, a container or a callable object."""
+    """The functions behind a decorated one, in a partial, in a descriptor, in a container."""
     if isinstance(x, (functools.partial, functools.partialmethod)):
         return [x.func, *x.args, *x.keywords.values()]
     if isinstance(x, (staticmethod, classmethod)):
@@ -131,19 +141,15 @@ def _inside(x: Any) -> list[Any]:
         return [x.fget]
     if type(x) in (list, tuple, dict):
         return [*(x.values() if isinstance(x, dict) else x)]
-    if isinstance(x, (ModuleType, nn.Module, type)):
-        return []
-    if "__wrapped__" in getattr(x, "__dict__", ()):
-        return [x.__wrapped__]
-    return [MethodType(f, x) for f in _attributes(type(x), "__call__")[:1] if isinstance(f, FunctionType)]
+    return [_dict_of(x)["__wrapped__"]] if "__wrapped__" in _dict_of(x) else []
 
 
 def _is_left_out(x: Any) -> bool:
-    """Whether a function, module, class or object is of torch, of this package or of Python itself."""
+    """Whether a function, module, class or object is of torch, of this package or of Python's library."""
     if not isinstance(x, (FunctionType, ModuleType, type)):
         x = type(x)
     name = getattr(x, "__module__", None) or getattr(x, "__name__", "")
-    return str(name).split(".")[0] in ("torch", "fastseq", "builtins")
+    return str(name).split(".")[0] in _LEFT_OUT
 
 
 @functools.cache

@@ -19,7 +19,7 @@ class KVCache(nn.Module):
     One of three layouts. *Contiguous*: room for ``capacity`` positions a sequence. *Paged*, with ``page_size``: one
     pool of pages that all sequences share, so that memory follows what is there rather than the longest sequence; Kwon
     et al. 2023. *Ring*, with ``window``: the newest ``window`` positions of each sequence, whatever its length, for
-    models of sliding windows.
+    models of sliding windows. Its queries are positions of the last append: keys that earlier ones saw are gone.
 
     It is a module without parameters: its tensors are buffers, so ``state_dict``, ``deepcopy`` and ``to`` work. It is
     for inference: what is appended has no gradient. With a ``capacity`` a decoding step compiles whole, where a full

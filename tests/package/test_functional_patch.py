@@ -260,6 +260,18 @@ def test_modules_without_calls_are_left_alone(model):
     assert not any(torch_calls.is_redirected(module) for module in model.modules())
 
 
+def test_objects_that_make_up_their_attributes_are_no_obstacle():
+    class MadeUp:
+        __slots__ = ()
+
+        def __getattr__(self, name):
+            return 3
+
+    model = ByProcessor()
+    model.attend = model.heads = MadeUp()
+    assert "scaled_dot_product_attention" not in str(fastseq.patch(model))
+
+
 def test_what_runs_beside_the_model_is_not_touched(calls):
     model, x = Model(), torch.randn(1, 4, 8)
     fastseq.patch(model, functional=True)

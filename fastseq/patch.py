@@ -19,7 +19,7 @@ from fastseq import nn as fast
 from fastseq.dtensor import is_dtensor
 from fastseq.nn.compressed import KINDS, CompressedWeights
 from fastseq.swapped import own_class, swapped
-from fastseq.torch_calls import calls_torch, is_redirected, redirected
+from fastseq.torch_calls import calls_torch, is_redirected, redirected, runs_later
 
 TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: fast.RNN,
@@ -185,11 +185,21 @@ def _redirect(report: Report, model: nn.Module, functional: bool) -> None:
         what = "1 module calls" if len(callers) == 1 else f"{len(callers)} modules call"
         report.notes.append(f"{what} torch's scaled_dot_product_attention: patch(..., functional=True) sends them here")
     for name, module in callers if functional else ():
+        reason, target = "", None
         if "forward" in vars(module):
-            reason = "calls torch's scaled_dot_product_attention from a forward that was replaced on the instance"
-            report.left.append(Left(name, _class_name(type(module)), reason))
+            reason = "a forward that was replaced on the instance"
+        elif runs_later(module):
+            reason = "a forward that is a generator or a coroutine"
         else:
-            _swap(report, name, module, redirected(_unsharded(type(module))))
+            try:
+                target = redirected(_unsharded(type(module)))
+            except Exception as error:  # a class that has its say on subclasses: __init_subclass__, a metaclass
+                reason = f"a class that refuses a subclass ({error})"
+        if target is not None:
+            _swap(report, name, module, target)
+        else:
+            reason = f"calls torch's scaled_dot_product_attention from {reason}"
+            report.left.append(Left(name, _class_name(_unsharded(type(module))), reason))
 
 
 def unpatch(model: nn.Module) -> Report:

@@ -21,10 +21,17 @@ def own_class(cls: type) -> type[nn.Module] | None:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple:
-    """For copy and pickle, which cannot find a class made here by its name."""
-    cls: Any = type(self)
-    return _new, (cls._maker, cls._arguments), object.__reduce_ex__(self, protocol)[2]
+    """For copy and pickle, which cannot find a class made here by its name: what the own class says, and our class."""
+    cls: Any = next(base for base in type(self).__mro__ if "_own_class" in vars(base))
+    made: Any = super(cls, self).__reduce_ex__(protocol)
+    if own_class(type(self)) is None:  # a subclass of ours, which is found by its name
+        return made
+    function, arguments, *state = made
+    arguments = tuple(cls._own_class if x is cls else x for x in arguments)
+    return _new, (cls._maker, cls._arguments, function, arguments), *state
 
 
-def _new(maker: Callable, arguments: tuple) -> nn.Module:
-    return object.__new__(maker(*arguments))
+def _new(maker: Callable, made_of: tuple, function: Callable, arguments: tuple) -> nn.Module:
+    module = function(*arguments)
+    module.__class__ = maker(*made_of)
+    return module

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastseq.attn.checks import check_window
 from fastseq.checks import ArgumentError, sizes
 
 _ROWS = 64  # a page, and a first allocation, where nobody says
@@ -18,7 +19,7 @@ class KVCache(nn.Module):
     One of three layouts. *Contiguous*: room for ``capacity`` positions a sequence. *Paged*, with ``page_size``: one
     pool of pages that all sequences share, so that memory follows what is there rather than the longest sequence; Kwon
     et al. 2023. *Ring*, with ``window``: the newest ``window`` positions of each sequence, whatever its length, for
-    models of sliding windows.
+    models of sliding windows. Its queries are positions of the last append: keys that earlier ones saw are gone.
 
     It is a module without parameters: its tensors are buffers, so ``state_dict``, ``deepcopy`` and ``to`` work. It is
     for inference: what is appended has no gradient. With a ``capacity`` a decoding step compiles whole, where a full
@@ -125,23 +126,25 @@ class KVCache(nn.Module):
             ArgumentError: sizes, dtypes or sequences that do not fit; a cache that is full. It is then as it was.
         """
         self._check(k, v, sequences)
+        if k.numel() == 0:
+            return
         if not torch.compiler.is_compiling():
             self._make_room(k.shape[2], sequences)
         own = slice(None) if sequences is None else sequences
         before = self.lengths[own]
         at = before[:, None] + torch.arange(k.shape[2], device=self.k.device)
+        rows = (torch.arange(self.batch, device=self.k.device) if sequences is None else sequences)[:, None]
         if self.table is None:
-            rows = torch.arange(self.batch, device=self.k.device) if sequences is None else sequences
-            self.k[rows[:, None], :, at] = k.transpose(1, 2)
-            self.v[rows[:, None], :, at] = v.transpose(1, 2)
+            self.k[rows, :, at] = k.transpose(1, 2)
+            self.v[rows, :, at] = v.transpose(1, 2)
         else:
             page = self._page_size()
             if self.window is not None:
                 self._leave(own, before)
             else:
-                self._take(own, before, before + k.shape[2])
+                self._take(rows, before, k.shape[2])
             column = at // page - self.first[own][:, None]
-            row = self.table[own].gather(1, column).long() * page + at % page
+            row = self.table[rows, column].long() * page + at % page
             self.k.flatten(0, 1)[row] = k.transpose(1, 2)
             self.v.flatten(0, 1)[row] = v.transpose(1, 2)
         self.lengths[own] = before + k.shape[2]
@@ -150,7 +153,7 @@ class KVCache(nn.Module):
     def reset(self, sequences: Tensor | None = None) -> None:
         """Forget all sequences, or some: int64 ``[n]``. Their pages go back to the pool; memory stays."""
         if sequences is not None:
-            self._check_sequences(sequences, None)
+            self._check_sequences(sequences)
         own = slice(None) if sequences is None else sequences
         if self.table is not None and self.window is None:
             page, columns = self._page_size(), torch.arange(self.table.shape[1], device=self.k.device)
@@ -177,7 +180,7 @@ class KVCache(nn.Module):
             return self.k, self.v, self.lengths, None, window
         if self.window is not None:
             self._refuse(of_positions, "a cache with window= has forgotten where its sequences begin")
-            left, right = (self.window - 1, -1) if window is None else window
+            left, right = (self.window - 1, -1) if window is None else check_window(window)
             if not 0 <= left < self.window:
                 raise ArgumentError(
                     f"window={window}: the cache keeps {self.window} positions; left must be below that"
@@ -193,9 +196,10 @@ class KVCache(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Of a cache that had grown, too."""
-        for name in ("k", "v", "table", "free"):
-            own, other = getattr(self, name, None), state_dict.get(prefix + name)
-            if own is not None and other is not None and own.shape != other.shape and self.capacity is None:
+        grows = {"k": 2, "v": 2} if self.table is None else {"k": 0, "v": 0, "table": 1, "free": 0}
+        for name, dim in grows.items() if self.capacity is None else ():
+            own, other = getattr(self, name), state_dict.get(prefix + name)
+            if other is not None and own.select(dim, 0).shape == other.select(dim, 0).shape:
                 setattr(self, name, own.new_empty(other.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -212,17 +216,20 @@ class KVCache(nn.Module):
         self.table[own] = self.table[own].gather(1, columns % self.table.shape[1])
         self.first[own] = first
 
-    def _take(self, own: Any, before: Tensor, after: Tensor) -> None:
-        """Give sequences the pages that they need for more positions."""
+    def _take(self, rows: Tensor, before: Tensor, t: int) -> None:
+        """Give sequences the pages that they need for t more positions."""
         assert self.table is not None
-        have, want = (_pages(n, self._page_size()) for n in (before, after))
+        have, want = (_pages(n, self._page_size()) for n in (before, before + t))
         end = (want - have).cumsum(0) + self.used  # of the pages that each takes
-        columns = torch.arange(self.table.shape[1], device=self.k.device)
-        new = (columns >= have[:, None]) & (columns < want[:, None])
+        most = min(_pages(t, self._page_size()), self.table.shape[1])
+        columns = have[:, None] + torch.arange(most, device=self.k.device)
+        new = columns < want[:, None]
         place = torch.where(new, (end - want)[:, None] + columns, 0)
-        self.table[own] = torch.where(new, self.free[place], self.table[own])
+        columns = columns % self.table.shape[1]  # those that are not new keep what they have
+        self.table[rows, columns] = torch.where(new, self.free[place], self.table[rows, columns])
         self.used.copy_(end[-1])
 
+    @torch.inference_mode(False)  # a cache that grew in inference mode takes appends outside of it too
     def _make_room(self, t: int, sequences: Tensor | None) -> None:
         """Grow where the cache may; say that it is full where it may not."""
         own = slice(None) if sequences is None else sequences
@@ -262,6 +269,8 @@ class KVCache(nn.Module):
             raise ArgumentError(f"the cache is full: it has room for {room} {what}, {wanted} are needed")
 
     def _check(self, k: Tensor, v: Tensor, sequences: Tensor | None) -> None:
+        if sequences is not None:
+            self._check_sequences(sequences)
         for name, x, features in (("k", k, self.dim), ("v", v, self.dim_v)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -274,10 +283,8 @@ class KVCache(nn.Module):
                 raise ArgumentError(
                     f"{name} is {x.dtype} on {x.device}, the cache {self.k.dtype} on {self.k.device}: convert one"
                 )
-        if sequences is not None:
-            self._check_sequences(sequences, k.device)
 
-    def _check_sequences(self, sequences: Tensor, device: Any) -> None:
+    def _check_sequences(self, sequences: Tensor) -> None:
         if not isinstance(sequences, Tensor) or sequences.dtype != torch.int64 or sequences.dim() != 1:
             raise ArgumentError("sequences must be an int64 Tensor [n] of sequences' numbers")
         if torch.compiler.is_compiling():

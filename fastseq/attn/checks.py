@@ -236,6 +236,7 @@ def check_paged(
         raise ArgumentError(f"block_table must be [B,pages] with B = {batch}, got {sizes(block_table)}")
     check_lengths("lengths_k", lengths_k, q, block_table.shape[1] * k.shape[1], batch)
     if batch and block_table.device.type == "cpu" and values_visible(block_table) and values_visible(lengths_k):
+        block_table = block_table[:, : -(-int(lengths_k.max()) // k.shape[1])]
         used = torch.arange(block_table.shape[1]) * k.shape[1] < lengths_k[:, None]
         wrong = used & ((block_table < 0) | (block_table >= k.shape[0]))
         if wrong.any():

@@ -145,6 +145,8 @@ def attention(
     if unknown:
         checks_attention.refuse_keyword("attention", unknown, checks_attention.MEANT_FOR_ATTENTION)
     if cache is not None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a fastseq.KVCache, got {type(cache).__name__}")
         given = {"k": k, "v": v, "lengths_k": lengths_k, "cu_seqlens_k": cu_seqlens_k, "block_table": block_table}
         top_left = None if align == "bottom_right" else align
         of_positions = {"bias": bias, "mask": mask, "prefix_lengths": prefix_lengths, "align": top_left}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import needs_native
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.checks import ArgumentError
@@ -115,6 +116,37 @@ def test_every_layout_gives_the_same_bits():
     assert all(torch.equal(o, found[0]) for o in found)
 
 
+@needs_native
+def test_room_that_is_not_in_use_does_not_change_the_bits():
+    k, v, q = torch.randn(1, 1, 300, DIM), torch.randn(1, 1, 300, DIM_V), torch.randn(1, 2, 1, DIM)
+    found = []
+    for options in ({"capacity": 300}, {"capacity": 10000}, {"capacity": 10000, "page_size": 16}, {"page_size": 7}):
+        cache = fastseq.KVCache(1, 1, DIM, dim_v=DIM_V, **options)
+        cache.append(k, v)
+        found.append(fastseq.attention(q, cache=cache, backend="native"))
+    assert all(torch.equal(o, found[0]) for o in found)
+
+
+@needs_native
+def test_the_work_of_a_step_does_not_grow_with_the_pool():
+    cache = fastseq.KVCache(4, 1, 4, capacity=4000, page_size=1)
+    assert cache.table is not None
+    own = {x.untyped_storage().data_ptr() for x in cache.buffers()}
+    made_sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in own:
+                made_sizes.append(out.numel())
+            return out
+
+    with Sizes():
+        cache.append(torch.randn(4, 1, 2, 4), torch.randn(4, 1, 2, 4))
+        fastseq.attention(torch.randn(4, 1, 1, 4), cache=cache)
+    assert max(made_sizes) < 1000 < cache.table.numel()
+
+
 def test_a_ring_has_the_memory_of_its_window():
     cache = fastseq.KVCache(1, 1, 4, window=100, page_size=10)
     before = cache.nbytes
@@ -162,6 +194,41 @@ def test_copies_and_checkpoints_go_on_where_the_cache_was(layout):
     assert torch.equal(fastseq.attention(q, cache=other), want)
     cache.append(k, v)
     assert torch.equal(fastseq.attention(q, cache=twin), want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_appending_nothing_changes_nothing(layout):
+    cache = made(layout)
+    cache.append(*drawn(BATCH, 70))
+    before = copy.deepcopy(cache.state_dict())
+    cache.append(*drawn(BATCH, 0))
+    cache.append(*drawn(0, 4), sequences=torch.tensor([], dtype=torch.int64))
+    assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", [{"dim": 16}, {"heads": 4}, {"batch": 4}, {"page_size": 5}], ids=str)
+def test_a_checkpoint_of_other_sizes_is_refused(layout, change):
+    cache, sizes = made(layout), {"batch": BATCH, "heads": HEADS, "dim": DIM, "dim_v": DIM_V}
+    other = fastseq.KVCache(**{**sizes, **LAYOUTS[layout], **change})
+    other.append(*(torch.randn(other.batch, other.heads, 40, d) for d in (other.dim, DIM_V)))
+    with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
+        cache.load_state_dict(other.state_dict())
+    assert cache.k.shape[-1] == DIM
+    assert cache.page_size is None or cache.k.shape[1] == cache.page_size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(layout):
+    cache, plain = made(layout), made(layout)
+    pieces = [drawn(BATCH, t) for t in (90, 1, 90)]
+    with torch.inference_mode():
+        cache.append(*pieces[0])
+        cache.append(*pieces[1])
+    cache.append(*pieces[2])
+    for piece in pieces:
+        plain.append(*piece)
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in cache.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "paged", "ring"])
@@ -227,6 +294,7 @@ WRONG_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("paged", {"lengths_k": torch.tensor([1, 1, 1])}, "lengths_k cannot be given"),
     ("ring", {"mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, "mask cannot be given"),
     ("ring", {"window": (11, 0)}, "keeps 11 positions"),
+    ("ring", {"window": 5}, "window must be a pair"),
     ("ring", {"align": "top_left"}, "align cannot be given"),
     ("contiguous", {"q": torch.zeros(2, HEADS, 1, DIM)}, "batch"),
 ]
@@ -245,6 +313,11 @@ def test_without_keys_and_cache_the_call_says_what_is_missing():
         fastseq.attention(torch.zeros(1, 1, 1, 4))
 
 
+def test_what_is_no_cache_is_refused():
+    with pytest.raises(TypeError, match=r"cache must be a fastseq\.KVCache, got tuple"):
+        fastseq.attention(torch.zeros(1, 1, 1, 4), cache=(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)))
+
+
 WRONG_APPENDS: list[tuple[dict[str, Any], str]] = [
     ({"k": torch.zeros(BATCH, HEADS, 2, DIM)}, r"v must be \[3, 2, t, 5\]"),
     ({"k": torch.zeros(BATCH, HEADS, 1, DIM + 1)}, r"k must be \[3, 2, t, 8\]"),
@@ -254,6 +327,8 @@ WRONG_APPENDS: list[tuple[dict[str, Any], str]] = [
     ({"sequences": torch.tensor([0, 1, 3])}, r"0\.\.2"),
     ({"sequences": torch.tensor([0, 1, 1])}, "twice"),
     ({"sequences": torch.tensor([0.0, 1.0, 2.0])}, "int64"),
+    ({"sequences": torch.tensor(1)}, r"int64 Tensor \[n\]"),
+    ({"sequences": 1}, r"int64 Tensor \[n\]"),
 ]
 
 

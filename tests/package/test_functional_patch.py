@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
@@ -94,13 +95,96 @@ class BySuper(Attention):
         return super().attend(*args)
 
 
+class ByAlias(Attention):
+    def attend(self, q, k, v, mask):
+        return sdpa(q, k, v, attn_mask=mask)
+
+
+class ByAttribute(Attention):
+    def __init__(self):
+        super().__init__()
+        self.function = F.scaled_dot_product_attention
+
+    def attend(self, q, k, v, mask):
+        return self.function(q, k, v, attn_mask=mask)
+
+
+class ByPartialOfTorch(ByAttribute):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.scaled_dot_product_attention, dropout_p=0.0)
+
+
+class ByDefault(Attention):
+    def attend(self, q, k, v, mask, function=F.scaled_dot_product_attention):
+        return function(q, k, v, attn_mask=mask)
+
+
+class Functions:
+    @staticmethod
+    def static(*args):
+        return helper(*args)
+
+    def method(self, *args):
+        return helper(*args)
+
+
+class ByStaticMethod(Attention):
+    def attend(self, *args):
+        return Functions.static(*args)
+
+
+class ByObject(Attention):
+    def __init__(self):
+        super().__init__()
+        self.functions = Functions()
+
+    def attend(self, *args):
+        return self.functions.method(*args)
+
+
+class ByList(Attention):
+    def __init__(self):
+        super().__init__()
+        self.functions = [helper]
+
+    def attend(self, *args):
+        return self.functions[0](*args)
+
+
+class ByProperty(Attention):
+    @property
+    def attend(self):
+        return lambda *args: helper(*args)
+
+
+class ByMethodOfChild(Attention):
+    def __init__(self):
+        super().__init__()
+        self.child = ChildOfMethods()
+
+    def attend(self, *args):
+        return self.child.method(*args)
+
+
+class ChildOfMethods(nn.Module):
+    def method(self, *args):
+        return helper(*args)
+
+
 class ByOurs(Attention):
     def attend(self, q, k, v, mask):
         return fastseq.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class ByOperator(Attention):
+    def attend(self, q, k, v, mask):
+        return torch.ops.aten.scaled_dot_product_attention(q, k, v, mask)
+
+
 CALLERS = [
     Attention, ByHelper, ByImportedName, ByDecorated, ByInnerFunction, ByProcessor, ByPartial, ByTable, BySuper,
+    ByAlias, ByAttribute, ByPartialOfTorch, ByDefault, ByStaticMethod, ByObject, ByList, ByProperty, ByMethodOfChild,
 ]  # fmt: skip
 
 
@@ -164,6 +248,7 @@ def test_the_report_counts_the_modules_that_call_torch(kind):
         nn.Linear(2, 2),
         nn.TransformerEncoderLayer(8, 2),
         ByOurs(),
+        ByOperator(),
         nn.Sequential(nn.LSTM(2, 2), nn.ReLU()),
         nn.MultiheadAttention(8, 2),
     ],
@@ -173,6 +258,18 @@ def test_modules_without_calls_are_left_alone(model):
     report = fastseq.patch(model, functional=True)
     assert "scaled_dot_product_attention" not in str(report)
     assert not any(torch_calls.is_redirected(module) for module in model.modules())
+
+
+def test_objects_that_make_up_their_attributes_are_no_obstacle():
+    class MadeUp:
+        __slots__ = ()
+
+        def __getattr__(self, name):
+            return 3
+
+    model = ByProcessor()
+    model.attend = model.heads = MadeUp()
+    assert "scaled_dot_product_attention" not in str(fastseq.patch(model))
 
 
 def test_what_runs_beside_the_model_is_not_touched(calls):
@@ -267,6 +364,96 @@ def test_a_subclass_of_a_patched_class_calls_fastseq_already(calls):
     assert fastseq.patch(again, functional=True).already == [""]
     again(torch.randn(2, 5, 8))
     assert len(calls) == 1
+
+
+def one_head(x, power=1):
+    return F.scaled_dot_product_attention(x**power, x, x)
+
+
+class CallableOnX:
+    def __call__(self, x):
+        return one_head(x)
+
+
+FORWARDS = {
+    "staticmethod": staticmethod(one_head),
+    "classmethod": classmethod(lambda cls, x: one_head(x)),
+    "partial": functools.partial(one_head, power=2),
+    "partialmethod": functools.partialmethod(lambda self, power, x: one_head(x, power), 2),
+    "callable object": CallableOnX(),
+    "lambda": lambda self, x: one_head(x),
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_any_kind_of_forward_is_called_as_before(kind, calls):
+    model, x = type("Model", (nn.Module,), {"forward": FORWARDS[kind]})(), torch.randn(2, 3, 5, 8)
+    expected = model(x)
+    assert len(fastseq.patch(model, functional=True)) == 1
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 1
+
+
+def test_a_forward_that_runs_later_is_left_with_the_reason(calls):
+    class Generator(nn.Module):
+        def forward(self, x):
+            yield one_head(x)
+
+    class Coroutine(nn.Module):
+        async def forward(self, x):
+            return one_head(x)
+
+    model = nn.ModuleList([Generator(), Coroutine()])
+    report = fastseq.patch(model, functional=True)
+    assert [entry.name for entry in report.left] == ["0", "1"]
+    assert "generator or a coroutine" in report.left[0].reason
+    assert [y.shape for y in model[0](torch.randn(1, 1, 3, 4))] == [(1, 1, 3, 4)]
+
+
+def test_a_class_that_refuses_subclasses_is_left_with_the_reason(calls):
+    class Registered(nn.Module):
+        def __init_subclass__(cls, name):
+            super().__init_subclass__()
+
+    class Named(Registered, name="attention"):
+        def forward(self, x):
+            return one_head(x)
+
+    model = nn.Sequential(Named(), Attention())
+    report = fastseq.patch(model, functional=True)
+    assert [change.name for change in report.changed] == ["1"]
+    assert "refuses a subclass" in report.left[0].reason
+    model[0](torch.randn(1, 1, 3, 4))
+    assert not calls
+
+
+def rebuilt(cls, state):
+    module = cls()
+    module.load_state_dict(state)
+    return module
+
+
+class WithReduce(Attention):
+    def __reduce__(self):
+        return rebuilt, (type(self), self.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_class_with_its_own_reduce_is_copied_by_it(copied, calls):
+    model, x = WithReduce(), torch.randn(2, 5, 8)
+    fastseq.patch(model, functional=True)
+    again = copied(model)
+    assert torch.equal(again(x), model(x))
+    assert len(calls) == 2
+    fastseq.unpatch(again)
+    assert type(again) is WithReduce
+
+
+def test_copies_of_a_subclass_of_a_patched_class_are_of_that_subclass():
+    model = Model()
+    fastseq.patch(model, functional=True)
+    again = type("Again", (type(model.first),), {})()
+    assert type(copy.deepcopy(again)) is type(again)
 
 
 def test_a_forward_replaced_on_the_instance_is_left_with_the_reason(calls):

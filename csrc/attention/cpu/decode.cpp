@@ -56,10 +56,12 @@ class Decode {
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;
+    long keys = call_.lengths_k ? 0 : call_.length_k;  // of the longest sequence: a cache may have room for far more
+    for (long b = 0; call_.lengths_k && b < call_.batch; ++b) keys = most(keys, Sequence(call_, b).tk);
     chunk_ = kChunk;
-    if (heads * ((call_.length_k + kChunk - 1) / kChunk) < 4 * call_.threads)
-      chunk_ = least(kChunk, most(kStep, round_up(call_.length_k * heads / (4 * call_.threads), kStep)));
-    chunks_ = most(1, (call_.length_k + chunk_ - 1) / chunk_);
+    if (heads * ((keys + kChunk - 1) / kChunk) < 4 * call_.threads)
+      chunk_ = least(kChunk, most(kStep, round_up(keys * heads / (4 * call_.threads), kStep)));
+    chunks_ = most(1, (keys + chunk_ - 1) / chunk_);
     const long tasks = heads * chunks_;
     const int threads = int(most(1, least(call_.threads, tasks)));
     Arena counting;

@@ -13,7 +13,7 @@ so that what all keys have in common has been multiplied by a sum of ds that is 
 
 The exact mean is that of the keys by p (under a softcap, by p times its slope). That of one tile has the same offset,
 and the row's p of that tile keep hidden keys out of it: so one tile is met again, and, where ``left`` is large beside
-what the rows' ds sum to, as values with an offset make it, all of them: :func:`take_back`.
+the root of the sum of the rows' ds², as values with an offset make it, all of them: :func:`take_back`.
 
 With dropout p reaches o as m p / (1 - rate), so dv and dp take it masked and scaled alike; delta needs no change. Under
 a softcap ds is multiplied by the cap's slope before it reaches q and k. A row that sees nothing has lse = -inf: it is
@@ -264,8 +264,8 @@ def add_keys(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
-    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``, and the size of
-    each tile's sum of these, which is at most that of |ds| and costs nothing, to ``spread``. Under a cap
+    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``, and the squares of
+    its sums by tiles, which stand for those of ds and cost nothing, to ``spread``. Under a cap
     ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where
     there is no bias, as scores are not that large, and ``excess`` where what was rounded is exact enough."""
     for start in tl.range(begin, end, BLOCK_N):
@@ -291,7 +291,7 @@ def add_keys(
         if not precise:
             part = tl.sum(ds.to(tl.float32), 1)
             rounded += part
-            spread += tl.abs(part)
+            spread += part * part
         dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
@@ -418,10 +418,10 @@ def attention_backward_queries(
                 left = rounded + wrong * total
             else:
                 left = rounded - excess + wrong * total
-            # In units of the dtype's rounding. Where values have no offset, left is far below; where it is not, the
-            # difference between a tile's mean and that of all keys counts.
-            large: tl.constexpr = 2.0**-9 if q1.dtype == tl.float16 else 2.0**-6
-            everywhere = tl.max(tl.abs(left), 0) > large * tl.max(spread, 0)
+            # About 6 roundings of the dtype, squared. Where values have no offset, left is far below; beyond it, what
+            # a tile's mean differs by from that of all keys comes near the bound on dq's error.
+            large: tl.constexpr = 2.0**-15 if q1.dtype == tl.float16 else 2.0**-9
+            everywhere = tl.max(left * left, 0) > large * tl.max(spread, 0)
             one = (whole_begin < whole_end) & (not everywhere)
             start = tl.where(one, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
             # q and log again: held until here they would take registers from the loops.

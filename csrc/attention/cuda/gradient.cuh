@@ -85,15 +85,15 @@ struct RowSums {
   float sloped[2] = {0, 0};   // kGeneral, under a cap: p by the cap's slope
   float ds[2] = {0, 0};       // without the slope; kGeneral, or with sinks
   float rounded[2] = {0, 0};  // ds as the product of dq reads it; under a cap less ds with the slope
-  float squares[2] = {0, 0};  // of ds with the slope, of one in four columns
+  float squares[kGeneral ? 1 : 2] = {};  // of ds with the slope, of one in four columns; kGeneral, of both rows
 
   // The sums in shared memory, each `step` numbers from the one before: where a loop has no registers for them.
   template <class Each>
   FASTSEQ_DEVICE void for_each(const Each& each) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      each(0 + half, p[half]), each(2 + half, sloped[half]), each(4 + half, ds[half]), each(6 + half, rounded[half]),
-          each(8 + half, squares[half]);
+      each(0 + half, p[half]), each(2 + half, sloped[half]), each(4 + half, ds[half]), each(6 + half, rounded[half]);
+    each(8, squares[0]);
   }
   FASTSEQ_DEVICE void write(float* to, int step) {
     for_each([&](int n, float& x) { to[n * step] = x; });
@@ -124,7 +124,7 @@ struct RowSums {
 #pragma unroll
     for (int n = 0; n < kN; n += 4)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) squares[e >> 1] += x.x[0][n][e] * x.x[0][n][e];
+      for (int e = 0; e < 4; ++e) squares[kGeneral ? 0 : e >> 1] += x.x[0][n][e] * x.x[0][n][e];
     if (kGeneral && call.cap_out != 0)
       for_each_element<1, kN>([&](int m, int n, int e) { rounded[e >> 1] -= x.x[m][n][e]; });
   }
@@ -163,7 +163,7 @@ FASTSEQ_DEVICE Settled settle(const RowSums<kGeneral>& sums, int half, const Att
   const bool capped = kGeneral && call.cap_out != 0;
   const float total = capped ? sum_of_row(sums.sloped[half]) : p;
   const float left = rounded - (capped ? 0.0f : ds) + wrong * total;
-  const float squares = sum_of_row(sums.squares[half]);
+  const float squares = sum_of_row(sums.squares[kGeneral ? 0 : half]);
   return {share, delta + wrong, empty ? 0.0f : left, total, empty ? 0.0f : squares};
 }
 

@@ -343,8 +343,11 @@ FAULTS = {
     "k is read before others' copies have come": (
         "backward_queries.cu", "sync_block();  // these keys are there", ";  //"
     ),
+    "v is overwritten while it is read": (
+        "backward_queries.cu", "sync_block();  // the last tile is done with", ";  //"
+    ),
     "k comes again while it is read": (
-        "backward_queries.cu", "sync_block();  // the tile before is done with", ";  //"
+        "backward_queries.cu", "sync_block();  // all are done with this one", ";  //"
     ),
     "k that has come again is read before others' copies have": (
         "backward_queries.cu", "cp_wait<0>();\n    sync_block();\n    Fragment", "cp_wait<0>();\n    Fragment"

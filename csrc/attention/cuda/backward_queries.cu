@@ -110,7 +110,6 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
                                                             : (keys.end - 1) / kBlockN * kBlockN;
   uint32_t* waiting = reinterpret_cast<uint32_t*>(buffers + TileK::kBytes);  // [warps]
   for (bool more = keys.begin < keys.end; more && j0 >= keys.begin; j0 -= kBlockN) {
-    sync_block();  // the tile before is done with
     load_tile<TileK, kThreads, kGeneral>(buffers, at<T>(call.k, slot.b, head_k, own.k_row), call.k.row, j0, own.tk,
                                          call.dim, call.aligned, tid());
     cp_commit();
@@ -128,7 +127,7 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     multiply_rows_by(dq, unit);
     const uint32_t lanes = ballot(rows[0].left != 0 || rows[1].left != 0);
     if (lane() == 0) waiting[warp()] = lanes;
-    sync_block();
+    sync_block();  // all are done with this one
     more = false;
     for (int n = 0; n < Shape::kWarps; ++n) more = more || waiting[n] != 0;
   }

@@ -413,6 +413,9 @@ def attention_backward_queries(
         delta += wrong
         tl.store(scratch.delta + base + i0 + row, delta)
         if q1.dtype != tl.float32:
+            # q and log again: held until here they would take registers from the loops.
+            log = load_vector(scratch.log + base, i0, BLOCK_M)
+            q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
             if call.cap_in is not None:
                 total = sloped
                 left = rounded + wrong * total
@@ -424,9 +427,6 @@ def attention_backward_queries(
             everywhere = tl.max(left * left, 0) > large * tl.max(spread, 0)
             one = (whole_begin < whole_end) & (not everywhere)
             start = tl.where(one, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
-            # q and log again: held until here they would take registers from the loops.
-            log = load_vector(scratch.log + base, i0, BLOCK_M)
-            q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
             dq1, dq2 = take_back(
                 dq1, dq2, left, total, everywhere, q1, q2, log, k_head, k_more, row_k, start, begin,
                 call, b, h, i, i0, tq, tk, shift,

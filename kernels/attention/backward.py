@@ -257,17 +257,18 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row,
+    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+    k_head, k_more, v_head, k_row, v_row,
     begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
-    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``, and the squares of
-    its sums by tiles, which stand for those of ds and cost nothing, to ``spread``. Under a cap
-    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where
-    there is no bias, as scores are not that large, and ``excess`` where what was rounded is exact enough."""
+    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``, and to ``spread``
+    the squares of its sums by tiles, which stand for those of ds and cost nothing. Under a cap ``rounded`` is without
+    ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where there is no bias, as
+    scores are not that large, and ``excess`` where what was rounded is exact enough."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product, k1, k2 = products(
@@ -377,8 +378,8 @@ def attention_backward_queries(
         if call.pairs is None:
             if call.left is not None:
                 dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
-                    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
-                    row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+                    k_head, k_more, v_head, row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
             dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
@@ -387,8 +388,8 @@ def attention_backward_queries(
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
         dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
-            dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-            whole_end, end, call, b, h, i, i0, tq, tk, shift,
+            dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+            k_head, k_more, v_head, row_k, row_v, whole_end, end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
         # All of dp - delta, by p, is dlse, with a sink's own p in both sums.

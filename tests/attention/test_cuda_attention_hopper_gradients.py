@@ -191,7 +191,9 @@ FAULTS = [
         "keep the rings in step\n",
     ),
     Mutation("what decides on a second walk is not waited for", KERNELS, "    mbar_wait(decided, parity);\n", ""),
-    Mutation("the second walk is skipped", KERNELS, "if (j == least && !everywhere()) return;", "if (j == least) return;"),
+    Mutation(
+        "the second walk is skipped", KERNELS, "if (j == least && !everywhere()) return;", "if (j == least) return;"
+    ),
 ]
 
 

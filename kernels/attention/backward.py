@@ -11,8 +11,9 @@ so that what all keys have in common has been multiplied by a sum of ds that is 
 
     dq[i] = scale share (sum_j ds k[j]  -  left[i] mean[i])
 
-The exact mean is that of the keys by p. That of one tile has the same offset, and the row's p of that tile keep hidden
-keys out of it: :func:`take_back`.
+The exact mean is that of the keys by p (under a softcap, by p times its slope). That of one tile has the same offset,
+and the row's p of that tile keep hidden keys out of it: so one tile is met again, and, where ``left`` is large beside
+the root of the sum of the rows' ds², as values with an offset make it, all of them: :func:`take_back`.
 
 With dropout p reaches o as m p / (1 - rate), so dv and dp take it masked and scaled alike; delta needs no change. Under
 a softcap ds is multiplied by the cap's slope before it reaches q and k. A row that sees nothing has lse = -inf: it is
@@ -256,16 +257,18 @@ def scores_gradient(p, dp, delta, call, b, h, i, j0, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def add_keys(
-    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, k_row, v_row,
+    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+    k_head, k_more, v_head, k_row, v_row,
     begin, end, call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys from ``begin`` to ``end`` send it, their p to ``total`` and their ds,
-    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``. Under a cap
-    ``rounded`` is without ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where
-    there is no bias, as scores are not that large, and ``excess`` where what was rounded is exact enough."""
+    without the cap's slope, to ``excess``; in 16 bits also ds as the product reads it to ``rounded``, and to ``spread``
+    the squares of its sums by tiles, which stand for those of ds and cost nothing. Under a cap ``rounded`` is without
+    ds before rounding, and ``sloped`` is p by the slope. In 16 bits ``total`` is left out where there is no bias, as
+    scores are not that large, and ``excess`` where what was rounded is exact enough."""
     for start in tl.range(begin, end, BLOCK_N):
         v_tile = load_tile(v_head, v_row, start, tk, DV, 0, BLOCK_N, BLOCK_DV, ALIGN, MASKED)
         product, k1, k2 = products(
@@ -287,28 +290,34 @@ def add_keys(
                 sloped += tl.sum(p * slope, 1)
         ds = narrow(ds, q1.dtype, WIDEN)
         if not precise:
-            rounded += tl.sum(ds.to(tl.float32), 1)
+            part = tl.sum(ds.to(tl.float32), 1)
+            rounded += part
+            spread += part * part
         dq1 = dot_add(ds, k1, dq1, PRECISION, WIDEN)
         if D2 > 0:
             dq2 = dot_add(ds, k2, dq2, PRECISION, WIDEN)
-    return dq1, dq2, total, excess, rounded, sloped
+    return dq1, dq2, total, excess, rounded, sloped, spread
 
 
 @triton.jit
 def take_back(
-    dq1, dq2, left, q1, q2, log, k_head, k_more, k_row, start, begin, call, b, h, i, i0, tq, tk, shift,
+    dq1, dq2, left, total, everywhere, q1, q2, log, k_head, k_more, k_row, start, begin,
+    call, b, h, i, i0, tq, tk, shift,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dq less ``left`` [BLOCK_M] times a mean of keys: by a row's p, of the tile at ``start`` or, where it has no p
-    there, of the next one before it. In the product the p of a tile sum to 1 or so, and dq is in units of a power of 2
-    near ``left``: p by ``left`` may be too small for float16."""
+    """dq less ``left`` [BLOCK_M] times a mean of keys: by a row's weights, of all tiles, whose sum is ``total``, if
+    ``everywhere``; else of the tile at ``start`` or, where it has none there, of the next one before it. In the product
+    the weights sum to 1 or so, and dq is in units of a power of 2 near ``left``: p by ``left`` may be too small for
+    float16."""
     while (start >= begin) & (tl.max(tl.abs(left), 0) > 0.0):
         product, k1, k2 = products(
             q1, q2, k_head, k_more, k_row, start, tk, D, D1, D2, BLOCK_N, ALIGN, PRECISION, WIDEN, True
         )
-        p, _scores = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
-        own = tl.sum(p, 1)
+        p, s = weights(product, log, call, b, h, i, i0, start, tq, tk, shift, BLOCK_N, False, True)
+        if call.cap_in is not None:
+            p = p * cap_slope(s, call)
+        own = tl.where(everywhere, total, tl.sum(p, 1))
         taken = (own > 1e-30) & (tl.abs(left) > 1e-30)
         unit = tl.where(taken, left, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
         less = (0x7F000000 - unit).to(tl.float32, bitcast=True)
@@ -318,7 +327,7 @@ def take_back(
         dq1 = dot_add(p, k1, dq1 * less[:, None], PRECISION, WIDEN) * more[:, None]
         if D2 > 0:
             dq2 = dot_add(p, k2, dq2 * less[:, None], PRECISION, WIDEN) * more[:, None]
-        left = tl.where(own > 1e-30, 0.0, left)
+        left = tl.where((own > 1e-30) & (not everywhere), 0.0, left)
         start -= BLOCK_N
     return dq1, dq2
 
@@ -360,6 +369,7 @@ def attention_backward_queries(
         excess = total
         rounded = total
         sloped = total
+        spread = total
         if dlse is not None:
             row = i0 + tl.arange(0, BLOCK_M)
             more = tl.load(head_of(dlse, b, h, q_row, 1) + row, mask=row < tq, other=0.0)
@@ -367,19 +377,19 @@ def attention_backward_queries(
             delta -= more
         if call.pairs is None:
             if call.left is not None:
-                dq1, dq2, total, excess, rounded, sloped = add_keys(
-                    dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
-                    row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
+                dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
+                    dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+                    k_head, k_more, v_head, row_k, row_v, begin, whole_begin, call, b, h, i, i0, tq, tk, shift,
                     D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
                 )  # fmt: skip
-            dq1, dq2, total, excess, rounded, sloped = add_keys(
-                dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
+            dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
+                dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta, k_head, k_more, v_head,
                 row_k, row_v, whole_begin, whole_end, call, b, h, i, i0, tq, tk, shift,
                 D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, False,
             )  # fmt: skip
-        dq1, dq2, total, excess, rounded, sloped = add_keys(
-            dq1, dq2, total, excess, rounded, sloped, q1, q2, d_tile, log, delta, k_head, k_more, v_head, row_k, row_v,
-            whole_end, end, call, b, h, i, i0, tq, tk, shift,
+        dq1, dq2, total, excess, rounded, sloped, spread = add_keys(
+            dq1, dq2, total, excess, rounded, sloped, spread, q1, q2, d_tile, log, delta,
+            k_head, k_more, v_head, row_k, row_v, whole_end, end, call, b, h, i, i0, tq, tk, shift,
             D, DV, D1, D2, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN, True,
         )  # fmt: skip
         # All of dp - delta, by p, is dlse, with a sink's own p in both sums.
@@ -404,16 +414,23 @@ def attention_backward_queries(
         delta += wrong
         tl.store(scratch.delta + base + i0 + row, delta)
         if q1.dtype != tl.float32:
-            if call.cap_in is not None:
-                left = rounded + wrong * sloped
-            else:
-                left = rounded - excess + wrong * total
-            start = tl.where(whole_begin < whole_end, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
             # q and log again: held until here they would take registers from the loops.
             log = load_vector(scratch.log + base, i0, BLOCK_M)
             q1, q2 = load_halves(q_head, q_head, number(q.row), i0, tq, D, D1, D2, BLOCK_M, ALIGN)
+            if call.cap_in is not None:
+                total = sloped
+                left = rounded + wrong * total
+            else:
+                left = rounded - excess + wrong * total
+            # About 6 roundings of the dtype, squared. Where values have no offset, left is far below; beyond it, what
+            # a tile's mean differs by from that of all keys comes near the bound on dq's error.
+            large: tl.constexpr = 2.0**-15 if q1.dtype == tl.float16 else 2.0**-9
+            everywhere = tl.max(left * left, 0) > large * tl.max(spread, 0)
+            one = (whole_begin < whole_end) & (not everywhere)
+            start = tl.where(one, whole_end, tl.cdiv(end, BLOCK_N) * BLOCK_N) - BLOCK_N
             dq1, dq2 = take_back(
-                dq1, dq2, left, q1, q2, log, k_head, k_more, row_k, start, begin, call, b, h, i, i0, tq, tk, shift,
+                dq1, dq2, left, total, everywhere, q1, q2, log, k_head, k_more, row_k, start, begin,
+                call, b, h, i, i0, tq, tk, shift,
                 D, D1, D2, BLOCK_M, BLOCK_N, ALIGN, PRECISION, WIDEN,
             )  # fmt: skip
         dq1 = dq1 * share[:, None]

@@ -343,11 +343,20 @@ FAULTS = {
     "k is read before others' copies have come": (
         "backward_queries.cu", "sync_block();  // these keys are there", ";  //"
     ),
+    "v is overwritten while it is read": (
+        "backward_queries.cu", "sync_block();  // the last tile is done with", ";  //"
+    ),
     "k comes again while it is read": (
-        "backward_queries.cu", "sync_block();  // the tile before is done with", ";  //"
+        "backward_queries.cu", "sync_block();  // all are done with this one", ";  //"
     ),
     "k that has come again is read before others' copies have": (
         "backward_queries.cu", "cp_wait<0>();\n    sync_block();\n    Fragment", "cp_wait<0>();\n    Fragment"
+    ),
+    "what decides on a second walk is read before others have written it": (
+        "backward_queries.cu", "sync_block();  // all warps' largest", ";  //"
+    ),
+    "the second walk is skipped": (
+        "backward_queries.cu", "everywhere = everywhere_again<T, Shape::kWarps>(largest)", "everywhere = false"
     ),
 }  # fmt: skip
 
@@ -364,14 +373,20 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     q, k, v = dense((1, 2, 1, 140, 150, 64, 64), torch.bfloat16)
     options = {"causal": True}
     d_o = torch.randn(q.shape).to(q.dtype)
-    o, lse = forward(q, k, v, options, "emulated")
-    expected = (o, lse, *backward(d_o, None, q, k, v, o, lse, options, "emulated")[:3])
+
+    def results() -> list[Tensor]:
+        found: list[Tensor] = []
+        for values in (v, v + 20):  # an offset: dq meets all keys again
+            o, lse = forward(q, k, values, options, "emulated")
+            found += [o, lse, *backward(d_o, None, q, k, values, o, lse, options, "emulated")[:3]]
+        return found
+
+    expected = results()
     settings.changed = build.Library(sources)
     for schedule, seed in ((s, n) for n in range(4) for s in (build.STICKY, build.PRIORITY)):
         settings.schedule, settings.seed = schedule, seed
         try:
-            got = (*forward(q, k, v, options, "emulated"),
-                   *backward(d_o, None, q, k, v, o, lse, options, "emulated")[:3])  # fmt: skip
+            got = results()
         except RuntimeError:
             return  # the machine itself saw it
         if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
@@ -389,5 +404,6 @@ def test_threads_do_not_race(name: str) -> None:
     for shape in ((1, 2, 1, 70, 70, 64, 64), (1, 2, 1, 2, 200, 64, 64)):
         options = feature(name, torch.bfloat16, shape)
         q, k, v = dense(shape, torch.bfloat16)
+        v += 20  # dq meets all keys again
         o, lse = forward(q, k, v, options, "emulated")
         backward(torch.randn(o.shape).to(o.dtype), None, q, k, v, o, lse, options, "emulated")

@@ -133,10 +133,11 @@ def test_what_lies_past_a_length_is_never_read(heads: tuple[int, int]) -> None:
     assert all(x.isfinite().all() for x in results[0])
 
 
-def gradients(options: Options, heads: tuple[int, int] = (64, 64)) -> list[Tensor]:
-    """Of inputs that are always the same, NaN past the lengths."""
+def gradients(options: Options, heads: tuple[int, int] = (64, 64), offset: float = 0) -> list[Tensor]:
+    """Of inputs that are always the same, NaN past the lengths. With an offset of values dq meets all keys again."""
     torch.manual_seed(0)
     q, k, v = dense((1, 2, 1, 150, 300, *heads), torch.bfloat16)
+    v += offset
     if "lengths_q" in options:
         for x, lengths in ((q, "lengths_q"), (k, "lengths_k"), (v, "lengths_k")):
             x[:, :, int(options[lengths]) :] = math.nan
@@ -150,11 +151,14 @@ def gradients(options: Options, heads: tuple[int, int] = (64, 64)) -> list[Tenso
 def test_no_order_of_threads_changes_a_bit(schedule: int) -> None:
     options = {"causal": True, "sinks": torch.randn(2)}
     settings.multiprocessors = 2
-    expected = gradients(options)
-    settings.schedule = schedule
-    for seed in range(2):
-        settings.seed = seed
-        assert all(torch.equal(a, b) for a, b in zip(gradients(options), expected, strict=True)), f"seed {seed}"
+    for offset in (0, 20):
+        settings.schedule = build.IN_ORDER
+        expected = gradients(options, offset=offset)
+        settings.schedule = schedule
+        for seed in range(2):
+            settings.seed = seed
+            got = gradients(options, offset=offset)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"seed {seed}"
 
 
 KERNELS = "csrc/attention/cuda/hopper_backward.cu"
@@ -186,6 +190,10 @@ FAULTS = [
         "keep the rings in step\n      of_s.far.wait_full();\n",
         "keep the rings in step\n",
     ),
+    Mutation("what decides on a second walk is not waited for", KERNELS, "    mbar_wait(decided, parity);\n", ""),
+    Mutation(
+        "the second walk is skipped", KERNELS, "if (j == least && !everywhere()) return;", "if (j == least) return;"
+    ),
 ]
 
 
@@ -195,12 +203,16 @@ FAULTS = [
 def test_a_planted_fault_is_found(fault: Mutation) -> None:
     options = {"causal": True, "lengths_q": torch.tensor([140]), "lengths_k": torch.tensor([290])}
     settings.multiprocessors = 1
-    expected = gradients(options)
+
+    def both() -> list[Tensor]:
+        return gradients(options) + gradients(options, offset=20)
+
+    expected = both()
 
     def run(kernels: build.Library, machine: dict[str, int]) -> str | None:
         settings.changed, settings.schedule, settings.seed = kernels, machine["schedule"], machine["seed"]
         try:
-            got = gradients(options)
+            got = both()
         except RuntimeError as seen:
             return str(seen)
         return None if all(map(torch.equal, got, expected)) else "other bits"
@@ -215,4 +227,5 @@ def test_threads_do_not_race(heads: tuple[int, int]) -> None:
     """Under ThreadSanitizer, where copies, products and barriers are the only things that order threads."""
     settings.sanitizer, settings.multiprocessors = "thread", 1
     for options in ({"causal": True}, {"lengths_q": torch.tensor([140]), "lengths_k": torch.tensor([250])}):
-        gradients(options, heads)
+        for offset in (0, 20):
+            gradients(options, heads, offset)

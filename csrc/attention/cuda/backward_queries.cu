@@ -1,6 +1,6 @@
 // dq: a block owns a tile of queries of one head and meets the keys that they see. k and v have two buffers each, so that
 // the next ones come in under all three products. At the end it settles its rows' share and delta, and takes back from dq
-// what was wrong with them.
+// what was wrong with them: by one tile of keys, or by all of them once more.
 #include "attention/cuda/gradient.cuh"
 
 namespace fastseq::cuda {
@@ -82,7 +82,7 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     score_gradients<false, kGeneral>(s, dp, call, corner, [&](int, int, int e) { return delta[e >> 1]; });
     sums.add_ds(dp, call);
     through_cap<kGeneral>(dp, slope, call);
-    sums.subtract_sloped(dp, call);
+    sums.add_sloped(dp, call);
     add_product<T>(dq, dp, shifted(k_columns), 0, [&](const uint32_t(&a)[4]) { sums.template add_rounded<T>(a); });
     if constexpr (kSumsShared) sums.add_to(kept, kThreads);
   }
@@ -91,21 +91,25 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     sums.read(kept, kThreads);
   }
 
-  float share[2], left[2];
+  Settled rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = i0 + row + int(lane() >> 2) + 8 * half;
-    const Settled settled = settle(sums, half, call, own, slot, i, log[half], delta[half]);
-    share[half] = settled.share, left[half] = settled.left;
+    rows[half] = settle(sums, half, call, own, slot, i, log[half], delta[half]);
     if ((lane() & 3) != 0 || log[half] == kInfinity) continue;
-    call.delta[scratch + i] = settled.delta;
-    if (kGeneral) call.share[scratch + i] = settled.share;
+    call.delta[scratch + i] = rows[half].delta;
+    if (kGeneral) call.share[scratch + i] = rows[half].share;
   }
-  // The last tile that all see; where there is none, or a row has no p there, the tiles from the end on.
-  int j0 = keys.whole_begin < keys.whole_end ? keys.whole_end - kBlockN : (keys.end - 1) / kBlockN * kBlockN;
+  sync_block();  // the last tile is done with
+  float2* largest = reinterpret_cast<float2*>(buffers + TileK::kBytes);  // [warps]
+  write_largest(largest, rows);
+  sync_block();  // all warps' largest are there
+  const bool everywhere = everywhere_again<T, Shape::kWarps>(largest);
+  // The last tile that all see; where there is none, or a row has no p there, or all are wanted, the tiles from the end on.
+  int j0 = keys.whole_begin < keys.whole_end && !everywhere ? keys.whole_end - kBlockN
+                                                            : (keys.end - 1) / kBlockN * kBlockN;
   uint32_t* waiting = reinterpret_cast<uint32_t*>(buffers + TileK::kBytes);  // [warps]
   for (bool more = keys.begin < keys.end; more && j0 >= keys.begin; j0 -= kBlockN) {
-    sync_block();  // the tile before is done with
     load_tile<TileK, kThreads, kGeneral>(buffers, at<T>(call.k, slot.b, head_k, own.k_row), call.k.row, j0, own.tk,
                                          call.dim, call.aligned, tid());
     cp_commit();
@@ -115,19 +119,19 @@ queries_kernel(FASTSEQ_IN_PLACE AttentionBackward call, Tiling tiling) {
     product_of_rows<T>(s, q_reader, k_rows);
     probabilities<false, kGeneral>(s, slope, call, own, Corner{slot.b, slot.h, i0 + row, j0}, keys.masked(j0),
                                    [&](int, int, int e) { return log[e >> 1]; });
+    through_cap<kGeneral>(s, slope, call);
     float unit[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (start_taking_back(s, dq, half, left[half], unit[half])) left[half] = 0;
+    for (int half = 0; half < 2; ++half) start_taking_back(s, dq, half, rows[half], everywhere, unit[half]);
     add_product<T>(dq, s, k_columns);
     multiply_rows_by(dq, unit);
-    const uint32_t lanes = ballot(left[0] != 0 || left[1] != 0);
+    const uint32_t lanes = ballot(rows[0].left != 0 || rows[1].left != 0);
     if (lane() == 0) waiting[warp()] = lanes;
-    sync_block();
+    sync_block();  // all are done with this one
     more = false;
     for (int n = 0; n < Shape::kWarps; ++n) more = more || waiting[n] != 0;
   }
-  if (kGeneral) multiply_rows_by(dq, share);
+  if (kGeneral) multiply_rows_by(dq, {rows[0].share, rows[1].share});
 
   scale_rows(dq, float(call.scale), i0 + row, own.tq);
   store_rows<T, TileQ, kGeneral>(dq, q_tile, row, at<T>(call.dq, slot.b, slot.h, own.q_row), call.dq.row, i0 + row,

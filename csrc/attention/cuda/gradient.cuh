@@ -12,8 +12,9 @@
 //
 //   dq[i] = scale share (sum_j ds k[j] - left[i] mean[i])
 //
-// The exact mean is that of the keys by p. That of one tile has the same offset, and the row's p of that tile keep hidden
-// keys out of it (`start_taking_back`).
+// The exact mean is that of the keys by p (under a cap, by p times its slope). That of one tile has the same offset, and
+// the row's p of that tile keep hidden keys out of it: so one tile is met again, and, where `left` is large beside the root
+// of the sum of the rows' ds^2, as values with an offset make it, all of them (`start_taking_back`).
 //
 // With dropout p reaches o as keep p / (1 - rate), so dv and dp take it so; delta needs no change. Under a cap, ds is
 // multiplied by the cap's slope before it reaches q and k. A row that sees nothing has an lse of -inf: it is read as
@@ -84,6 +85,7 @@ struct RowSums {
   float sloped[2] = {0, 0};   // kGeneral, under a cap: p by the cap's slope
   float ds[2] = {0, 0};       // without the slope; kGeneral, or with sinks
   float rounded[2] = {0, 0};  // ds as the product of dq reads it; under a cap less ds with the slope
+  float squares[kGeneral ? 1 : 2] = {};  // of ds with the slope, of one in four columns; kGeneral, of both rows
 
   // The sums in shared memory, each `step` numbers from the one before: where a loop has no registers for them.
   template <class Each>
@@ -91,6 +93,7 @@ struct RowSums {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       each(0 + half, p[half]), each(2 + half, sloped[half]), each(4 + half, ds[half]), each(6 + half, rounded[half]);
+    each(8, squares[0]);
   }
   FASTSEQ_DEVICE void write(float* to, int step) {
     for_each([&](int n, float& x) { to[n * step] = x; });
@@ -117,7 +120,11 @@ struct RowSums {
   }
   // ds with the slope, to be rounded.
   template <int kN>
-  FASTSEQ_DEVICE void subtract_sloped(const Fragment<1, kN>& x, const AttentionCall& call) {
+  FASTSEQ_DEVICE void add_sloped(const Fragment<1, kN>& x, const AttentionCall& call) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 4)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) squares[kGeneral ? 0 : e >> 1] += x.x[0][n][e] * x.x[0][n][e];
     if (kGeneral && call.cap_out != 0)
       for_each_element<1, kN>([&](int m, int n, int e) { rounded[e >> 1] -= x.x[m][n][e]; });
   }
@@ -133,8 +140,9 @@ struct RowSums {
   }
 };
 
+// What a block knows of a row in the end. `total` is the sum of the weights whose mean `left` multiplies.
 struct Settled {
-  float share, delta, left;
+  float share, delta, left, total, squares;
 };
 
 // All lanes: what the sums of row i, with its log and delta, say. All of dp - delta, by p, is dlse, with a sink's own p in
@@ -153,23 +161,46 @@ FASTSEQ_DEVICE Settled settle(const RowSums<kGeneral>& sums, int half, const Att
   const float share = !kGeneral ? 1.0f : p + of_sink == 0 ? 0.0f : 1.0f / (p + of_sink);
   const float wrong = (ds - of_sink * delta) * share - dlse;
   const bool capped = kGeneral && call.cap_out != 0;
-  const float left = capped ? rounded + wrong * sum_of_row(sums.sloped[half]) : rounded - ds + wrong * p;
-  return {share, delta + wrong, empty ? 0.0f : left};
+  const float total = capped ? sum_of_row(sums.sloped[half]) : p;
+  const float left = rounded - (capped ? 0.0f : ds) + wrong * total;
+  const float squares = sum_of_row(sums.squares[kGeneral ? 0 : half]);
+  return {share, delta + wrong, empty ? 0.0f : left, total, empty ? 0.0f : squares};
 }
 
-// Makes s, a row's p of a tile, what takes `left` times the mean of its keys by p back from x in a product; x is in units
-// of the result, which that product's sum is multiplied by: left by p may be too small for float16. Whether it was done: a
-// row may have no p there.
+// Where all keys are to be met again. Each warp writes the largest `left` and `squares` of its rows, squared both; all
+// decide alike by those of the block. The limit on the root is about 6 roundings of T: where values have no offset, left
+// is far below; beyond it, what a tile's mean differs by from that of all keys comes near the bound on dq's error.
+FASTSEQ_DEVICE void write_largest(float2* of_warps, const Settled (&rows)[2]) {
+  float2 largest = make_float2(max_(rows[0].left * rows[0].left, rows[1].left * rows[1].left),
+                               max_(rows[0].squares, rows[1].squares));
+  for (unsigned mask = 4; mask < 32; mask *= 2) {
+    largest.x = max_(largest.x, shfl_xor(largest.x, mask));
+    largest.y = max_(largest.y, shfl_xor(largest.y, mask));
+  }
+  if (lane() == 0) of_warps[warp()] = largest;
+}
+template <class T, int kWarps>
+FASTSEQ_DEVICE bool everywhere_again(const float2* of_warps) {
+  float2 largest = make_float2(0, 0);
+  for (int n = 0; n < kWarps; ++n)
+    largest = make_float2(max_(largest.x, of_warps[n].x), max_(largest.y, of_warps[n].y));
+  return largest.x > (std::is_same<T, Bf16>::value ? 0x1p-7f : 0x1p-13f) * largest.y;
+}
+
+// Makes s, a row's weights of a tile, what takes `left` times the mean of keys by them back from x in a product: of all
+// tiles if `everywhere`, else of this one, after which nothing is left; but a row may have no p there. x is in units of the
+// result, which that product's sum is multiplied by: left by p may be too small for float16.
 template <int kN, int kD>
-FASTSEQ_DEVICE bool start_taking_back(Fragment<1, kN>& s, Fragment<1, kD>& x, int half, float left, float& unit) {
+FASTSEQ_DEVICE void start_taking_back(Fragment<1, kN>& s, Fragment<1, kD>& x, int half, Settled& row, bool everywhere,
+                                      float& unit) {
   float sum = 0;
 #pragma unroll
   for (int n = 0; n < kN; ++n) sum += s.x[0][n][2 * half] + s.x[0][n][2 * half + 1];
-  sum = sum_of_row(sum);
-  const bool done = sum > 1e-30f && !(left == 0);
-  const bool real = done && (left > 1e-30f || left < -1e-30f);
-  const float factor = real ? -1.0f / sum : 0.0f, inverse = real ? 1.0f / left : 1.0f;
-  unit = real ? left : 1.0f;
+  sum = everywhere ? row.total : sum_of_row(sum);
+  const bool seen = sum > 1e-30f, real = seen && (row.left > 1e-30f || row.left < -1e-30f);
+  const float factor = real ? -1.0f / sum : 0.0f, inverse = real ? 1.0f / row.left : 1.0f;
+  unit = real ? row.left : 1.0f;
+  if (seen && !everywhere) row.left = 0;
 #pragma unroll
   for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -178,7 +209,6 @@ FASTSEQ_DEVICE bool start_taking_back(Fragment<1, kN>& s, Fragment<1, kD>& x, in
   for (int n = 0; n < kD; ++n)
 #pragma unroll
     for (int e = 2 * half; e < 2 * half + 2; ++e) x.x[0][n][e] *= inverse;
-  return done;
 }
 template <int kD>
 FASTSEQ_DEVICE void multiply_rows_by(Fragment<1, kD>& x, const float (&factor)[2]) {

@@ -7,7 +7,8 @@
 //
 //   s = near_s far_sᵀ;  dp = near_p far_pᵀ;  p, ds from them;  sum_s += ds far_s;  sum_p += p far_p (kOfKeys)
 //
-// For dq the sums of the rows then settle their delta, and one tile more, or two, takes back from sum_s what was wrong.
+// For dq the sums of the rows then settle their delta, and one tile more, or two, or all of them once more, take back
+// from sum_s what was wrong. Which, all warps read in what those that compute wrote, by a barrier of its own (`decided`).
 // Here near_s and far_s are the factors of s, k and q, and near_p and far_p those of dp, v and do: sum_s becomes dk or
 // dq, sum_p becomes dv. A warp brings the factors of s, another those of dp, through a ring of buffers each; the other
 // warpgroups own 64 rows each, and the exponentials of one run under the products of another. Where the sums are too wide
@@ -56,16 +57,23 @@ struct GradientTile {
       if (j >= far.end) j = far.begin, ++h;
     } while (h < last);
   }
-  // The same of dq's tiles that take back: the last that all see, or those in which rows see their last keys.
-  template <class Each>
-  FASTSEQ_DEVICE void for_each_again(const AttentionBackward& call, const Each& each) const {
+  // The same of dq's tiles that take back: the last that all see, or those in which rows see their last keys; then, if
+  // everywhere(), all others.
+  template <class Everywhere, class Each>
+  FASTSEQ_DEVICE void for_each_again(const AttentionBackward& call, const Everywhere& everywhere,
+                                     const Each& each) const {
     if (Shape::kOfKeys || far.begin >= far.end) return;
     const bool whole = far.whole_begin < far.whole_end;
+    const int last = (far.end - 1) / Shape::kFar * Shape::kFar, start = whole ? far.whole_end - Shape::kFar : last;
     const int seen = at_most(far.end - 1, first + own.shift + call.right) / Shape::kFar * Shape::kFar;
-    const int least = whole ? far.whole_end - Shape::kFar : at_least(far.begin, seen);
+    const int least = whole ? start : at_least(far.begin, seen);
+    int j = start;
 #pragma unroll 1
-    for (int j = whole ? least : (far.end - 1) / Shape::kFar * Shape::kFar; j >= least; j -= Shape::kFar)
+    do {
       each(slot.h / call.group, j);
+      if (j == least && !everywhere()) return;
+      j = j == far.begin ? last : j - Shape::kFar;
+    } while (j != start);
   }
 };
 
@@ -118,18 +126,33 @@ struct HopperGradient {
   using FactorS = Factor<NearS, FarS>;
   using FactorP = Factor<NearP, FarP>;
   static_assert(FactorS::kTiles + FactorP::kTiles == Shape::kTiles && FactorS::kTiles % 1024 == 0);
-  static_assert(Shape::kTiles + FactorS::kRest + FactorP::kRest <= Shape::kShared);
+  static constexpr int kRest = Shape::kTiles + FactorS::kRest + FactorP::kRest;
+  static_assert(kRest + (kOfKeys ? 0 : 16 + 4 * kGroups * int(sizeof(float2))) <= Shape::kShared);
 
   const AttentionBackward& call;
   const Tiling& tiling;
   FactorS of_s;
   FactorP of_p;
+  Mbar* decided;    // of dq: a near tile's `largest` are there
+  float2* largest;  // [warps that compute], of dq
 
   FASTSEQ_DEVICE HopperGradient(const AttentionBackward& call, const Tiling& tiling, unsigned char* shared)
       : call(call),
         tiling(tiling),
         of_s(shared, shared + Shape::kTiles),
-        of_p(shared + FactorS::kTiles, shared + Shape::kTiles + FactorS::kRest) {}
+        of_p(shared + FactorS::kTiles, shared + Shape::kTiles + FactorS::kRest),
+        decided(reinterpret_cast<Mbar*>(shared + kRest)),
+        largest(reinterpret_cast<float2*>(shared + kRest + 16)) {}
+  FASTSEQ_DEVICE void init() const {
+    of_s.init();
+    of_p.init();
+    if (!kOfKeys) mbar_init(decided, 4 * kGroups);
+  }
+  // Whether a tile's rows need all keys again; `parity` of its ring, of one buffer, counts the near tiles.
+  FASTSEQ_DEVICE bool everywhere(unsigned parity) const {
+    mbar_wait(decided, parity);
+    return everywhere_again<T, 4 * kGroups>(largest);
+  }
 
   template <class Each>
   FASTSEQ_DEVICE void for_each_tile(const Each& each) const {
@@ -166,7 +189,7 @@ struct HopperGradient {
         factor.far.advance();
       };
       tile.for_each_far(call, bring_far);
-      tile.for_each_again(call, bring_far);
+      tile.for_each_again(call, [&] { return everywhere(factor.near.parity ^ 1); }, bring_far);
     });
   }
 
@@ -220,7 +243,10 @@ struct HopperGradient {
       score_gradients<kOfKeys, false>(s, dp, call, corner,
                                       [&](int, int n, int e) { return number(of_p.far_numbers(), delta, n, e); });
       if constexpr (kOfKeys) round_fragment<T>(p, s);
-      if constexpr (!kOfKeys) sums.add_ds(dp, call);
+      if constexpr (!kOfKeys) {
+        sums.add_ds(dp, call);
+        sums.add_sloped(dp, call);
+      }
       round_fragment<T>(ds, dp);
       if constexpr (!kOfKeys) {
 #pragma unroll
@@ -272,16 +298,18 @@ struct HopperGradient {
     slot.b = shfl_idx(slot.b, 0), slot.h = shfl_idx(slot.h, 0), slot.tile = shfl_idx(slot.tile, 0);
     const GradientTile<Shape> tile(call, slot, Sequence(call, slot.b));
     const int row = tile.first + 64 * group + int(warp() % 4) * 16;
-    float left[2];
+    Settled rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + int(lane() >> 2) + 8 * half;
-      const Settled settled = settle(sums, half, call, tile.own, tile.slot, i, log[half], delta[half]);
-      left[half] = settled.left;
+      rows[half] = settle(sums, half, call, tile.own, tile.slot, i, log[half], delta[half]);
       if ((lane() & 3) == 0 && log[half] != kInfinity)
-        call.delta[scratch_of(call, tile.own, tile.slot.b, tile.slot.h) + i] = settled.delta;
+        call.delta[scratch_of(call, tile.own, tile.slot.b, tile.slot.h) + i] = rows[half].delta;
     }
-    tile.for_each_again(call, [&](int, int first) {
+    write_largest(largest, rows);
+    if (lane() == 0) mbar_arrive(decided);
+    const bool all = everywhere(of_s.near.parity);
+    const auto meet = [&](int, int first) {
       Fragment<1, kFar / 8> s, slope;
       uint32_t p[kFar / 16][4];
       float unit[2];
@@ -294,8 +322,7 @@ struct HopperGradient {
       probabilities<false, false>(s, slope, call, tile.own, Corner{tile.slot.b, tile.slot.h, row, first},
                                   tile.far.masked(first), [&](int, int, int e) { return log[e >> 1]; });
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (start_taking_back(s, sum_s, half, left[half], unit[half])) left[half] = 0;
+      for (int half = 0; half < 2; ++half) start_taking_back(s, sum_s, half, rows[half], all, unit[half]);
       round_fragment<T>(p, s);
       wg_wait<0>(numbers_of(sum_s));  // nothing is under way: the fence is not to come before what was computed here
       wg_fence();
@@ -306,7 +333,8 @@ struct HopperGradient {
       of_s.far.release();
       of_s.far.advance();
       of_p.far.stage = of_s.far.stage, of_p.far.parity = of_s.far.parity;
-    });
+    };
+    tile.for_each_again(call, [&] { return all; }, meet);
   }
 };
 
@@ -317,8 +345,7 @@ hopper_gradient_kernel(FASTSEQ_IN_PLACE GradientMaps maps, FASTSEQ_IN_PLACE Atte
   if constexpr (kHasWgmma) {
     HopperGradient<Shape> self(call, tiling, shared_memory());
     if (tid() == 0) {
-      self.of_s.init();
-      self.of_p.init();
+      self.init();
       fence_mbar_init();
     }
     sync_block();

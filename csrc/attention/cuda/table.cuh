@@ -92,7 +92,7 @@ struct QueriesShape : Shape<T, HeadsOf, kGeneral> {
   static constexpr int kWarps = HeadsOf::kDim > 192 ? 4 : 8, kThreads = 32 * kWarps, kBlocks = 1;
   static constexpr int kBlockM = 16 * kWarps, kBlockN = HeadsOf::kDim > 128 ? 32 : 64;
   // Sums of rows, of threads that are short of registers.
-  static constexpr int kSums = kGeneral && (HeadsOf::kDim == 128 || HeadsOf::kDim == 256) ? 32 * kThreads : 0;
+  static constexpr int kSums = kGeneral && (HeadsOf::kDim == 128 || HeadsOf::kDim == 256) ? 36 * kThreads : 0;
   static constexpr int kShared = 2 * (kBlockM + 2 * kBlockN) * (HeadsOf::kDim + HeadsOf::kDimV) + kSums;
 };
 

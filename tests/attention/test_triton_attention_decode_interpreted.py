@@ -278,5 +278,6 @@ def test_pages_that_do_not_fit_are_refused_before_they_do_harm() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             op(q, k, values, *arguments({**settings, **more}))
-    with pytest.raises(RuntimeError, match="no pages"):
-        torch.ops.fastseq.attention_forward.native(q, k.transpose(1, 2), v.transpose(1, 2), *arguments(settings))
+    for values, more in ((v, {"block_table": table.long()}), (v, {"block_table": table[:1]}), (v[:1], {})):
+        with pytest.raises(RuntimeError, match="pages need as many of k as of v, lengths_k and an int32 block_table"):
+            torch.ops.fastseq.attention_forward.native(q, k, values, *arguments({**settings, **more}))

@@ -25,9 +25,9 @@ def __getattr__(name: str) -> ModuleType:
 def own_kernels_hidden() -> Iterator[None]:
     """In a checkout, the folder of our kernels has the name of a package that transformers looks for at its import.
     Python started there would find ours, which refuses to be imported by that name."""
-    own = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
-    found = importlib.util.find_spec("kernels") if "kernels" not in sys.modules and own.exists() else None
-    hides = found is not None and found.origin is not None and Path(found.origin).resolve() == own
+    found = None if "kernels" in sys.modules else importlib.util.find_spec("kernels")
+    origin = None if found is None else found.origin
+    hides = origin is not None and origin.endswith(".py") and "fastseq.kernels" in Path(origin).read_text()
     if hides:
         sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none
     try:

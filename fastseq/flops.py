@@ -59,7 +59,7 @@ def layers_forward(x: Tensor, weights: Sequence[Tensor], *rest: Any, out_val: An
 
 
 def layers_backward(*args: Any, out_val: Any = None) -> int:
-    """The way back through time, dx, and the gradients of the weights."""
+    """The gradient through time, dx, and the gradients of the weights."""
     x, weights, num_layers, bidirectional, with_dx, with_weights = (args[n] for n in (4, 5, 15, 16, 18, 19))
     directions = 2 if bidirectional else 1
     width = len(weights) // (num_layers * directions)
@@ -75,7 +75,7 @@ def scan_forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, w_
 
 
 def scan_backward(*args: Any, out_val: Any = None) -> int:
-    """The way back through time: the other products are torch's."""
+    """The gradient through time: the other products are torch's."""
     y, w_hh, w_hr = (args[n] for n in (4, 7, 8))
     return _products(y, [w_hh, w_hr])
 

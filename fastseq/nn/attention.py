@@ -142,7 +142,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     if TYPE_CHECKING:
         __call__ = forward
 
-    @torch._disable_dynamo  # torch.compile breaks its graph here, as it cannot trace a layer that is made on the way
+    @torch._disable_dynamo  # torch.compile breaks its graph here, as it cannot trace a layer that is made inside a call
     def _on_shards(
         self,
         query: Tensor,

@@ -144,7 +144,38 @@ def _permute(hx: Any, order: Tensor) -> Any:
     return hx.index_select(1, order)
 
 
-class RNN(_Recurrent):
+class _OfOneState(_Recurrent):
+    """The call of RNN and GRU, whose state is h alone."""
+
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple:
+        """Returns ``(output, h_n)``."""
+        if lengths is None and reset is None:
+            done = self._stack(self._cell(), input, hx, None)
+            if done is not None:
+                return done
+        return self._call(input, hx, lengths, reset)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class RNN(_OfOneState):
     """Elman RNN, drop-in for :class:`torch.nn.RNN`: same constructor, attributes, state_dict and call.
 
     Beyond torch, the call takes ``lengths`` (int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state
@@ -188,32 +219,11 @@ class RNN(_Recurrent):
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
         return functional.rnn(input, hx, self._weights(), nonlinearity=nonlinearity, **self._options(), **kwargs)
 
-    @overload
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple:
-        """Returns ``(output, h_n)``."""
-        if lengths is None and reset is None:
-            done = self._stack("rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh", input, hx, None)
-            if done is not None:
-                return done
-        return self._call(input, hx, lengths, reset)
-
-    if TYPE_CHECKING:
-        __call__ = forward
+    def _cell(self) -> str:
+        return "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
 
 
-class GRU(_Recurrent):
+class GRU(_OfOneState):
     """Gated recurrent unit, drop-in for :class:`torch.nn.GRU`, with one more keyword.
 
     ``reset_after=True`` (default) applies the reset gate after the recurrent product, as torch, cuDNN and Keras do;
@@ -262,29 +272,8 @@ class GRU(_Recurrent):
             input, hx, self._weights(), reset_after=self.reset_after, **self._options(), **kwargs
         )  # fmt: skip
 
-    @overload
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple:
-        """Returns ``(output, h_n)``."""
-        if lengths is None and reset is None:
-            done = self._stack("gru" if self.reset_after else "gru_reset_before", input, hx, None)
-            if done is not None:
-                return done
-        return self._call(input, hx, lengths, reset)
-
-    if TYPE_CHECKING:
-        __call__ = forward
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
 
 
 class LSTM(_Recurrent):

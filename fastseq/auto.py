@@ -218,8 +218,9 @@ def scan_kind(
 ) -> str:
     """The kind of a stack of recurrent layers; ``walks``: its layers times directions."""
     if device == "cpu":
-        if dtype is not torch.bfloat16 or steps * batch <= BF16_ROWS:
-            return ""
+        few = steps * batch <= BF16_ROWS
+        if dtype is not torch.bfloat16 or few or torch.are_deterministic_algorithms_enabled():
+            return ""  # a sequence's bits must not depend on what is beside it
         return BF16_BATCH if HAS_C[cell] or (cell.startswith("gru") and hidden >= 256) else ""
     if device != HOPPER:
         return ""

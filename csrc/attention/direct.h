@@ -7,6 +7,7 @@
 #include "attention/cpu/attention.h"
 #include "attention/layout.h"
 #include "core/direct_objects.h"
+#include "core/settings.h"
 
 namespace fastseq {
 
@@ -81,6 +82,7 @@ inline bool complete(AttentionCall& call, Strided& x, Strided& bias, const Strid
   call.dtype = dtype_of(x.handle());
   call.scale = std::pow(double(call.dim), -0.5);
   call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
+  call.deterministic = is_deterministic();
   if (std::min({call.batch, call.heads_q, call.length_q, call.heads_k, call.length_k, call.dim, call.dim_v}) == 0 ||
       !take_pairs(call, bias, call.bias) || !take_pairs(call, mask, call.mask))
     return false;

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "attention/cpu/attention.h"
+#include "core/settings.h"
 #include "recurrent/marshal.h"
 
 namespace fastseq {
@@ -53,6 +54,7 @@ FiveTensors attention_backward_cpu(const Tensor& d_o, const MaybeTensor& dlse, c
   AttentionBackward call;
   AttentionTensors in(q, k, v, FASTSEQ_GIVEN_OPTIONS, kRules, call);
   call.threads = worth_asking(call, int(torch::stable::get_num_threads()));
+  call.deterministic = is_deterministic();
   auto [dq, dk, dv, dbias, dsinks] = in.gradients(call, d_o, dlse, o, lse, bias_grad);
   const bool is_empty = lse.numel() == 0;  // no sequence, head or query
   if (leaves_rows(call.cu_q, call.batch, in.total_q())) torch::stable::zero_(dq);

@@ -1,5 +1,6 @@
 // torch.ops.fastseq.scan_*.native and layers_*.native on the CPU. The schemas, with every shape, are in fastseq/ops.
 #include "core/ops.h"
+#include "core/settings.h"
 #include "recurrent/stack.h"
 
 namespace fastseq {
@@ -42,6 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.dtype = dtype_of(y.get());
   p.reverse = reverse;
   p.threads = int(torch::stable::get_num_threads());
+  p.deterministic = is_deterministic();
   const int64_t G = gates_of(p.cell);
   const bool lstm = has_c(p.cell);
   FASTSEQ_CHECK((tape || tape_of(p.cell) == 0) && (states || !lstm), "scan: this cell's backward pass needs its tape, an LSTM's its states");

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/dispatch.h"
+#include "core/settings.h"
 
 namespace fastseq {
 namespace {
@@ -68,6 +69,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
   p.cell = call.cell;
   p.dtype = dtype_of(call.x);
   p.threads = int(torch::stable::get_num_threads());
+  p.deterministic = is_deterministic();
   rank_ = rank_of(call.x);
   const int64_t *x = sizes_of(call.x), steps = is_cell() ? 0 : 1;
   FASTSEQ_CHECK(rank_ - steps == 2 || (rank_ - steps == 1 && call.layout != Layout::scan),

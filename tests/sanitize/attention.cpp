@@ -162,6 +162,7 @@ struct Problem {
     if (!alibi.absent()) call.alibi = alibi.data();
     if (options.dropout_p > 0) call.seed = &seed;
     call.threads = threads;
+    call.deterministic = threads == 3;
   }
 
   Problem widened() const {
@@ -176,8 +177,7 @@ struct Problem {
     AttentionForward forward{};
     fill(forward);
     forward.o = view(o, Hq, rows_q, Dv), forward.lse = row_view(lse);
-    bool done = Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, forward)
-                                              : FASTSEQ_DISPATCH(attention_forward, forward);
+    bool done = run_attention(forward);
     Outputs out = {{"o", o}, {"lse", lse, true}};
 
     if (page) {
@@ -186,8 +186,7 @@ struct Problem {
       forward.k = {pool_k.data(), page * Hk * D, D, Hk * D}, forward.v = {pool_v.data(), page * Hk * Dv, Dv, Hk * Dv};
       forward.o = view(paged_o, Hq, rows_q, Dv), forward.lse = row_view(paged_lse);
       forward.pages = table.data(), forward.page = page, forward.table_row = int64_t(table.size()) / B;
-      done = done && (Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, forward)
-                                                    : FASTSEQ_DISPATCH(attention_forward, forward));
+      done = done && run_attention(forward);
       out.insert(out.end(), {{"o of pages", paged_o}, {"lse of pages", paged_lse, true}});
       forward.o = view(o, Hq, rows_q, Dv), forward.lse = row_view(lse);
     }

@@ -28,7 +28,7 @@ struct Problem {
   Cell cell;
   Dtype dtype, weights;  // weights: of the matrices
   int64_t T, B, I, H, P, G, tape;
-  bool reverse, batch_first, transposed, save, states;
+  bool reverse, deterministic, batch_first, transposed, save, states;
   int threads;
   Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, dy, dh_n, dc_n, dstates;
   Array kinked_y;  // the walk back of rnn_relu takes this y: in its own, rounding decides on which side of 0 some are
@@ -58,7 +58,7 @@ struct Problem {
     P = projected ? 1 + random.below(H) : H;
     G = fastseq::gates_of(cell);
     tape = fastseq::tape_of(cell);
-    reverse = random.chance(0.4);
+    reverse = random.chance(0.4), deterministic = random.chance(0.3);
     batch_first = random.chance(0.4);
     transposed = random.chance(0.15);
     save = random.chance(0.8);
@@ -104,6 +104,7 @@ struct Problem {
     p.T = T, p.B = B, p.I = I, p.H = H, p.P = P;
     p.reverse = reverse;
     p.threads = threads;
+    p.deterministic = deterministic;
     p.lengths = lengths.empty() ? nullptr : lengths.data();
     p.reset = reset.get();
     p.reset_t = B, p.reset_b = 1;

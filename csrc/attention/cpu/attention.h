@@ -11,6 +11,7 @@ namespace fastseq {
 
 struct AttentionCall : AttentionArguments<int64_t> {
   int threads = 1;
+  bool deterministic = false;  // the order of every sum depends on the sequence alone, also of dq
 };
 
 struct AttentionForward : AttentionCall {
@@ -29,10 +30,11 @@ struct AttentionBackward : AttentionCall {
   void* dsinks = nullptr;  // sinks_dtype [Hq]
 };
 
-// All three return false where there was no memory for their scratch, which is linear in the lengths.
+// All return false where there was no memory for their scratch, which is linear in the lengths. Of the two forward, each
+// takes its sequences of the batch and leaves the others: a sequence's result is the same whatever is beside it.
 FASTSEQ_DECLARE(bool, attention_forward, (const AttentionForward& call))
 FASTSEQ_DECLARE(bool, attention_backward, (const AttentionBackward& call))
-// Forward for a few queries against many keys (length_q <= kDecodeQueries), where reading K and V is all the work.
+// Forward of sequences of up to kDecodeQueries queries, where reading K and V is all the work.
 FASTSEQ_DECLARE(bool, attention_decode, (const AttentionForward& call))
 // The part of the backward that fills dbias.
 FASTSEQ_DECLARE(bool, attention_bias_gradient, (const AttentionBackward& call))
@@ -45,9 +47,20 @@ inline int worth_asking(const AttentionCall& call, int threads) {
   return products < (1 << 16) ? 1 : threads;
 }
 
+// Queries of sequence b that count.
+inline int64_t queries_of(const AttentionCall& call, int64_t b) {
+  const int64_t rows = call.cu_q ? call.cu_q[b + 1] - call.cu_q[b] : call.length_q;
+  return call.lengths_q && call.lengths_q[b] < rows ? call.lengths_q[b] : rows;
+}
+
 inline bool run_attention(const AttentionForward& call) {
-  return call.length_q <= kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, call)
-                                         : FASTSEQ_DISPATCH(attention_forward, call);
+  int64_t few = 0;
+  if (!call.cu_q && !call.lengths_q)
+    few = call.length_q <= kDecodeQueries ? call.batch : 0;
+  else
+    for (int64_t b = 0; b < call.batch; ++b) few += queries_of(call, b) <= kDecodeQueries;
+  return (few == 0 || FASTSEQ_DISPATCH(attention_decode, call)) &&
+         (few == call.batch || FASTSEQ_DISPATCH(attention_forward, call));
 }
 
 }  // namespace fastseq

@@ -38,7 +38,7 @@ class Backward : Gradient<S> {
   bool run() {
     const long heads = call.batch * call.heads_k;
     const long blocks = (call.length_k + kGradientKeys - 1) / kGradientKeys;
-    if (heads % call.threads != 0 && heads < 4 * call.threads)
+    if (!call.deterministic && heads % call.threads != 0 && heads < 4 * call.threads)
       splits_ = most(1, least(blocks, (2 * call.threads + heads - 1) / most(1, heads)));
     rows_ = call.cu_q ? call.cu_q[call.batch] : call.batch * call.length_q;
     const int threads = int(most(1, least(call.threads, heads * splits_)));

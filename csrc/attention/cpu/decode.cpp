@@ -1,6 +1,6 @@
 // Attention of a few queries over many keys: the work is to read K and V once, so it is divided over the keys.
 //
-// A task is a head of K and V and a chunk of its keys; all queries that share the head are its rows. Within a chunk,
+// A task is a head of K and V and a chunk of its keys, whose size follows from the sequence's own length; all queries that share the head are its rows. Within a chunk,
 // blocks of keys stay in the first cache while four rows at a time meet them: scores by dot products, lanes along the
 // features; then the online softmax, lanes along the keys; then O. Chunks are merged by their maxima and sums, in
 // order.
@@ -14,8 +14,9 @@ namespace fastseq::FASTSEQ_ISA {
 namespace attention {
 namespace {
 
-constexpr long kChunk = 2048;  // keys a task
+constexpr long kChunk = 2048;  // keys a task, at most
 constexpr long kStep = 128;    // keys a block
+constexpr long kTasks = 16;    // chunks of a sequence that is too short for larger ones
 constexpr int kRows = 4;       // rows at once
 constexpr long kAhead = 32;    // keys for which memory is asked before they are met, where their rows lie apart
 
@@ -51,17 +52,15 @@ class Decode {
 
   explicit Decode(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
-        rows_(group_ * call.length_q), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)),
+        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)),
         apart_(call.pages || call.k.row != call.dim || call.v.row != call.dim_v) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;
-    long keys = call_.lengths_k ? 0 : call_.length_k;  // of the longest sequence: a cache may have room for far more
-    for (long b = 0; call_.lengths_k && b < call_.batch; ++b) keys = most(keys, Sequence(call_, b).tk);
-    chunk_ = kChunk;
-    if (heads * ((keys + kChunk - 1) / kChunk) < 4 * call_.threads)
-      chunk_ = least(kChunk, most(kStep, round_up(keys * heads / (4 * call_.threads), kStep)));
-    chunks_ = most(1, (keys + chunk_ - 1) / chunk_);
+    for (long b = 0; b < call_.batch; ++b) {
+      const Sequence s(call_, b);
+      if (s.is_decoded()) chunks_ = most(chunks_, (s.tk + chunk_of(s) - 1) / chunk_of(s));
+    }
     const long tasks = heads * chunks_;
     const int threads = int(most(1, least(call_.threads, tasks)));
     Arena counting;
@@ -99,14 +98,19 @@ class Decode {
     }
   };
 
+  // Keys a task of a sequence: enough tasks for many threads, though heads are few.
+  static long chunk_of(const Sequence& s) { return least(kChunk, most(kStep, round_up(s.tk / kTasks, kStep))); }
+
   void compute(long task, Scratch& x) {
     const long b = task / chunks_ / call_.heads_k, hk = task / chunks_ % call_.heads_k;
     const Sequence s(call_, b);
+    if (!s.is_decoded()) return;
     A *const o = o_ + task * rows_ * width_v_, *const max = max_ + task * rows_, *const sum = sum_ + task * rows_;
     for (long r = 0; r < rows_; ++r) max[r] = A(-kInfinity), sum[r] = 0;
     const long rows = group_ * s.tq;
     if (rows == 0) return;
-    const auto [begin, end] = s.seen_of(task % chunks_ * chunk_, (task % chunks_ + 1) * chunk_, 0, s.tq);
+    const long chunk = chunk_of(s), first = task % chunks_ * chunk;
+    const auto [begin, end] = s.seen_of(first, first + chunk, 0, s.tq);
     if (begin >= end) return;
     for (long r = 0; r < rows; ++r) {  // row r: head r / tq of the group, query r % tq
       const S* q = at<S>(call_.q, b, hk * group_ + r / s.tq, s.q_row + r % s.tq);
@@ -297,6 +301,7 @@ class Decode {
   // The chunks of every query of one head.
   void merge(long b, long h) const {
     const Sequence s(call_, b);
+    if (!s.is_decoded()) return;
     const bool has_sink = call_.sinks != nullptr;
     const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == Dtype::f32, h) : A(0);
     const A unit = scoring_.unit;
@@ -333,7 +338,7 @@ class Decode {
   const Dropout dropout_;
   const long group_, rows_, width_, width_v_;
   const bool apart_;  // the processor does not foresee the next row
-  long chunk_ = kChunk, chunks_ = 1;
+  long chunks_ = 1;    // of the longest sequence
   A *o_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // [B, Hk, chunks, rows] (o: times width_v)
 };
 

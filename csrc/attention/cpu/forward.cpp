@@ -118,6 +118,7 @@ class Forward {
 
   void compute(long b, long hk, long bundle, Scratch& x) const {
     const Sequence s(call_, b);
+    if (s.is_decoded()) return;
     State* const states = x.state;
     int used = 0;
     long first = s.tk, end = 0;

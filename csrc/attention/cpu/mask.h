@@ -28,7 +28,7 @@ struct Sequence {
     q_row = call.cu_q ? call.cu_q[b] : 0;
     k_row = call.cu_k ? call.cu_k[b] : 0;
     rows = call.cu_q ? call.cu_q[b + 1] - q_row : call.length_q;
-    tq = call.lengths_q ? least(rows, long(call.lengths_q[b])) : rows;
+    tq = queries_of(call, b);
     const long keys = call.cu_k ? call.cu_k[b + 1] - k_row : call.length_k;
     tk = call.lengths_k ? least(keys, long(call.lengths_k[b])) : keys;
     prefix = call.prefix ? least(tk, long(call.prefix[b])) : 0;
@@ -37,6 +37,7 @@ struct Sequence {
     right = call.window_right >= 0 ? least(call.window_right, kUnlimited) : kUnlimited;  // overflow
     if (call.causal) right = least(right, 0);
   }
+  bool is_decoded() const { return tq <= kDecodeQueries; }
   // Of keys [from, to), those from the first to the last that any of queries [i, i + count) sees, mask aside: none where
   // the range is empty or turned around.
   struct Range {

@@ -7,7 +7,7 @@
 
 #include "attention/cuda/attention.h"
 #include "core/cuda/current.h"
-#include "core/cuda/settings.h"
+#include "core/settings.h"
 
 namespace fastseq::cuda {
 namespace {

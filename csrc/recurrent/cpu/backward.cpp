@@ -34,7 +34,7 @@ struct Backward {
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
     K = padded<A>(G * p.H);
-    packed = p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
+    packed = p.deterministic || p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
     int threads = threads_for(p, sizeof(E));
     bool lstm = has_c(p.cell), proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
@@ -81,6 +81,7 @@ struct Backward {
       hidden = Weights<S>{f.w_hh, stride, nullptr, 0, p.P, kBefore ? 2 * p.H : G * p.H};
       if (kBefore) candidate = Weights<S>{f.w_hh + 2 * p.H * L, stride, nullptr, 0, p.P, p.H};
       if (p.w_hr.data) projection = Weights<S>{f.w_hr, whole_terms<E>(p.P) * L, nullptr, 0, p.H, p.P};
+      hidden.one_chain = candidate.one_chain = projection.one_chain = p.deterministic;
     }
 
     long time_of(long s) const { return p.reverse ? p.T - 1 - s : s; }

@@ -109,7 +109,7 @@ struct Forward {
   // Packing costs a few walks through the matrices. Unpacked, each row of each step has to add lanes
   // of its sums, which counts for the more the fewer columns there are; a single step has that once for both matrices.
   bool pays_to_pack(long columns, std::initializer_list<const ScanView*> matrices) const {
-    if (kPrepared) return true;
+    if (kPrepared || p.deterministic) return true;
     for (const ScanView* w : matrices)
       if (w->data && w->e != 1) return true;
     const long rows = p.T * p.B;
@@ -160,6 +160,7 @@ struct Forward {
       if (p.w_hr.data)
         projection = {f.packed_h ? f.w_hr : nullptr, H * L, raw(p.w_hr), p.w_hr.b, p.P, p.H,
                       scaled ? f.scale_r : nullptr, f.Pp};
+      input.one_chain = hidden.one_chain = candidate.one_chain = projection.one_chain = p.deterministic;
     }
 
     void walk() {

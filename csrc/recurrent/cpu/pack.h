@@ -167,7 +167,24 @@ struct Weights {
   long H = 0, K = 0;    // units a gate, and what is summed over
   const A* scale = nullptr;  // null, or [G][scale_stride] factors of packed rows
   long scale_stride = 0;
+  bool one_chain = false;    // sums do not depend on how many rows there are (packed ones alone)
 };
+
+// A tile's rows and unit vectors, each by itself.
+template <int G, class E, class W>
+void multiply_one_by_one(const Tile<E, W>& all, int width) {
+  using A = Accumulator<E>;
+  constexpr int L = kLanes<A>;
+  for (int r = 0; r < all.count; ++r)
+    for (int nb = 0; nb < width; ++nb) {
+      A* out = all.out[r] + nb * L;
+      Tile<E, W> one = all;
+      one.rows += r, one.w += nb * all.w_stride, one.out = &out, one.count = 1;
+      if (one.init) one.init += nb * L;
+      if (one.scale) one.scale += nb * L;
+      one_chain_function<E, W, G>()(one);
+    }
+}
 
 // Rows divided as evenly as possible into tiles, times unit vectors [first, last): for each tile, the product with
 // all G gates of `width` vectors, then done(first row, rows, first vector, width).
@@ -192,7 +209,10 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
         const Tile<E, P> tile{rows + row, w.packed + v * w.stride, w.stride, __is_same(E, P) ? terms_of<E>(w.K) : w.K,
                               init ? init + v * L : nullptr, outs, stride, add,
                               w.scale ? w.scale + v * L : nullptr, w.scale_stride, n};
-        tile_function<E, P, G>(n, width)(tile);
+        if (w.one_chain && !kMatrix<E> && chains(n * G * width) > 1)
+          multiply_one_by_one<G>(tile, width);
+        else
+          tile_function<E, P, G>(n, width)(tile);
       } else {
         for (int g = 0; g < G; ++g)
           for (int nb = 0; nb < width; ++nb) {

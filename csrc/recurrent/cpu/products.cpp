@@ -110,7 +110,7 @@ struct Products {
     const long most = p.T * p.B;
     chunk = whole_terms<E>(most < kChunk ? most : kChunk);
     const bool inputs = p.dx.data;
-    packed = most > kColumnRows || p.w_ih.e != 1;
+    packed = p.deterministic || most > kColumnRows || p.w_ih.e != 1;
     single = most <= kChunk;
     w_ih = arena.take<E>(inputs && packed ? vectors_of<A>(p.I) * depth * L : 0);
     rows_in = arena.take<E>(inputs && !as_they_lie() ? threads * kInputRows * depth : 0);
@@ -168,6 +168,7 @@ struct Products {
         const long some = columns - k < kInputDepth ? columns - k : kInputDepth;
         for (long i = 0; i < n; ++i) rows[i] = whole[i] + k;
         Weights<S> w{w_ih + k * L, depth * L, nullptr, 0, p.I, some};
+        w.one_chain = p.deterministic;
         multiply<1>(w, rows, n, 0, vectors, nullptr, 0, k > 0, [&](long row, long v) { return out + row * Ip + v * L; },
                     [](long, int, long, int) {});
       }

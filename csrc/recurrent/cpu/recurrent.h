@@ -24,6 +24,7 @@ struct ScanSizes {
   int64_t T, B, I, H, P;
   bool reverse;
   int threads;             // at most this many
+  bool deterministic;      // the order of every sum of a row depends on the row alone, not on how many there are
   const int64_t* lengths;  // [B] or null; from step lengths[b] on, y is 0 and the state stands still
   const bool* reset;       // [T,B] or null: the state is cleared before that step
   int64_t reset_t, reset_b;

@@ -49,7 +49,10 @@ struct Tile {
 };
 
 // How many sums a result is kept in: a single chain of additions leaves the units idle where there are few results.
-constexpr int chains(int results) { return results >= 12 ? 1 : results >= 6 ? 2 : 4; }
+// Sums that must not depend on the number of rows are all of one chain.
+constexpr int chains(int results, bool one_chain = false) {
+  return one_chain || results >= 12 ? 1 : results >= 6 ? 2 : 4;
+}
 
 // out[r][g][lanes of nb] = scale * sum + init, or + out.
 template <class E, class W, int R, int G, int NB>
@@ -91,10 +94,10 @@ FASTSEQ_INLINE void add_words(Vec<Accumulator<E>> (&acc)[U][R][N], const W* cons
 }
 
 // The same of words: out[r][g][lanes of nb] = scale * sum_k rows[r][k] * w[nb][k][g] + ...
-template <class E, class W, int R, int G, int NB>
+template <class E, class W, int R, int G, int NB, bool kOneChain>
 void run_words(const Tile<E, W>& t) {
   using A = Accumulator<E>;
-  constexpr int L = kLanes<A>, N = G * NB, D = kWord<A, W>, U = chains(R * N);
+  constexpr int L = kLanes<A>, N = G * NB, D = kWord<A, W>, U = chains(R * N, kOneChain);
   Vec<A> acc[U][R][N];
   const E* rows[R];
   const W* w[NB];
@@ -115,11 +118,11 @@ void run_words(const Tile<E, W>& t) {
 }
 
 // out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
-template <class E, int R, int G, int NB>
+template <class E, int R, int G, int NB, bool kOneChain>
 void run_tile(const Tile<E>& t) {
   using A = Accumulator<E>;
   constexpr int L = kLanes<A>, D = kTerm<E>;
-  constexpr int N = G * NB, U = chains(R * N);
+  constexpr int N = G * NB, U = chains(R * N, kOneChain);
   Vec<A> acc[U][R][N];
   const E* rows[R];
   const E* w[NB];
@@ -266,9 +269,17 @@ TileFunction<E, W> tile_function(int rows) {
   else if (rows != R)
     return tile_function<E, W, G, NB, R + 1>(rows);
   else if constexpr (__is_same(E, W))
-    return &run_tile<E, R, G, NB>;
+    return &run_tile<E, R, G, NB, false>;
   else
-    return &run_words<E, W, R, G, NB>;
+    return &run_words<E, W, R, G, NB, false>;
+}
+// A row and unit vector in one chain.
+template <class E, class W, int G>
+constexpr TileFunction<E, W> one_chain_function() {
+  if constexpr (__is_same(E, W))
+    return &run_tile<E, 1, G, 1, true>;
+  else
+    return &run_words<E, W, 1, G, 1, true>;
 }
 template <class E, class W, int G>
 TileFunction<E, W> tile_function(int rows, int width) {

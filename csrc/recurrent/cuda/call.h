@@ -11,7 +11,7 @@
 #include "core/cuda/current.h"
 #include "recurrent/cuda/device.h"
 #include "recurrent/cuda/ops.h"
-#include "core/cuda/settings.h"
+#include "core/settings.h"
 
 namespace fastseq::cuda {
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "tune": "bench.gpu.tune",
     "memory": "bench.studies.memory",
     "cost": "bench.studies.cost",
+    "parallel": "bench.studies.parallel",
     "weights": "bench.studies.weights",
     "model": "bench.studies.model",
     "fit": "bench.studies.fit",

@@ -9,6 +9,7 @@ from bench import speed_figures
 from bench.exhibits import Document, Exhibit, Results, commit_of, date_of, device_of, load, measured, on_gpu
 from bench.studies import figures as study_figures
 from bench.studies import findings
+from bench.studies import parallel as in_parallel
 from bench.studies.cost import RECURRENT, WHOLE
 from fastseq import cli
 from fastseq.demo import plots
@@ -19,25 +20,26 @@ SHOWN = ("memory-recall", "memory-copying", "memory-adding", "memory-text", "rea
 """Exhibits of docs/choosing.md."""
 
 
-def sources(results: Results) -> tuple[str, Document, str, Document]:
-    """The study of memory and the measurement of cost that docs describe: the fullest ones, with their files' names.
+def sources(results: Results) -> tuple[Any, ...]:
+    """The studies of memory, of cost and of evaluation in parallel that docs describe: each a file's name and what it
+    holds, the fullest ones.
 
     Raises:
         ValueError: one of them is missing, or was cut short.
     """
     found: list[Any] = []
-    for kind in ("memory", "cost"):
+    for kind in ("memory", "cost", "parallel"):
         files: dict[str, Document] = getattr(results, kind)
         name = max(files, key=lambda name: measured(files[name]), default=None)
         if name is None or not files[name]["complete"]:
             raise ValueError(f"docs need a whole run of `python -m bench {kind}` among the results")
         found += [name, files[name]]
-    return found[0], found[1], found[2], found[3]
+    return tuple(found)
 
 
 def facts(results: Results) -> dict[str, Any]:
     """Every value that the page's template may name."""
-    memory_file, memory, cost_file, cost = sources(results)
+    memory_file, memory, cost_file, cost, parallel_file, parallel = sources(results)
     tasks = findings.tasks_in(memory)
     kinds = findings.kinds(memory, "text")
     label = findings.label
@@ -68,6 +70,8 @@ def facts(results: Results) -> dict[str, Any]:
     return {
         "memory_file": memory_file,
         "cost_file": cost_file,
+        "parallel_file": parallel_file,
+        "parallel": in_parallel.facts(parallel),
         "memory": memory,
         "cost": cost,
         "tasks": tasks,

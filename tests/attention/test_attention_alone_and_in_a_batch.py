@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import needs_native
 from torch import Tensor
 
 import fastseq
-from support import needs_native
 
 pytestmark = needs_native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -127,7 +127,9 @@ def test_gradients_are_those_of_the_sequence_alone(seed: int, deterministic: Non
     torch.manual_seed(seed)
     dtype, batch, group = DTYPES[seed % 4], draw.randint(2, 4), draw.choice([1, 4])
     t_q, t_k = draw.choice([1, 3, 100]), draw.choice([1, 90, 700])
-    given = [torch.randn(batch, h, t, 24).to(dtype) for h, t in ((2 * group, t_q), (2, t_k), (2, t_k), (2 * group, t_q))]
+    given = [
+        torch.randn(batch, h, t, 24).to(dtype) for h, t in ((2 * group, t_q), (2, t_k), (2, t_k), (2 * group, t_q))
+    ]
     options = options_of(draw, 2 * group, dtype)
 
     def gradients(rows: slice) -> tuple[Tensor, ...]:

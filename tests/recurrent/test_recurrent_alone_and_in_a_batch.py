@@ -1,5 +1,5 @@
-"""Under torch.use_deterministic_algorithms a sequence's bits do not depend on what else is in the batch, on its place there,
-or on the number of threads."""
+"""Under torch.use_deterministic_algorithms a sequence's bits do not depend on what else is in the batch, on its place
+there, or on the number of threads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from support import needs_native
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import fastseq
 from fastseq import nn
-from support import needs_native
 
 pytestmark = needs_native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -14,9 +14,10 @@ namespace fastseq::FASTSEQ_ISA {
 namespace attention {
 namespace {
 
-constexpr long kChunk = 2048;  // keys a task, at most
+constexpr long kMost = 2048;   // keys a task, at most
+constexpr long kLeast = 512;   // and at least
 constexpr long kStep = 128;    // keys a block
-constexpr long kTasks = 16;    // chunks of a sequence that is too short for larger ones
+constexpr long kTasks = 4;     // chunks of a sequence between these
 constexpr int kRows = 4;       // rows at once
 constexpr long kAhead = 32;    // keys for which memory is asked before they are met, where their rows lie apart
 
@@ -99,7 +100,7 @@ class Decode {
   };
 
   // Keys a task of a sequence: enough tasks for many threads, though heads are few.
-  static long chunk_of(const Sequence& s) { return least(kChunk, most(kStep, round_up(s.tk / kTasks, kStep))); }
+  static long chunk_of(const Sequence& s) { return least(kMost, most(kLeast, round_up(s.tk / kTasks, kStep))); }
 
   void compute(long task, Scratch& x) {
     const long b = task / chunks_ / call_.heads_k, hk = task / chunks_ % call_.heads_k;
@@ -306,27 +307,29 @@ class Decode {
     const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == Dtype::f32, h) : A(0);
     const A unit = scoring_.unit;
     const long first = (b * call_.heads_k + h / group_) * chunks_;
+    const long own = (s.tk + chunk_of(s) - 1) / chunk_of(s);
     for (long i = 0; i < s.rows; ++i) {
       const long r = h % group_ * s.tq + i;
-      A top = A(-kInfinity), sum = 0;
       S* const out = at<S>(call_.o, b, h, s.q_row + i);
-      const auto present = [&](long c) {
-        const long place = (first + c) * rows_ + r;
-        return max_[place] > A(-kInfinity) || sum_[place] != 0;
-      };
-      const auto weight = [&](long c) { return A(__builtin_exp((max_[(first + c) * rows_ + r] - top) * unit)); };
-      const long chunks = i < s.tq ? chunks_ : 0;
-      for (long c = 0; c < chunks; ++c) top = most_of(max_[(first + c) * rows_ + r], top);
+      const auto place = [&](long c) { return (first + c) * rows_ + r; };
+      const long chunks = i < s.tq ? own : 0;
+      A top = A(-kInfinity), sum = 0;
+      for (long c = 0; c < chunks; ++c) top = most_of(max_[place(c)], top);
       if (has_sink && i < s.tq) top = most_of(sink / unit, top);
-      for (long c = 0; c < chunks; ++c)
-        if (present(c)) sum += sum_[(first + c) * rows_ + r] * weight(c);
+      for (long c = 0; c < chunks; ++c) {
+        A& weight = max_[place(c)];  // in place of the maximum; -1 where no key was seen, so that o is not there either
+        if (weight > A(-kInfinity) || sum_[place(c)] != 0)
+          weight = A(__builtin_exp((weight - top) * unit)), sum += sum_[place(c)] * weight;
+        else
+          weight = -1;
+      }
       if (has_sink && i < s.tq && sink > A(-kInfinity)) sum += A(__builtin_exp(sink - top * unit));
       at<A>(call_.lse, b, h, s.q_row)[i] = top * unit + A(__builtin_log(sum));
       const A share = sum == 0 ? A(0) : A(dropout_.active ? dropout_.scale : 1.0) / sum;
       for (long d = 0; d < call_.dim_v; d += L) {
         Vec<A> o{};
         for (long c = 0; c < chunks; ++c)
-          if (present(c)) o += load(o_ + ((first + c) * rows_ + r) * width_v_ + d) * weight(c);
+          if (const A weight = max_[place(c)]; weight >= 0 || weight != weight) o += load(o_ + place(c) * width_v_ + d) * weight;
         store_n(out + d, o * share, int(least(L, call_.dim_v - d)));
       }
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,21 +82,23 @@ class Streams:
             raise ArgumentError(f"capacity must be an int from 1 to {_SLOT + 1}, got {capacity!r}")
         self.model, self.capacity = model, capacity
         self._modules = dict(model.named_modules())
-        # A session has two rows of each block, and its state lies in one of them: a step reads that and writes the
-        # other, so that a step that fails has changed nothing. A fresh session reads the last row, zeros, which is
-        # never written.
+        # A session has two rows of each block, 2 * place and the one after, and its state lies in one of them: a step
+        # reads that and writes the other, so that a step that fails has changed nothing.
         self._blocks = {
-            id(layer): Block(name, layer, 2 * capacity + 1, isinstance(layer, (LSTM, LSTMCell)))
+            id(layer): Block(name, layer, 2 * capacity, isinstance(layer, (LSTM, LSTMCell)))
             for name, layer in self._modules.items()
             if _is_streamed(name, layer)
         }
         if not self._blocks:
             raise ArgumentError(f"{type(model).__name__} has no recurrent layer that Streams could keep states for")
-        self._ids = np.full(capacity, -1)  # of the session in each place; -1: free
-        self._rows = np.full(capacity, 2 * capacity)  # at which row its state lies
-        self._mark = np.zeros(capacity, np.int64)
+        self._vacant = np.zeros(capacity, np.int64)  # ids of no session: of another place than where they are
+        self._vacant[0] = 1
+        self._ids = self._vacant.copy()  # of the session in each place
+        self._rows = np.arange(0, 2 * capacity, 2)  # at which row its state lies
+        self._order, self._mark = np.arange(capacity), np.zeros(capacity, np.int64)
         self._free = list(range(capacity - 1, -1, -1))
-        self._lock, self._pid, self._stepping = threading.RLock(), os.getpid(), False
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._stepping = 0  # the thread that is in a step
 
     def __len__(self) -> int:
         """How many sessions are open."""
@@ -124,7 +125,7 @@ class Streams:
                     f"capacity={self.capacity}"
                 )
             slot = self._free.pop()
-            self._rows[slot] = 2 * self.capacity
+            self._clear(self._rows[slot : slot + 1])
             self._ids[slot] = id = _serials.draw() << _SLOT_BITS | slot
             return id
 
@@ -148,13 +149,14 @@ class Streams:
             slots = self._slots(ids)
             self._check(x, len(slots))
             read = self._rows[slots]
-            write = np.where(read == slots, slots + self.capacity, slots)
-            self._stepping = True
+            write = read ^ 1
+            step = Step(self._blocks, torch.from_numpy(read), torch.from_numpy(write))
+            self._stepping = threading.get_ident()
             try:
                 with torch.no_grad():
-                    y = Step(self._blocks, torch.from_numpy(read), torch.from_numpy(write)).run(self._forward, x)
+                    y = step.run(self._forward, x)
             finally:
-                self._stepping = False
+                self._stepping = 0
             self._rows[slots] = write
             return y
 
@@ -165,7 +167,7 @@ class Streams:
             ArgumentError: an id that is not open here, or comes twice; then none is reset.
         """
         with self._alone():
-            self._rows[self._slots(ids)] = 2 * self.capacity
+            self._clear(self._rows[self._slots(ids)])
 
     def close(self, id: int) -> None:
         """End a session. Its id is refused from then on.
@@ -175,14 +177,14 @@ class Streams:
         """
         with self._alone():
             (slot,) = self._slots([id])
-            self._ids[slot] = -1
+            self._ids[slot] = self._vacant[slot]
             self._free.append(int(slot))
 
     def state_dict(self) -> dict[str, Tensor]:
         """A snapshot of the open sessions, in memory of its own: ``ids`` int64 ``[m]``, and for each layer ``<name>.h``
         ``[L, m, P]`` and an LSTM's ``<name>.c`` ``[L, m, H]`` (of a model that is a layer ``h`` and ``c``)."""
         with self._alone():
-            slots = np.flatnonzero(self._ids >= 0)
+            slots = np.flatnonzero(self._ids != self._vacant)
             rows = torch.from_numpy(self._rows[slots])
             state = {"ids": torch.from_numpy(self._ids[slots])}
             for block in self._blocks.values():
@@ -201,26 +203,32 @@ class Streams:
         with self._alone():
             ids = self._check_snapshot(state)
             slots = ids & _SLOT
-            rows = torch.from_numpy(slots)
+            rows = torch.from_numpy(self._rows[slots])
             for block in self._blocks.values():
                 for name, t in block.tensors().items():
                     t.index_copy_(1, rows.to(t.device), state[name].detach().to(t.device))
-            self._ids[:], self._rows[:] = -1, 2 * self.capacity
-            self._ids[slots], self._rows[slots] = ids, slots
-            self._free = np.flatnonzero(self._ids < 0)[::-1].tolist()
+            self._ids[:] = self._vacant
+            self._ids[slots] = ids
+            self._free = np.flatnonzero(self._ids == self._vacant)[::-1].tolist()
             _serials.draw(int(ids.max(initial=0)) >> _SLOT_BITS)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> threading.Lock:
+        """The lock, for a call that may have it."""
         if os.getpid() != self._pid:  # the lock may be held there by a thread that is not here
             raise RuntimeError(
                 f"this Streams belongs to process {self._pid}, and this is process {os.getpid()}, forked from it: make "
                 "a Streams here, and load the parent's state_dict() where its sessions are wanted"
             )
-        with self._lock:
-            if self._stepping:
-                raise RuntimeError("called within a step of the same Streams, by the model or one of its hooks")
-            yield
+        if self._stepping == threading.get_ident():
+            raise RuntimeError("called within a step of the same Streams, by the model or one of its hooks")
+        return self._lock
+
+    def _clear(self, rows: np.ndarray) -> None:
+        """The states at these rows become zeros."""
+        index = torch.from_numpy(rows)
+        for block in self._blocks.values():
+            for t in block.tensors().values():
+                t.index_fill_(1, index.to(t.device), 0)
 
     def _slots(self, ids: Tensor | Sequence[int]) -> np.ndarray:
         """The places of these sessions, all of them open and no one twice."""
@@ -237,12 +245,15 @@ class Streams:
             if own.ndim != 1:
                 raise ArgumentError(f"ids must be int64 [n], as a Tensor or a sequence of ints, got {ids!r}")
         slots = own & _SLOT
-        wrong = (self._ids[np.minimum(slots, self.capacity - 1)] != own) | (own < 0)
+        try:
+            wrong = self._ids[slots] != own
+        except IndexError:
+            wrong = slots >= self.capacity
         if wrong.any():
             raise ArgumentError(
                 f"id {own[wrong][0]} is not open here: it was closed, comes from another Streams, or never was one"
             )
-        order = np.arange(len(own))
+        order = self._order[: len(own)] if len(own) <= self.capacity else np.arange(len(own))
         self._mark[slots] = order
         twice = self._mark[slots] != order
         if twice.any():
@@ -278,7 +289,7 @@ class Streams:
                 raise ArgumentError(f"the snapshot's {name} must be {t.dtype} {list(want)}, got {given}")
         found = ids.detach().cpu().numpy().copy()
         slots = found & _SLOT
-        if (found < 0).any() or len(np.unique(slots)) != len(slots):
+        if (found <= _SLOT).any() or len(np.unique(slots)) != len(slots):
             raise ArgumentError("the snapshot's ids are none of a Streams")
         if slots.max(initial=0) >= self.capacity:
             raise ArgumentError(
@@ -299,9 +310,9 @@ class Streams:
             return torch.stack(ys, 1) if ys else model(x[:, 0])
         if not isinstance(model, _Recurrent):
             return model(x)
-        steps = x.unsqueeze(1) if x.dim() == 2 else x
-        y = model(steps)[0] if model.batch_first else model(steps.transpose(0, 1))[0].transpose(0, 1)
-        return y[:, 0] if x.dim() == 2 else y
+        if x.dim() == 2:
+            return model(x.unsqueeze(1))[0][:, 0] if model.batch_first else model(x.unsqueeze(0))[0][0]
+        return model(x)[0] if model.batch_first else model(x.transpose(0, 1))[0].transpose(0, 1)
 
 
 def _h(state: Any) -> Tensor:

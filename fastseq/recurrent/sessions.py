@@ -141,15 +141,15 @@ class Step:
         return block, before is None
 
     def _has_native(self, block: Block, x: Tensor, weights: list[Tensor]) -> bool:
-        ordinary = (Tensor, torch.nn.Parameter)
+        dtype = block.h.dtype
+        for t in (x, *weights):
+            if type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu or t.dtype is not dtype:
+                return False
         return (
-            block.h.is_cpu
-            and backend.native_scan()
-            and x.dtype is block.h.dtype
+            backend.native_scan()
             and x.numel() > 0
             and x.shape[-1] == block.layer.input_size
-            and (x.dtype is not torch.bfloat16 or x.numel() // x.shape[-1] <= auto.BF16_ROWS)
-            and all(type(t) in ordinary and t.is_cpu and t.dtype is x.dtype for t in (x, *weights))
+            and (dtype is not torch.bfloat16 or x.numel() // x.shape[-1] <= auto.BF16_ROWS)
             and not (torch.is_autocast_enabled("cpu") or autograd.functorch_active())
         )
 

@@ -97,9 +97,7 @@ def _environments(results: Results) -> Exhibit:
         cpu = f"{env.get('threads')} threads of {env.get('cpus')}, {env.get('instruction_set')}"
         load = f"{env['load']:.1f}" if isinstance(env.get("load"), (int, float)) else NONE
         date = str(env.get("date", NONE))
-        rows.append(
-            [name, device_of(document), cpu, load, versions, commit_of(document), date, command_of(document)]
-        )
+        rows.append([name, device_of(document), cpu, load, versions, commit_of(document), date, command_of(document)])
     rows += [[name, "not read", reason, *[NONE] * 5] for name, reason in results.unread.items()]
     return Exhibit(
         name="environments",

@@ -85,15 +85,14 @@ class Server:
                     writer.write(await answer)
 
     async def step(self) -> None:
-        """Step until nobody waits. What comes during a step is the next batch: no timer, and no idling at work. A step of
-        one session is over sooner than a thread would have begun it."""
+        """Step until nobody waits. What comes during a step is the next batch: no timer, and no idling at work."""
         while self.waiting:
             await asyncio.sleep(0)  # for all that has come already
             batch = [self.waiting.popleft() for _ in range(min(self.most, len(self.waiting)))]
             ids, chunks, answers = zip(*batch, strict=True)
             x = torch.frombuffer(bytearray().join(chunks), dtype=torch.float32).view(len(ids), -1)
             try:
-                one = len(ids) == 1
+                one = len(ids) == 1  # it is over sooner than a thread would begin it
                 y = (self.streams.step(x, ids) if one else await asyncio.to_thread(self.streams.step, x, ids)).numpy()
             except Exception as error:  # no session has changed; the clients of this batch are hung up on
                 for answer in answers:

@@ -90,5 +90,7 @@ def test_the_detector_of_the_package_gives_what_the_package_gives() -> None:
     with torch.no_grad():
         for start in range(64, sound.shape[1], 512):
             want = theirs(sound[:, start : start + 512], 16000)
-            torch.testing.assert_close(streams.step(sound[:, start - 64 : start + 512], ids), want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                streams.step(sound[:, start - 64 : start + 512], ids), want, rtol=1e-4, atol=1e-5
+            )
     assert inputs == 576

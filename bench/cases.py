@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +63,9 @@ class Case:
 @dataclass(frozen=True)
 class Recurrent(Case):
     """A layer, or a stack of layers, over a whole sequence (``inference``, ``training``), or one ``step`` of B = 1 that
-    passes its state to the next call. A cell in training has a batch and one step.
+    passes its state to the next call. A cell in training has a batch and one step. ``streams-each`` and
+    ``streams-batch``: one step of B sessions of twice as many, by fastseq.Streams; other B of them at each of T calls,
+    then the first again. Peers step ``each`` session by itself, or a ``batch`` whose sessions stay the same.
 
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
@@ -80,6 +83,11 @@ class Recurrent(Case):
     directions: int = 1
 
     @property
+    def beside(self) -> str:
+        """What the peers of streams do; empty in other modes."""
+        return self.mode.partition("streams-")[2]
+
+    @property
     def stacked(self) -> bool:
         return self.layers * self.directions > 1
 
@@ -91,6 +99,8 @@ class Recurrent(Case):
             shape = f"B{self.batch}-I{self.features}-H{self.hidden}"
             return f"{self.cell}_cell-{self.mode}-{shape}{self._suffix()}"
         shape = f"T{self.steps}-B{self.batch}-I{self.features}-H{self.hidden}"
+        if self.beside:
+            return f"{self.mode}-{self.cell}-B{self.batch}-I{self.features}-H{self.hidden}{self._suffix()}"
         if self.stacked:
             shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
         return f"{self.cell}{'_stack' * self.stacked}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
@@ -105,7 +115,7 @@ class Recurrent(Case):
 
     @property
     def family(self) -> str:
-        if self.mode == "step" or self.as_cell or self.stacked or self.cell == "gru_reset_before":
+        if self.mode == "step" or self.beside or self.as_cell or self.stacked or self.cell == "gru_reset_before":
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -206,6 +216,8 @@ class Model(Case):
         return f"hf {self.mode} {DTYPES[self.dtype]}"
 
 
+MODES = ("inference", "training")
+
 RECURRENT_GRID = (
     (1, 1, 64, 64), (1, 1, 128, 128), (1, 1, 512, 512), (1, 32, 256, 256), (100, 1, 128, 128), (50, 32, 128, 128),
     (200, 8, 256, 256), (100, 32, 128, 128), (256, 16, 512, 512), (64, 128, 256, 256), (1000, 4, 40, 96),
@@ -213,6 +225,9 @@ RECURRENT_GRID = (
 """(T, B, I, H)"""
 
 STEP_HIDDEN = (64, 128, 512)
+
+STREAMS_GRID = (("lstm", 256, 64, 128), ("lstm", 16, 64, 128), ("gru", 256, 64, 128), ("gru", 64, 128, 256))
+"""(cell, B, I, H)"""
 
 CELL_GRID = ((1, 64, 64), (32, 256, 256))
 """(B, I, H), in training"""
@@ -275,17 +290,15 @@ QUICK = frozenset(
 
 def _all() -> Iterator[Case]:
     for dtype in DTYPES:
-        for cell in ("rnn", "gru", "lstm", "gru_reset_before"):
-            for mode in ("inference", "training"):
-                for shape in RECURRENT_GRID:
-                    yield Recurrent(mode, dtype, cell, *shape)
+        for cell, mode, shape in product(("rnn", "gru", "lstm", "gru_reset_before"), MODES, RECURRENT_GRID):
+            yield Recurrent(mode, dtype, cell, *shape)
         for cell in ("rnn", "gru", "lstm") if dtype == "float32" else ():
             for shape in RECURRENT_GRID:
                 yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
-        for cell in ("gru", "lstm"):
-            for as_cell in (False, True):
-                for hidden in STEP_HIDDEN:
-                    yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
+        for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
+            yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
+        for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):
+            yield Recurrent(mode, dtype, cell, 8, b, i, h)
         for cell in ("rnn", "gru", "lstm"):
             for shape_of_cell in CELL_GRID:
                 yield Recurrent("training", dtype, cell, 1, *shape_of_cell, as_cell=True)
@@ -295,9 +308,8 @@ def _all() -> Iterator[Case]:
             for shape_of_attention in ATTENTION_GRID:
                 if not (shape_of_attention[0] == "decode" and mode == "training"):
                     yield Attention(mode, dtype, *shape_of_attention)
-        for mode in ("inference", "training"):
-            for shape_of_layer, options in MULTIHEAD_GRID:
-                yield Multihead(mode, dtype, *shape_of_layer, **options)
+        for mode, (shape_of_layer, options) in product(MODES, MULTIHEAD_GRID):
+            yield Multihead(mode, dtype, *shape_of_layer, **options)
     for mode, *shape_of_model in MODEL_GRID if importlib.util.find_spec("transformers") else ():
         yield Model(mode, "float32", *shape_of_model)  # type: ignore[arg-type]
 

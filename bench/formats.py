@@ -40,12 +40,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(1, digits - 1)}g}"
 
 
-def mean_range(values: Sequence[float], places: int = 2) -> str:
-    """``0.93 (0.91 to 0.96)``; the mean alone if there is one value."""
-    mean = f"{sum(values) / len(values):.{places}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{places}f} to {max(values):.{places}f})"
-
-
 def mebibytes(count: float) -> str:
     return number(count / 2**20) + " MiB"
 

@@ -76,7 +76,7 @@ def sections(results: Results) -> list[Section]:
         each("study", "Memory", name, document, figures.memory(document))
     for name, document in fullest(results.cost):
         each("cost", "Cost of length", name, document, figures.cost(document))
-    add("weights", "Smaller weights", [speed.weights(document, name) for name, document in results.weights.items()])
+    add("weights", "Smaller weights", [figures.weights(document, name) for name, document in results.weights.items()])
     add("environment", "Environment", [_environments(results)])
     return made
 
@@ -97,9 +97,7 @@ def _environments(results: Results) -> Exhibit:
         cpu = f"{env.get('threads')} threads of {env.get('cpus')}, {env.get('instruction_set')}"
         load = f"{env['load']:.1f}" if isinstance(env.get("load"), (int, float)) else NONE
         date = str(env.get("date", NONE))
-        rows.append(
-            [name, device_of(document), cpu, load, versions, commit_of(document), date, command_of(document, name)]
-        )
+        rows.append([name, device_of(document), cpu, load, versions, commit_of(document), date, command_of(document)])
     rows += [[name, "not read", reason, *[NONE] * 5] for name, reason in results.unread.items()]
     return Exhibit(
         name="environments",

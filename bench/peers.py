@@ -130,6 +130,8 @@ def name_state(state: Any) -> Outputs:
 
 def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) -> Entrant:
     """One call of a layer or cell with a given state; a step hands its state to the next call."""
+    if case.beside:
+        return streams_entrant(case, layer, inputs, case.beside)
     state: Any = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
     named: Callable[[Any], Outputs] = name_state if case.as_cell else named_states
     dy = inputs.dy if case.training else None
@@ -149,6 +151,41 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
         return y, state
 
     return Entrant(step_cell if case.as_cell else step_layer, named)
+
+
+def streams_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs, way: str) -> Entrant:
+    """One step a call of a case of streams, in a way: ``streams``, or its peers'. All sessions have a state before."""
+    rng = case.generator()
+    order = [torch.randperm(2 * case.batch, generator=rng)[: case.batch] for _ in inputs.x]
+    first = torch.cat((inputs.x[-1], inputs.x[-2]))
+    if way == "streams":
+        streams = fastseq.Streams(layer, len(first))
+        ids = torch.tensor([streams.open() for _ in first])
+        streams.step(first, ids)
+        steps: list[Any] = [partial(streams.step, x, ids[own]) for x, own in zip(inputs.x, order, strict=True)]
+    else:
+        with torch.no_grad():
+            states = layer(first[None])[1]
+        size, turns = (1, order) if way == "each" else (case.batch, order[:1] * len(order))
+        keys = [own[::size].tolist() for own in turns]
+        parts = {int(p[0]): p for own in turns for p in own.split(size)}
+        live = {k: tuple(s[:, p] for s in states) if case.cell == "lstm" else states[:, p] for k, p in parts.items()}
+
+        def run(xs: tuple[Tensor, ...], keys: list[int]) -> list[Tensor]:
+            ys = []
+            for x, key in zip(xs, keys, strict=True):
+                y, live[key] = layer(x, live[key])
+                ys.append(y)
+            return ys
+
+        steps = [partial(run, x[None].split(size, 1), own) for x, own in zip(inputs.x, keys, strict=True)]
+
+    def step() -> Any:
+        y = steps[0]()
+        steps.append(steps.pop(0))
+        return y
+
+    return Entrant(step, lambda y: {"y": y if way == "streams" else torch.cat(y, 1)[0]})
 
 
 def build_multihead(
@@ -234,7 +271,7 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
-        yield layer_entrant(case, layer, inputs)
+        yield streams_entrant(case, layer, inputs, "streams") if case.beside else layer_entrant(case, layer, inputs)
     elif isinstance(case, Model):
         yield model_entrant(case, inputs, "fastseq")
     elif isinstance(case, Multihead):
@@ -349,8 +386,8 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
     spinning workers, which is the default, and without if there are workers."""
     if not isinstance(case, Recurrent):
         raise Unavailable("ONNX Runtime is a peer of the recurrent cases")
-    if case.training:
-        raise Unavailable("ONNX Runtime does inference only")
+    if case.training or case.beside:
+        raise Unavailable("ONNX Runtime does inference only, and keeps no sessions")
     if case.dtype != "float32":
         raise Unavailable(f"ONNX Runtime's {case.cell} takes float32 only on a CPU")
     import onnxruntime
@@ -384,9 +421,17 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
         yield Entrant(calls(session), outputs, "spinning" if spinning else "not spinning")
 
 
+def layer_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """fastseq's layer in the place of fastseq.Streams."""
+    if not isinstance(case, Recurrent) or not case.beside:
+        raise Unavailable("fastseq's layer is a peer of the cases of streams")
+    yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
+
+
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
 PEERS = {
     "torch": Contestant("torch", "torch", torch_entrants),
+    "layer": Contestant("layer", "fastseq layer", layer_entrants),
     "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
 

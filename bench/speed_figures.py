@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, on_gpu, outcomes
-from bench.formats import NONE, mebibytes, number, time_of, times
+from bench.formats import NONE, mebibytes, time_of, times
 from bench.peers import OURS, label
 from fastseq.demo import plots
 
@@ -67,7 +67,7 @@ def _family(document: Document, name: str, family: str, cases: list[Document]) -
         f"geometric mean against the best peer {mean:.2f}, the highest {best[-1]:.2f}.",
         header=["case", "fastseq", *peers.values(), *(f"{each} / fastseq" for each in peers.values()), "budget used"],
         rows=rows,
-        command=command_of(document, name),
+        command=command_of(document),
         draw=lambda: bars(drawn, peers, "time of peer / time of fastseq"),
         note=f"Above 1 fastseq is faster. Geometric mean against the best peer: {mean:.2f}×.",
     )
@@ -128,7 +128,7 @@ def budgets(document: Document, name: str) -> Exhibit | None:
         f"{max(worst.values()):.0%}, of {ordered[0]}.",
         header=["group", *(f"{label(each)}, largest" for each in names), *(f"{label(each)}, median" for each in names)],
         rows=[[group, *shares_of(max, group), *shares_of(statistics.median, group)] for group in ordered],
-        command=command_of(document, name),
+        command=command_of(document),
         draw=draw,
         note="An error is measured against the same computation in float64. The budget is twice the error of torch's "
         "own answer in the same type, plus a floor; a case that exceeds it is refused and not timed.",
@@ -155,7 +155,7 @@ def peaks(document: Document, name: str) -> Exhibit | None:
              *(times(over[n].get(peer)) for peer in peers)]
             for n in ordered
         ],
-        command=command_of(document, name),
+        command=command_of(document),
         draw=lambda: bars([(shorten(n), over[n]) for n in ordered], peers, "peak memory of peer / of fastseq"),
         note="Above 1 fastseq takes less. Above what inputs and weights take; each in a process of its own.",
     )  # fmt: skip
@@ -196,53 +196,6 @@ def _subject(case: Document) -> str:
 
 def _backend(case: Document) -> str | None:
     return case["contestants"].get(OURS.name, {}).get("backend")
-
-
-def weights(document: Document, name: str) -> Exhibit:
-    """Loss and time of a step with smaller weights."""
-    models = document["models"]
-
-    def draw() -> Any:
-        figure = plots.figure(5.6, 0.5 + 1.3 * len(models))
-        for axis, found in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
-            names = list(found["variants"])
-            bars = axis.barh(range(len(names)), [found["variants"][n]["step_us"] for n in names],
-                             color=[plots.colour(n.split()[0]) for n in names])  # fmt: skip
-            axis.bar_label(bars, [f"loss {found['variants'][n]['loss']:.4f}" for n in names], padding=3, fontsize=7)
-            axis.set_yticks(range(len(names)), names)
-            axis.invert_yaxis()
-            axis.margins(x=0.2)
-            axis.set(title=f"{found['model']}, {found['width']} wide", xlabel="microseconds a step")
-        return figure
-
-    fastest = [min(found["variants"], key=lambda v: found["variants"][v]["step_us"]) for found in models]
-    told = ", ".join(f"{found['model']}: {best}" for found, best in zip(models, fastest, strict=True))
-    return Exhibit(
-        name=slug(name),
-        title="Smaller weights",
-        alt=f"Bars of the time of one step by kind of weights; the fastest are {told}",
-        header=["model", "weights", "loss, nats a character", "time of a step"],
-        rows=[
-            [found["model"], variant, f"{one['loss']:.4f}", f"{number(one['step_us'])} µs"]
-            for found in models
-            for variant, one in found["variants"].items()
-        ],
-        command=command_of(document, name),
-        draw=draw,
-    )
-
-
-def summary_figure(document: Document) -> Any:
-    """The README's plot: for each family the geometric mean against each peer, slowest family first."""
-    families = {case.get("family") for case in document["cases"]}
-    rows: dict[str, dict[str, float]] = {}
-    for line in document["summary"]:
-        if line["of"] in families:
-            own = rows.setdefault(line["of"], {})
-            own |= {line["peer"]: line["geomean"]} if line["peer"] != "best" else {}
-    peers = {peer: label(peer) for peer in dict.fromkeys(peer for row in rows.values() for peer in row)}
-    what = f"time of peer / time of fastseq, geometric mean ({device_of(document)}, {date_of(document)})"
-    return bars(list(rows.items()), peers, what, (7, 0.8 + len(rows) * 0.42))
 
 
 def slug(text: str) -> str:

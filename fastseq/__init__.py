@@ -12,6 +12,7 @@ from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention, merge_attention, scaled_dot_product_attention
 from fastseq.patch import Report, patch, unpatch
+from fastseq.streams import Streams
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "BackendError",
     "KVCache",
     "Report",
+    "Streams",
     "attention",
     "backends",
     "explain",

@@ -1,13 +1,14 @@
-"""What the report and docs/choosing.md show of memory and cost: curves with their tables."""
+"""What the report and docs/choosing.md show of memory, cost and smaller weights: figures with their tables."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.exhibits import Document, Exhibit
-from bench.formats import duration, mean_range, mebibytes, number
+from bench.exhibits import Document, Exhibit, command_of
+from bench.formats import duration, mebibytes, number
+from bench.speed_figures import slug
 from bench.studies import findings
 from bench.studies.cost import KINDS as COST_KINDS
 from bench.studies.cost import MODES, RECURRENT, SHORT, WHOLE
@@ -25,6 +26,12 @@ def memory(document: Document) -> list[Exhibit]:
     if findings.studied(document, "text"):
         found += [_contexts(document), _reach(document, "state"), _reach(document, "input")]
     return [*found, _rates(document)] if found else []
+
+
+def mean_range(values: Sequence[float], places: int = 2) -> str:
+    """``0.93 (0.91 to 0.96)``; the mean alone if there is one value."""
+    mean = f"{sum(values) / len(values):.{places}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{places}f} to {max(values):.{places}f})"
 
 
 def _curve(kind: str, points: dict[int, list[float]], centre: Callable[[list[float]], float]) -> Curve:
@@ -262,4 +269,38 @@ def _peaks(document: Document, mode: str) -> Exhibit:
         draw=lambda: _panel(curves, lengths, "peak, MiB"),
         note="Above what weights and inputs take. Attention keeps no matrix of scores, so its memory grows with T and "
         "not with T².",
+    )
+
+
+def weights(document: Document, name: str) -> Exhibit:
+    """Loss and time of a step with smaller weights."""
+    models = document["models"]
+
+    def draw() -> Any:
+        figure = plots.figure(5.6, 0.5 + 1.3 * len(models))
+        for axis, found in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
+            names = list(found["variants"])
+            bars = axis.barh(range(len(names)), [found["variants"][n]["step_us"] for n in names],
+                             color=[plots.colour(n.split()[0]) for n in names])  # fmt: skip
+            axis.bar_label(bars, [f"loss {found['variants'][n]['loss']:.4f}" for n in names], padding=3, fontsize=7)
+            axis.set_yticks(range(len(names)), names)
+            axis.invert_yaxis()
+            axis.margins(x=0.2)
+            axis.set(title=f"{found['model']}, {found['width']} wide", xlabel="microseconds a step")
+        return figure
+
+    fastest = [min(found["variants"], key=lambda v: found["variants"][v]["step_us"]) for found in models]
+    told = ", ".join(f"{found['model']}: {best}" for found, best in zip(models, fastest, strict=True))
+    return Exhibit(
+        name=slug(name),
+        title="Smaller weights",
+        alt=f"Bars of the time of one step by kind of weights; the fastest are {told}",
+        header=["model", "weights", "loss, nats a character", "time of a step"],
+        rows=[
+            [found["model"], variant, f"{one['loss']:.4f}", f"{number(one['step_us'])} µs"]
+            for found in models
+            for variant, one in found["variants"].items()
+        ],
+        command=command_of(document),
+        draw=draw,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -66,8 +67,8 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return cli.INTERRUPTED
     if options.json is not None:
-        machine = environment(options.threads)
-        write_json(options.json, {"environment": machine, "steps": options.steps, "models": found})
+        made = {"command": shlex.join(["python", "-m", "bench", "weights", *argv]), "steps": options.steps}
+        write_json(options.json, {**made, "environment": environment(options.threads), "models": found})
     return 0
 
 

@@ -97,6 +97,10 @@ Stack::Stack(const StackCall& call) : call_(call) {
   p.H = packed ? call.hidden : w_hh[0] / gates_, p.P = packed ? call.outputs : w_hh[1];
   FASTSEQ_CHECK(projected_ || p.P == p.H, "scan: w_hh must be [G*H, H] where there is no w_hr");
   lengths_ = set_lengths(p, call.lengths, call.reset);
+  FASTSEQ_CHECK(!call.block.h == !call.block.write && (call.block.h || !call.block.read) &&
+                    (!call.block.h || !call.block.c == !lstm()),
+                "scan: a block of states has h, an LSTM's c, and the rows to write");
+  p.read = places("read", call.block.read), p.write = places("write", call.block.write);
 }
 
 // ---- Tensors in the caller's layout.
@@ -156,6 +160,29 @@ ScanView Stack::row_of(const OptionalTensor& states, int64_t n, int64_t row) con
   return states ? offset({states->data_ptr(), 0, n, 1}, row * p_.B * n, p_.dtype) : ScanView{};
 }
 
+ScanView Stack::block_of(const char* name, AtenTensorHandle block, int64_t n, int64_t row) const {
+  if (!block) return {};
+  FASTSEQ_CHECK(rank_of(block) == 3 && is_contiguous(block), "scan: a block of ", name, " must be contiguous, [rows, R, n]");
+  const ScanView out = view(name, block, p_.dtype, {rows_, sizes_of(call_.block.h)[1], n});
+  return offset(out, row * out.t, p_.dtype);
+}
+
+const int64_t* Stack::places(const char* name, AtenTensorHandle rows) const {
+  if (!rows) return nullptr;
+  int32_t code;
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(rows, &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(rows, &data));
+  FASTSEQ_CHECK(code == aoti_torch_dtype_int64() && rank_of(rows) == 1 && sizes_of(rows)[0] == p_.B && is_contiguous(rows),
+                "scan: ", name, " must be a contiguous int64 tensor of shape [", p_.B, "]");
+  check_readable(name, rows);
+  FASTSEQ_CHECK(rank_of(call_.block.h) == 3, "scan: a block of h must be [rows, R, n]");
+  const int64_t* places = static_cast<const int64_t*>(data);
+  for (int64_t i = 0, R = sizes_of(call_.block.h)[1]; i < p_.B; ++i)
+    FASTSEQ_CHECK(places[i] >= 0 && places[i] < R, "scan: ", name, " must be rows of the block, 0 to ", R - 1, ", not ", places[i]);
+  return places;
+}
+
 // A matrix of `gates` blocks of `rows` rows of K, as torch has it or packed.
 ScanView Stack::matrix(const char* name, AtenTensorHandle w, int64_t gates, int64_t rows, int64_t K) const {
   return p_.weights == p_.dtype ? view(name, w, p_.dtype, {gates * rows, K})
@@ -202,8 +229,10 @@ StackResult Stack::run(bool save, bool states) {
       const int64_t row = layer * directions_ + direction;
       p.reverse = direction == 1 || call_.reverse;
       set_weights(p, row);
-      p.h0 = state_of("h0", call_.h0, p.P, row);
-      p.c0 = state_of("c0", call_.c0, p.H, row);
+      p.h_kept = block_of("h", call_.block.h, p.P, row);
+      p.c_kept = block_of("c", call_.block.c, p.H, row);
+      p.h0 = p.read ? p.h_kept : state_of("h0", call_.h0, p.P, row);
+      p.c0 = p.read ? p.c_kept : state_of("c0", call_.c0, p.H, row);
       p.y = offset(target, direction * p.P, dtype);
       p.h_n = row_of(result.h_n, p.P, row);
       p.c_n = row_of(result.c_n, p.H, row);

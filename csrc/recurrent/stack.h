@@ -14,6 +14,12 @@ Layout layout_of(const char* name);
 
 using Handles = std::vector<AtenTensorHandle>;
 
+// States of many sequences, [rows,R,P] and [rows,R,H] contiguous, of which a call reads and writes some: int64 [B] on the
+// CPU. With `read` they are where h0 and c0 lie; with `write` the last states go there too.
+struct StackBlock {
+  AtenTensorHandle h = nullptr, c = nullptr, read = nullptr, write = nullptr;
+};
+
 // Tensors are borrowed: they must outlive the call.
 //   x, h0, c0 laid out as `layout` says, the states of all layers and directions in rows; null for zeros; weights flat, in
 //   torch's order (biases and projections are told by their number). Beside a float32 x the matrices may be packed
@@ -32,6 +38,7 @@ struct StackCall {
   const AtenTensorHandle* scales = nullptr;  // of int8 matrices, in their order; else none
   int64_t scale_count = 0;
   int64_t hidden = 0, outputs = 0;  // H and P where the matrices are packed, which do not tell them
+  StackBlock block{};
 };
 
 // y, h_n, and c_n of an LSTM, as torch.nn lays them out; of a cell y is no tensor. With `save`, for the backward pass: ys,
@@ -83,6 +90,9 @@ class Stack {
   ScanView state_of(const char* name, AtenTensorHandle state, int64_t n, int64_t row) const;
   torch::stable::Tensor new_states(int64_t n) const;
   ScanView row_of(const OptionalTensor& states, int64_t n, int64_t row) const;
+  // Likewise of a block; and the numbers of rows in it, checked.
+  ScanView block_of(const char* name, AtenTensorHandle block, int64_t n, int64_t row) const;
+  const int64_t* places(const char* name, AtenTensorHandle rows) const;
 
   ScanView matrix(const char* name, AtenTensorHandle w, int64_t gates, int64_t rows, int64_t K) const;
   void set_weights(ScanForward& p, int64_t row) const;

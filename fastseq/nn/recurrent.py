@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights
+from fastseq.recurrent import sessions
 from fastseq.recurrent.stack import in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -48,7 +49,12 @@ class _Native(nn.Module):
         bidirectional: bool = False,
     ) -> tuple | None:
         """The whole stack, or cell. Nothing is checked before; None where the native call does not take it."""
-        if torch.compiler.is_compiling() or not backend.native_scan():
+        if torch.compiler.is_compiling():
+            return None
+        step = sessions.current.get()
+        if step is not None:
+            return step.in_one_call(self, x, h0, c0, cell, layout, num_layers)
+        if not backend.native_scan():
             return None
         if num_layers > 1 and self.training and self.dropout:
             return None
@@ -89,6 +95,9 @@ class _Recurrent(_Native, nn.RNNBase):
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
+        step = None if torch.compiler.is_compiling() else sessions.current.get()
+        if step is not None:
+            return step.call(self, input, hx, lengths=lengths, reset=reset, **extra)
         if isinstance(input, PackedSequence):
             call = self._call_packed_in_eager if torch.compiler.is_compiling() else self._call_packed
             return call(input, hx, lengths, reset, **extra)

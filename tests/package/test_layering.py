@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch", "flops", "swapped", "torch_calls", "integrations"},
+    {"nn", "patch", "flops", "streams", "swapped", "torch_calls", "integrations"},
     {"fastseq"},
     {"cli"},
     {"doctor", "demo", "__main__"},

@@ -34,6 +34,7 @@ struct Problem {
   Array kinked_y;  // the walk back of rnn_relu takes this y: in its own, rounding decides on which side of 0 some are
   std::vector<int64_t> lengths;
   std::shared_ptr<bool[]> reset;
+  std::vector<int64_t> read, write;  // rows of a block of states, or none
 
   bool lstm() const { return fastseq::has_c(cell); }
   Dtype accumulator() const { return accumulator_of(dtype); }
@@ -86,6 +87,11 @@ struct Problem {
     if (random.chance(0.3)) {
       reset.reset(new bool[size_t(T * B)]);
       for (int64_t i = 0; i < T * B; ++i) reset[size_t(i)] = random.chance(0.2);
+    }
+    if (random.chance(0.3)) {  // as in inference: every second row of the block is for states that are read
+      save = false;
+      const int64_t turn = random.below(B);
+      for (int64_t b = 0; b < B; ++b) read.push_back(2 * ((b + turn) % B)), write.push_back(2 * (B - 1 - b) + 1);
     }
   }
 
@@ -146,6 +152,20 @@ struct Problem {
     return out;
   }
 
+  // A block in which the rows that are read have these states, and the others NaN.
+  Array block_of(const Array& states, int64_t n) const {
+    if (states.absent()) return {};
+    Array out(dtype, 2 * B * n);
+    for (int64_t i = 0; i < B * n; ++i) out.set(read[size_t(i / n)] * n + i % n, states[i]);
+    return out;
+  }
+  // The rows of it that are written.
+  Array written(const Array& block, int64_t n) const {
+    Array out(dtype, B * n);
+    for (int64_t i = 0; i < B * n; ++i) out.set(i, block[write[size_t(i / n)] * n + i % n]);
+    return out;
+  }
+
   Outputs run() const {
     Array y(dtype, T * B * P), h_n(dtype, B * P), c_n, all_states, saved;
     if (lstm()) c_n = Array(dtype, B * H);
@@ -169,6 +189,13 @@ struct Problem {
     p.b_hh = rows(b_hh, 1, G * H);
     p.h0 = rows(h0, B, P);
     p.c0 = rows(c0, B, H);
+    Array block_h, block_c;
+    if (!read.empty()) {
+      block_h = block_of(h0, P), block_c = block_of(c0, H);
+      p.read = read.data(), p.write = write.data();
+      p.h0 = p.h_kept = rows(block_h, 2 * B, P);
+      p.c0 = p.c_kept = rows(block_c, 2 * B, H);
+    }
     p.y = view(y, T, B, P);
     p.h_n = rows(h_n, B, P);
     p.c_n = rows(c_n, B, H);
@@ -179,6 +206,8 @@ struct Problem {
     FASTSEQ_DISPATCH(scan_forward, p);
     Outputs out = {{"y", y}, {"h_n", h_n}};
     if (lstm()) out.push_back({"c_n", c_n});
+    if (!read.empty()) out.push_back({"block of h", written(block_h, P)});
+    if (!read.empty() && lstm()) out.push_back({"block of c", written(block_c, H)});
     if (states) out.push_back({"states", all_states, false, past_lengths(H)});
     if (!saved.absent()) out.push_back({"tape", saved, false, past_lengths(tape * H)});
     if (!save) return out;

@@ -178,9 +178,10 @@ struct Forward {
       const A* last = f.h[p.T & 1].h;
       for (long b = part.row0; b < part.row1; ++b) {
         for (long v = outputs.begin; v < outputs.end; ++v)
-          put(p.h_n, 0, b, v, p.P, load(last + b * f.Pp + v * L));
+          put_last(p.h_n, p.h_kept, b, v, p.P, load(last + b * f.Pp + v * L));
         if (kHasC)
-          for (long v = units.begin; v < units.end; ++v) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
+          for (long v = units.begin; v < units.end; ++v)
+            put_last(p.c_n, p.c_kept, b, v, p.H, load(f.c + b * f.Hp + v * L));
       }
     }
 
@@ -188,6 +189,14 @@ struct Forward {
     static int lanes(long v, long n) { return int(n - v * L < L ? n - v * L : L); }
     static void put(const ScanView& to, long t, long b, long v, long n, Vec<A> value) {
       store_n(at<S>(to, t, b) + v * L, value, lanes(v, n));
+    }
+    void put_last(const ScanView& to, const ScanView& kept, long b, long v, long n, Vec<A> value) const {
+      put(to, 0, b, v, n, value);
+      if (p.write) put(kept, 0, p.write[b], v, n, value);
+    }
+    // The state that row b starts from; null: zeros.
+    const S* start_of(const ScanView& from, long b) const {
+      return from.data ? at<S>(from, 0, p.read ? p.read[b] : b) : nullptr;
     }
     Vec<A> bias(const ScanView& from, long row, long v) const {
       return from.data ? load_strided(at<S>(from, 0, 0) + (row + v * L) * from.e, from.e, lanes(v, p.H)) : Vec<A>{};
@@ -217,7 +226,7 @@ struct Forward {
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
         if (f.convert) copy_row<S>(f.inputs + b * f.I, at<S>(p.x, 0, b), p.x.e, p.I);
         if (!copy_h) continue;
-        const S* h0 = p.h0.data ? at<S>(p.h0, 0, b) : nullptr;
+        const S* h0 = start_of(p.h0, b);
         copy_row<S>(h + b * f.Pp, h0, p.h0.e, p.P);
         if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
       }
@@ -234,7 +243,7 @@ struct Forward {
             const E *x[kDotRows], *h_prev[kDotRows];
             for (int r = 0; r < n; ++r) {
               x[r] = f.convert ? f.inputs + (b0 + r) * f.I : reinterpret_cast<const E*>(at<S>(p.x, 0, b0 + r));
-              h_prev[r] = copy_h ? f.h[0].rows + (b0 + r) * f.Pp : reinterpret_cast<const E*>(at<S>(p.h0, 0, b0 + r));
+              h_prev[r] = copy_h ? f.h[0].rows + (b0 + r) * f.Pp : reinterpret_cast<const E*>(start_of(p.h0, b0 + r));
             }
             const long unit = g * p.H + v * L;
             const Dots<S> both[] = {{x, w_ih + unit * p.w_ih.b, p.w_ih.b, p.I},
@@ -253,16 +262,15 @@ struct Forward {
         for (long v = units.begin; v < units.end; ++v) {
           const int n = lanes(v, p.H);
           const A* x = f.gates + b * G * f.Hp;
-          if (!copy_h) store(h + b * f.Pp + v * L, load_n(at<S>(p.h0, 0, b) + v * L, n));
-          if (kHasC)
-            store(f.c + b * f.Hp + v * L,
-                  p.c0.data ? load_strided(at<S>(p.c0, 0, b) + v * L * p.c0.e, p.c0.e, n) : Vec<A>{});
+          if (!copy_h) store(h + b * f.Pp + v * L, load_n(start_of(p.h0, b) + v * L, n));
+          const S* c0 = start_of(p.c0, b);
+          if (kHasC) store(f.c + b * f.Hp + v * L, c0 ? load_strided(c0 + v * L * p.c0.e, p.c0.e, n) : Vec<A>{});
           A sums[kMaxVectors * L] = {};
           if (apart(G - 1)) store(sums + (G - 1) * tile_stride(kFused), load(f.update + b * f.Hp + v * L));
           activate(0, 0, v, x, sums);
           finish(0, 0, v, x, sums, f.h[1]);
-          put(p.h_n, 0, b, v, p.H, load(f.h[1].h + b * f.Pp + v * L));
-          if (kHasC) put(p.c_n, 0, b, v, p.H, load(f.c + b * f.Hp + v * L));
+          put_last(p.h_n, p.h_kept, b, v, p.H, load(f.h[1].h + b * f.Pp + v * L));
+          if (kHasC) put_last(p.c_n, p.c_kept, b, v, p.H, load(f.c + b * f.Hp + v * L));
         }
       }
     }
@@ -288,11 +296,10 @@ struct Forward {
       }
       if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
       for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
-        const S* h0 = p.h0.data ? at<S>(p.h0, 0, b) : nullptr;
+        const S* h0 = start_of(p.h0, b);
         copy_row<S>(f.h[0].h + b * f.Pp, h0, p.h0.e, p.P);
         if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
-        if (kHasC)
-          copy_row<S>(f.c + b * f.Hp, p.c0.data ? at<S>(p.c0, 0, b) : nullptr, p.c0.e, p.H);
+        if (kHasC) copy_row<S>(f.c + b * f.Hp, start_of(p.c0, b), p.c0.e, p.H);
       }
       team.sync();
     }

@@ -40,6 +40,10 @@ struct ScanForward : ScanSizes {
   // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,tape_of(cell)*H] (an LSTM's gates; GRU
   // r,z,n,q) are null where not wanted.
   ScanView y, h_n, c_n, states, tape;
+  // States of many sequences in one block. With `read` row b starts from row read[b] of h0 and c0; with `write` its last
+  // state goes to row write[b] of h_kept and c_kept too. Rows that are written are distinct, and none of those read.
+  const int64_t *read, *write;  // [B] or null
+  ScanView h_kept, c_kept;      // e = 1
   void* workspace;  // of scan_forward_workspace bytes, aligned to 64; need not be initialised
 };
 

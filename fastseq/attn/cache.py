@@ -211,6 +211,15 @@ class KVCache(nn.Module):
             if value is not None:
                 raise ArgumentError(f"{name} cannot be given with this cache: {why}")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> KVCache:
+        """As any module; but scales stay float32 whatever the module around is converted to."""
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None:
+                setattr(self, name, scale.to(self.k.device))
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Of a cache that had grown, too."""
         grows = dict.fromkeys(self._rows(), 2 if self.table is None else 0)

@@ -171,7 +171,7 @@ def attention(
         int8.check_query(q, k)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if block_table is not None:
-        checks_attention.check_paged(q, k, v, block_table, lengths_k, cu_seqlens_q, cu_seqlens_k)
+        checks_attention.check_paged(q, k, v, block_table, lengths_k, cu_seqlens_q, cu_seqlens_k, cache is not None)
         block_table = block_table.to(torch.int32)
     if packed and block_table is not None:
         checks_attention.check_no_dense(bias=bias, mask=mask, lengths_q=lengths_q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,11 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         int8 ``[..., D]`` and float32 ``[..., 1]``. Their product is within scale / 2 of x, up to float32's rounding. A
-        row that holds an infinity or a NaN becomes NaN: its scale is.
+        row that holds an infinity or a NaN becomes NaN: zeros times such a scale.
     """
-    x = x.to(torch.float32)
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale.isfinite(), scale, torch.nan)
-    numbers = torch.where(scale > 0, x / scale, 0.0).round_().clamp_(-127, 127)
-    return numbers.to(torch.int8), scale
+    scale = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True, dtype=torch.float32) / 127
+    scale.clamp_min_(torch.finfo(torch.float32).tiny)
+    return (x / scale).round_().nan_to_num_(0.0).to(torch.int8), scale
 
 
 def widen(call: AttentionCall, dtype: torch.dtype) -> AttentionCall:

@@ -32,6 +32,7 @@ COMMANDS = {
     "weights": "bench.studies.weights",
     "model": "bench.studies.model",
     "fit": "bench.studies.fit",
+    "decoding": "bench.studies.decoding",
 }
 """Subcommands and their modules: each has ``main(argv) -> exit status``, and its docstring's first line describes
 it."""

@@ -23,9 +23,9 @@ class KVCache(nn.Module):
     models of sliding windows. Its queries are positions of the last append: keys that earlier ones saw are gone.
 
     *int8* numbers, with ``dtype=torch.int8``, are made by ``append``: of each token and head the nearest multiples of
-    a scale, its largest magnitude / 127. The native kernels on the CPU read them where they lie, for queries of float32,
-    bfloat16 or float16. With K and V the largest magnitudes in k and v, and e = |scale| · K / 254 · the sum of
-    magnitudes of a query's features, its lse is within e of what exact keys and values give, and its result within
+    a scale, its largest magnitude / 127. The native kernels on the CPU read them where they lie, for queries of
+    float32, bfloat16 or float16. With K and V the largest magnitudes in k and v, and e = |scale| · K / 254 · the sum
+    of magnitudes of a query's features, its lse is within e of what exact keys and values give, and its result within
     V / 254 + (exp(2 e) − 1) · V, beside rounding.
 
     It is a module without parameters: its tensors are buffers, so ``state_dict``, ``deepcopy`` and ``to`` work. It is
@@ -314,7 +314,7 @@ class KVCache(nn.Module):
                 )
             if self.k_scale is not None and x.dtype not in int8.FLOATS:
                 raise ArgumentError(
-                    f"{name} is {x.dtype}; a cache of int8 makes its numbers of float32, bfloat16 or float16: convert it"
+                    f"{name} is {x.dtype}; a cache of int8 makes its numbers of float32, bfloat16 or float16"
                 )
             if (self.k_scale is None and x.dtype != self.k.dtype) or x.device != self.k.device:
                 raise ArgumentError(

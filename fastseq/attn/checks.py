@@ -206,8 +206,8 @@ def check_paged(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths_k: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, by_cache: bool = False,
 ) -> None:  # fmt: skip
-    """k [P,page,Hk,D], v [P,page,Hk,Dv] and block_table [B,pages]; q [B,Hq,Tq,D], or packed [total_q,Hq,D]. A table that
-    a cache made is not looked into."""
+    """k [P,page,Hk,D], v [P,page,Hk,Dv] and block_table [B,pages]; q [B,Hq,Tq,D], or packed [total_q,Hq,D]. A table
+    that a cache made is not looked into."""
     if cu_seqlens_k is not None:
         raise ArgumentError("cu_seqlens_k cannot be given with block_table: keys are counted by lengths_k")
     if lengths_k is None:

@@ -217,8 +217,8 @@ def attention(
         prefix_lengths = prefix_lengths.to(torch.int64)
     call = AttentionCall(
         q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-        block_table, k_scale, v_scale, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left,
-        window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
+        block_table, k_scale, v_scale, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right,
+        window_left=left, window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
     if prefix is None:
         o, lse = _attend(call, return_lse, backend)

@@ -121,8 +121,8 @@ class Layer(cache_utils.CacheLayerMixin):
             return
         if self.window is not None or not -self.cumulative_length <= tokens_to_remove < 0:
             raise ArgumentError(
-                f"crop({tokens_to_remove}): a layer with a sliding window has forgotten what it would need, and any other "
-                f"takes from -{self.cumulative_length}, its length, to 0"
+                f"crop({tokens_to_remove}): a layer with a sliding window has forgotten what it would need, and any "
+                f"other takes from -{self.cumulative_length}, its length, to 0"
             )
         self.cumulative_length += tokens_to_remove
         self.cache.lengths += tokens_to_remove

@@ -87,7 +87,8 @@ class Problem:
         lengths_q: Tensor | None, lengths_k: Tensor | None, prefix_lengths: Tensor | None,
         cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, block_table: Tensor | None,
         k_scale: Tensor | None, v_scale: Tensor | None, seed: Tensor | None, scale: float, causal: bool,
-        bottom_right: bool, window_left: int, window_right: int, softcap: float, dropout_p: float, machine: str | None = None,
+        bottom_right: bool, window_left: int, window_right: int, softcap: float, dropout_p: float,
+        machine: str | None = None,
     ) -> None:  # fmt: skip
         if not (k_scale is v_scale is None):
             raise RuntimeError("attention: the Triton kernels read no int8 keys (k_scale)")

@@ -313,7 +313,9 @@ def test_what_int8_cannot_take_is_refused():
         fastseq.attention([1.0], cache=cache)
     with pytest.raises(ArgumentError, match="batch"):
         fastseq.attention(torch.zeros(1, HEADS, 1, DIM), cache=cache)
-    with pytest.raises(ArgumentError, match=r"dtype must be float64, float32, bfloat16, float16 or int8, got torch\.int32"):
+    with pytest.raises(
+        ArgumentError, match=r"dtype must be float64, float32, bfloat16, float16 or int8, got torch\.int32"
+    ):
         fastseq.KVCache(1, 1, 4, dtype=torch.int32)
     assert cache.lengths.tolist() == [4] * BATCH
 

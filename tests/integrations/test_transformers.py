@@ -26,6 +26,7 @@ from fastseq.integrations import transformers as integration
 import transformers  # isort: skip - after the integration, which in a checkout hides our folder kernels from it
 from transformers import masking_utils  # isort: skip
 
+
 def answer(model: Any, name: str, kept: torch.Tensor | None = None, **batch: Any) -> dict[str, torch.Tensor]:
     """The model's first output, of tokens that are kept, and the gradients of all parameters."""
     model.set_attn_implementation(name)

@@ -34,8 +34,7 @@ COMMANDS = {
     "fit": "bench.studies.fit",
     "decoding": "bench.studies.decoding",
 }
-"""Subcommands and their modules: each has ``main(argv) -> exit status``, and its docstring's first line describes
-it."""
+"""Subcommands and their modules: ``main(argv)`` gives the exit status, the docstring's first line describes it."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -108,9 +108,11 @@ def onnx_model(case: Step) -> bytes:
 
     small = case.layout == "int8"
     kind = TensorProto.INT8 if small else TensorProto.FLOAT
-    shapes: dict[str, list[Any]] = {"q": ["B", "t", 4096], "k": ["B", "t", 1024], "v": ["B", "t", 1024], "lengths": ["B"], "total": [1],
-              "old_k": ["B", 8, "N", 128], "old_v": ["B", 8, "N", 128], "o": ["B", "t", 4096],
-              "new_k": ["B", 8, "N", 128], "new_v": ["B", 8, "N", 128]}  # fmt: skip
+    rows, kept, wide = ["B", "t", 1024], ["B", 8, "N", 128], ["B", "t", 4096]
+    shapes: dict[str, list[Any]] = {
+        **{"q": wide, "k": rows, "v": rows, "lengths": ["B"], "total": [1], "o": wide},
+        **dict.fromkeys(("old_k", "old_v", "new_k", "new_v"), kept),
+    }
     types = {"lengths": TensorProto.INT32, "total": TensorProto.INT32}
     values = {
         n: helper.make_tensor_value_info(n, types.get(n, kind if "_" in n else TensorProto.FLOAT), shape)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from fastseq import KVCache
 from fastseq.attn import int8, pages
+from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall
 from fastseq.checks import ArgumentError
 from fastseq.integrations.masks import LimitsMask

@@ -33,9 +33,9 @@ COMMANDS = {
     "weights": "bench.studies.weights",
     "model": "bench.studies.model",
     "fit": "bench.studies.fit",
+    "decoding": "bench.studies.decoding",
 }
-"""Subcommands and their modules: each has ``main(argv) -> exit status``, and its docstring's first line describes
-it."""
+"""Subcommands and their modules: ``main(argv)`` gives the exit status, the docstring's first line describes it."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -123,8 +123,8 @@ class Arguments:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor,
         bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-        block_table, seed, scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int,
-        softcap: float, dropout_p: float,
+        block_table, k_scale, v_scale, seed, scale: float, causal: bool, bottom_right: bool, window_left: int,
+        window_right: int, softcap: float, dropout_p: float,
     ) -> None:  # fmt: skip
         self.packed = cu_seqlens_q is not None
         length = 0 if self.packed else 2

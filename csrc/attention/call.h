@@ -17,7 +17,8 @@ namespace fastseq {
 #define FASTSEQ_ATTENTION_FIELDS(tensor, setting, separator) \
   tensor(bias) separator tensor(mask) separator tensor(sinks) separator tensor(alibi_slopes) separator \
   tensor(lengths_q) separator tensor(lengths_k) separator tensor(prefix_lengths) separator \
-  tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(block_table) separator tensor(seed) separator \
+  tensor(cu_seqlens_q) separator tensor(cu_seqlens_k) separator tensor(block_table) separator \
+  tensor(k_scale) separator tensor(v_scale) separator tensor(seed) separator \
   setting(double, scale) separator setting(bool, causal) separator setting(bool, bottom_right) separator \
   setting(int64_t, window_left) separator setting(int64_t, window_right) separator \
   setting(double, softcap) separator setting(double, dropout_p)
@@ -47,6 +48,7 @@ struct AttentionArguments {
   const int64_t *lengths_q = nullptr, *lengths_k = nullptr;  // [B]
   const int32_t* pages = nullptr;  // [B,table_row] on the CPU: k and v are pools of pages, whose batch stride is a page's;
   Size page = 0, table_row = 0;    // key j of sequence b is row j % page of page pages[b][j / page]
+  View k_scale, v_scale;           // float, on the CPU: k and v are int8, and their rows are multiples of these
   const int64_t* prefix = nullptr;                           // [B]: keys seen whatever causality and window say
   Pairs bias;                                                // bias_dtype
   Pairs mask;                                                // bytes, not 0: may look

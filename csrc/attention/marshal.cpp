@@ -56,12 +56,16 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   const int64_t length = packed_ ? 0 : 2, length_k = paged_ ? 1 : length;  // which dimension
   FASTSEQ_CHECK(q.dim() == rank && k.dim() == rank_k && v.dim() == rank_k, "attention: q must have ", rank,
                 " dimensions, k and v ", rank_k, ", got ", q.dim(), ", ", k.dim(), " and ", v.dim());
-  FASTSEQ_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                "attention: q, k and v must have one dtype");
+  FASTSEQ_CHECK(x.k_scale.has_value() == x.v_scale.has_value(), "attention: k_scale and v_scale come together");
+  FASTSEQ_CHECK(!x.k_scale || (rules.reads_caches && dtype_ != Dtype::f64),
+                "attention: these kernels read no int8 keys (k_scale); those that do take no float64");
+  const ScalarType type_k = x.k_scale ? ScalarType::Char : q.scalar_type();
+  FASTSEQ_CHECK(k.scalar_type() == type_k && v.scalar_type() == type_k,
+                "attention: q, k and v must have one dtype, or with k_scale k and v int8");
   const int64_t dim = q.size(rank - 1), dim_v = v.size(rank_k - 1), heads_q = q.size(1), heads_k = k.size(heads);
   const char* refusal = rules.refusal(dtype_, dim, dim_v);
   FASTSEQ_CHECK(!refusal, "attention: ", refusal);
-  FASTSEQ_CHECK(!paged_ || rules.reads_pages, "attention: these kernels read no pages (block_table)");
+  FASTSEQ_CHECK(!paged_ || rules.reads_caches, "attention: these kernels read no pages (block_table)");
   FASTSEQ_CHECK((packed_ && !paged_) == x.cu_seqlens_k.has_value(),
                 "attention: cu_seqlens_q and cu_seqlens_k come together, without block_table");
   FASTSEQ_CHECK(!packed_ || !(x.bias || x.mask || x.lengths_q || (x.lengths_k && !paged_)),
@@ -84,6 +88,7 @@ AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tenso
   call.batch = Size(batch), call.heads_q = Size(heads_q), call.heads_k = Size(heads_k);
   call.dim = Size(dim), call.dim_v = Size(dim_v), call.length_q = Size(total_q), call.length_k = Size(total_k);
   call.q = view(q_), call.k = keys_view(k_), call.v = keys_view(v_);
+  call.k_scale = scale_view(x.k_scale, "k_scale", k_), call.v_scale = scale_view(x.v_scale, "v_scale", v_);
   call.cu_q = vector<int32_t>(x.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, batch + 1);
   call.cu_k = vector<int32_t>(x.cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, batch + 1);
   call.lengths_q = vector<int64_t>(x.lengths_q, "lengths_q", ScalarType::Long, batch);
@@ -166,6 +171,15 @@ View AttentionTensors::view(const Tensor& x) const {
 }
 View AttentionTensors::keys_view(const Tensor& x) const {
   return paged_ ? View{x.data_ptr(), stride_of(x, 0), stride_of(x, 2), stride_of(x, 1)} : view(x);
+}
+View AttentionTensors::scale_view(const MaybeTensor& x, const char* name, const Tensor& rows) const {
+  if (!x) return {};
+  Sizes sizes = sizes_of(rows);
+  sizes.back() = 1;
+  FASTSEQ_CHECK(x->scalar_type() == ScalarType::Float && sizes_of(*x) == sizes, "attention: ", name,
+                " must be float32, one number for each row of ", name[0]);
+  rules_.check(name, *x, q_);
+  return keys_view(*x);
 }
 View AttentionTensors::row_view(const Tensor& x) const {
   return {x.data_ptr(), packed_ ? 0 : stride_of(x, 0), stride_of(x, packed_ ? 0 : 1), 1};

@@ -33,7 +33,7 @@ struct AttentionOptions {
 // Where the CPU and a GPU differ.
 struct AttentionRules {
   bool looks_at_values;  // of lengths and offsets, to check them and to find the longest sequence
-  bool reads_pages;      // of a block_table
+  bool reads_caches;     // pages of a block_table, and int8 with scales
   const char* (*refusal)(Dtype dtype, int64_t dim, int64_t dim_v);  // why the kernels take no such call; null: they do
   int64_t most_rows;  // of q, of k, and heads in all
   void (*check)(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& q);  // readable beside q
@@ -90,6 +90,7 @@ class AttentionTensors {
   static Sizes sizes_of(const Tensor& x);
   View view(const Tensor& x) const;      // [B,H,T,D], packed [total,H,D]
   View keys_view(const Tensor& x) const;  // the same of k and v, in pages [P,page,H,D]
+  View scale_view(const MaybeTensor& x, const char* name, const Tensor& rows) const;  // of k or v: [...,1]
   View row_view(const Tensor& x) const;  // [B,H,T], packed [H,total]
   Sizes o_sizes() const, row_sizes() const;
   Tensor empty_as(const Tensor& x, const Sizes& sizes) const;  // in the order of x's dimensions

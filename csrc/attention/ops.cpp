@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 const AttentionRules kRules = {
     /*looks_at_values=*/true,
-    /*reads_pages=*/true,
+    /*reads_caches=*/true,
     /*refusal=*/[](Dtype, int64_t, int64_t) -> const char* { return nullptr; },
     /*most_rows=*/std::numeric_limits<int64_t>::max(),
     /*check=*/[](const char* name, const Tensor& x, const Tensor&) { check_readable(name, x.get()); },
@@ -51,6 +51,7 @@ FiveTensors attention_backward_cpu(const Tensor& d_o, const MaybeTensor& dlse, c
                                    const Tensor& v, const Tensor& o, const Tensor& lse, FASTSEQ_ATTENTION_OPTIONS,
                                    bool bias_grad) {
   FASTSEQ_CHECK(!block_table, "attention: keys in pages (block_table) have no backward pass");
+  FASTSEQ_CHECK(!k_scale, "attention: int8 keys (k_scale) have no backward pass");
   AttentionBackward call;
   AttentionTensors in(q, k, v, FASTSEQ_GIVEN_OPTIONS, kRules, call);
   call.threads = worth_asking(call, int(torch::stable::get_num_threads()));

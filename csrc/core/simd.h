@@ -51,7 +51,7 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-// Of weights only: a whole number of its row's scale.
+// Of weights, and of a cache's keys and values: a whole number of its row's scale.
 struct q8 {
   int8_t value;
 };

@@ -107,7 +107,8 @@ def _gradient(d_o: Tensor, dlse: Tensor | None, call: AttentionCall, bias_grad: 
 def call_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The reference's o and lse, o in memory as q is."""
     given = call._asdict()
-    del given["block_table"]  # its pages were gathered
+    for name in ("block_table", "k_scale", "v_scale"):  # pages were gathered, and int8 was widened
+        del given[name]
     o, lse = reference_attention(**given)
     return ops_attention.laid_out_as(call.q, o), lse
 
@@ -133,9 +134,9 @@ def differentiates(call: AttentionCall) -> bool:
     )
 
 
-def reads_pages(backend: str, call: AttentionCall) -> bool:
-    """Whether the backend reads keys and values from their pages, as some do for inference."""
-    reads = backend == "triton" or (backend == "native" and call.q.is_cpu)
+def reads_cache(backend: str, call: AttentionCall) -> bool:
+    """Whether the backend reads keys and values from their pages, and of int8, as some do for inference."""
+    reads = (backend == "triton" and call.k_scale is None) or (backend == "native" and call.q.is_cpu)
     if not reads or call.dropout_p > 0.0 or needs_reference() or functorch_active():
         return False
     return not differentiates(call)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseq.attn.checks import check_window
+from fastseq.attn import int8
+from fastseq.attn.checks import FLOATS, check_window
 from fastseq.checks import ArgumentError, sizes
 
 _ROWS = 64  # a page, and a first allocation, where nobody says
@@ -21,6 +22,12 @@ class KVCache(nn.Module):
     et al. 2023. *Ring*, with ``window``: the newest ``window`` positions of each sequence, whatever its length, for
     models of sliding windows. Its queries are positions of the last append: keys that earlier ones saw are gone.
 
+    *int8* numbers, with ``dtype=torch.int8``, are made by ``append``: of each token and head the nearest multiples of
+    a scale, its largest magnitude / 127. The native kernels on the CPU read them where they lie, for queries of
+    float32, bfloat16 or float16. With K and V the largest magnitudes in k and v, and e = |scale| · K / 254 · the sum
+    of magnitudes of a query's features, its lse is within e of what exact keys and values give, and its result within
+    V / 254 + (exp(2 e) − 1) · V, beside rounding.
+
     It is a module without parameters: its tensors are buffers, so ``state_dict``, ``deepcopy`` and ``to`` work. It is
     for inference: what is appended has no gradient. With a ``capacity`` a decoding step compiles whole, where a full
     cache is found by the bounds check of the compiled code.
@@ -32,7 +39,7 @@ class KVCache(nn.Module):
             None: the cache grows, and copies itself then. Not with ``window``.
         page_size: positions a page.
         window: keep that many positions a sequence.
-        dtype, device: of k and v; by default torch's defaults.
+        dtype, device: of k and v; by default torch's defaults. Floating, or int8.
 
     Raises:
         ArgumentError: sizes that make no cache.
@@ -49,6 +56,8 @@ class KVCache(nn.Module):
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None  # float32, of int8: as k and v, with 1 feature
+    v_scale: Tensor | None
     lengths: Tensor
     """int64 ``[batch]``: positions appended to each sequence since its reset."""
     table: Tensor | None  # int32 [batch, columns]: the pages of each sequence, of which those that hold something count
@@ -78,9 +87,11 @@ class KVCache(nn.Module):
                 _check_size(name, given)
         if window is not None and capacity is not None:
             raise ArgumentError(f"capacity={capacity} goes without window={window}, which says what is kept")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in (*FLOATS, torch.int8):
+            raise ArgumentError(f"dtype must be float64, float32, bfloat16, float16 or int8, got {dtype}")
         self.capacity, self.window = capacity, window
         self.page_size = min(window, _ROWS) if window is not None and page_size is None else page_size
-        options = {"dtype": dtype or torch.get_default_dtype(), "device": device}
         numbers = {"dtype": torch.int64, "device": device}
         self.register_buffer("lengths", torch.zeros(batch, **numbers))
         table = None
@@ -91,7 +102,7 @@ class KVCache(nn.Module):
                 pages = batch * (_pages(window - 1 + self.page_size, self.page_size) + 1)
             else:
                 pages = _pages(batch * _ROWS if capacity is None else capacity, self.page_size)
-            shape = (pages, self.page_size, heads)
+            shape = (pages, heads, self.page_size)
             columns = pages // batch if window is not None else pages
             own = torch.arange(pages, dtype=torch.int32, device=device)
             table = own.reshape(batch, columns) if window is not None else torch.zeros_like(own).repeat(batch, 1)
@@ -99,8 +110,10 @@ class KVCache(nn.Module):
             self.register_buffer("free", own.clone())
             self.register_buffer("used", torch.zeros((), **numbers))
         self.register_buffer("table", table)
-        self.register_buffer("k", torch.zeros(*shape, dim, **options))
-        self.register_buffer("v", torch.zeros(*shape, self.dim_v, **options))
+        for name, features in (("k", dim), ("v", self.dim_v)):
+            self.register_buffer(name, torch.zeros(*shape, features, dtype=dtype, device=device))
+            scale = torch.zeros(*shape, 1, device=device, dtype=torch.float32) if dtype == torch.int8 else None
+            self.register_buffer(f"{name}_scale", scale)
 
     def extra_repr(self) -> str:
         """The arguments that say how it lies."""
@@ -111,15 +124,16 @@ class KVCache(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys and values have, whether positions are in use or not."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes of memory that keys and values have, with their scales, whether positions are in use or not."""
+        return sum(x.nbytes for x in self._rows().values())
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, *, sequences: Tensor | None = None) -> None:
         """Append new positions to all sequences, or to some.
 
         Args:
-            k, v: ``[n, heads, t, dim]`` and ``[n, heads, t, dim_v]``, in the cache's dtype and on its device.
+            k, v: ``[n, heads, t, dim]`` and ``[n, heads, t, dim_v]``, in the cache's dtype and on its device. Of int8
+                they are float32, bfloat16 or float16.
             sequences: int64 ``[n]``: which ones, no one twice; all of them by default.
 
         Raises:
@@ -134,19 +148,20 @@ class KVCache(nn.Module):
         before = self.lengths[own]
         at = before[:, None] + torch.arange(k.shape[2], device=self.k.device)
         rows = (torch.arange(self.batch, device=self.k.device) if sequences is None else sequences)[:, None]
-        if self.table is None:
-            self.k[rows, :, at] = k.transpose(1, 2)
-            self.v[rows, :, at] = v.transpose(1, 2)
-        else:
+        if self.table is not None:
             page = self._page_size()
             if self.window is not None:
                 self._leave(own, before)
             else:
                 self._take(rows, before, k.shape[2])
             column = at // page - self.first[own][:, None]
-            row = self.table[rows, column].long() * page + at % page
-            self.k.flatten(0, 1)[row] = k.transpose(1, 2)
-            self.v.flatten(0, 1)[row] = v.transpose(1, 2)
+            rows, at = self.table[rows, column].long(), at % page
+        new = {"k": k, "v": v}
+        if self.k_scale is not None:
+            (k, k_scale), (v, v_scale) = int8.quantise(k), int8.quantise(v)
+            new = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+        for name, x in self._rows().items():
+            x[rows, :, at] = new[name].transpose(1, 2)
         self.lengths[own] = before + k.shape[2]
 
     @torch.no_grad()
@@ -167,8 +182,8 @@ class KVCache(nn.Module):
 
     def arguments(
         self, window: tuple[int, int] | None, given: dict[str, Any], of_positions: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, int] | None]:
-        """k, v, lengths_k, block_table and window for :func:`fastseq.attention`.
+    ) -> tuple[tuple[Any, ...], Tensor, Tensor | None, tuple[int, int] | None]:
+        """k, v and their scales; lengths_k, block_table and window for :func:`fastseq.attention`.
 
         Args:
             window: as given there.
@@ -176,8 +191,9 @@ class KVCache(nn.Module):
             of_positions: what counts positions from a sequence's begin, which a ring no longer has.
         """
         self._refuse(given, "the cache has the keys and their lengths")
+        rows = self.k, self.v, self.k_scale, self.v_scale
         if self.table is None:
-            return self.k, self.v, self.lengths, None, window
+            return rows, self.lengths, None, window
         if self.window is not None:
             self._refuse(of_positions, "a cache with window= has forgotten where its sequences begin")
             left, right = (self.window - 1, -1) if window is None else check_window(window)
@@ -186,7 +202,8 @@ class KVCache(nn.Module):
                     f"window={window}: the cache keeps {self.window} positions; left must be below that"
                 )
             window = left, right
-        return self.k, self.v, self.lengths - self.first * self._page_size(), self.table, window
+        pools = tuple(None if x is None else x.transpose(1, 2) for x in rows)
+        return pools, self.lengths - self.first * self._page_size(), self.table, window
 
     @staticmethod
     def _refuse(given: dict[str, Any], why: str) -> None:
@@ -194,14 +211,29 @@ class KVCache(nn.Module):
             if value is not None:
                 raise ArgumentError(f"{name} cannot be given with this cache: {why}")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> KVCache:
+        """As any module; but scales stay float32 whatever the module around is converted to."""
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None:
+                setattr(self, name, scale.to(self.k.device))
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Of a cache that had grown, too."""
-        grows = {"k": 2, "v": 2} if self.table is None else {"k": 0, "v": 0, "table": 1, "free": 0}
+        grows = dict.fromkeys(self._rows(), 2 if self.table is None else 0)
+        grows |= {} if self.table is None else {"table": 1, "free": 0}
         for name, dim in grows.items() if self.capacity is None else ():
             own, other = getattr(self, name), state_dict.get(prefix + name)
             if other is not None and own.select(dim, 0).shape == other.select(dim, 0).shape:
                 setattr(self, name, own.new_empty(other.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """What has a row for each position: [batch, heads, positions, features], or pools [pages, heads, page, ...]."""
+        rows = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: x for name, x in rows.items() if x is not None}
 
     def _page_size(self) -> int:
         assert self.page_size is not None
@@ -239,7 +271,8 @@ class KVCache(nn.Module):
             if longest > room:
                 self._full(longest, room, "positions a sequence")
                 rows = max(longest, 2 * room) - room
-                self.k, self.v = (nn.functional.pad(x, (0, 0, 0, rows)) for x in (self.k, self.v))
+                for name, x in self._rows().items():
+                    setattr(self, name, nn.functional.pad(x, (0, 0, 0, rows)))
             return
         page, columns = self._page_size(), self.table.shape[1]
         if self.window is not None:
@@ -261,8 +294,8 @@ class KVCache(nn.Module):
             self._add_pages(more)
 
     def _add_pages(self, count: int) -> None:
-        shape = (count, *self.k.shape[1:3])
-        self.k, self.v = (torch.cat((x, x.new_zeros(*shape, x.shape[-1]))) for x in (self.k, self.v))
+        for name, x in self._rows().items():
+            setattr(self, name, torch.cat((x, x.new_zeros(count, *x.shape[1:]))))
 
     def _full(self, wanted: int, room: int, what: str) -> None:
         if self.capacity is not None:
@@ -279,7 +312,11 @@ class KVCache(nn.Module):
                 raise ArgumentError(
                     f"{name} must be [{n}, {self.heads}, t, {features}], k and v of the same t, got {sizes(x)}"
                 )
-            if x.dtype != self.k.dtype or x.device != self.k.device:
+            if self.k_scale is not None and x.dtype not in int8.FLOATS:
+                raise ArgumentError(
+                    f"{name} is {x.dtype}; a cache of int8 makes its numbers of float32, bfloat16 or float16"
+                )
+            if (self.k_scale is None and x.dtype != self.k.dtype) or x.device != self.k.device:
                 raise ArgumentError(
                     f"{name} is {x.dtype} on {x.device}, the cache {self.k.dtype} on {self.k.device}: convert one"
                 )

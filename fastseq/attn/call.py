@@ -29,6 +29,8 @@ class AttentionCall(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     block_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
     seed: Tensor | None = None
     scale: float = 1.0
     causal: bool = False

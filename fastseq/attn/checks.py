@@ -204,9 +204,10 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor, q: Tensor) -> No
 
 def check_paged(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths_k: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, by_cache: bool = False,
 ) -> None:  # fmt: skip
-    """k [P,page,Hk,D], v [P,page,Hk,Dv] and block_table [B,pages]; q [B,Hq,Tq,D], or packed [total_q,Hq,D]."""
+    """k [P,page,Hk,D], v [P,page,Hk,Dv] and block_table [B,pages]; q [B,Hq,Tq,D], or packed [total_q,Hq,D]. A table
+    that a cache made is not looked into."""
     if cu_seqlens_k is not None:
         raise ArgumentError("cu_seqlens_k cannot be given with block_table: keys are counted by lengths_k")
     if lengths_k is None:
@@ -234,6 +235,8 @@ def check_paged(
         batch = cu_seqlens_q.shape[0] - 1
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise ArgumentError(f"block_table must be [B,pages] with B = {batch}, got {sizes(block_table)}")
+    if by_cache:
+        return
     check_lengths("lengths_k", lengths_k, q, block_table.shape[1] * k.shape[1], batch)
     if batch and block_table.device.type == "cpu" and values_visible(block_table) and values_visible(lengths_k):
         block_table = block_table[:, : -(-int(lengths_k.max()) // k.shape[1])]

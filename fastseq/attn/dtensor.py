@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastseq.attn.call import PER_SEQUENCE, TENSORS, AttentionCall
 from fastseq.dtensor import BATCH, HEADS, Axes, Shards, mesh_of, role_of
 
-_PAIRS, _PER_HEAD = ("bias", "mask"), ("sinks", "alibi_slopes")
+_KEYS, _PAIRS, _PER_HEAD = ("k", "v", "k_scale", "v_scale"), ("bias", "mask"), ("sinks", "alibi_slopes")
 
 
 def attend(call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Any]]) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def _axes(call: AttentionCall) -> dict[str, Axes]:
     batch = None if packed else 0
     axes = dict.fromkeys(TENSORS, Axes())
     axes["q"] = Axes(batch, 1)
-    axes["k"] = axes["v"] = Axes(None, 2) if paged else Axes(batch, 1)
+    axes |= dict.fromkeys(_KEYS, Axes(None, 2) if paged else Axes(batch, 1))
     if not packed:
         axes |= dict.fromkeys((*PER_SEQUENCE, "block_table"), Axes(0, None))
     axes |= dict.fromkeys(_PER_HEAD, Axes(None, 0))
@@ -66,7 +66,7 @@ def _axes(call: AttentionCall) -> dict[str, Axes]:
 def _local(shards: Shards, call: AttentionCall, name: str, axes: Axes, share: int) -> Any:
     """This process's part of one of a call's tensors."""
     x = getattr(call, name)
-    if share == 1 or name not in ("k", "v"):
+    if share == 1 or name not in _KEYS:
         return shards.local(name, x, axes)
     assert axes.heads is not None
     return shards.local(name, x, Axes(axes.batch)).narrow(axes.heads, shards.index(HEADS) // share, 1)

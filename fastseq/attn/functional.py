@@ -16,7 +16,7 @@ from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import dtensor as dtensor_attention
 from fastseq.attn import eager as eager_attention
-from fastseq.attn import pages
+from fastseq.attn import int8, pages
 from fastseq.attn import prefix as shared_prefix
 from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall, is_limited, scale_of, tensors_of, with_four_dimensions
@@ -109,7 +109,8 @@ def attention(
             alone. The Triton kernels and the native ones on the CPU read the pages where they lie; for any other
             backend, a gradient or dropout the keys are gathered first.
         cache: a :class:`fastseq.KVCache` in the place of k, v and their lengths; q's batch is its batch. Queries are
-            aligned with the end of each sequence; a cache with ``window`` limits what they see to that.
+            aligned with the end of each sequence; a cache with ``window`` limits what they see to that. Of int8 the
+            native kernels on the CPU read it where it lies; others get it widened to q's dtype.
         scale: 1 / sqrt(D) by default.
         dropout_p: chance in [0, 1] of each weight to be dropped, the kept ones scaled by 1 / (1 − dropout_p). Drawn
             from torch's default generator: the same after the same ``torch.manual_seed``.
@@ -142,6 +143,7 @@ def attention(
         >>> attention(q[:, :, :1], pool_k, pool_v, block_table=table, lengths_k=torch.tensor([37, 5])).shape
         torch.Size([2, 8, 1, 16])
     """
+    k_scale = v_scale = None
     if unknown:
         checks_attention.refuse_keyword("attention", unknown, checks_attention.MEANT_FOR_ATTENTION)
     if cache is not None:
@@ -150,7 +152,7 @@ def attention(
         given = {"k": k, "v": v, "lengths_k": lengths_k, "cu_seqlens_k": cu_seqlens_k, "block_table": block_table}
         top_left = None if align == "bottom_right" else align
         of_positions = {"bias": bias, "mask": mask, "prefix_lengths": prefix_lengths, "align": top_left}
-        k, v, lengths_k, block_table, window = cache.arguments(window, given, of_positions)
+        (k, v, k_scale, v_scale), lengths_k, block_table, window = cache.arguments(window, given, of_positions)
     elif k is None or v is None:
         raise TypeError("attention: k and v are missing; give both, or cache= in their place")
     short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
@@ -163,10 +165,13 @@ def attention(
         if o is not None:
             return o
     q, k, v, bias, sinks, alibi_slopes = _autocast(q, k, v, bias, sinks, alibi_slopes)
-    checks_attention.check_tensors(("q", "k", "v"), q, k, v)
+    if k_scale is None:
+        checks_attention.check_tensors(("q", "k", "v"), q, k, v)
+    else:
+        int8.check_query(q, k)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if block_table is not None:
-        checks_attention.check_paged(q, k, v, block_table, lengths_k, cu_seqlens_q, cu_seqlens_k)
+        checks_attention.check_paged(q, k, v, block_table, lengths_k, cu_seqlens_q, cu_seqlens_k, cache is not None)
         block_table = block_table.to(torch.int32)
     if packed and block_table is not None:
         checks_attention.check_no_dense(bias=bias, mask=mask, lengths_q=lengths_q)
@@ -212,8 +217,8 @@ def attention(
         prefix_lengths = prefix_lengths.to(torch.int64)
     call = AttentionCall(
         q, k, v, bias, mask, sinks, alibi_slopes, lengths_q, lengths_k, prefix_lengths, cu_seqlens_q, cu_seqlens_k,
-        block_table, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right, window_left=left,
-        window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
+        block_table, k_scale, v_scale, scale=scale_of(q, scale), causal=bool(causal), bottom_right=bottom_right,
+        window_left=left, window_right=right, softcap=float(softcap), dropout_p=float(dropout_p),
     )  # fmt: skip
     if prefix is None:
         o, lse = _attend(call, return_lse, backend)
@@ -395,9 +400,12 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor, *added: Tensor | None) -> tuple[A
     if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v, *added
     dtype = torch.get_autocast_dtype(q.device.type)
-    cast = (x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
+    cast = (x.to(dtype) if isinstance(x, Tensor) and x.dtype not in _KEPT else x for x in (q, k, v))
     halves = {torch.bfloat16, torch.float16} - {dtype}
     return *cast, *(x.float() if isinstance(x, Tensor) and x.dtype in halves else x for x in added)
+
+
+_KEPT = (torch.float64, torch.int8)  # by autocast: int8 stands beside its scales
 
 
 def _causal_limit(mask: object) -> str | None:
@@ -466,7 +474,7 @@ def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None =
             q.shape[-2],
             k.shape[-2],
             untimed=call.dropout_p > 0.0
-            or call.block_table is not None
+            or not (call.block_table is call.k_scale is None)
             or not (call.bias is call.mask is call.alibi_slopes is call.prefix_lengths is None),
             limits=is_limited(call),
             training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -480,8 +488,10 @@ def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None =
     name = backends.resolve("attention", kind, device, reasons, backend)
     if call.dropout_p > 0.0 and name != "torch":
         call = call._replace(seed=_seed(q))
-    if call.block_table is not None and not autograd_attention.reads_pages(name, call):
-        call = pages.gather(call)
+    if not (call.block_table is call.k_scale is None) and not autograd_attention.reads_cache(name, call):
+        call = call if call.block_table is None else pages.gather(call)
+        if call.k_scale is not None:
+            call = int8.widen(call, torch.float32 if name == "reference" else q.dtype)
     return (eager_attention.attention(call), None) if name == "torch" else autograd_attention.run(name, call)
 
 

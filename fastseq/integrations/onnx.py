@@ -160,6 +160,7 @@ def _attention(*arguments: Any) -> Sequence[Value]:
     call = AttentionCall(*arguments)
     _refuse(
         **{"dropout": call.dropout_p > 0.0, "a paged cache (block_table=)": call.block_table is not None},
+        **{"a cache of int8 (k_scale)": call.k_scale is not None},
         **{"packed sequences (cu_seqlens)": call.cu_seqlens_q is not None},
     )
     q, k, v, bias, sinks, slopes = map(_wide, (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes))

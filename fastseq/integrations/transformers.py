@@ -23,6 +23,8 @@ with own_kernels_hidden():
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
+from fastseq.integrations import caches
+from fastseq.integrations.caches import Cache as Cache
 from fastseq.integrations.masks import Limits, LimitsMask, TracedLimits, limits, read, read_traced, traced_limits
 
 RESERVED = ("eager", "sdpa", "flash", "flex_attention", "paged|", "/")
@@ -159,6 +161,11 @@ def attend(
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     mask: Any = attention_mask
+    if isinstance(key, caches.CachedTensor):
+        in_place = caches.arguments(key, query, mask) if bias is sinks is None else None
+        if in_place is not None:
+            return _dense(query, None, None, None, None, None, given | in_place), None
+        key, value = caches.dense(key), caches.dense(value)
     if isinstance(mask, (LimitsMask, TracedLimits)):
         found = mask.limits if mask.shape[2:] == (query.shape[2], key.shape[2]) else None
         if found is None or (found.cu_seqlens is not None and not (bias is sinks is None)):
@@ -191,9 +198,10 @@ def _check(module: torch.nn.Module, options: dict[str, Any]) -> None:
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Any, sinks: Tensor | None, given: dict[str, Any]
+    query: Tensor, key: Any, value: Any, mask: Any, bias: Any, sinks: Tensor | None, given: dict[str, Any]
 ) -> Tensor:
-    """Attention of a batch, [B, Tq, Hq, Dv], with what is added to its scores, and a sink for each query."""
+    """Attention of a batch, [B, Tq, Hq, Dv], with what is added to its scores, and a sink for each query. Key and value
+    are None where ``given`` has a cache."""
     if mask is not None and mask.dtype == torch.bool:
         given["mask"] = mask
     elif mask is not None:

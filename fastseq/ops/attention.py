@@ -60,7 +60,7 @@ def attention_rule(leading: int, backward: bool) -> Callable[[Callable], Callabl
     def of(op: Callable) -> Callable[..., tuple[Any, Any]]:
         def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
             options, dims = (dict(zip(OPTIONS, x[leading:], strict=False)) for x in (args, in_dims))
-            packed = options["cu_seqlens_q"] is not None or options["block_table"] is not None
+            packed = any(options[name] is not None for name in ("cu_seqlens_q", "block_table", "k_scale"))
             # Dropout's bits depend on the place in the batch, and sinks have one gradient a batch.
             one_by_one = packed or options["dropout_p"] > 0.0 or (backward and options["sinks"] is not None)
             if one_by_one or dims["sinks"] is not None or dims["alibi_slopes"] is not None:

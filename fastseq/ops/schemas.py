@@ -92,6 +92,8 @@ NATIVE_SCAN_WINDOWS = "(int windows, int walkers) -> int"
 # On a cache of pages, by Triton's kernels and the CPU's: k [P,page,Hk,D], v [P,page,Hk,Dv], block_table int32 [B,
 #   pages of the longest], of which lengths_k rows count; q dense, or packed with cu_seqlens_q alone; Tk = pages of the
 #   longest * page. No dropout and no gradient.
+# On int8, by the CPU's kernels: k and v int8, k_scale and v_scale float32 of their shapes with 1 feature: what a row's
+#   numbers are multiples of. Dense or in pages; q float32, bfloat16 or float16. No gradient.
 # -> o as q with Dv features, dense, its dimensions in memory in the order of q's; lse float32 (float64 for float64)
 #    [B,Hq,Tq], packed [Hq,total]
 ATTENTION_FORWARD = "(Tensor q, Tensor k, Tensor v, {options}) -> (Tensor o, Tensor lse)"

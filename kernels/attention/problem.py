@@ -86,9 +86,12 @@ class Problem:
         bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
         lengths_q: Tensor | None, lengths_k: Tensor | None, prefix_lengths: Tensor | None,
         cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, block_table: Tensor | None,
-        seed: Tensor | None, scale: float, causal: bool, bottom_right: bool, window_left: int, window_right: int,
-        softcap: float, dropout_p: float, machine: str | None = None,
+        k_scale: Tensor | None, v_scale: Tensor | None, seed: Tensor | None, scale: float, causal: bool,
+        bottom_right: bool, window_left: int, window_right: int, softcap: float, dropout_p: float,
+        machine: str | None = None,
     ) -> None:  # fmt: skip
+        if not (k_scale is v_scale is None):
+            raise RuntimeError("attention: the Triton kernels read no int8 keys (k_scale)")
         self.packed, self.paged = cu_seqlens_q is not None, block_table is not None
         self.machine = tuning_attention.architecture(q) if machine is None else machine
         self.q, self.k, self.v = with_unit_rows(q), with_unit_rows(k), with_unit_rows(v)

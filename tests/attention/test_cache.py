@@ -215,7 +215,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(layout, change):
     with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
         cache.load_state_dict(other.state_dict())
     assert cache.k.shape[-1] == DIM
-    assert cache.page_size is None or cache.k.shape[1] == cache.page_size
+    assert cache.page_size is None or cache.k.shape[2] == cache.page_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -252,6 +252,22 @@ def test_the_public_function_reads_pages(packed_queries: bool) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"page_size": 16}, {"window": 20}], ids=str)
+def test_the_public_function_takes_every_cache(layout: dict[str, Any], dtype: torch.dtype) -> None:
+    """Pages are read where they lie, a cache of int8 is widened first: the operator refuses it."""
+    cache = fastseq.KVCache(2, 2, 24, dim_v=17, dtype=dtype, **layout)
+    cache.append(torch.randn(2, 2, 41, 24), torch.randn(2, 2, 41, 17))
+    for queries in (1, 5):
+        q = torch.randn(2, 6, queries, 24)
+        found = [fastseq.attention(q, cache=cache, causal=True, backend=name) for name in ("triton", "reference")]
+        torch.testing.assert_close(*found)
+    rows, scales = torch.zeros(2, 2, 4, 24, dtype=torch.int8), torch.ones(2, 2, 4, 1)
+    given = arguments({"k_scale": scales, "v_scale": scales})
+    with pytest.raises(RuntimeError, match=r"the Triton kernels read no int8 keys \(k_scale\)"):
+        torch.ops.fastseq.attention_forward.triton(q, rows, rows, *given)
+
+
 def test_the_operator_for_pages_passes_opcheck_and_vmap() -> None:
     lengths, table = torch.tensor([5, 16]), torch.tensor([[0], [1]]).int()
     q, k, v = torch.randn(2, 4, 3, 24), torch.randn(2, 16, 2, 24), torch.randn(2, 16, 2, 17)

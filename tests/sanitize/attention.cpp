@@ -27,6 +27,8 @@ struct Problem {
   int64_t seed;
   int64_t page = 0;  // not 0: the forward pass runs once more with keys and values in pages of so many
   std::vector<int32_t> table;
+  std::shared_ptr<int8_t[]> small_k, small_v;  // the forward pass runs once more with these, times scales
+  Array k_scale, v_scale;
 
   explicit Problem(Random& random) {
     dtype = Dtype(random.below(4));
@@ -76,6 +78,23 @@ struct Problem {
     if (random.chance(0.2)) options.dropout_p = 0.3;
     seed = int64_t(random.bits());
     if (!packed && random.chance(0.4)) draw_pages(random);
+    if (random.chance(0.4)) small_k = draw_small(random, k.size(), D, k_scale), small_v = draw_small(random, v.size(), Dv, v_scale);
+  }
+
+  std::shared_ptr<int8_t[]> draw_small(Random& random, int64_t n, int64_t features, Array& scale) {
+    std::shared_ptr<int8_t[]> out(new int8_t[size_t(n)]);
+    for (int64_t i = 0; i < n; ++i) out[size_t(i)] = int8_t(random.below(255) - 127);
+    scale = random.array(Dtype::f32, n / features, 0.01);
+    return out;
+  }
+  // Views of int8 rows and of their scales; in float64, which the kernels take no int8 beside, a copy of the products.
+  Array set_small(const std::shared_ptr<int8_t[]>& rows, const Array& scale, int64_t n, View& to, View& to_scale) const {
+    to = view(scale, Hk, rows_k, n), to_scale = view(scale, Hk, rows_k, 1), to.data = rows.get();
+    if (dtype != Dtype::f64) return {};
+    Array products(Dtype::f64, scale.size() * n);
+    for (int64_t i = 0; i < products.size(); ++i) products.set(i, double(rows[size_t(i)]) * scale[i / n]);
+    to.data = products.data(), to_scale = {};
+    return products;
   }
 
   void draw_pages(Random& random) {
@@ -189,6 +208,18 @@ struct Problem {
       done = done && run_attention(forward);
       out.insert(out.end(), {{"o of pages", paged_o}, {"lse of pages", paged_lse, true}});
       forward.o = view(o, Hq, rows_q, Dv), forward.lse = row_view(lse);
+    }
+
+    if (small_k) {
+      Array small_o(dtype, d_o.size()), small_lse(accumulator_of(dtype), lse.size());
+      AttentionForward small{};
+      fill(small);
+      const Array wide_k = set_small(small_k, k_scale, D, small.k, small.k_scale);
+      const Array wide_v = set_small(small_v, v_scale, Dv, small.v, small.v_scale);
+      small.o = view(small_o, Hq, rows_q, Dv), small.lse = row_view(small_lse);
+      done = done && (Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, small)
+                                                    : FASTSEQ_DISPATCH(attention_forward, small));
+      out.insert(out.end(), {{"o of int8", small_o}, {"lse of int8", small_lse, true}});
     }
 
     Array dq(dtype, q.size()), dk(dtype, k.size()), dv(dtype, v.size()), dbias, dsinks, rows;

@@ -42,12 +42,14 @@ FASTSEQ_INLINE void sum_four(const Vec<A> (&x)[4], A* out) {
   }
 }
 
-template <class S>
+// K: what k and v are stored as, S or q8, whose rows have scales.
+template <class S, class K>
 class Decode {
  public:
   using A = Accumulator<S>;
   static constexpr int L = kLanes<A>;
-  static constexpr bool kDot = kHasDot && __is_same(S, bf16);
+  static constexpr bool kScaled = __is_same(K, q8);
+  static constexpr bool kDot = kHasDot && __is_same(K, bf16);
   using Query = std::conditional_t<kDot, S, A>;  // what q is kept as
   static constexpr long kQueryLanes = kVectorBytes / long(sizeof(Query));
 
@@ -91,11 +93,13 @@ class Decode {
   struct Scratch {
     Query* q;                   // [rows, width]
     A *scores, *bias, *rescale;  // [4, kStep], [kStep], [4]
-    const S **k, **v;            // [kStep], rows
+    const K **k, **v;            // [kStep], rows
+    float *k_scale, *v_scale;    // [kStep], of int8
     Scratch(const Decode& d, Arena& arena) {
       q = arena.take<Query>(d.rows_ * d.width_);
       scores = arena.take<A>(kRows * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kRows);
-      k = arena.take<const S*>(kStep), v = arena.take<const S*>(kStep);
+      k = arena.take<const K*>(kStep), v = arena.take<const K*>(kStep);
+      k_scale = arena.take<float>(kScaled ? kStep : 0), v_scale = arena.take<float>(kScaled ? kStep : 0);
     }
   };
 
@@ -126,6 +130,8 @@ class Decode {
     for (long j = begin; j < end; j += kStep) {
       const long n = least(kStep, end - j);
       rows_of(call_, call_.k, s, b, hk, j, n, x.k), rows_of(call_, call_.v, s, b, hk, j, n, x.v);
+      if constexpr (kScaled)
+        scales_of(call_, call_.k_scale, s, b, hk, j, n, x.k_scale), scales_of(call_, call_.v_scale, s, b, hk, j, n, x.v_scale);
       for (long r = 0; r < rows; r += kRows) {
         switch (least(kRows, rows - r)) {
           case 1:
@@ -151,9 +157,11 @@ class Decode {
     for (int i = 0; i < R; ++i) {
       const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
       A* const scores = x.scores + i * kStep;
+      if constexpr (kScaled) multiply(scores, x.k_scale, n);
       score(s, b, h, row, j0, n, scores, x.bias);
       exponentiate(scores, n, max[r + i], sum[r + i], x.rescale[i]);
       if (dropout_.active) drop(b, h, row, j0, n, scores);
+      if constexpr (kScaled) multiply(scores, x.v_scale, n);
     }
     const int vectors = int(width_v_ / L);
     for (int c = 0; c < vectors; c += 4) {
@@ -167,18 +175,22 @@ class Decode {
     }
   }
 
+  static void multiply(A* x, const float* by, long n) {
+    for (long j = 0; j < n; ++j) x[j] *= by[j];
+  }
+
   // Into the second cache: rows that lie a power of two apart would drive each other out of the first.
-  static void prefetch_row(const S* row, long width) {
-    for (long d = 0; d < width; d += 64 / long(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+  static void prefetch_row(const K* row, long width) {
+    for (long d = 0; d < width; d += 64 / long(sizeof(K))) __builtin_prefetch(row + d, 0, 2);
   }
 
   template <int R>
-  void multiply_keys(const S* const* k, long n, const Query* q, A* scores, const S* const* v) const {
+  void multiply_keys(const K* const* k, long n, const Query* q, A* scores, const K* const* v) const {
     for (long j = 0; j < n; j += 4) {
       for (long i = j; v && i < least(j + 4, n); ++i) {
         prefetch_row(k[least(i + kAhead, n - 1)], call_.dim), prefetch_row(v[i], call_.dim_v);
       }
-      const S* rows[4];
+      const K* rows[4];
       for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
       Vec<A> acc[R][4] = {};
       long d = 0;
@@ -189,7 +201,7 @@ class Decode {
     }
   }
   template <int R, bool kWhole>
-  FASTSEQ_INLINE void add_products(const S* const (&rows)[4], long d, const Query* q, Vec<A> (&acc)[R][4]) const {
+  FASTSEQ_INLINE void add_products(const K* const (&rows)[4], long d, const Query* q, Vec<A> (&acc)[R][4]) const {
 #if defined(__AVX512BF16__)
     if constexpr (kDot) {
       const __mmask32 some = __mmask32((uint64_t(1) << (kWhole ? 32 : call_.dim - d)) - 1);
@@ -227,7 +239,7 @@ class Decode {
 #pragma GCC unroll 4
       for (int c = 0; c < N; ++c) acc[r][c] = load(o + r * width_v_ + c * L) * x.rescale[r];
     for (long j = 0; j < n; ++j) {
-      const S* const v = x.v[j] + d;
+      const K* const v = x.v[j] + d;
       Vec<A> vv[N];
 #pragma GCC unroll 4
       for (int c = 0; c < N; ++c) vv[c] = kWhole ? load(v + c * L) : load_n(v, int(least(L, wide)));
@@ -349,7 +361,13 @@ class Decode {
 }  // namespace attention
 
 bool attention_decode(const AttentionForward& call) {
-  return for_dtype(call.dtype, [&](auto s) { return attention::Decode<decltype(s)>(call).run(); });
+  return for_dtype(call.dtype, [&](auto s) {
+    using S = decltype(s);
+    if constexpr (!__is_same(S, double)) {
+      if (call.k_scale.data) return attention::Decode<S, q8>(call).run();
+    }
+    return attention::Decode<S, S>(call).run();
+  });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

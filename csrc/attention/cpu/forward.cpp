@@ -41,7 +41,7 @@ class Forward {
         query_blocks_((call.length_q + kQueries - 1) / kQueries), width_v_(round_up(call.dim_v, L)),
         pairs_((call.dim + Op::depth - 1) / Op::depth),
         k_copy_row_(kDot ? 2 * pairs_ : round_up(call.dim, L)), copy_k_(kWiden || (kDot && call.dim % 2 != 0)),
-        copy_v_(kWiden || kDot || call.dim_v % L != 0) {}
+        copy_v_(kWiden || kDot || call.dim_v % L != 0), gathers_(call.pages || call.k_scale.data) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k, blocks = query_blocks_ * group_;
@@ -94,8 +94,8 @@ class Forward {
       rescale = arena.take<A>(kQueries);
       if (f.copy_k_) k = arena.take<KCopy>(keys * f.k_copy_row_);
       if (f.copy_v_) v = arena.take<Element>(keys / Op::depth * f.width_v_);
-      if (f.call_.pages) {
-        rows = arena.take<const S*>(keys);
+      if (f.gathers_) {
+        scales = arena.take<float>(keys);
         gathered_k = arena.take<S>(keys * f.call_.dim), gathered_v = arena.take<S>(keys * f.call_.dim_v);
       }
     }
@@ -104,7 +104,7 @@ class Forward {
     A *scores, *bias, *block_max, *rescale;
     Element *p, *v = nullptr;
     KCopy* k = nullptr;
-    const S** rows = nullptr;  // of pages
+    float* scales = nullptr;  // of int8
     S *gathered_k = nullptr, *gathered_v = nullptr;
     uint64_t *words, *kept;
   };
@@ -162,9 +162,9 @@ class Forward {
     const long n = j1 - j0;
     const S *k, *v;
     long k_row = call_.k.row, v_row = call_.v.row;
-    if (call_.pages) {
-      k = gather(call_.k, call_.dim, s, b, hk, j0, n, x.rows, x.gathered_k), k_row = call_.dim;
-      v = gather(call_.v, call_.dim_v, s, b, hk, j0, n, x.rows, x.gathered_v), v_row = call_.dim_v;
+    if (gathers_) {
+      k = gather(call_.k, call_.k_scale, call_.dim, s, b, hk, j0, n, x.scales, x.gathered_k), k_row = call_.dim;
+      v = gather(call_.v, call_.v_scale, call_.dim_v, s, b, hk, j0, n, x.scales, x.gathered_v), v_row = call_.dim_v;
     } else {
       k = at<S>(call_.k, b, hk, s.k_row + j0), v = at<S>(call_.v, b, hk, s.k_row + j0);
     }
@@ -189,11 +189,24 @@ class Forward {
     return out;
   }
 
-  // Keys [j0, j0 + n) of pages, side by side.
-  const S* gather(const View& view, long width, const Sequence& s, long b, long hk, long j0, long n, const S** rows,
-                  S* to) const {
-    rows_of(call_, view, s, b, hk, j0, n, rows);
-    for (long j = 0; j < n; ++j) __builtin_memcpy(to + j * width, rows[j], size_t(width) * sizeof(S));
+  // Keys [j0, j0 + n) of pages, side by side, and of q's type.
+  const S* gather(const View& view, const View& scale, long width, const Sequence& s, long b, long hk, long j0, long n,
+                  float* scales, S* to) const {
+    if constexpr (!__is_same(S, double)) {
+      if (scale.data) scales_of(call_, scale, s, b, hk, j0, n, scales);
+      const auto widen_run = [&](const q8* row, long place, long count) {
+        for (long j = place; j < place + count; ++j, row += view.row)
+          for (long d = 0; d < width; d += L) {
+            const int wide = int(least(L, width - d));
+            store_n(to + j * width + d, load_n(row + d, wide) * scales[j], wide);
+          }
+      };
+      if (scale.data) return for_runs<q8>(call_, view, s, b, hk, j0, n, widen_run), to;
+    }
+    for_runs<S>(call_, view, s, b, hk, j0, n, [&](const S* row, long place, long count) {
+      for (long j = place; j < place + count; ++j, row += view.row)
+        __builtin_memcpy(to + j * width, row, size_t(width) * sizeof(S));
+    });
     return to;
   }
 
@@ -326,7 +339,7 @@ class Forward {
   const Scoring<S> scoring_;
   const Dropout dropout_;
   const long group_, query_blocks_, width_v_, pairs_, k_copy_row_;
-  const bool copy_k_, copy_v_;
+  const bool copy_k_, copy_v_, gathers_;
   int at_once_ = 1;
   long bundles_ = 1;
 };

@@ -77,21 +77,31 @@ template <class T>
 T* at(const View& view, long b, long h, long row) {
   return static_cast<T*>(view.data) + b * view.batch + h * view.head + row * view.row;
 }
-// Where keys [j, j + n) of sequence b and head h lie, of k or of v, one at a time.
+// Where keys [j, j + n) of sequence b and head h lie, of k or of v: each(row, place of the first, count) for those that are
+// view.row apart.
+template <class T, class Each>
+FASTSEQ_INLINE void for_runs(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n,
+                             const Each& each) {
+  if (!call.pages) return each(at<const T>(view, b, h, s.k_row + j), 0, n);
+  for (long done = 0, count; done < n; done += count) {
+    const long first = (j + done) % call.page;
+    count = least(n - done, call.page - first);
+    each(at<const T>(view, call.pages[b * call.table_row + (j + done) / call.page], h, first), done, count);
+  }
+}
+// One at a time.
 template <class T>
 void rows_of(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n, const T** rows) {
-  for (long done = 0; done < n;) {
-    long count = n;
-    const T* row;
-    if (call.pages) {
-      const long first = (j + done) % call.page;
-      row = at<const T>(view, call.pages[b * call.table_row + (j + done) / call.page], h, first);
-      count = least(n - done, call.page - first);
-    } else {
-      row = at<const T>(view, b, h, s.k_row + j);
-    }
-    for (long i = 0; i < count; ++i, row += view.row) rows[done++] = row;
-  }
+  for_runs<T>(call, view, s, b, h, j, n, [&](const T* row, long place, long count) {
+    for (long i = 0; i < count; ++i, row += view.row) rows[place + i] = row;
+  });
+}
+// The scales of int8 rows.
+inline void scales_of(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n,
+                      float* scales) {
+  for_runs<float>(call, view, s, b, h, j, n, [&](const float* row, long place, long count) {
+    for (long i = 0; i < count; ++i) scales[place + i] = row[i * view.row];
+  });
 }
 
 template <class T>

@@ -29,7 +29,7 @@ struct Launching {
 
 const AttentionRules kRules = {
     /*looks_at_values=*/false,
-    /*reads_pages=*/false,
+    /*reads_caches=*/false,
     /*refusal=*/attention_refusal,
     /*most_rows=*/kLongest,
     /*check=*/[](const char* name, const Tensor& x, const Tensor& q) {

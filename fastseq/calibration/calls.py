@@ -89,7 +89,7 @@ class ScanShape(NamedTuple):
 
 class AttentionShape(NamedTuple):
     """A call of attention. ``mask``, ``bias``: which dimensions of ``[B, Hq, Tq, Tk]`` each has, as ``b11k``; empty
-    where there is none. ``left``, ``right``: the window's limits, -1 for none. ``batch``: the sequences, where packed."""
+    where there is none. ``left``, ``right``: the window's limits, -1 for none. ``batch``: sequences, packed too."""
 
     dtype: str
     batch: int

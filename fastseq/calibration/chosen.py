@@ -195,12 +195,12 @@ def _row(
     def usable(name: str) -> bool:
         if name not in OURS:
             return True
+        key = name, shape.op, shape.dtype
         proven = any(
-            verdict.outcome == PASSED
-            and (test.backend, test.shape.op, test.shape.dtype) == (name, shape.op, shape.dtype)
+            verdict.outcome == PASSED and (test.backend, test.shape.op, test.shape.dtype) == key
             for test, verdict in entry.tests.items()
         )
-        return proven and (name, shape.op) in entry.tested and (name, shape.op, shape.dtype) not in bad
+        return proven and key in entry.tested and key not in bad
 
     common = set.intersection(*(set(timed.times) for _, timed in members))
     means = {

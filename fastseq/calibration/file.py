@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastseq import auto, ops
-from fastseq.calibration.calls import SHAPES, Shape, from_values
+from fastseq.calibration.calls import DTYPES, SHAPES, Shape, from_values
 
 FORMAT = "fastseq calibration 1"
 LARGEST_FILE = 16 << 20
@@ -45,7 +45,7 @@ class Broken(ValueError):
     """The file is not what was written."""
 
 
-class Test(NamedTuple):
+class Trial(NamedTuple):
     """A self-test: of this backend, on this call. ``shape.dtype`` and ``shape.op`` say what it vouches for."""
 
     backend: str
@@ -72,12 +72,12 @@ class Timed:
 
 @dataclass
 class Entry:
-    """What was measured on one machine. ``tested``: backends and operations whose self-tests were all made."""
+    """What was measured on one machine. ``tested``: backend, operation and dtype of which all self-tests were made."""
 
     machine: Machine
     date: str = ""
-    tested: set[tuple[str, str]] = field(default_factory=set)
-    tests: dict[Test, Verdict] = field(default_factory=dict)
+    tested: set[tuple[str, str, str]] = field(default_factory=set)
+    tests: dict[Trial, Verdict] = field(default_factory=dict)
     timed: dict[Shape, Timed] = field(default_factory=dict)
 
     def merge(self, newer: Entry) -> None:
@@ -117,15 +117,22 @@ def machine(device: str, index: int) -> Machine | None:
         isa = None if ops.NATIVE_MISSING is not None else torch.ops.fastseq.native_isa("")
         own = {"device": processor(), "kind": "cpu", "threads": torch.get_num_threads(), "instructions": isa}
         return own | _software()
-    if device != "cuda" or not torch.cuda.is_available() or index >= torch.cuda.device_count():
+    found = gpu(index) if device == "cuda" else None
+    if found is None:
         return None
-    found = torch.cuda.get_device_properties(index)
     own = {
         "device": found.name, "kind": auto.device_key(torch.device("cuda", index)), "driver": _driver(),
         "multiprocessors": found.multi_processor_count, "memory": found.total_memory,
         "cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     return own | _software()
+
+
+def gpu(index: int) -> Any:
+    """What torch knows of a GPU; None where there is none."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    return torch.cuda.get_device_properties(index)
 
 
 def _software() -> Machine:
@@ -190,10 +197,10 @@ def read() -> list[Entry]:
 def _entry(document: dict[str, Any]) -> Entry:
     found = Entry(dict(document["machine"]), document["date"])
     time.strptime(found.date, "%Y-%m-%d")
-    for backend, op in document["tested"]:
-        found.tested.add((_known(backend, BACKENDS), _known(op, tuple(SHAPES))))
+    for backend, op, dtype in document["tested"]:
+        found.tested.add((_known(backend, BACKENDS), _known(op, tuple(SHAPES)), _known(dtype, DTYPES)))
     for backend, op, values, outcome, said in document["tests"]:
-        test = Test(_known(backend, BACKENDS), from_values(op, values))
+        test = Trial(_known(backend, BACKENDS), from_values(op, values))
         found.tests[test] = _verdict(outcome, said)
     for op, values, of_kind, spread, times, out in document["timed"]:
         timed = Timed(of_kind is True, _positive(spread))

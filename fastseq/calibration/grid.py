@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import product
 
 from fastseq.backend import operator_reason
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape
 from fastseq.calibration.chosen import OURS
-from fastseq.calibration.file import Test
+from fastseq.calibration.file import Trial
 from fastseq.recurrent.cells import CELLS
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -38,17 +38,17 @@ _ATTENTION = (
 )
 
 
-def self_tests(device: str, ops: Iterable[str]) -> Iterator[Test]:
-    """All that must pass before a kernel of ours is chosen, a backend and operation after the other."""
-    for op in ops:
+def self_tests(device: str, wanted: Collection[tuple[str, str]]) -> Iterator[Trial]:
+    """All that must pass before a kernel of ours is chosen for an operation in a dtype, one after the other."""
+    for op, dtype in wanted:
         for backend in ours(device, op):
-            for dtype in FLOATS:
-                shapes: Iterable[Shape] = _ATTENTION
-                if op == "scan":
-                    shapes = (shape._replace(cell=cell.name) for cell in CELLS for shape in _SCANS)
-                yield from (Test(backend, shape._replace(dtype=dtype)) for shape in shapes)
-            if op == "scan" and not (device == "cuda" and backend == "native"):  # which have no projection
-                yield from (Test(backend, _SCANS[0]._replace(projected=8, dtype=dtype)) for dtype in FLOATS)
+            shapes: list[Shape] = [shape._replace(dtype=dtype) for shape in _ATTENTION]
+            if op == "scan":
+                scans = [shape._replace(dtype=dtype) for shape in _SCANS]
+                shapes = [shape._replace(cell=cell.name) for cell in CELLS for shape in scans]
+                if device != "cuda" or backend != "native":  # which have no projection
+                    shapes.append(scans[0]._replace(projected=8))
+            yield from (Trial(backend, shape) for shape in shapes)
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import contextlib
 import gc
 import json
 import statistics
-import time
+import timeit
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -217,23 +217,29 @@ def judged(backend: str, shape: Shape, device: torch.device, judge: Judge) -> Ve
 # --- how long ---------------------------------------------------------------------------------------------------------
 
 
+class Clock(Protocol):
+    """Seconds of a block of calls; ``cold``: with caches emptied before each, which is not timed."""
+
+    def __call__(self, call: Callable[[], object], calls: int, cold: bool = False) -> float: ...
+
+
 class EventClock:
-    """Seconds of a block of calls by a GPU's own events; ``cold``: with caches emptied before each, which is not
-    timed."""
+    """Seconds by a GPU's own events."""
 
     SWEEP = 256 << 20
     """Bytes written to empty the caches: several times the largest L2."""
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
-        self._device, self._dirt = device, torch.empty(0)
+        self._device = device
+        self._dirt: Tensor | None = None
 
     def __call__(self, call: Callable[[], object], calls: int, cold: bool = False) -> float:
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls if cold else 1)]
         torch.cuda.synchronize()
-        if cold and not self._dirt.numel():
+        if cold and self._dirt is None:
             self._dirt = torch.empty(self.SWEEP, dtype=torch.uint8, device=self._device)
         for start, end in pairs:
-            if cold:
+            if cold and self._dirt is not None:
                 self._dirt.zero_()
             start.record()
             for _ in range(1 if cold else calls):
@@ -244,14 +250,8 @@ class EventClock:
 
 
 def host_clock(call: Callable[[], object], calls: int, cold: bool = False) -> float:
-    """Seconds of a block of calls by the host's clock."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return time.perf_counter() - start
-
-
-Clock = Callable[[Callable[[], object], int], float]
+    """Seconds by the host's clock."""
+    return timeit.Timer(call).timeit(calls)
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -260,7 +260,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float) -> tuple[dict[str, float], float]:
-    """The median time of a call of each, over blocks in turns, about ``seconds`` for each; three times as many where the
+    """The median time of a call of each, over blocks in turns, about ``seconds`` for each, three times that where the
     rounds spread widely. And what a ratio of two medians may be off by."""
     counts: dict[str, int] = {}
     for name, call in calls.items():

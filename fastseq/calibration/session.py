@@ -21,7 +21,7 @@ from fastseq import backend as backends
 from fastseq import children
 from fastseq.calibration import chosen, file, grid
 from fastseq.calibration.calls import SHAPES, ScanShape, Shape
-from fastseq.calibration.file import CANNOT, LOST, PASSED, Entry, Test, Timed, Verdict
+from fastseq.calibration.file import CANNOT, LOST, PASSED, Entry, Timed, Trial, Verdict
 from fastseq.recurrent.cells import NOT_IN_TORCH
 
 MINUTES = 6.0
@@ -31,6 +31,8 @@ FOR_TESTS = 0.7
 """Of the time, at most, if anything is to be timed after it."""
 PATIENCE = 180.0
 """Seconds that one trial may take; a GPU's kernels are compiled in it."""
+EVERY = 1.0
+"""Seconds between two times that the file is written."""
 AT_ONCE = 40
 """Trials that a child is given: their text is one argument of a command."""
 
@@ -104,7 +106,8 @@ class Progress:
 class Session:
     """One device's calibration.
 
-    until: on ``time.monotonic``. wanted: calls of a model; None: those that stand for kinds. work: makes the trials.
+    until: on ``time.monotonic``. wanted: calls of a model; None: those that stand for kinds. work: makes the trials; in
+    children by default.
     unwritten: what is measured counts in this process alone where the file cannot be written; else that is an error.
     """
 
@@ -112,7 +115,7 @@ class Session:
     until: float
     wanted: Sequence[Shape] | None = None
     progress: Progress = field(default_factory=lambda: Progress(False))
-    work: Work = in_children
+    work: Work | None = None
     unwritten: bool = False
     entry: Entry = field(init=False)
     refused: str = ""
@@ -121,7 +124,7 @@ class Session:
         machine = file.machine(self.device.type, self.device.index or 0)
         if machine is None:
             raise CalibrationError(f"no kernel of ours exists for {self.device}, or it is not here; give cpu or cuda")
-        self.entry = Entry(machine, today())
+        self.entry, self._news, self._saved = Entry(machine, today()), Entry(machine, today()), 0.0
         with contextlib.suppress(file.Broken, OSError):
             for known in file.read():
                 if known.machine == machine:
@@ -134,6 +137,13 @@ class Session:
         asked = SHAPES if self.wanted is None else {shape.op for shape in self.wanted}
         return [op for op in SHAPES if op in asked and grid.ours(self.device.type, op)]
 
+    @property
+    def dtypes(self) -> list[tuple[str, str]]:
+        """Each of these with each dtype that is asked for."""
+        if self.wanted is None:
+            return [(op, dtype) for dtype in grid.FLOATS for op in self.ops]
+        return list(dict.fromkeys((shape.op, shape.dtype) for shape in self.wanted if shape.op in self.ops))
+
     def run(self) -> bool:
         """Make the trials that are not made yet; returns whether all were made before the time was up.
 
@@ -144,10 +154,11 @@ class Session:
         if not grid.ours(self.device.type, "scan") and not grid.ours(self.device.type, "attention"):
             raise CalibrationError(f"no kernel of ours can run on {self.device}: python -m fastseq doctor says why")
         with self._alone():
-            self._save(Entry(self.entry.machine, self.entry.date))  # now, where it is known whether it can be
+            self._write()  # before all else it is known whether that can be done
             try:
                 return self._test() and self._time()
             finally:
+                self._write()
                 self.progress.end()
                 chosen.forget()
                 backends.measured_anew()
@@ -171,24 +182,24 @@ class Session:
             yield
 
     def _test(self) -> bool:
-        every = list(grid.self_tests(self.device.type, self.ops))
+        every = list(grid.self_tests(self.device.type, self.dtypes))
         rest = [test for test in every if test not in self.entry.tests]
         self.progress.begin("self-tests", len(every), len(every) - len(rest))
         until = time.monotonic() + FOR_TESTS * (self.until - time.monotonic())
         self._mark_tested(every)
         for item, result in self._worked([self._item(test.shape, [test.backend], 0.0) for test in rest], until):
-            test = Test(item["backends"][0], self._shape(item))
+            test = Trial(item["backends"][0], self._shape(item))
             verdict = self._verdicts(item, result)[test.backend]
             self.entry.tests[test] = verdict
-            self._mark_tested([other for other in every if other.backend == test.backend])
+            self._mark_tested(every)
             self._save(Entry(self.entry.machine, self.entry.date, self.entry.tested, {test: verdict}))
             self.progress.step(test.shape.name)
         return all(test in self.entry.tests for test in every)
 
-    def _mark_tested(self, tests: Iterable[Test]) -> None:
-        groups: dict[tuple[str, str], bool] = {}
+    def _mark_tested(self, tests: Iterable[Trial]) -> None:
+        groups: dict[tuple[str, str, str], bool] = {}
         for test in tests:
-            key = test.backend, test.shape.op
+            key = test.backend, test.shape.op, test.shape.dtype
             groups[key] = groups.get(key, True) and test in self.entry.tests
         self.entry.tested |= {key for key, done in groups.items() if done}
 
@@ -245,13 +256,21 @@ class Session:
         """Items with their results, until the time is up."""
         if not items or time.monotonic() >= until:
             return
-        with contextlib.closing(self.work(items)) as working:  # type: ignore[type-var]
+        with contextlib.closing((self.work or in_children)(items)) as working:  # type: ignore[type-var]
             for pair in working:
                 yield pair
                 if time.monotonic() >= until:
                     return
 
     def _save(self, news: Entry) -> None:
+        """Writes what is new, unless something was written a moment ago: then it waits for more."""
+        self._news.merge(news)
+        if time.monotonic() - self._saved >= EVERY:
+            self._write()
+
+    def _write(self) -> None:
+        news, self._news = self._news, Entry(self.entry.machine, self.entry.date)
+        self._saved = time.monotonic()
         try:
             if not self.refused:
                 file.update(news)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from fastseq.calibration import chosen, file
@@ -16,8 +18,8 @@ def one_line(error: BaseException) -> str:
 
 def devices() -> list[torch.device]:
     """The devices that are here and that our kernels exist for."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+    gpus = itertools.takewhile(lambda index: file.gpu(index) is not None, itertools.count())
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
 
 
 def used() -> list[tuple[torch.device, Entry]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import TracebackType
 
 import torch
@@ -223,6 +223,7 @@ def measured_anew() -> None:
     """Has the next call look at what was measured."""
     chosen.forget()
     _NATIVE_FIRST.clear()
+    _native_for.clear()
 
 
 def divided(op: str) -> bool:
@@ -235,12 +236,27 @@ def divided(op: str) -> bool:
     return not _NATIVE_FIRST[op] and _first_in_table(op)
 
 
-def native_for(shape: Shape) -> bool:
-    """Whether a plain call on the CPU goes to the native kernels, where those of its operation are divided."""
+_native_for: dict[Hashable, bool] = {}
+
+
+def native_for(key: Hashable, shape: Callable[[], Shape | None]) -> bool:
+    """Whether a plain call on the CPU goes to the native kernels, where those of its operation are divided.
+
+    Args:
+        key: equal for calls of the same shape; the answer is kept.
+        shape: makes it; None of a call that is left to the general path.
+    """
     if _override == "native" or torch.are_deterministic_algorithms_enabled():
         return True
-    found = chosen.row(shape, _CPU)
-    return found is None or found.order[0] == "native"
+    found = _native_for.get(key)
+    if found is None:
+        made = shape()
+        row = None if made is None else chosen.row(made, _CPU)
+        found = made is not None and (row is None or row.order[0] == "native")
+        if len(_native_for) >= 4096:  # every length is another key
+            _native_for.clear()
+        _native_for[key] = found
+    return found
 
 
 _CPU = torch.device("cpu")

@@ -26,14 +26,17 @@ def takes_attention(
     _, causal, bottom_right, window, softcap, _ = settings
     if window is not None and not (isinstance(window, tuple) and [type(limit) for limit in window] == [int, int]):
         return False
+    if type(causal) is not bool or type(softcap) not in (float, int):
+        return False
     left, right = window or (-1, -1)
     call = AttentionCall(
         q, k, v, with_four_dimensions(bias), with_four_dimensions(mask), causal=causal, bottom_right=bottom_right,
         window_left=left, window_right=right, softcap=softcap,
     )  # fmt: skip
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    shape = attention_shape(call, wanted)
-    return shape is not None and native_for(shape)
+    sizes = q.shape, k.shape, v.shape, None if bias is None else bias.shape, None if mask is None else mask.shape
+    key = q.dtype, sizes, causal, bottom_right, window, softcap > 0.0, wanted
+    return native_for(key, lambda: attention_shape(call, wanted))
 
 
 def takes_layer(
@@ -42,7 +45,7 @@ def takes_layer(
     """Whether a call of a MultiheadAttention without gradients goes to the one native call."""
     if not divided("attention") or not (isinstance(query, Tensor) and isinstance(key, Tensor)):
         return False
-    if not query.dim() == key.dim() == 3:
+    if not query.dim() == key.dim() == 3 or type(causal) is not bool:
         return False
     (batch, queries), keys = query.shape[:2], key.shape[1]
     if not batch_first:
@@ -53,4 +56,4 @@ def takes_layer(
         dtype, batch, heads, heads, queries, keys, dim, dim, causal, False, mask=of if mask is not None else "",
         bias=of if bias is not None else "",
     )  # fmt: skip
-    return native_for(made)
+    return native_for(made, lambda: made)

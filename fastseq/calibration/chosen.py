@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +17,12 @@ import torch
 from fastseq import auto
 from fastseq.calibration import file
 from fastseq.calibration.calls import DTYPES, Shape
-from fastseq.calibration.file import LOST, PASSED, RAISED, WRONG, Entry, Timed
+from fastseq.calibration.file import AMX, LOST, PASSED, RAISED, WRONG, Entry, Timed
 
 AHEAD = 1.03
 """A backend must be this many times as fast as the one that AUTO's table names; and by more than the rounds spread."""
 
-OURS = ("native", "triton")
+OURS = ("native", "triton", AMX)
 
 log = logging.getLogger("fastseq")
 
@@ -44,6 +44,15 @@ class Book:
 _unwritten: list[Entry] = []
 """What this process measured and could not write."""
 
+_ignored = False
+
+
+def ignore() -> None:
+    """Has this process go by AUTO's table alone, as a benchmark of that does."""
+    global _ignored
+    _ignored = True
+    forget()
+
 
 # --- asked by AUTO ----------------------------------------------------------------------------------------------------
 
@@ -52,6 +61,8 @@ _unwritten: list[Entry] = []
 def book(device: str, index: int) -> Book | None:
     """What was measured on a device (its type and index); None where nothing was. Reads the file at the first call."""
     entries, here = list(_unwritten), None
+    if _ignored:
+        return None
     try:
         entries += file.read()
     except file.Broken as error:
@@ -67,6 +78,8 @@ def book(device: str, index: int) -> Book | None:
     if entry is None:
         _say_outdated(entries, here)
         return None
+    if device == "cpu" and amx_is_ahead(entry) and not torch.are_deterministic_algorithms_enabled():
+        file.use_amx(True)
     return book_of(entry, device)
 
 
@@ -88,12 +101,28 @@ _order_of_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def row(shape: Shape, device: torch.device) -> auto.Row | None:
     """What was measured for a call: for its shape, else for its kind; None where neither was."""
-    found = book(device.type, device.index or 0)
+    try:
+        return _known(shape, device.type, device.index or 0)
+    except TypeError:  # a size that is open has no hash
+        return _looked_up(shape, device.type, device.index or 0)
+
+
+@functools.lru_cache(4096)
+def _known(shape: Shape, device: str, index: int) -> auto.Row | None:
+    return _looked_up(shape, device, index)
+
+
+def _looked_up(shape: Shape, device: str, index: int) -> auto.Row | None:
+    found = book(device, index)
     if found is None:
         return None
-    if found.shapes and (own := found.shapes.get(shape.rounded())) is not None:
+    if (
+        found.shapes
+        and all(type(size) in (int, str, bool) for size in shape)
+        and (own := found.shapes.get(shape.rounded())) is not None
+    ):
         return own
-    return found.kinds.get((shape.op, shape.kind(device.type)))
+    return found.kinds.get((shape.op, shape.kind(device)))
 
 
 def order(shape: Shape, device: torch.device) -> tuple[str, ...]:
@@ -118,6 +147,8 @@ def keep(entry: Entry) -> None:
 def forget() -> None:
     """Reads the file again at the next call."""
     book.cache_clear()
+    _known.cache_clear()
+    file.use_amx(False)
 
 
 _said: set[str] = set()
@@ -192,22 +223,19 @@ def _row(
     shape = members[0][0]
     usual = usual_of(entry, shape).order
 
-    def usable(name: str) -> bool:
-        if name not in OURS:
-            return True
-        key = name, shape.op, shape.dtype
-        proven = any(
-            verdict.outcome == PASSED and (test.backend, test.shape.op, test.shape.dtype) == key
-            for test, verdict in entry.tests.items()
-        )
-        return proven and key in entry.tested and key not in bad
+    amx = _amx_counts(shape) and amx_is_ahead(entry)
 
-    common = set.intersection(*(set(timed.times) for _, timed in members))
-    means = {
-        name: math.exp(sum(math.log(timed.times[name]) for _, timed in members) / len(members))
-        for name in common
-        if usable(name)
-    }
+    def times(timed: Timed) -> dict[str, float]:
+        """By backend: the native one's with the instructions that it will have."""
+        own = {
+            name: seconds for name, seconds in timed.times.items() if name != AMX and _usable(entry, name, shape, bad)
+        }
+        if amx and AMX in timed.times:
+            own["native"] = timed.times[AMX]
+        return own
+
+    measured = [times(timed) for _, timed in members]
+    means = {name: _mean([each[name] for each in measured]) for name in set.intersection(*map(set, measured))}
     failed = [name for name in usual if (name, shape.op, shape.dtype) in bad]
     if not means or (len(means) == 1 and not failed):
         return None
@@ -220,8 +248,40 @@ def _row(
     order = [*ranked, *rest]
     if order[0] != "reference":  # it can do everything, and so comes last
         order.sort(key=lambda name: name == "reference")
-    because = _because(entry, means, order[0], len(members), [f"{name} failed its tests" for name in failed])
+    more = [f"{name} failed its tests" for name in failed] + ["with AMX's instructions"] * (
+        amx and order[0] == "native"
+    )
+    because = _because(entry, means, order[0], len(members), more)
     return auto.Row(str(entry.machine["kind"]), shape.op, kind, tuple(order), because)
+
+
+def _usable(entry: Entry, name: str, shape: Shape, bad: Collection[tuple[str, str, str]]) -> bool:
+    """Whether a backend may be chosen for an operation and dtype: a kernel of ours after all of its self-tests."""
+    if name not in OURS:
+        return True
+    key = name, shape.op, shape.dtype
+    proven = any(
+        verdict.outcome == PASSED and (test.backend, test.shape.op, test.shape.dtype) == key
+        for test, verdict in entry.tests.items()
+    )
+    return proven and key in entry.tested and key not in bad
+
+
+def _amx_counts(shape: Shape) -> bool:
+    return shape.op == "scan" and shape.dtype == "bfloat16"
+
+
+def amx_is_ahead(entry: Entry) -> bool:
+    """Whether the native kernels are faster with AMX's instructions, over all calls that were timed with both: one answer
+    for every kind, as the instructions are set for the whole process."""
+    both = [(s, t.times) for s, t in entry.timed.items() if _amx_counts(s) and {AMX, "native"} <= t.times.keys()]
+    if not both or not _usable(entry, AMX, both[0][0], disqualified(entry)):
+        return False
+    return _mean([times["native"] / times[AMX] for _, times in both]) >= AHEAD
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _because(entry: Entry, means: dict[str, float], first: str, calls: int, more: list[str]) -> str:

@@ -60,9 +60,7 @@ def main(options: argparse.Namespace) -> int:
     except CalibrationError as error:
         print(f"python -m fastseq calibrate: {error}", file=sys.stderr)
     except file.Broken as error:
-        print(f"{file.path()} is broken ({error}); --forget removes it", file=sys.stderr)
-    except OSError as error:
-        print(f"{file.path()}: {error.strerror}; XDG_CACHE_HOME names another cache folder", file=sys.stderr)
+        print(f"python -m fastseq calibrate: {file.path()}: {error}; --forget removes it", file=sys.stderr)
     return cli.USAGE
 
 
@@ -124,7 +122,10 @@ def _print(device: torch.device, entry: file.Entry) -> None:
 
 
 def _show() -> int:
-    found = shown.used()
+    try:
+        found = shown.used()
+    except OSError as error:
+        raise CalibrationError(f"{file.path()} cannot be read: {error.strerror}") from None
     for device, entry in found:
         _print(device, entry)
     if not found:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastseq import auto, ops
+from fastseq import auto, cli, ops
 from fastseq.calibration.calls import DTYPES, SHAPES, Shape, from_values
 
 FORMAT = "fastseq calibration 1"
@@ -33,7 +33,9 @@ MOST_MACHINES = 32
 PATIENCE = 5.0
 """Seconds to wait for another process that writes."""
 
-BACKENDS = ("native", "triton", "torch", "reference")
+AMX = "amx_bf16"
+"""The native kernels with AMX's instructions, which no call takes unless they are named, or measured to be ahead."""
+BACKENDS = ("native", "triton", "torch", "reference", AMX)
 PASSED, CANNOT, RAISED, WRONG, LOST = "passed", "cannot", "raised", "wrong", "lost"
 OUTCOMES = (PASSED, CANNOT, RAISED, WRONG, LOST)
 """Of a trial: right; not for this backend; an error; a wrong number; the process died or hung."""
@@ -114,8 +116,7 @@ def processor() -> str:
 def machine(device: str, index: int) -> Machine | None:
     """What a measurement on this device depends on; None where there is no such device, or no kernel of ours for it."""
     if device == "cpu":
-        isa = None if ops.NATIVE_MISSING is not None else torch.ops.fastseq.native_isa("")
-        own = {"device": processor(), "kind": "cpu", "threads": torch.get_num_threads(), "instructions": isa}
+        own = {"device": processor(), "kind": "cpu", "threads": torch.get_num_threads(), "instructions": instructions()}
         return own | _software()
     found = gpu(index) if device == "cuda" else None
     if found is None:
@@ -126,6 +127,49 @@ def machine(device: str, index: int) -> Machine | None:
         "cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     return own | _software()
+
+
+def native_isa(name: str = "") -> str:
+    """The instruction set of the native kernels, which is ``name`` from now on where one is given."""
+    found: str = torch.ops.fastseq.native_isa(name)
+    return found
+
+
+_before_amx: str | None = None  # the instruction set that use_amx() replaced
+
+
+def instructions() -> str | None:
+    """The instruction set of the native kernels, but for what :func:`use_amx` made of it."""
+    if ops.NATIVE_MISSING is not None:
+        return None
+    current = native_isa()
+    return _before_amx if _before_amx is not None and current == AMX else current
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this processor and build have AMX's instructions, and use others by themselves."""
+    current = instructions()
+    if current != "avx512_bf16":  # some were named
+        return False
+    try:
+        native_isa(AMX)
+    except RuntimeError:
+        return False
+    native_isa(current)
+    return True
+
+
+def use_amx(on: bool) -> None:
+    """Has the native kernels use AMX's instructions, or what they used before."""
+    global _before_amx
+    if on and _before_amx is None and has_amx():
+        _before_amx = native_isa()
+        native_isa(AMX)
+    elif not on and _before_amx is not None:
+        if native_isa() == AMX:
+            native_isa(_before_amx)
+        _before_amx = None
 
 
 def gpu(index: int) -> Any:
@@ -237,7 +281,7 @@ def update(entry: Entry) -> None:
     """Write an entry into the file, merged with what is there of the same machine. A broken file is replaced.
 
     Raises:
-        OSError: the folder cannot be made, or the file not written.
+        CannotWrite: the folder cannot be made, or the file not written.
     """
 
     def change(entries: list[Entry]) -> list[Entry]:
@@ -254,7 +298,7 @@ def remove(machine: Machine | None) -> int:
     """Take the entry of a machine out of the file, or all of them; returns how many that were.
 
     Raises:
-        OSError: the file cannot be written.
+        CannotWrite: the file cannot be written.
     """
     removed = 0
 
@@ -273,14 +317,18 @@ def remove(machine: Machine | None) -> int:
 def _rewrite(change: Callable[[list[Entry]], list[Entry]]) -> None:
     file = path()
     if file is None:
-        raise OSError(None, "there is no home folder; set XDG_CACHE_HOME to a folder that can be written")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(file.with_suffix(".lock")):
-        try:
-            entries = read()
-        except Broken:
-            entries = []
-        _write(file, change(entries))
+        raise cli.CannotWrite(None, "there is no home folder; set XDG_CACHE_HOME to one that can be written")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(file.with_suffix(".lock")):
+            try:
+                entries = read()
+            except Broken:
+                entries = []
+            _write(file, change(entries))
+    except OSError as error:
+        said = f"{error.strerror}; XDG_CACHE_HOME names another cache folder"
+        raise cli.CannotWrite(error.errno, said, str(file)) from error
 
 
 def _write(file: Path, entries: list[Entry]) -> None:

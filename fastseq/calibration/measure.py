@@ -21,7 +21,7 @@ from torch import Tensor
 import fastseq
 from fastseq.backend import BackendError
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape, from_values
-from fastseq.calibration.file import CANNOT, PASSED, RAISED, WRONG, Verdict
+from fastseq.calibration.file import AMX, CANNOT, PASSED, RAISED, WRONG, Verdict
 from fastseq.calibration.shown import one_line
 
 ROUNDS = 9
@@ -206,12 +206,28 @@ def _largest(x: Tensor) -> float:
 def judged(backend: str, shape: Shape, device: torch.device, judge: Judge) -> Verdict:
     """What becomes of a call on a backend."""
     try:
-        with fastseq.use_backend(backend):
+        with in_force(backend):
             return judge.verdict(prepare(shape, device)())
     except (BackendError, NotImplementedError, torch.OutOfMemoryError) as failure:
         return Verdict(CANNOT, one_line(failure))
     except Exception as failure:
         return Verdict(RAISED, f"{type(failure).__name__}: {one_line(failure)}")
+
+
+@contextlib.contextmanager
+def in_force(name: str) -> Iterator[None]:
+    """A backend; the native one with AMX's instructions where that is named."""
+    if name != AMX:
+        with fastseq.use_backend(name):
+            yield
+        return
+    before = torch.ops.fastseq.native_isa("")
+    torch.ops.fastseq.native_isa(AMX)
+    try:
+        with fastseq.use_backend("native"):
+            yield
+    finally:
+        torch.ops.fastseq.native_isa(before)
 
 
 # --- how long ---------------------------------------------------------------------------------------------------------
@@ -259,13 +275,18 @@ def clock_of(device: torch.device) -> Clock:
     return EventClock(device) if device.type == "cuda" else host_clock
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float) -> tuple[dict[str, float], float]:
+def in_turns(calls: Mapping[str, Call], clock: Clock, seconds: float) -> tuple[dict[str, float], float]:
     """The median time of a call of each, over blocks in turns, about ``seconds`` for each, three times that where the
     rounds spread widely. And what a ratio of two medians may be off by."""
+
+    def block(name: str, count: int) -> float:
+        with in_force(name):
+            return clock(calls[name], count) / count
+
     counts: dict[str, int] = {}
-    for name, call in calls.items():
-        clock(call, 1)
-        cost = min(clock(call, 1), clock(call, 1))
+    for name in calls:
+        block(name, 1)
+        cost = min(block(name, 1), block(name, 1))
         counts[name] = max(1, min(1000, int(seconds / ROUNDS / max(cost, 1e-7))))
     blocks: dict[str, list[float]] = {name: [] for name in calls}
     names, collecting = list(calls), gc.isenabled()
@@ -277,7 +298,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: f
                 break
             for place in range(len(names)):
                 name = names[(place + turn) % len(names)]
-                blocks[name].append(clock(calls[name], counts[name]) / counts[name])
+                blocks[name].append(block(name, counts[name]))
     finally:
         if collecting:
             gc.enable()
@@ -317,28 +338,19 @@ def examine(item: Mapping[str, Any], tell: Callable[[str], None] = lambda backen
         right = [backend for backend in out if out[backend].outcome == PASSED]
         if not item["seconds"] or len(right) < 1:
             return {"out": out, "times": {}}
-        calls: dict[str, Callable[[], object]] = {}
+        calls: dict[str, Call] = {}
         for backend in right:
             tell(backend)
-            calls[backend] = _on_backend(backend, prepare(shape, device))
+            calls[backend] = prepare(shape, device)
             try:
-                calls[backend]()
+                with in_force(backend):
+                    calls[backend]()
             except torch.OutOfMemoryError as failure:
                 del calls[backend]
                 out[backend] = Verdict(CANNOT, one_line(failure))
         tell("timing")
         times, noise = in_turns(calls, clock_of(device), item["seconds"])
     return {"out": out, "times": times, "spread": noise}
-
-
-def _on_backend(backend: str, call: Call) -> Callable[[], object]:
-    named = fastseq.use_backend(backend)
-
-    def run() -> object:
-        with named:
-            return call()
-
-    return run
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastseq import backend as backends
-from fastseq import children
+from fastseq import children, cli
 from fastseq.calibration import chosen, file, grid
 from fastseq.calibration.calls import SHAPES, ScanShape, Shape
 from fastseq.calibration.file import CANNOT, LOST, PASSED, Entry, Timed, Trial, Verdict
@@ -149,7 +149,7 @@ class Session:
 
         Raises:
             CalibrationError: no kernel of ours is here, or another calibration of this device is running.
-            OSError: the file cannot be written.
+            CannotWrite: the file cannot be written.
         """
         if not grid.ours(self.device.type, "scan") and not grid.ours(self.device.type, "attention"):
             raise CalibrationError(f"no kernel of ours can run on {self.device}: python -m fastseq doctor says why")
@@ -214,7 +214,9 @@ class Session:
         bad = chosen.disqualified(self.entry)
         items = []
         for shape in rest:
-            names = [n for n in grid.ours(self.device.type, shape.op) if (n, shape.op, shape.dtype) not in bad]
+            names = [
+                n for n in grid.ours(self.device.type, shape.op, shape.dtype) if (n, shape.op, shape.dtype) not in bad
+            ]
             items.append(self._item(shape, [*names, peer(shape)], SECONDS))
         for item, result in self._worked(items, self.until):
             shape = self._shape(item)
@@ -274,7 +276,7 @@ class Session:
         try:
             if not self.refused:
                 file.update(news)
-        except OSError as error:
+        except cli.CannotWrite as error:
             if not self.unwritten:
                 raise
             self.refused = f"{file.path()}: {error.strerror}"

@@ -23,7 +23,7 @@ from support import needs_native
 from torch._subclasses import FakeTensorMode
 
 import fastseq
-from fastseq import auto, backend
+from fastseq import auto, backend, cli
 from fastseq.__main__ import main
 from fastseq.calibration import chosen, file, grid, measure, session, shown
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape, from_values
@@ -220,6 +220,7 @@ def test_odd_arguments_get_the_same_errors_where_calls_are_divided():
         lambda: layer(torch.randn(2, 3, 4, 8)), lambda: layer("x"), lambda: layer(torch.randn(8)),
         lambda: fastseq.nn.GRUCell(8, 16)(torch.randn(3, 9)), lambda: fastseq.nn.GRUCell(8, 16)(torch.tensor(1.0)),
         lambda: fastseq.attention(q, q, q, window=(1, 2, 3)), lambda: fastseq.attention(q, q, q, window=3),
+        lambda: fastseq.attention(q, q, q, softcap="x"),
         lambda: fastseq.attention(q, q, None), lambda: fastseq.attention(q[0], q, q),
         lambda: fastseq.attention(q, q, q, mask="x"), lambda: fastseq.attention(q.int(), q, q),
         lambda: fastseq.nn.MultiheadAttention(16, 2).eval()(q[0], q[0], "x"),
@@ -237,6 +238,63 @@ def test_odd_arguments_get_the_same_errors_where_calls_are_divided():
     known(entry((LSTM, {"native": 2.0, "torch": 1.0}), (HEADS, {"native": 2.0, "torch": 1.0})))
     assert backend.divided("scan")
     assert errors() == plain
+
+
+def with_amx(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A processor with AMX's instructions; the last of the list are those in use."""
+    used = ["avx512_bf16"]
+
+    def native_isa(name: str = "") -> str:
+        used.append(name or used[-1])
+        return used[-1]
+
+    monkeypatch.setattr(file, "native_isa", native_isa)
+    monkeypatch.setattr(file, "has_amx", lambda: True)
+    monkeypatch.setattr(grid, "has_amx", lambda: True)
+    return used
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("amx", "failed", "instructions", "taken"),
+    [(0.5, False, "amx_bf16", "native"), (0.99, False, "amx_bf16", "native"), (1.99, False, "avx512_bf16", "torch"),
+     (0.5, True, "avx512_bf16", "torch")],
+)  # fmt: skip
+def test_amx_is_used_where_it_was_measured_to_be_ahead(amx, failed, instructions, taken, monkeypatch):
+    used = with_amx(monkeypatch)
+    monkeypatch.setattr(auto, "BF16_ROWS", 64)
+    shape = LSTM._replace(dtype="bfloat16")
+    found = entry((shape, {"native": 2.0, "amx_bf16": amx, "torch": 1.03}))
+    if failed:
+        found.tests[Trial("amx_bf16", shape)] = Verdict(WRONG, "y is off")
+    known(found)
+    assert "AUTO for cpu, scan: tested" in lstm_runs_on()  # float32, which was not measured
+    assert used[-1] == instructions
+    said = lstm_runs_on(dtype=torch.bfloat16)
+    assert f"runs on: {taken} " in said
+    assert ("with AMX's instructions" in said) == (taken == "native")
+    assert file.machine("cpu", 0) == found.machine  # the entry is still that of this machine
+    backend.measured_anew()
+    assert used[-1] == "avx512_bf16"
+
+
+@needs_native
+def test_amx_is_tried_where_the_processor_has_it_for_bfloat16_scans_alone(monkeypatch):
+    with_amx(monkeypatch)
+    tests = list(grid.self_tests("cpu", list(itertools.product(("scan", "attention"), grid.FLOATS))))
+    assert {(t.shape.op, t.shape.dtype) for t in tests if t.backend == "amx_bf16"} == {("scan", "bfloat16")}
+    made = Session(CPU, 0.0)
+    seen: set[tuple[str, str]] = set()
+
+    def work(items: Sequence[session.Item]) -> Iterator[tuple[session.Item, dict[str, Any]]]:
+        for item in items:
+            seen.update((item["call"][1], name) for name in item["backends"] if item["op"] == "scan")
+            yield item, {"out": {name: [PASSED, ""] for name in item["backends"]}, "times": {}}
+
+    made.until, made.work = time.monotonic() + 60.0, work
+    assert made.run()
+    assert ("bfloat16", "amx_bf16") in seen
+    assert ("float32", "amx_bf16") not in seen
 
 
 @needs_native
@@ -339,13 +397,14 @@ def test_a_kernel_with_wrong_numbers_is_found_and_not_used(monkeypatch, capsys):
 @needs_native
 def test_self_tests_cover_every_kernel_dtype_and_cell_and_pass_here():
     tests = list(grid.self_tests("cpu", list(itertools.product(("scan", "attention"), grid.FLOATS))))
-    assert {(t.backend, t.shape.op, t.shape.dtype) for t in tests} == {
+    assert {(t.backend, t.shape.op, t.shape.dtype) for t in tests if t.backend != "amx_bf16"} == {
         ("native", op, dtype) for op in ("scan", "attention") for dtype in grid.FLOATS
     }
     assert {t.shape.cell for t in tests if isinstance(t.shape, ScanShape)} == set(fastseq.ops.GATES)
     for test in tests:
-        item = {"op": test.shape.op, "call": list(test.shape), "device": "cpu", "backends": ["native"], "seconds": 0}
-        assert measure.examine(item)["out"] == {"native": Verdict(PASSED)}, test.shape.name
+        item = {"op": test.shape.op, "call": list(test.shape), "device": "cpu", "seconds": 0}
+        out = measure.examine({**item, "backends": [test.backend]})["out"]
+        assert out == {test.backend: Verdict(PASSED)}, test.shape.name
 
 
 def test_every_kind_that_is_timed_has_a_shape_and_those_of_torch_come_first():
@@ -542,8 +601,8 @@ def test_a_model_that_raises_measures_nothing_and_leaves_nothing_behind(cache):
 def test_a_block_without_a_call_of_ours_says_so():
     with pytest.raises(CalibrationError, match="made no call that can be measured"), fastseq.calibrate():
         torch.nn.Linear(3, 3)(torch.randn(2, 3))
+    q = torch.randn(1, 1, 2, 4)
     with pytest.raises(CalibrationError, match="of which no backend is named"), fastseq.calibrate():
-        q = torch.randn(1, 1, 2, 4)
         fastseq.attention(q, q, q, backend="torch")
 
 
@@ -785,7 +844,7 @@ def test_a_machine_without_a_home_is_no_fault(variable, monkeypatch):
     assert "runs on" in lstm_runs_on()
     with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
         file.update(entry())
-    assert main(["calibrate", "--minutes", "0.01", "--device", "cpu"]) == 2
+    assert cli.run("fastseq", lambda: main(["calibrate", "--minutes", "0.01", "--device", "cpu"])) == 2
 
 
 @needs_native
@@ -798,8 +857,9 @@ def test_where_the_cache_cannot_be_written_what_was_measured_counts_in_this_proc
     with pytest.warns(UserWarning, match="counts in this process alone"):
         made.run()
     assert "runs on: torch " in lstm_runs_on()
-    assert main(["calibrate", "--device", "cpu"]) == 2
-    assert "XDG_CACHE_HOME names another" in capsys.readouterr().err
+    assert cli.run("fastseq", lambda: main(["calibrate", "--device", "cpu"])) == 2
+    assert "cannot write" in (said := capsys.readouterr().err)
+    assert "XDG_CACHE_HOME names another" in said
 
 
 def test_processes_that_write_at_once_lose_nothing(cache):
@@ -873,7 +933,7 @@ def command(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 @needs_native
-def test_the_command_measures_a_model_shows_it_and_forgets_it(tmp_path, cache):
+def test_the_command_measures_a_model_shows_it_and_forgets_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(MODEL)
     done = command("--device", "cpu", "--model", "mine:run", "--minutes", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -881,10 +941,14 @@ def test_the_command_measures_a_model_shows_it_and_forgets_it(tmp_path, cache):
     assert "self-tests [" in done.stderr
     assert "timing [########################] 1/1 gru float32 T3 B2 I4 H8 training" in done.stderr
     assert "Traceback" not in done.stderr
-    shown_again = command("--show", cwd=tmp_path)
-    assert shown_again.stdout == done.stdout
-    assert command("--device", "cpu", "--model", "mine:run", cwd=tmp_path).returncode == 0  # all is there
-    assert command("--forget", cwd=tmp_path).stdout.startswith("1 calibration removed")
+    assert main(["calibrate", "--show"]) == 0
+    assert capsys.readouterr().out == done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert main(["calibrate", "--device", "cpu", "--model", "mine:run"]) == 0  # all is there
+    assert capsys.readouterr().out == done.stdout
+    assert main(["calibrate", "--forget"]) == 0
+    assert capsys.readouterr().out.startswith("1 calibration removed")
     assert file.read() == []
 
 

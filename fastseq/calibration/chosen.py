@@ -272,8 +272,8 @@ def _amx_counts(shape: Shape) -> bool:
 
 
 def amx_is_ahead(entry: Entry) -> bool:
-    """Whether the native kernels are faster with AMX's instructions, over all calls that were timed with both: one answer
-    for every kind, as the instructions are set for the whole process."""
+    """Whether the native kernels are faster with AMX's instructions, over all calls that were timed with both. They are
+    set for the whole process, so there is one answer for every kind."""
     both = [(s, t.times) for s, t in entry.timed.items() if _amx_counts(s) and {AMX, "native"} <= t.times.keys()]
     if not both or not _usable(entry, AMX, both[0][0], disqualified(entry)):
         return False

@@ -9,6 +9,8 @@ or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take t
 from fastseq import flops, functional, integrations, nn
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
+from fastseq.calibration.record import calibrate
+from fastseq.calibration.session import CalibrationError
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention, merge_attention, scaled_dot_product_attention
 from fastseq.patch import Report, patch, unpatch
@@ -21,11 +23,13 @@ flops.register()
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "CalibrationError",
     "KVCache",
     "Report",
     "Streams",
     "attention",
     "backends",
+    "calibrate",
     "explain",
     "functional",
     "integrations",

@@ -1,4 +1,4 @@
-"""``python -m fastseq doctor | demo``."""
+"""``python -m fastseq doctor | calibrate | demo``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from fastseq import cli
 
 COMMANDS = {
     "doctor": "what works on this machine, what does not, and the command that fixes it",
+    "calibrate": "measure on this machine which backend is ahead, for AUTO to go by",
     "demo": "train small models on torch.nn and on fastseq, side by side",
 }
+MODULES = {"calibrate": "calibration.command"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,14 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastseq",
         description="Fast RNN, GRU, LSTM and attention layers for PyTorch.",
-        epilog="\n".join(f"{name:<8} {what}" for name, what in COMMANDS.items()),
+        epilog="\n".join(f"{name:<10} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help="followed by its own options; COMMAND --help lists them")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     # Only the command's own module is imported: the doctor must run where another part is broken.
-    module = importlib.import_module(f"fastseq.{chosen.command}")
+    module = importlib.import_module(f"fastseq.{MODULES.get(chosen.command, chosen.command)}")
     own = argparse.ArgumentParser(prog=f"python -m fastseq {chosen.command}", description=COMMANDS[chosen.command])
     module.add_arguments(own)
     return module.main(own.parse_args(chosen.options))

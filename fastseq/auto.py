@@ -224,7 +224,7 @@ def scan_kind(
         return BF16_BATCH if HAS_C[cell] or (cell.startswith("gru") and hidden >= 256) else ""
     if device != HOPPER:
         return ""
-    if _holds(steps == 1):
+    if holds(steps == 1):
         return ONE_STEP
     if packed or NOT_IN_TORCH[cell]:  # for which cuDNN has nothing of the kind
         return ""
@@ -242,7 +242,7 @@ def cudnn_on_chip(cell: str, dtype: torch.dtype, batch: int, inputs: int, hidden
         return True
     if dtype is torch.float32 or walks > 1 or cell.startswith("gru"):
         return False
-    return hidden % 128 == inputs % 128 == 0 and hidden <= 1024 and _holds(batch % 8 == 0) and _holds(batch <= 128)
+    return hidden % 128 == inputs % 128 == 0 and hidden <= 1024 and holds(batch % 8 == 0) and holds(batch <= 128)
 
 
 ATTENTION_KINDS = frozenset({HOPPER})
@@ -263,12 +263,12 @@ def attention_kind(dtype: torch.dtype, queries: int, keys: int, untimed: bool, l
         return LIMITS
     if training:
         return TRAINING
-    if _holds(queries <= FEW):
+    if holds(queries <= FEW):
         return DECODING
-    return SHORT if _holds(keys < LONG) else ""
+    return SHORT if holds(keys < LONG) else ""
 
 
-def _holds(condition: bool) -> bool:
+def holds(condition: bool) -> bool:
     """Whether it does; of a size that a traced call leaves open, whether it does for all: nothing is specialised."""
     if torch.compiler.is_compiling() or not isinstance(condition, bool):
         from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -2,7 +2,8 @@
 
 Order: the ``backend=`` argument, then ``with use_backend(name)``, then the environment variable ``FASTSEQ_BACKEND``,
 then AUTO. A backend that was named never falls back: it raises :class:`BackendError` with the reason. AUTO takes the
-first of its row that can do the work, and logs once why an earlier one could not.
+first of its row that can do the work, and logs once why an earlier one could not. A row that was measured on this
+machine (``fastseq/calibration``) comes before that of the table, unless torch is told to be deterministic.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import TracebackType
 
 import torch
 import torch.nn.functional as F
 
 from fastseq import auto, ops
+from fastseq.calibration import chosen
+from fastseq.calibration.calls import Shape
 from fastseq.ops import triton as ops_triton
 
 NAMES = ("reference", "torch", "native", "triton")
@@ -37,7 +40,7 @@ def _checked(name: str, source: str) -> str:
 # Plain module globals: torch.compile guards them, which it cannot do with a ContextVar.
 # A name from the environment is checked at its first use, so that the import and the doctor work whatever it says.
 _override: str | None = os.environ.get("FASTSEQ_BACKEND", "").replace("auto", "") or None
-_decisions: list[str] | None = None  # where explain() listens
+_decisions: list[str] | Recorded | None = None  # where explain() listens, or a calibration to a model
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -80,7 +83,45 @@ def forced(argument: str | None = None) -> str | None:
     return None if _override is None else _checked(_override, "FASTSEQ_BACKEND")
 
 
-def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None], argument: str | None = None) -> str:
+Asked = tuple[Shape, torch.device]
+"""A call with all that calibration knows of it."""
+
+
+class Recorded:
+    """The calls that AUTO was asked about, each once, and on which device."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Asked, None] = {}
+
+    def note(self, asked: Asked | None) -> None:
+        """Takes down a call; not one whose sizes are open."""
+        if asked is not None and all(type(value) in (str, int, bool) for value in asked[0]):
+            self.calls[asked] = None
+
+
+def listen(on: Recorded | list[str] | None) -> Recorded | list[str] | None:
+    """Makes ``on`` what hears of decisions; returns what did before."""
+    global _decisions
+    before, _decisions = _decisions, on
+    return before
+
+
+def wants_description(device: torch.device) -> bool:
+    """Whether a call on a device is to be described to :func:`resolve`: something was measured there, or a calibration
+    listens."""
+    if isinstance(_decisions, Recorded):
+        return True
+    return chosen.exists(device.type, device.index or 0) and not torch.are_deterministic_algorithms_enabled()
+
+
+def resolve(
+    op: str,
+    kind: str,
+    device: str,
+    reasons: Callable[[str], str | None],
+    argument: str | None = None,
+    asked: Asked | None = None,
+) -> str:
     """Choose a backend.
 
     Args:
@@ -89,19 +130,23 @@ def resolve(op: str, kind: str, device: str, reasons: Callable[[str], str | None
         device: ``auto.device_key`` of the input's.
         reasons: tells of a backend why it cannot do this call; None where it can.
         argument: the caller's ``backend=``.
+        asked: the call itself, where :func:`wants_description`.
 
     Raises:
         BackendError: the backend named cannot do it.
     """
-    if _decisions is not None:
-        _explain(auto.row(device, op, kind), device, reasons, argument)
+    if isinstance(_decisions, list):
+        measured = None if asked is None else chosen.row(*asked)
+        _explain(measured or auto.row(device, op, kind), device, reasons, argument)
     named = forced(argument)
+    if named is None and isinstance(_decisions, Recorded) and not torch.compiler.is_compiling():
+        _decisions.note(asked)
     if named is not None:
         reason = reasons(named)
         if reason is not None:
             raise BackendError(f"backend {named!r} cannot run this {op}: {reason}")
         return named
-    order = auto.row(device, op, kind).order
+    order = (() if asked is None else chosen.order(*asked)) or auto.row(device, op, kind).order
     if tracing():  # what torch's own layers do can be saved, loaded without this package, and differentiated
         order = ("torch", *order)
     elif exporting_onnx():  # ONNX knows torch's operators, not ours
@@ -150,9 +195,71 @@ def operator_reason(name: str, device: str, op: str = "scan") -> str | None:
     return None
 
 
-_NATIVE_FIRST = {
-    op: ops.NATIVE_MISSING is None and auto.row("cpu", op).order[0] == "native" for op in ("scan", "attention")
-}
+class _NativeFirst(dict[str, bool]):
+    """By operation, whether every plain call on the CPU goes to the native kernels: by AUTO's table, and by what was
+    measured, which is read when the first call asks."""
+
+    def __missing__(self, op: str) -> bool:
+        found = _first_in_table(op) and chosen.native_first(op)
+        self[op] = found
+        return found
+
+
+_NATIVE_FIRST = _NativeFirst()
+
+
+def _first_in_table(op: str) -> bool:
+    return ops.NATIVE_MISSING is None and auto.row("cpu", op).order[0] == "native"
+
+
+def _traced_native_first(op: str) -> bool:
+    return _NATIVE_FIRST[op]
+
+
+_traced_native_first._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads no file
+
+
+def measured_anew() -> None:
+    """Has the next call look at what was measured."""
+    chosen.forget()
+    _NATIVE_FIRST.clear()
+    _native_for.clear()
+
+
+def divided(op: str) -> bool:
+    """Whether measurements send some plain calls on the CPU elsewhere, and nothing else than them decides: each call is
+    then asked for (:func:`native_for`)."""
+    if _decisions is not None or (_override is not None and _override != "native"):
+        return False
+    if op == "attention" and context_parallel():
+        return False
+    return not _NATIVE_FIRST[op] and _first_in_table(op)
+
+
+_native_for: dict[Hashable, bool] = {}
+
+
+def native_for(key: Hashable, shape: Callable[[], Shape | None]) -> bool:
+    """Whether a plain call on the CPU goes to the native kernels, where those of its operation are divided.
+
+    Args:
+        key: equal for calls of the same shape; the answer is kept.
+        shape: makes it; None of a call that is left to the general path.
+    """
+    if _override == "native" or torch.are_deterministic_algorithms_enabled():
+        return True
+    found = _native_for.get(key)
+    if found is None:
+        made = shape()
+        row = None if made is None else chosen.row(made, _CPU)
+        found = made is not None and (row is None or row.order[0] == "native")
+        if len(_native_for) >= 4096:  # every length is another key
+            _native_for.clear()
+        _native_for[key] = found
+    return found
+
+
+_CPU = torch.device("cpu")
 
 
 def tracing() -> bool:
@@ -166,8 +273,15 @@ def exporting_onnx() -> bool:
 
 
 def native_scan() -> bool:
-    """Whether a scan on the CPU goes to the native kernels, asked without any detail of the call."""
+    """Whether every scan on the CPU goes to the native kernels, asked without any detail of the call."""
     return _NATIVE_FIRST["scan"] and (_override is None or _override == "native") and _decisions is None
+
+
+def native_scan_in_general() -> bool:
+    """:func:`native_scan`, which ``torch.compile`` may trace."""
+    if not torch.compiler.is_compiling():
+        return native_scan()
+    return _traced_native_first("scan") and (_override is None or _override == "native") and _decisions is None
 
 
 def native_attention() -> bool:
@@ -202,7 +316,7 @@ def explain_native(op: str, attempt: Callable[..., object], *args: object) -> No
     """Where explain() listens, which turns the native calls of whole layers off: makes this one after all, and says so
     if it takes the arguments (a result that is not None)."""
     global _decisions
-    if _decisions is None:
+    if not isinstance(_decisions, list):
         return
     listening, _decisions = _decisions, None
     try:
@@ -218,7 +332,7 @@ class _Explained(Exception):
 
 
 def _explain(row: auto.Row, device: str, reasons: Callable[[str], str | None], argument: str | None) -> None:
-    assert _decisions is not None
+    assert isinstance(_decisions, list)
     named = forced(argument)
     candidates = (named,) if named is not None else row.order
     chosen = next((n for n in candidates if reasons(n) is None), None)
@@ -256,11 +370,12 @@ def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str
         scan on cpu runs on: ...
     """
     global _decisions
-    previous, _decisions = _decisions, []
+    said: list[str] = []
+    previous, _decisions = _decisions, said
     try:
         layer_or_function(*args, **kwargs)
     except _Explained:
-        return "\n".join(_decisions)
+        return "\n".join(said)
     finally:
         _decisions = previous
     return "this call reaches no operation of fastseq"

@@ -12,19 +12,16 @@ import importlib.util
 import json
 import os
 import platform
-import queue
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastseq import cli
+from fastseq import children, cli
 
 LAYERS = ("RNN", "GRU", "LSTM", "MultiheadAttention")
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
@@ -33,7 +30,7 @@ REQUIRABLE = {"native": "cpu", "triton": "cuda"}
 
 LIBRARY = "_native.abi3.so"
 PATIENCE = 120.0
-"""Seconds that one trial may take; the first includes importing torch on a busy machine."""
+"""Seconds that one trial may take."""
 
 Cell = tuple[str, str, str]  # device, layer, backend
 
@@ -114,6 +111,7 @@ def examine() -> Findings:
         "GPU": _gpu,
         "C++ compiler": _compiler,
         "nvcc": _nvcc,
+        "calibration": _calibration,
         "FASTSEQ_BACKEND": lambda: os.environ.get("FASTSEQ_BACKEND", "not set: the choice is automatic"),
         "extras": _extras,
         "transformers": lambda: importlib.import_module("fastseq.integrations").transformers_here(),
@@ -161,10 +159,9 @@ def _other_installation() -> Path | None:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "processor unknown"
+    from fastseq.calibration.file import processor
+
+    return processor()
 
 
 def _torch() -> str:
@@ -217,7 +214,7 @@ def _instruction_sets(build: dict[str, Any]) -> str:
         return "none"
     text = f"running {torch.ops.fastseq.native_isa('')}; built {', '.join(build.get('instruction_sets', []))}"
     if "amx_bf16" in build.get("instruction_sets", []):
-        text += " (amx_bf16 has not been timed, so select it explicitly)"
+        text += " (amx_bf16 is used where it is named, or a calibration found it ahead)"
     left_out = [f"{name} left out: {reason}" for name, reason in build.get("instruction_sets_left_out", {}).items()]
     return "; ".join([text, *left_out])
 
@@ -250,6 +247,13 @@ def _gpu() -> str:
             f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB; {ours}"
         )
     return "; ".join(found)
+
+
+def _calibration() -> str:
+    """What was measured on the devices that are here, and is used."""
+    from fastseq.calibration import shown
+
+    return shown.in_one_line()
 
 
 def _compiler() -> str:
@@ -286,74 +290,9 @@ def _devices() -> list[str]:
 
 
 def _try_all(cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
-    """The result of every cell. A child process tries them in order; when it dies or hangs, the cell it was at is to
-    blame, and another child takes up after it."""
-    results: dict[Cell, dict[str, Any]] = {}
-    while len(results) < len(cells):
-        rest = [cell for cell in cells if cell not in results]
-        results.update(_one_child(rest))
-    return results
-
-
-def _one_child(cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
-    """The results of at least the first of the cells."""
-    command = [sys.executable, "-m", "fastseq", "doctor", "--try", json.dumps(cells)]
-    environment = dict(os.environ)
-    root = Path(__file__).absolute().parent.parent
-    if root.name not in ("site-packages", "dist-packages"):  # the child is to find this very package
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    results: dict[Cell, dict[str, Any]] = {}
-    try:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-        )
-    except OSError as error:
-        return {cell: {"reason": f"cannot start a trial: {error}"} for cell in cells}
-    lines: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
-    assert child.stdout is not None
-    assert child.stderr is not None
-    threads = [
-        threading.Thread(target=_forward, args=(child.stdout, lines.put), daemon=True),
-        threading.Thread(target=_forward, args=(child.stderr, errors.append), daemon=True),
-    ]
-    for thread in threads:
-        thread.start()
-    end = ""
-    try:
-        for cell in cells:
-            line = lines.get(timeout=PATIENCE)
-            while line is not None and not line.startswith('{"reason"'):
-                line = lines.get(timeout=PATIENCE)  # something else was printed
-            if line is None:
-                break
-            results[cell] = json.loads(line)
-    except queue.Empty:
-        end = f"no answer within {PATIENCE:.0f} s"
-    finally:
-        child.kill()
-        status = child.wait()
-        for thread in threads:
-            thread.join(5)
-    missing = cells[len(results) :]
-    if not end and status > 0:  # it could not even start: so would the next one
-        return results | {cell: {"reason": _death(status, errors)} for cell in missing}
-    if missing:
-        results[missing[0]] = {"reason": end or _death(status, errors)}
-    return results
-
-
-def _forward(stream: Any, put: Callable[[Any], None]) -> None:
-    for line in stream:
-        put(line.strip())
-    put(None)
-
-
-def _death(status: int, errors: list[str]) -> str:
-    if status < 0 and status != -signal.SIGKILL:
-        return f"the trial died of {signal.Signals(-status).name}"
-    said = [line for line in errors if line]
-    return f"the trial ended: {said[-1] if said else 'no message'}"
+    """The result of every cell."""
+    tried = children.each(["doctor", "--try"], cells, PATIENCE, "reason")
+    return {cell: {"reason": result["lost"]} if "lost" in result else result for cell, result in tried}
 
 
 def _try_cells(cells: list[Cell]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from support import fill_new_memory_with_junk
 
 import fastseq
 from fastseq import ops
+from fastseq.calibration.file import path
 from fastseq.ops.triton import interpreted
 
 HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
@@ -55,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU")
     devices.use(device, kernels)
+    if (measured := path()) is not None and measured.exists():  # tests are of AUTO's table, in their children too
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

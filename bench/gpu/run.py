@@ -1,7 +1,8 @@
 """One case on a GPU: every contestant checked, those that passed timed in turns.
 
-As bench/run.py, with a GPU's clock: events around blocks of calls, or, where the speed of memory counts, around each
-call with the L2 cache overwritten before it. A contestant may take part twice: as called, and captured in a CUDA graph.
+As bench/run.py, with the clock of fastseq.calibrate: on a GPU events around blocks of calls, or, where the speed of
+memory counts, around each call with the L2 cache overwritten before it. A contestant may take part twice: as called,
+and captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,50 +24,17 @@ from bench.check import errors as errors_of
 from bench.gpu import attention, recurrent
 from bench.gpu.cases import Layers
 from bench.peers import Entrant, Unavailable
-from bench.run import Entry, Result, Timing, block, in_force
+from bench.run import Entry, Result, Timing, in_force
 from fastseq.backend import operator_reason
+from fastseq.calibration import measure
+from fastseq.calibration.measure import Clock
 
 ROUNDS, FEWEST = 9, 5
-SWEEP = 256 << 20
-"""Bytes written between calls to empty the caches: several times the largest L2."""
 MOST_CALLS = 200
 
 
-class Clock(Protocol):
-    """Seconds of a block of calls; ``cold``: with caches emptied before each, which is not timed."""
-
-    def __call__(self, call: Callable[[], object], calls: int, cold: bool) -> float: ...
-
-
-class EventClock:
-    """Time by the GPU's own events."""
-
-    def __init__(self) -> None:
-        self._dirt: torch.Tensor | None = None
-
-    def __call__(self, call: Callable[[], object], calls: int, cold: bool) -> float:
-        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls if cold else 1)]
-        torch.cuda.synchronize()
-        if cold and self._dirt is None:
-            self._dirt = torch.empty(SWEEP, dtype=torch.uint8, device="cuda")
-        for start, end in pairs:
-            if cold and self._dirt is not None:
-                self._dirt.zero_()
-            start.record()
-            for _ in range(1 if cold else calls):
-                call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
-
-
-def host_clock(call: Callable[[], object], calls: int, cold: bool) -> float:
-    """Time by the host, for a run on the CPU."""
-    return block(call, calls)
-
-
 def clock_of(device: str) -> Clock:
-    return EventClock() if device == "cuda" else host_clock
+    return measure.clock_of(torch.device(device))
 
 
 Prepare = Callable[[Any, Any, str], Entrant]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastseq import direct
 from fastseq.attn import autograd as autograd_attention
+from fastseq.attn import divided
 from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
 from fastseq.autograd import is_batched, recorder
 from fastseq.backend import native_attention
@@ -23,7 +24,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
 
     ``settings``: scale, causal, bottom_right, window, softcap, and whether k and v may have fewer heads.
     """
-    if torch.compiler.is_compiling() or not native_attention():
+    if torch.compiler.is_compiling():
+        return None
+    if not native_attention() and not divided.takes_attention(q, k, v, bias, mask, settings):
         return None
     if bias is not None and torch.is_grad_enabled() and getattr(bias, "requires_grad", True):
         return None

@@ -21,6 +21,7 @@ from fastseq.attn import prefix as shared_prefix
 from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall, is_limited, scale_of, tensors_of, with_four_dimensions
 from fastseq.attn.reference import attention_weights
+from fastseq.calibration.calls import attention_shape
 from fastseq.checks import ArgumentError
 from fastseq.dtensor import any_dtensor, in_eager
 from fastseq.ops import attention as ops_attention
@@ -468,6 +469,7 @@ def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None =
         return in_eager(attend, *arguments) if call.dropout_p > 0.0 else attend(*arguments)
     q, k, v = call.q, call.k, call.v
     device, kind = auto.device_key(q.device), ""
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if device in auto.ATTENTION_KINDS:
         kind = auto.attention_kind(
             q.dtype,
@@ -477,15 +479,16 @@ def _attend(call: AttentionCall, return_lse: bool = False, backend: str | None =
             or not (call.block_table is call.k_scale is None)
             or not (call.bias is call.mask is call.alibi_slopes is call.prefix_lengths is None),
             limits=is_limited(call),
-            training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            training=training,
         )
+    shape = attention_shape(call, training) if backends.wants_description(q.device) else None
 
     def reasons(name: str) -> str | None:
         if name == "reference":
             return None
         return eager_attention.torch_reason(call, return_lse) if name == "torch" else _operator_reason(name, q, v)
 
-    name = backends.resolve("attention", kind, device, reasons, backend)
+    name = backends.resolve("attention", kind, device, reasons, backend, shape and (shape, q.device))
     if call.dropout_p > 0.0 and name != "torch":
         call = call._replace(seed=_seed(q))
     if not (call.block_table is call.k_scale is None) and not autograd_attention.reads_cache(name, call):

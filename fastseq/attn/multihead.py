@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import direct
+from fastseq.attn import divided
 from fastseq.attn.call import AttentionCall
 from fastseq.attn.functional import attention, attention_and_weights
 from fastseq.backend import native_attention
@@ -50,6 +51,8 @@ def in_one_call(*arguments: Any) -> tuple[Tensor, Tensor | None] | None:
     """The whole layer in inference and without dropout; None where the native call does not take it. Nothing is checked
     before. Arguments: the layer's own parameters and those of its ``out_proj``, each by name; query, key, value; bias,
     mask; heads, batch_first, causal, need_weights, and whether they are averaged over the heads."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not native_attention():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if not native_attention() and not divided.takes_layer(*arguments[2:10]):
         return None
     return direct.multihead(*arguments)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights
-from fastseq.recurrent import sessions
+from fastseq.recurrent import divided, sessions
 from fastseq.recurrent.stack import in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -54,7 +54,7 @@ class _Native(nn.Module):
         step = sessions.current.get()
         if step is not None:
             return step.in_one_call(self, x, h0, c0, cell, layout, num_layers)
-        if not backend.native_scan():
+        if not backend.native_scan() and not self._divided(x, cell, layout, num_layers, bidirectional):
             return None
         if num_layers > 1 and self.training and self.dropout:
             return None
@@ -63,6 +63,13 @@ class _Native(nn.Module):
         if self._compressed is not None:
             return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
         return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)
+
+    def _divided(self, x: Any, cell: str, layout: str, num_layers: int, bidirectional: bool) -> bool:
+        """Whether a call goes to the native kernels where measurements send some elsewhere; those of smaller copies do,
+        which no other kernels read."""
+        if self._compressed is not None and not torch.is_grad_enabled():
+            return backend.divided("scan")
+        return divided.takes_layers(x, self._weights, cell, layout, num_layers, bidirectional)
 
     __prepare_scriptable__ = checks.refuse_script
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastseq import ops
+from fastseq.calibration.calls import DTYPE_NAMES, ScanShape
 
 Result = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """y, h_n, an LSTM's c_n, and every c_t where asked for."""
@@ -68,3 +70,15 @@ class RecurrentCall:
         w = self.weights[index * width : (index + 1) * width]
         b_ih, b_hh = w[2:4] if self.has_biases else (None, None)
         return w[0], w[1], b_ih, b_hh, w[-1] if self.projected else None
+
+
+def shape_of(call: RecurrentCall, steps: int, batch: int) -> ScanShape:
+    """The call as calibration knows it."""
+    x, weights = call.x, call.weights
+    return ScanShape(
+        call.cell, DTYPE_NAMES.get(x.dtype, ""), steps, batch, x.shape[-1], call.hidden,
+        projected=weights[1].shape[1] if call.projected else 0, layers=call.num_layers, directions=call.directions,
+        biases=call.has_biases, lengths=call.lengths is not None or call.batch_sizes is not None,
+        reset=call.reset is not None,
+        training=torch.is_grad_enabled() and (x.requires_grad or weights[0].requires_grad),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from fastseq import backend as backends
 from fastseq.dtensor import any_dtensor, in_eager
 from fastseq.recurrent import dtensor, eager, onnx, packed, reference, stack
 from fastseq.recurrent.autograd import FORWARD, Scan, Walk
-from fastseq.recurrent.call import RecurrentCall, Result
+from fastseq.recurrent.call import RecurrentCall, Result, shape_of
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 
@@ -97,12 +97,13 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
     if backends.exporting_onnx() and backends.forced(backend) is None and call.batch_sizes is None:
         return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
-    if usual and backends.native_scan():
+    if usual and backends.native_scan_in_general():
         return "native"
     device = auto.device_key(x.device)
     uneven = call.lengths is not None or call.batch_sizes is not None
     kind = auto.scan_kind(device, call.cell, x.dtype, steps, batch, x.shape[-1], call.hidden, call.rows, uneven)
-    return backends.resolve("scan", kind, device, lambda name: _reason(name, call), backend)
+    asked = (shape_of(call, steps, batch), x.device) if backends.wants_description(x.device) else None
+    return backends.resolve("scan", kind, device, lambda name: _reason(name, call), backend, asked)
 
 
 def _reason(name: str, call: RecurrentCall) -> str | None:

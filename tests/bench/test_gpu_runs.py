@@ -182,7 +182,7 @@ def test_the_clock_of_a_gpu_times_all_calls_and_nothing_else(cold: bool, monkeyp
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: SimpleNamespace(zero_=lambda: passes(5)))
-    assert gpu_run.EventClock()(lambda: passes(1), 7, cold) == pytest.approx(7e-3)
+    assert gpu_run.measure.EventClock()(lambda: passes(1), 7, cold) == pytest.approx(7e-3)
     assert now == (7 + 7 * 5 if cold else 7)
 
 

@@ -16,15 +16,25 @@ LONGEST = 500
 # Lowest first; a module may import lower layers and its own. References and kernels import nothing of ours at all.
 LAYERS: list[set[str]] = [
     {"_native", "_native_cuda", "recurrent.cells", "attn.call"},
-    {"auto", "ops", "recurrent.reference", "attn.reference", "attn.random", "kernels"},
+    {"cli", "children"},
+    {
+        "auto",
+        "ops",
+        "calibration.calls",
+        "calibration.file",
+        "calibration.chosen",
+        "recurrent.reference",
+        "attn.reference",
+        "attn.random",
+        "kernels",
+    },
     {"checks", "attn.checks", "backend", "autograd", "attn.autograd", "dtensor"},
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch", "flops", "streams", "swapped", "torch_calls", "integrations"},
+    {"nn", "patch", "flops", "streams", "swapped", "torch_calls", "integrations", "calibration"},
     {"fastseq"},
-    {"cli"},
-    {"doctor", "demo", "__main__"},
+    {"calibration.measure", "calibration.command", "doctor", "demo", "__main__"},
 ]
 REFERENCE = {"recurrent.reference", "attn.reference", "attn.random"}
 ALONE = REFERENCE | {"kernels"}

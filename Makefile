@@ -5,6 +5,7 @@
 #   VENV=path           another environment; a torch that is already in it is kept
 #   JOBS=4              test processes
 #   ARGS="..."          more arguments for the demo, the bench or pytest
+# FASTSEQ_BUILD=cuda compiles the CUDA kernels where there is no GPU, too: export it, as every target builds first.
 
 PYTHON ?= python3
 VENV ?= .venv

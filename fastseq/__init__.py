@@ -6,16 +6,18 @@
 or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
 """
 
-from fastseq import flops, functional, integrations, nn
+from fastseq import flops, functional, installed, integrations, nn, ops
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.checks import ArgumentError
 from fastseq.functional import attention, merge_attention, scaled_dot_product_attention
 from fastseq.patch import Report, patch, unpatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 flops.register()
+if ops.NATIVE_MISSING is not None:
+    installed.warn_without_kernels(ops.NATIVE_MISSING)
 
 __all__ = [
     "ArgumentError",

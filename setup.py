@@ -1,7 +1,8 @@
 """Builds fastseq: a pure-Python package, and the native kernels where this machine can compile them.
 
-FASTSEQ_BUILD says how much: ``auto`` (all that can be built and used here: the CUDA kernels only where there is an NVIDIA
-GPU; never fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes into ``fastseq/_build.json`` for the doctor.
+FASTSEQ_BUILD says how much: ``auto`` (all that can be built, the CUDA kernels only where there is an NVIDIA GPU; never
+fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes into
+``fastseq/_build.json`` for the doctor.
 
 Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
 it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
@@ -328,7 +329,7 @@ def build_cpu(report: Report) -> list[Path]:
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU here: by the driver's library or, where programs do not find that, by nvidia-smi."""
+    """Whether there is an NVIDIA GPU here: by the driver's library or, where that is not found, by nvidia-smi."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")

@@ -233,7 +233,7 @@ def weights(document: Document, name: str) -> Exhibit:
 
 
 def summary_figure(document: Document) -> Any:
-    """The README's plot: for each family the geometric mean against each peer, slowest family first."""
+    """The plot of docs/benchmarks.md: for each family the geometric mean against each peer, slowest family first."""
     families = {case.get("family") for case in document["cases"]}
     rows: dict[str, dict[str, float]] = {}
     for line in document["summary"]:

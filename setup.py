@@ -1,8 +1,8 @@
 """Builds fastseq: a pure-Python package, and the native kernels where this machine can compile them.
 
 FASTSEQ_BUILD says how much: ``auto`` (all that can be built, the CUDA kernels only where there is an NVIDIA GPU; never
-fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes into
-``fastseq/_build.json`` for the doctor.
+fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes
+into ``fastseq/_build.json`` for the doctor.
 
 Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
 it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file

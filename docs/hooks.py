@@ -16,7 +16,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)]*)?\)")
+LINK = r"(?<!!)\[([^\]]+)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)]*)?\)"
+CODE_OR_LINK = re.compile(rf"```.*?```|`[^`\n]*`|{LINK}", re.DOTALL)  # code has brackets before parentheses, too
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
@@ -32,6 +33,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     folder = ROOT if here in FROM_ROOT else (ROOT / "docs" / here).parent
 
     def pointed(link: re.Match[str]) -> str:
+        if link[1] is None:
+            return link[0]
         text, to, anchor = link[1], (folder / link[2]).resolve(), link[3] or ""
         if not to.exists():
             raise PluginError(f"{here} links to {link[2]}, which does not exist")
@@ -42,4 +45,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return text if text.startswith("`") else f"`{text}`" if "/" in text or "." in text else text
         return f"[{text}]({os.path.relpath(inside, os.path.dirname(here) or '.')}{anchor})"
 
-    return LINK.sub(pointed, markdown).replace("<details>", '<details markdown="1">')
+    return CODE_OR_LINK.sub(pointed, markdown).replace("<details>", '<details markdown="1">')

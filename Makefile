@@ -1,10 +1,12 @@
-# make demo | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64 | wheel | build | clean
+# make demo | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64 | docs | wheel
+#   | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
 #   VENV=path           another environment; a torch that is already in it is kept
 #   JOBS=4              test processes
 #   ARGS="..."          more arguments for the demo, the bench or pytest
+# FASTSEQ_BUILD=cuda compiles the CUDA kernels where there is no GPU, too: export it, as every target builds first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +19,7 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 wheel build clean
+.PHONY: demo test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 docs wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -67,6 +69,10 @@ sanitize: $(READY)
 check-arm64: $(READY)
 	$(PY) tests/sanitize/run.py arm64
 
+# The manual, site/index.html; a link or a name that leads nowhere is an error. Nothing is fetched.
+docs: $(READY)
+	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean --site-dir site
+
 wheel: $(READY)
 	$(PIP) --quiet wheel . --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist/*.whl
@@ -89,4 +95,4 @@ $(READY): pyproject.toml constraints.txt setup.py
 
 clean:
 	rm -f fastseq/kernels
-	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info fastseq/*.so fastseq/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Builds fastseq: a pure-Python package, and the native kernels where this machine can compile them.
 
-FASTSEQ_BUILD says how much: ``auto`` (all that can be built; never fails), ``cpu``, ``cuda`` (fail if that cannot be
-built) or ``none``. What was built, and why the rest was not, goes into ``fastseq/_build.json`` for the doctor.
+FASTSEQ_BUILD says how much: ``auto`` (all that can be built, the CUDA kernels only where there is an NVIDIA GPU; never
+fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes
+into ``fastseq/_build.json`` for the doctor.
 
 Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
 it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
@@ -14,6 +15,7 @@ command line, their source or a header changed.
 from __future__ import annotations
 
 import ast
+import ctypes
 import hashlib
 import importlib.machinery
 import json
@@ -243,6 +245,7 @@ class Report:
     instruction_sets: list[str] = field(default_factory=list)
     instruction_sets_left_out: dict[str, str] = field(default_factory=dict)
     cuda_architectures: list[str] = field(default_factory=list)
+    pure_is_expected: bool = False  # else the package warns at its import where it has no native kernels
 
 
 def write_schemas() -> None:
@@ -255,10 +258,21 @@ def write_schemas() -> None:
         written.write_text(text)
 
 
+def machine_here() -> str:
+    """The processor's architecture, as ISAS names it."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def is_supported() -> bool:
+    """Whether the native kernels are written for such a system."""
+    return sys.platform == "linux" and machine_here() in ISAS
+
+
 def build_cpu(report: Report) -> list[Path]:
     """Compiles and links the CPU extension and libfastseq.so. Raises Unavailable."""
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-    if sys.platform != "linux" or machine not in ISAS:
+    machine = machine_here()
+    if not is_supported():
         raise Unavailable(
             f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {sys.platform} {machine}"
         )
@@ -314,6 +328,22 @@ def build_cpu(report: Report) -> list[Path]:
     ]
 
 
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU here: by the driver's library or, where that is not found, by nvidia-smi."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0:
+            return True
+    except (OSError, AttributeError):  # no driver, or something else by its name
+        pass
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.startswith("GPU ")
+
+
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
@@ -355,6 +385,16 @@ def build_cuda(report: Report) -> list[Path]:
     return [link(base, units, [*libraries, "-ltorch_cuda"], name, compiled)]
 
 
+def say_without_kernels(reason: str) -> None:
+    """So that nobody has to find it among other lines; fastseq/installed.py repeats it, as pip shows none of this."""
+    line = "!" * 100
+    print(f"\n{line}", file=sys.stderr)
+    say("INSTALLED WITHOUT ITS NATIVE KERNELS: calls will run on torch's own layers, at their speed.")
+    say(f"why: {reason}")
+    say("fix: remove that cause, then install again; with FASTSEQ_BUILD=cpu an installation fails instead.")
+    print(f"{line}\n", file=sys.stderr, flush=True)
+
+
 def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
     """Builds what ``wanted`` (the value of FASTSEQ_BUILD) asks for; returns the report and the libraries."""
     report = Report()
@@ -366,7 +406,10 @@ def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
     for part, make in parts.items():
         try:
             if wanted == "none" or (wanted == "cpu" and part == "cuda"):
-                raise Unavailable(f"FASTSEQ_BUILD={wanted} was set; install again without it")
+                how = "with FASTSEQ_BUILD=cuda" if part == "cuda" else "without it"
+                raise Unavailable(f"FASTSEQ_BUILD={wanted} was set; install again {how}")
+            if wanted == "auto" and part == "cuda" and not has_gpu():
+                raise Unavailable("there is no NVIDIA GPU here; FASTSEQ_BUILD=cuda compiles them all the same")
             if part == "cuda" and not sources("csrc/*/cuda/*.cu"):
                 raise Unavailable("this version has no CUDA C++ kernels")
             if part == "cuda" and "cpu" not in libraries:
@@ -383,7 +426,10 @@ def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
     if libraries:
         say(f"built {', '.join(report.built)} [{' '.join(report.instruction_sets + report.cuda_architectures)}]")
     else:
+        report.pure_is_expected = wanted == "none" or not is_supported()
         say("installing in pure Python; it works, through torch's own layers")
+        if not report.pure_is_expected:
+            say_without_kernels(report.reasons["cpu"])
     return report, libraries
 
 

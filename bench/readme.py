@@ -1,9 +1,10 @@
-"""Writes the README's speed section from a result file: ``python -m bench readme bench/results/NAME.json``."""
+"""Writes the tables of docs/benchmarks.md from a result file: ``python -m bench readme bench/results/NAME.json``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bench.formats import markdown, times
 from bench.report import ROOT, Document
 from fastseq import cli
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
 def replaced(text: str, name: str, between: str) -> str:
@@ -39,7 +40,7 @@ def section(document: Document, path: str) -> str:
     out = [
         f"Measured on {environment['cpu']} ({details}), {environment['threads']} threads, torch "
         f"{versions['torch']}, ONNX Runtime {versions['onnxruntime']}, {environment['date'][:10]}, at commit "
-        f"{(environment['commit'] or 'unknown')[:10]}; every case is in [{path}]({path}).",
+        f"{(environment['commit'] or 'unknown')[:10]}; every case is in [{Path(path).name}]({path}).",
         "",
         *markdown(header, rows[True]),
     ]
@@ -56,17 +57,16 @@ def main(argv: list[str]) -> int:
     """Entry point; 2 if the file is not a complete result."""
     parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__)
     parser.add_argument("file", type=Path, help="a result file that `python -m bench --json` wrote")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     try:
         document = json.loads(options.file.read_text())
         if not document["complete"]:
             raise ValueError("the run was cut short")
-        shown, home = options.file.resolve(), options.readme.resolve().parent
-        text = section(document, str(shown.relative_to(home) if shown.is_relative_to(home) else shown.name))
-        readme = replaced(options.readme.read_text(), "bench", text)
+        text = section(document, os.path.relpath(options.file, options.page.parent))
+        page = replaced(options.page.read_text(), "bench", text)
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench readme: {options.file}: {error}", file=sys.stderr)
         return cli.USAGE
-    cli.write_text(options.readme, readme)
+    cli.write_text(options.page, page)
     return 0

@@ -6,7 +6,7 @@
 or use the layers themselves, ``fastseq.nn.LSTM`` and its siblings, which take torch.nn's arguments and state_dicts.
 """
 
-from fastseq import flops, functional, integrations, nn
+from fastseq import flops, functional, installed, integrations, nn, ops
 from fastseq.attn.cache import KVCache
 from fastseq.backend import BackendError, backends, explain, use_backend
 from fastseq.calibration.record import calibrate
@@ -16,9 +16,11 @@ from fastseq.functional import attention, merge_attention, scaled_dot_product_at
 from fastseq.patch import Report, patch, unpatch
 from fastseq.streams import Streams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 flops.register()
+if ops.NATIVE_MISSING is not None:
+    installed.warn_without_kernels(ops.NATIVE_MISSING)
 
 __all__ = [
     "ArgumentError",

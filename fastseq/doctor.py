@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastseq import children, cli
+from fastseq import children, cli, installed
 
 LAYERS = ("RNN", "GRU", "LSTM", "MultiheadAttention")
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
@@ -96,7 +96,7 @@ def main(options: argparse.Namespace) -> int:
 def examine() -> Findings:
     """Look at everything. Never raises: what breaks is shown as broken."""
     findings = Findings()
-    build = _build_record()
+    build = installed.record()
     for name, probe in {
         "fastseq": _fastseq,
         "Python": lambda: f"{platform.python_version()} ({sys.executable})",
@@ -178,15 +178,6 @@ def _threads() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _build_record() -> dict[str, Any]:
-    """What setup.py wrote down of the build; empty where there is none."""
-    try:
-        record = json.loads(Path(__file__).with_name("_build.json").read_text())
-        return record if isinstance(record, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def _native(build: dict[str, Any]) -> str:
@@ -384,6 +375,10 @@ def _problems(findings: Findings, build: dict[str, Any]) -> None:
         findings.problem("this machine has an NVIDIA driver, but torch cannot use a GPU", fix)
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         findings.problem("Triton, which the GPU kernels need, is not installed", f"{pip} 'triton>=3.6'")
+    if torch.cuda.is_available() and ops.NATIVE_MISSING is None and ops.NATIVE_CUDA_MISSING is not None:
+        findings.problem(
+            f"the CUDA C++ kernels are missing ({ops.NATIVE_CUDA_MISSING})", f"FASTSEQ_BUILD=cuda {_install()}"
+        )
     broken: dict[tuple[str, str], list[str]] = {}
     for device, layers in findings.table.items():
         for layer, row in layers.items():

@@ -68,6 +68,6 @@ def remarks() -> dict[str, str]:
 
 
 needs_library = pytest.mark.skipif(
-    ops.NATIVE_CUDA_MISSING is not None, reason=f"no CUDA kernels: {ops.NATIVE_CUDA_MISSING}"
+    ops.NATIVE_CUDA_MISSING is not None, reason=f"needs a build with FASTSEQ_BUILD=cuda: {ops.NATIVE_CUDA_MISSING}"
 )
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is not installed")

@@ -1,4 +1,4 @@
-"""The README's tables of GPUs, made from the result files: which kernels ran where, and how fast."""
+"""The tables of GPUs in docs, made from the result files: which kernels ran where, and how fast."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def _measured(device: str, timed: Mapping[str, Document]) -> str:
 
 def _file(device: str, family: str, document: Document) -> str:
     """How many cases a file has, of which commit, and where it is."""
-    path = f"bench/results/{slug(device)}-{family}.json"
+    name = f"{slug(device)}-{family}.json"
     count = sum(not case["reason"] for case in document["cases"])
     layers = "layers " * (family == "recurrent")
-    return f"{count} cases of {family} {layers}at commit {commit(document)} in [{path}]({path})"
+    return f"{count} cases of {family} {layers}at commit {commit(document)} in [{name}](../bench/results/{name})"
 
 
 def _row(case: Document) -> list[str]:

@@ -39,7 +39,7 @@ def sources(results: Results) -> tuple[Any, ...]:
 
 
 def summary_figure(document: Document) -> Any:
-    """The README's plot: for each family the geometric mean against each peer, slowest family first."""
+    """The plot of docs/benchmarks.md: for each family the geometric mean against each peer, slowest family first."""
     families = {case.get("family") for case in document["cases"]}
     rows: dict[str, dict[str, float]] = {}
     for line in document["summary"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from fastseq import installed
 from fastseq.ops import schemas
 from fastseq.ops import triton as ops_triton
 from fastseq.ops.attention import attention_rule, fake_attention_backward, fake_attention_forward
@@ -115,7 +116,7 @@ def _load_native_cuda() -> str | None:
     try:
         import fastseq._native_cuda  # type: ignore[import-not-found]  # noqa: F401
     except ImportError as error:
-        return str(error)
+        return installed.reason("cuda") or str(error)
     return None
 
 

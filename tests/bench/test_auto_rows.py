@@ -126,8 +126,8 @@ def test_tables_of_speed_tell_kinds_cases_and_floors(tmp_path):
 @pytest.mark.parametrize(
     ("file", "name", "made"),
     [
-        ("README.md", "support", tables.support),
-        ("README.md", "gpu", tables.speed),
+        ("docs/gpu.md", "support", tables.support),
+        ("docs/benchmarks.md", "gpu", tables.speed),
         ("docs/gpu.md", "floors", model.floors),
     ],
     ids=["support", "speed", "floors"],

@@ -404,11 +404,11 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
         ],
         "cases": [{"noisy": False, "family": "recurrent inference fp32"}],
     }  # fmt: skip
-    results, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    results, page = tmp_path / "cpu.json", tmp_path / "benchmarks.md"
     results.write_text(json.dumps(document))
-    readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
-    assert main([str(results), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    page.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
+    assert main([str(results), "--page", str(page)]) == 0
+    text = page.read_text()
     shown, folded = text.split("<details>")
     assert "| recurrent inference fp32 | 2 | 1.50× | 1.25× `gru-x` | 3.00× |" in shown
     assert "| gru inference fp32 | 2 | 1.50× | 1.25× `gru-x` | – |" in folded
@@ -418,8 +418,8 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
     assert "[cpu.json](cpu.json)" in text
     assert "a chip (family 6, model 1, avx2), 2 threads" in text
     results.write_text(json.dumps(document | {"complete": False}))
-    assert main([str(results), "--readme", str(readme)]) == 2
-    assert readme.read_text() == text
+    assert main([str(results), "--page", str(page)]) == 2
+    assert page.read_text() == text
 
 
 def test_smaller_weights_are_compared_on_a_trained_model(tmp_path, capsys):

@@ -494,7 +494,7 @@ def test_suites_run_on_the_kernels_that_have_their_operators() -> None:
     assert gpu.suites_of("native", "mps", files) == []
 
 
-# --- the README's table -----------------------------------------------------------------------------------------------
+# --- the table of support ---------------------------------------------------------------------------------------------
 
 
 def test_no_file_no_claim(tmp_path: Path) -> None:

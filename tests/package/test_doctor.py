@@ -217,6 +217,17 @@ def test_the_environment_variable_is_obeyed(monkeypatch, tmp_path):
     assert all("runs on: reference" in text for text in found["runs_on"]["cpu"].values())
 
 
+def test_a_gpu_without_its_kernels_comes_with_the_command_that_builds_them(findings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "NATIVE_MISSING", None)
+    for missing in ("there is no NVIDIA GPU here", None):
+        monkeypatch.setattr(ops, "NATIVE_CUDA_MISSING", missing)
+        found = doctor.Findings()
+        doctor._problems(found, {})
+        told = [entry["fix"] for entry in found.problems if "CUDA C++ kernels are missing" in entry["problem"]]
+        assert [fix.startswith("FASTSEQ_BUILD=cuda ") for fix in told] == ([] if missing is None else [True])
+
+
 @pytest.mark.parametrize(("capability", "told"), [((9, 0), "were timed on such a GPU"), ((8, 0), "have not run on")])
 def test_a_gpu_is_told_with_what_is_known_of_its_kind(capability, told, monkeypatch):
     properties = SimpleNamespace(name="some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)

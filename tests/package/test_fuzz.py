@@ -107,7 +107,7 @@ ALLOWED: list[tuple[str, Callable[[Case, str, str], bool], str]] = [
         "torch looks at some of the devices only; where all are meta nothing raises",
     ),
 ]
-"""Where a call may differ from torch's: what, when, why. See Limits in README.md."""
+"""Where a call may differ from torch's: what, when, why. See docs/limits.md."""
 
 
 def unexplained(case: Case, faults: list[Fault]) -> list[Fault]:

@@ -15,7 +15,7 @@ LONGEST = 500
 
 # Lowest first; a module may import lower layers and its own. References and kernels import nothing of ours at all.
 LAYERS: list[set[str]] = [
-    {"_native", "_native_cuda", "recurrent.cells", "attn.call"},
+    {"_native", "_native_cuda", "installed", "recurrent.cells", "attn.call"},
     {"cli", "children"},
     {
         "auto",

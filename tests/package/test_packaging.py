@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -95,9 +96,13 @@ def build_wheel(source: Path, python: str | Path = sys.executable, **environment
     return Built(wheel, log)
 
 
-def assert_works_from(target: Path) -> None:
-    printed = succeed([sys.executable, "-c", RUN_A_LAYER], target, PYTHONPATH=str(target))
-    assert printed.strip() == str(target / "fastseq" / "__init__.py")
+def assert_works_from(target: Path, warning: str = "") -> None:
+    # An editable installation would lend the extension of another folder.
+    alone = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]"
+    done = run([sys.executable, "-c", f"{alone}\n{RUN_A_LAYER}"], target, PYTHONPATH=str(target))
+    assert done.stdout.strip() == str(target / "fastseq" / "__init__.py"), done.stderr
+    assert warning in done.stderr
+    assert ("RuntimeWarning: fastseq has no native kernels here" in done.stderr) == bool(warning), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,7 @@ def test_pure_wheel_is_for_every_machine(pure):
     assert pure.report["built"] == []
     assert "FASTSEQ_BUILD=none" in pure.report["reasons"]["cpu"]
     assert "installing in pure Python" in pure.log
+    assert "INSTALLED WITHOUT" not in pure.log  # it was asked for
 
 
 def test_pure_wheel_works_where_it_is_installed(pure, tmp_path):
@@ -234,8 +240,9 @@ def test_a_compiler_is_not_needed(tmp_path):
     built = build_wheel(copy_source(tmp_path), PATH="")
     assert built.wheel.name.endswith("-py3-none-any.whl")
     assert "there is no C++ compiler" in built.report["reasons"]["cpu"]
-    assert "there is no C++ compiler" in built.log
-    assert_works_from(built.install(tmp_path / "site"))
+    assert "INSTALLED WITHOUT ITS NATIVE KERNELS" in built.log
+    assert "why: there is no C++ compiler (g++ or clang++) on PATH; install one" in built.log
+    assert_works_from(built.install(tmp_path / "site"), warning="Why: there is no C++ compiler")
 
 
 def python_without_torch(folder: Path) -> Path:
@@ -255,7 +262,7 @@ def test_torch_is_not_needed_to_build(tmp_path):
     built = build_wheel(copy_source(tmp_path / "source"), python)
     assert built.wheel.name.endswith("-py3-none-any.whl")
     assert "torch is not installed" in built.report["reasons"]["cpu"]
-    assert_works_from(built.install(tmp_path / "site"))
+    assert_works_from(built.install(tmp_path / "site"), warning="install torch, then this package again")
 
 
 def test_code_that_does_not_compile_leaves_a_pure_package(tmp_path, native):
@@ -279,6 +286,73 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(environment, expecte
     done = run([sys.executable, "setup.py", "build_ext", "--inplace"], copy_source(tmp_path), **environment)
     assert done.returncode != 0
     assert expected in done.stdout + done.stderr
+
+
+NO_GPU = "there is no NVIDIA GPU here; FASTSEQ_BUILD=cuda compiles them all the same"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "reason"),
+    [
+        ("auto", True, None),
+        ("auto", False, NO_GPU),
+        ("cuda", False, None),
+        ("cpu", True, "FASTSEQ_BUILD=cpu was set; install again with FASTSEQ_BUILD=cuda"),
+    ],
+)
+def test_cuda_kernels_are_compiled_where_there_is_a_gpu_or_where_they_are_asked_for(
+    wanted, gpu, reason, build_tools, monkeypatch
+):
+    monkeypatch.setattr(build_tools, "has_gpu", lambda: gpu)
+    for part in ("cpu", "cuda"):
+        monkeypatch.setattr(build_tools, f"build_{part}", lambda report: [])
+    report, libraries = build_tools.build(wanted)
+    assert report.built == list(libraries) == (["cpu", "cuda"] if reason is None else ["cpu"])
+    assert report.reasons.get("cuda") == reason
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ("GPU 0: NVIDIA H200 (UUID: GPU-1)", True),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver", False),
+        (None, False),
+    ],
+    ids=["a GPU", "a driver without a GPU", "no driver"],
+)
+def test_a_gpu_is_found_by_what_its_driver_lists(listed, found, build_tools, tmp_path, monkeypatch):
+    def no_library(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(build_tools.ctypes, "CDLL", no_library)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if listed is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert build_tools.has_gpu() == found
+
+
+@pytest.mark.parametrize(("devices", "found"), [(2, True), (0, False)])
+def test_a_gpu_is_found_by_its_drivers_library(devices, found, build_tools, tmp_path, monkeypatch):
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = devices
+            return 0
+
+    monkeypatch.setattr(build_tools.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build_tools.has_gpu() == found
+
+
+def test_a_machine_that_has_no_native_kernels_is_not_told_to_build_them(build_tools, monkeypatch, capsys):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    report, libraries = build_tools.build("auto")
+    assert libraries == {}
+    assert report.pure_is_expected
+    assert "INSTALLED WITHOUT" not in capsys.readouterr().err
 
 
 def test_kernels_cannot_be_imported_under_the_name_of_another_package():

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastseq import auto
 from fastseq import backend as backends
+from fastseq.attn import autocast, int8, pages
 from fastseq.attn import autograd as autograd_attention
 from fastseq.attn import checks as checks_attention
 from fastseq.attn import direct as direct_attention
 from fastseq.attn import dtensor as dtensor_attention
 from fastseq.attn import eager as eager_attention
-from fastseq.attn import int8, pages
 from fastseq.attn import prefix as shared_prefix
 from fastseq.attn.cache import KVCache
 from fastseq.attn.call import AttentionCall, is_limited, scale_of, tensors_of, with_four_dimensions
@@ -165,7 +165,7 @@ def attention(
         )  # fmt: skip
         if o is not None:
             return o
-    q, k, v, bias, sinks, alibi_slopes = _autocast(q, k, v, bias, sinks, alibi_slopes)
+    q, k, v, bias, sinks, alibi_slopes = autocast.cast_inputs(q, k, v, bias, sinks, alibi_slopes)
     if k_scale is None:
         checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     else:
@@ -287,7 +287,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     names = ("query", "key", "value")
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast.cast_inputs(query, key, value, attn_mask)
     checks_attention.check_tensors(names, query, key, value)
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, (query, key, value), strict=True))
@@ -348,7 +348,7 @@ def attention_and_weights(
     Raises:
         ArgumentError, BackendError: as :func:`attention`.
     """
-    q, k, v, bias = _autocast(q, k, v, bias)
+    q, k, v, bias = autocast.cast_inputs(q, k, v, bias)
     checks_attention.check_tensors(("q", "k", "v"), q, k, v)
     checks_attention.check_dense(q, k, v)
     checks_attention.check_numbers(None, 0.0, dropout_p)
@@ -392,21 +392,6 @@ def _operator_reason(name: str, q: Tensor, v: Tensor) -> str | None:
     if reason is None and q.device.type == "cuda":
         reason = ops_attention.native_cuda_reason(q.dtype, q.shape[-1], v.shape[-1])
     return reason
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor, *added: Tensor | None) -> tuple[Any, ...]:
-    """q, k and v in autocast's dtype where it is on, as autocast does for torch's own attention. What is added to the
-    scores, which need not have q's dtype, is widened to float32: rounded to autocast's dtype, as torch does, a mask of
-    finfo(float32).min would be -inf."""
-    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v, *added
-    dtype = torch.get_autocast_dtype(q.device.type)
-    cast = (x.to(dtype) if isinstance(x, Tensor) and x.dtype not in _KEPT else x for x in (q, k, v))
-    halves = {torch.bfloat16, torch.float16} - {dtype}
-    return *cast, *(x.float() if isinstance(x, Tensor) and x.dtype in halves else x for x in added)
-
-
-_KEPT = (torch.float64, torch.int8)  # by autocast: int8 stands beside its scales
 
 
 def _causal_limit(mask: object) -> str | None:

@@ -36,7 +36,7 @@ class Protocol:
     iterations at most. min_time: seconds given to each way of a shape."""
 
     device: str
-    widths: tuple[int, ...] = (64, 256)
+    widths: tuple[int, ...] = (64, 128)
     lengths: tuple[int, ...] = (256, 1024)
     tolerance: float = 1e-5
     training: int = 400

@@ -173,13 +173,17 @@ def table_of(document: dict[str, Any]) -> str:
         unit, us, cells = result["unit"], result["us"], []
         for carried, count in result["iterations"].items():
             each = us[carried] / us["layer"]
-            found = f"more than {most} × {each:.3g}"
-            cells.append(found if count is None else f"{count} × {each:.3g} = {count * each:,.3g}")
+            found = f"more than {most} × {_written(each)}"
+            cells.append(found if count is None else f"{count} × {_written(each)} = {_written(count * each)}")
         weights = "trained" if unit["trained"] else "initial"
         rows.append(
             f"| {unit['cell'].upper()} | {weights} | {unit['hidden']} | {unit['steps']} | {' | '.join(cells)} |"
         )
     return "\n".join(rows)
+
+
+def _written(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def facts(document: dict[str, Any]) -> dict[str, Any]:

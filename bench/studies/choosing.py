@@ -1,4 +1,4 @@
-"""docs/choosing.md and the figures of docs and README, made from the committed result files."""
+"""docs/choosing.md, docs/parallel.md and the figures of docs and README, made from the committed result files."""
 
 from __future__ import annotations
 
@@ -119,18 +119,18 @@ def _sizes(memory: Document) -> dict[str, tuple[int, int]]:
     return {task: (min(sizes), max(sizes)) for task, sizes in found.items()}
 
 
-def text(results: Results) -> str:
-    """docs/choosing.md as it must read for these results."""
+def text(results: Results, page: str = "choosing") -> str:
+    """docs/choosing.md, or ``parallel``, as it must read for these results."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
                         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip
-    page: str = jinja.get_template("choosing.md.j2").render(**facts(results))
-    return page
+    made: str = jinja.get_template(f"{page}.md.j2").render(**facts(results))
+    return made
 
 
 def write(folder: Path, root: Path = ROOT) -> list[Path]:
-    """Write docs/choosing.md, its figures, and the README's; returns what was written.
+    """Write docs/choosing.md and docs/parallel.md, and the figures of docs; returns what was written.
 
     Raises:
         ValueError: a result file that they need is missing.
@@ -139,9 +139,9 @@ def write(folder: Path, root: Path = ROOT) -> list[Path]:
     figures = root / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     known = facts(results)
-    page = root / "docs" / "choosing.md"
-    cli.write_text(page, text(results))
-    written = [page]
+    written = [root / "docs" / f"{page}.md" for page in ("choosing", "parallel")]
+    for page in written:
+        cli.write_text(page, text(results, page.stem))
     with plots.style():
         for name in known["shown"]:
             exhibit: Exhibit = known["exhibits"][name]

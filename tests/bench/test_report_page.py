@@ -202,9 +202,9 @@ def test_the_command_writes_the_page(tmp_path, capsys):
 def test_the_page_on_choosing_is_what_the_results_say():
     """Every number on it comes from the files: it is made of them, and its template holds none but the folklore's."""
     results = exhibits.load(RESULTS)
-    assert (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8") == choosing.text(results), (
-        "run: python -m bench report --docs"
-    )
+    for name in ("choosing", "parallel"):
+        read = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert read == choosing.text(results, name), "run: python -m bench report --docs"
     template = (ROOT / "bench" / "studies" / "choosing.md.j2").read_text(encoding="utf-8")
     literal = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", template, flags=re.S)
     assert set(re.findall(r"\d+(?:[.,]\d+)*", literal)) <= {"50", "200", "1", "0"}

@@ -196,7 +196,9 @@ CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 
-FACING_TORCH = {"arguments.h", "settings.h", "ops.h", "marshal.h", "stack.h", "dispatch.h", "direct.h", "direct_objects.h"}
+FACING_TORCH = {
+    *("arguments.h", "settings.h", "ops.h", "marshal.h", "stack.h", "dispatch.h", "direct.h", "direct_objects.h")
+}
 """Headers of the operators and of the fast path past torch's dispatcher."""
 
 

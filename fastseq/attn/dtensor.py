@@ -66,7 +66,7 @@ def _axes(call: AttentionCall) -> dict[str, Axes]:
 def _local(shards: Shards, call: AttentionCall, name: str, axes: Axes, share: int) -> Any:
     """This process's part of one of a call's tensors."""
     x = getattr(call, name)
-    if share == 1 or name not in _KEYS:
+    if x is None or share == 1 or name not in _KEYS:
         return shards.local(name, x, axes)
     assert axes.heads is not None
     return shards.local(name, x, Axes(axes.batch)).narrow(axes.heads, shards.index(HEADS) // share, 1)

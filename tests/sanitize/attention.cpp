@@ -217,8 +217,7 @@ struct Problem {
       const Array wide_k = set_small(small_k, k_scale, D, small.k, small.k_scale);
       const Array wide_v = set_small(small_v, v_scale, Dv, small.v, small.v_scale);
       small.o = view(small_o, Hq, rows_q, Dv), small.lse = row_view(small_lse);
-      done = done && (Tq <= fastseq::kDecodeQueries ? FASTSEQ_DISPATCH(attention_decode, small)
-                                                    : FASTSEQ_DISPATCH(attention_forward, small));
+      done = done && run_attention(small);
       out.insert(out.end(), {{"o of int8", small_o}, {"lse of int8", small_lse, true}});
     }
 

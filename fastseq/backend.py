@@ -146,7 +146,7 @@ def resolve(
         if reason is not None:
             raise BackendError(f"backend {named!r} cannot run this {op}: {reason}")
         return named
-    order = (() if asked is None else chosen.order(*asked)) or auto.row(device, op, kind).order
+    order = (() if asked is None else chosen.order(op, *asked)) or auto.row(device, op, kind).order
     if tracing():  # what torch's own layers do can be saved, loaded without this package, and differentiated
         order = ("torch", *order)
     elif exporting_onnx():  # ONNX knows torch's operators, not ours

@@ -125,10 +125,11 @@ def _looked_up(shape: Shape, device: str, index: int) -> auto.Row | None:
     return found.kinds.get((shape.op, shape.kind(device)))
 
 
-def order(shape: Shape, device: torch.device) -> tuple[str, ...]:
-    """That row's order, empty where there is none; in a compiled call the kind's, as sizes may be open."""
+def order(op: str, shape: Shape, device: torch.device) -> tuple[str, ...]:
+    """That row's order, empty where there is none; in a compiled call the kind's, as sizes may be open. ``op``: the
+    shape's, which torch 2.10 cannot ask a traced shape for."""
     if torch.compiler.is_compiling():
-        return tuple(_order_of_kind(device.type, device.index or 0, shape.op, shape.kind(device.type)).split())
+        return tuple(_order_of_kind(device.type, device.index or 0, op, shape.kind(device.type)).split())
     found = row(shape, device)
     return () if found is None else found.order
 

@@ -9,7 +9,20 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastseq
 from fastseq.attn.reference import visible_pairs
+
+
+class DecodingStep(torch.nn.Module):
+    """Appends to a cache, and attends to all of it."""
+
+    def __init__(self, cache: fastseq.KVCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.cache.append(k, v)
+        return fastseq.attention(q, cache=self.cache, causal=True)
 
 
 @st.composite

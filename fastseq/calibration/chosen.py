@@ -193,17 +193,15 @@ def disqualified(entry: Entry) -> dict[tuple[str, str, str], str]:
 def book_of(entry: Entry, device: str) -> Book:
     """The rows that an entry supports; ``device``: the type of its device."""
     found = Book(entry.date)
-    bad = disqualified(entry)
+    bad, amx = disqualified(entry), amx_is_ahead(entry)
     groups: dict[tuple[str, str], list[tuple[Shape, Timed]]] = {}
     for shape, timed in entry.timed.items():
         if timed.of_kind:
             groups.setdefault((shape.op, shape.kind(device)), []).append((shape, timed))
-        rounded = shape.rounded()
-        made = None if timed.of_kind else _row(entry, [(shape, timed)], shape.name, bad)
-        if made is not None:
-            found.shapes[rounded] = made
+        elif (made := _row(entry, [(shape, timed)], shape.name, bad, amx)) is not None:
+            found.shapes[shape.rounded()] = made
     for (op, kind), members in groups.items():
-        made = _row(entry, members, kind, bad)
+        made = _row(entry, members, kind, bad, amx)
         if made is not None:
             found.kinds[op, kind] = made
     return found
@@ -217,14 +215,14 @@ def usual_of(entry: Entry, shape: Shape) -> auto.Row:
 
 
 def _row(
-    entry: Entry, members: list[tuple[Shape, Timed]], kind: str, bad: dict[tuple[str, str, str], str]
+    entry: Entry, members: list[tuple[Shape, Timed]], kind: str, bad: dict[tuple[str, str, str], str], amx: bool
 ) -> auto.Row | None:
     """The row of some calls: those that passed and were timed in all of them, the fastest first, but the backend of
-    AUTO's table where none is ahead of it by enough; then the rest of AUTO's order, without what failed."""
+    AUTO's table where none is ahead of it by enough; then the rest of AUTO's order, without what failed. ``amx``:
+    whether AMX's instructions will be used."""
     shape = members[0][0]
     usual = usual_of(entry, shape).order
-
-    amx = _amx_counts(shape) and amx_is_ahead(entry)
+    amx = amx and _amx_counts(shape)
 
     def times(timed: Timed) -> dict[str, float]:
         """By backend: the native one's with the instructions that it will have."""

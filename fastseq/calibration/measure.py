@@ -21,7 +21,7 @@ from torch import Tensor
 import fastseq
 from fastseq.backend import BackendError
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape, from_values
-from fastseq.calibration.file import AMX, CANNOT, PASSED, RAISED, WRONG, Verdict
+from fastseq.calibration.file import AMX, CANNOT, PASSED, RAISED, WRONG, Verdict, native_isa
 from fastseq.calibration.shown import one_line
 
 ROUNDS = 9
@@ -221,13 +221,13 @@ def in_force(name: str) -> Iterator[None]:
         with fastseq.use_backend(name):
             yield
         return
-    before = torch.ops.fastseq.native_isa("")
-    torch.ops.fastseq.native_isa(AMX)
+    before = native_isa()
+    native_isa(AMX)
     try:
         with fastseq.use_backend("native"):
             yield
     finally:
-        torch.ops.fastseq.native_isa(before)
+        native_isa(before)
 
 
 # --- how long ---------------------------------------------------------------------------------------------------------

@@ -160,7 +160,6 @@ class Session:
             finally:
                 self._write()
                 self.progress.end()
-                chosen.forget()
                 backends.measured_anew()
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_support import DecodingStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import needs_native
@@ -256,18 +257,9 @@ def test_a_decoding_step_compiles_whole_and_once(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "paged", "ring"])
 def test_a_decoding_step_is_exported(layout):
-    class Step(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cache = made(layout)
-
-        def forward(self, q, k, v):
-            self.cache.append(k, v)
-            return fastseq.attention(q, cache=self.cache, causal=True)
-
     (k, v), q = drawn(BATCH, 1), torch.randn(BATCH, HEADS, 1, DIM)
     with torch.no_grad():
-        program = torch.export.export(Step(), (q, k, v)).module()
+        program = torch.export.export(DecodingStep(made(layout)), (q, k, v)).module()
         plain = made(layout)
         for _ in range(15):
             (k, v), q = drawn(BATCH, 1), torch.randn(BATCH, HEADS, 1, DIM)

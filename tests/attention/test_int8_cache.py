@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_operators import PLAIN, eager
+from attention_support import DecodingStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import NATIVE, assert_within_budget, needs_native
@@ -213,20 +214,11 @@ def test_copies_and_checkpoints_of_int8_go_on_where_the_cache_was(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "ring"])
 def test_a_step_on_int8_compiles_whole_and_is_exported(layout):
-    class Step(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cache = made(layout)
-
-        def forward(self, q, k, v):
-            self.cache.append(k, v)
-            return fastseq.attention(q, cache=self.cache, causal=True)
-
     torch._dynamo.reset()
     with torch.no_grad():
         (k, v), q = drawn(1), torch.randn(BATCH, HEADS, 1, DIM)
-        compiled = torch.compile(Step(), fullgraph=True, backend="aot_eager")
-        program, plain = torch.export.export(Step(), (q, k, v)).module(), Step()
+        compiled = torch.compile(DecodingStep(made(layout)), fullgraph=True, backend="aot_eager")
+        program, plain = torch.export.export(DecodingStep(made(layout)), (q, k, v)).module(), DecodingStep(made(layout))
         for _ in range(15):
             (k, v), q = drawn(1), torch.randn(BATCH, HEADS, 1, DIM)
             want = plain(q, k, v)

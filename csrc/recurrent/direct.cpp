@@ -79,7 +79,7 @@ struct Given {
 
 // AUTO has more than one answer for a larger batch of bfloat16; torch's layers refuse a call without steps.
 bool takes(const Stack& stack) {
-  return stack.steps() > 0 && (stack.dtype() != Dtype::bf16 || stack.steps() * stack.batch() <= most_bf16_rows);
+  return stack.steps() > 0;
 }
 
 // A tuple of results, None in place of those that are absent.
@@ -190,19 +190,18 @@ PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
-// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows, impl_offset, keys_offset, plain_keys: pair of int)
+// bind(Tensor, Parameter, questions, forward_ad: dict, impl_offset, keys_offset, plain_keys: pair of int)
 // -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[7])) {
+  if (count != 7 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[6])) {
     PyErr_SetString(PyExc_TypeError,
-                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows, impl_offset, "
-                    "keys_offset, plain_keys: tuple)");
+                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, impl_offset, keys_offset, "
+                    "plain_keys: tuple)");
     return nullptr;
   }
-  most_bf16_rows = PyLong_AsLongLong(args[4]);
-  impl_offset = PyLong_AsLongLong(args[5]);
-  keys_offset = PyLong_AsLongLong(args[6]);
-  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[7], i));
+  impl_offset = PyLong_AsLongLong(args[4]);
+  keys_offset = PyLong_AsLongLong(args[5]);
+  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[6], i));
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))

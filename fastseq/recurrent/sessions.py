@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import auto, autograd, backend, ops
+from fastseq import autograd, backend, ops
 from fastseq.checks import ArgumentError, sizes
 
 current: ContextVar[Step | None] = ContextVar("fastseq.streams", default=None)
@@ -149,7 +149,6 @@ class Step:
             backend.native_scan()
             and x.numel() > 0
             and x.shape[-1] == block.layer.input_size
-            and (dtype is not torch.bfloat16 or x.numel() // x.shape[-1] <= auto.BF16_ROWS)
             and not (torch.is_autocast_enabled("cpu") or autograd.functorch_active())
         )
 

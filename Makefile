@@ -1,5 +1,5 @@
-# make demo | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64 | docs | wheel
-#   | build | clean
+# make demo | examples | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64
+#   | docs | wheel | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
@@ -19,11 +19,15 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 docs wheel build clean
+.PHONY: demo examples test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 docs wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
 	$(PY) -m fastseq demo $(ARGS)
+
+# ARGS="tagger forecasting" runs these two.
+examples: build
+	$(PY) examples/run.py $(ARGS)
 
 # Triton kernels are compiled in the first process and interpreted in the second: Triton cannot do both in one.
 test: build

@@ -26,7 +26,6 @@ TORCHS = ("libtorch*", "libc10*", "libcudart*", "libgomp*")
 
 SUITES = (
     "tests/package/test_patch.py",
-    "tests/package/test_direct.py",
     "tests/attention/test_merge_attention.py",
     "tests/recurrent/test_training.py",
 )

@@ -107,17 +107,21 @@ bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject
   return now.get() && PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
 }
 
-// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs)
-// -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these names,
-// in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0.
+// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs[, h, c, read,
+// write]) -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these
+// names, in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0; the last four: StackBlock.
 PyObject* infer(PyObject* const* args, Py_ssize_t count) {
   Given given;
-  if (count != 12 || !is_plain_call()) return decline();
+  Borrowed block[4];
+  if ((count != 12 && count != 16) || !is_plain_call()) return decline();
+  for (Py_ssize_t i = 12; i < count; ++i)
+    if (!block[i - 12].take(args[i])) return decline();
   if (!(PyDict_Check(args[0]) ? given.weights.add_named(args[0], args[1]) : given.weights.add_all(args[0])) ||
       !given.scales.add_all(args[2]) || !given.take(args + 3))
     return decline();
   given.call.scales = given.scales.handles, given.call.scale_count = given.scales.count;
   given.call.hidden = PyLong_AsLongLong(args[10]), given.call.outputs = PyLong_AsLongLong(args[11]);
+  given.call.block = {block[0].handle(), block[1].handle(), block[2].handle(), block[3].handle()};
   Stack stack(given.call);
   if (!takes(stack)) return decline();
   StackResult r;

@@ -30,6 +30,7 @@ class Backward : Gradient<S> {
   using typename G::Tile;
   using G::call, G::group, G::kDot, G::kWiden, G::L, G::pairs, G::width, G::width_v;
   static constexpr bool kNarrow = sizeof(S) != sizeof(A);
+  static constexpr bool kColumns = kMatrix<Op>;  // dq and the keys that it is made of lie by columns
 
  public:
   explicit Backward(const AttentionBackward& call)
@@ -53,6 +54,7 @@ class Backward : Gradient<S> {
     dq_parts_ = shared.take<A>(parts), row_parts_ = shared.take<A>(row_parts), dsink_parts_ = shared.take<double>(sinks);
     std::atomic<long> next{0}, next_weighed{0};
     parallel(threads, [&](const Team& team) {
+      [[maybe_unused]] TileScope tiles;
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
       const auto each_item = [&](std::atomic<long>& counter, auto work) {
@@ -84,7 +86,9 @@ class Backward : Gradient<S> {
     Met* met;
     A *dq, *dk = nullptr, *dv = nullptr;  // [64, width], [Tk, width], [Tk, width_v]
     Copy *k = nullptr, *v = nullptr;      // [Tk, copied row]
-    uint32_t* k_pairs = nullptr;          // [Tk / 2, width]
+    A* dq_rows = nullptr;                 // of dq by columns
+    uint32_t* k_pairs = nullptr;          // [Tk / 2, width]; or by columns, and room to make these
+    uint32_t* few_pairs = nullptr;
 
     Scratch(const Backward& g, Arena& arena)
         : queries(g, arena), tile(g, arena, g.splits_ > 1 ? 0 : round_up(g.call.length_k, 2)) {
@@ -95,9 +99,13 @@ class Backward : Gradient<S> {
       if (!g.direct_v_) dv = arena.take<A>(keys * g.width_v);
       if (g.copy_k) k = arena.take<Copy>(keys * g.k_copy_row());
       if (g.copy_v) v = arena.take<Copy>(keys * g.v_copy_row());
-      if (kDot) k_pairs = arena.take<uint32_t>(keys / 2 * g.width);
+      if (kDot) k_pairs = arena.take<uint32_t>((kColumns ? g.k_column() : keys) / 2 * g.width);
+      if (kColumns) few_pairs = arena.take<uint32_t>(16 * g.width), dq_rows = arena.take<A>(kQueries * g.width);
     }
   };
+
+  // Elements of a column of keys: not a power of two, which would have them share cache sets.
+  long k_column() const { return round_up(call.length_k, 64) + 32; }
 
   // Keys and values of a split's tiles, where the products find them.
   Keys prepare(const Sequence& s, long b, long hk, long split, long step, Scratch& x) const {
@@ -152,10 +160,12 @@ class Backward : Gradient<S> {
         for (long d = 0; d < width; d += L) store(dk + i * dk_row + d, Vec<A>{});
         for (long d = 0; d < width_v; d += L) store(dv + i * dv_row + d, Vec<A>{});
       }
-      if constexpr (kDot) {
-        interleave_rows(at<S>(call.k, b, hk, s.k_row + j), call.k.row, end - j, (end - j + 1) / 2, call.dim, width,
-                        x.k_pairs + j / 2 * width);
-      }
+      const S* k = at<S>(call.k, b, hk, s.k_row + j);
+      if constexpr (kColumns)
+        transpose_rows(k, call.k.row, end - j, call.dim, width, x.few_pairs, reinterpret_cast<bf16*>(x.k_pairs) + j,
+                       k_column());
+      else if constexpr (kDot)
+        interleave_rows(k, call.k.row, end - j, (end - j + 1) / 2, call.dim, width, x.k_pairs + j / 2 * width);
     }
     const Keys keys = prepare(s, b, hk, split, step, x);
     Queries& q = x.queries;
@@ -191,10 +201,12 @@ class Backward : Gradient<S> {
             differentiate(j0, j1, seen, tile);
           });
         }
-        if (kDot && begun) add_carry(at<S>(call.k, b, hk, s.k_row), q, x.dq);
+        A* const dq = !begun ? nullptr : kColumns ? x.dq_rows : x.dq;
+        if (kColumns && begun) turn_back<A>(x.dq, q.vectors, width, dq);
+        if (kDot && begun) add_carry(at<S>(call.k, b, hk, s.k_row), q, dq);
         dsink += q.dsink;
         if (call.rows && split == 0) this->remember(b, q);
-        write_dq(s, b, h, i0, split, begun ? x.dq : nullptr);
+        write_dq(s, b, h, i0, split, dq);
       }
       if (call.dsinks && split == 0) dsink_parts_[b * call.heads_q + h] = dsink;
     }
@@ -241,10 +253,20 @@ class Backward : Gradient<S> {
       product<Op, Into::add>(z, rows, int(width / L), depth);
     };
     if (words)
-      for_seen_rows(words, n, kTileRows, by_keys);
+      for_seen_rows(words, n, kRowsAtOnce<Op>, by_keys);
     else
       by_keys(0, n, 0, q.count);
 
+    if constexpr (kColumns)
+      add_columns(s, x, tile, j0, j1, words, begun);
+    else
+      add_rows(s, x, tile, keys, j0, j1, words, begun);
+  }
+
+  // dq += ds k
+  void add_rows(const Sequence& s, Scratch& x, const Tile& tile, const Keys& keys, long j0, long j1, const uint64_t* words,
+                bool begun) const {
+    const Queries& q = x.queries;
     const Element* k_rows;
     long k_row;
     if constexpr (kDot) {
@@ -252,23 +274,41 @@ class Backward : Gradient<S> {
     } else {
       k_row = keys.k_row / long(sizeof(A)), k_rows = reinterpret_cast<const Element*>(keys.k) + j0 * k_row;
     }
-    const Operands<Op> to_dq{kDot ? reinterpret_cast<const char*>(tile.ds_pairs) : ds, long(sizeof(Element)),
-                             kQueries * long(sizeof(Element)), k_rows, k_row, x.dq, width};
+    const Operands<Op> to_dq{kDot ? reinterpret_cast<const char*>(tile.ds_pairs) : reinterpret_cast<const char*>(tile.dp),
+                             long(sizeof(Element)), kQueries * long(sizeof(Element)), k_rows, k_row, x.dq, width};
     const auto by_queries = [&](int row, int rows, long first, long end) {
       const long k0 = first / Op::depth, depth = most(0, (end + Op::depth - 1) / Op::depth - k0);
       Operands<Op> y = to_dq;
       y.a += row * y.a_row + k0 * y.a_step, y.b += k0 * y.b_row, y.c += row * y.c_row;
-      if (begun)
-        product<Op, Into::add>(y, rows, int(width / L), depth);
-      else
-        product<Op, Into::store>(y, rows, int(width / L), depth);
+      add_or_store(y, rows, int(width / L), depth, begun);
     };
-    if (!words) return by_queries(0, q.count, 0, n);
+    if (!words) return by_queries(0, q.count, 0, j1 - j0);
     for (int row = 0; row < q.count; row += kTileRows) {
       const int rows = int(least(kTileRows, q.count - row));
       const Sequence::Range seen = s.seen_of(j0, j1, q.i0 + row, rows);
       by_queries(row, rows, seen.begin - j0, seen.end - j0);
     }
+  }
+  // The same by columns: dq^T += k^T ds^T.
+  void add_columns(const Sequence& s, Scratch& x, const Tile& tile, long j0, long j1, const uint64_t* words,
+                   bool begun) const {
+    const Queries& q = x.queries;
+    const Operands<Op> to_dq{reinterpret_cast<const char*>(x.k_pairs + j0 / 2), k_column() * long(sizeof(S)),
+                             long(sizeof(Element)), tile.ds_pairs, kQueries, x.dq, kQueries};
+    if (!words) return add_or_store(to_dq, width, q.vectors, (j1 - j0 + 1) / 2, begun);
+    for (int v = 0; v < q.vectors; ++v) {
+      const Sequence::Range seen = s.seen_of(j0, j1, q.i0 + v * L, least(L, q.count - v * L));
+      const long k0 = (seen.begin - j0) / 2;
+      Operands<Op> y = to_dq;
+      y.a += k0 * y.a_step, y.b += k0 * y.b_row + v * L, y.c += v * L;
+      add_or_store(y, width, 1, most(0, (seen.end - j0 + 1) / 2 - k0), begun);
+    }
+  }
+  static void add_or_store(const Operands<Op>& x, long rows, int vectors, long depth, bool begun) {
+    if (begun)
+      product<Op, Into::add>(x, rows, vectors, depth);
+    else
+      product<Op, Into::store>(x, rows, vectors, depth);
   }
 
   void add_carry(const S* k, const Queries& q, A* dq) const {

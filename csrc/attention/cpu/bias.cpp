@@ -38,6 +38,7 @@ class BiasGradient : Gradient<S> {
     if (!memory.data) return false;
     std::atomic<long> next{0};
     parallel(threads, [&](const Team& team) {
+      [[maybe_unused]] TileScope tiles;
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
       for (long item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {

@@ -3,8 +3,9 @@
 //   m' = max(m, max_j s[i,j]);  p = exp(s - m');  l' = l exp(m - m') + sum_j p;  o' = o exp(m - m') + p v
 //
 // Scores are made transposed, S^T [keys, 64] = K Q^T, lanes being queries: row operations need no shuffles, and only
-// Q^T is ever copied. O [64, Dv] += P V takes P by columns and V unpacked. Where 16-bit inputs have no instructions
-// of their own, blocks of K and V are widened once for several query blocks.
+// Q^T is ever copied. O [64, Dv] += P V takes P by columns and V unpacked; AMX, which wants rows of its first operand, makes
+// O^T [Dv, 64] += V^T P^T. Where 16-bit inputs have no instructions of their own, blocks of K and V are widened once for
+// several query blocks.
 #include <atomic>
 
 #include "attention/cpu/attention.h"
@@ -17,7 +18,6 @@ namespace attention {
 namespace {
 
 constexpr long kKeys = 256;       // keys a block, at most
-constexpr int kBlocksAtOnce = 4;  // query blocks that share a block of keys
 
 // Keys a block of a sequence: equal blocks, none much smaller than the others; even, for products by pairs.
 long keys_per_block(long keys) {
@@ -35,6 +35,12 @@ class Forward {
   using Op = std::conditional_t<kDot, Dot, Fma<A>>;
   using Element = typename Op::Element;
   static constexpr int kDegree = kDot ? 4 : kFullDegree<A>;
+  static constexpr bool kColumns = kMatrix<Op>;  // o and v lie by columns
+  static constexpr int kBlocksAtOnce = kColumns ? 8 : 4;  // query blocks that share a block of keys
+  static constexpr long kColumn = kKeys + 32;  // of v, in elements: columns apart by a power of two would share cache sets
+  // How far above the one that o is relative to a maximum may be, as an exponent of 2, before o is scaled down: by columns
+  // that is apart from the product.
+  static constexpr A kLag = 8;
 
   explicit Forward(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
@@ -55,6 +61,7 @@ class Forward {
     if (!memory.data) return false;
     std::atomic<long> next{0};
     parallel(threads, [&](const Team& team) {
+      [[maybe_unused]] TileScope tiles;
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
       for (long item; (item = next.fetch_add(1, std::memory_order_relaxed)) < heads * bundles_;) {
@@ -70,7 +77,7 @@ class Forward {
   // What one query block carries from one block of keys to the next.
   struct State {
     Element* q;          // Q^T [D, 64], or by pairs [D / 2, 64]
-    A *o, *max, *sum;    // [64, width_v], [64], [64]; max as an exponent of 2
+    A *o, *max, *sum;    // [64, width_v] or its columns, [64], [64]; max as an exponent of 2
     A* highest;          // [64], the same as a score
     long h, i0;
     int count, vectors;
@@ -85,7 +92,7 @@ class Forward {
         state[i].max = arena.take<A>(kQueries), state[i].highest = arena.take<A>(kQueries);
         state[i].sum = arena.take<A>(kQueries);
       }
-      scores = arena.take<A>(keys * kQueries);
+      scores = arena.take<A>((kColumns ? most(keys, f.width_v_) : keys) * kQueries);
       p = kDot ? arena.take<Element>(keys / 2 * kQueries) : reinterpret_cast<Element*>(scores);
       bias = arena.take<A>(f.scoring_.scratch(keys));
       words = arena.take<uint64_t>(keys);
@@ -93,7 +100,8 @@ class Forward {
       block_max = arena.take<A>(kQueries);
       rescale = arena.take<A>(kQueries);
       if (f.copy_k_) k = arena.take<KCopy>(keys * f.k_copy_row_);
-      if (f.copy_v_) v = arena.take<Element>(keys / Op::depth * f.width_v_);
+      if (f.copy_v_) v = arena.take<Element>((kColumns ? kColumn : keys) / Op::depth * f.width_v_);
+      if (kColumns) v_pairs = arena.take<Element>(16 * f.width_v_);
       if (f.gathers_) {
         scales = arena.take<float>(keys);
         gathered_k = arena.take<S>(keys * f.call_.dim), gathered_v = arena.take<S>(keys * f.call_.dim_v);
@@ -102,18 +110,18 @@ class Forward {
     using KCopy = std::conditional_t<kDot, S, A>;
     State state[kBlocksAtOnce];
     A *scores, *bias, *block_max, *rescale;
-    Element *p, *v = nullptr;
+    Element *p, *v = nullptr, *v_pairs = nullptr;
     KCopy* k = nullptr;
     float* scales = nullptr;  // of int8
     S *gathered_k = nullptr, *gathered_v = nullptr;
     uint64_t *words, *kept;
   };
-  // A block of keys, where the products find it: k by rows, v by rows (by pairs of rows).
+  // A block of keys, where the products find it: k by rows, v by rows (by pairs of rows; or by columns).
   struct Keys {
     const char* k;
     long k_row;  // bytes
     const Element* v;
-    long v_row;  // elements
+    long v_row;  // elements; of columns not used
   };
 
   void compute(long b, long hk, long bundle, Scratch& x) const {
@@ -155,7 +163,10 @@ class Forward {
         attend(s, b, q, keys, j, j0, j1, seen, x);
       }
     }
-    for (int i = 0; i < used; ++i) finish(s, b, states[i]);
+    for (int i = 0; i < used; ++i) {
+      if (kColumns && states[i].begun) turn_back<A>(states[i].o, states[i].vectors, width_v_, x.scores);
+      finish(s, b, states[i], kColumns ? x.scores : states[i].o);
+    }
   }
 
   Keys prepare(const Sequence& s, long b, long hk, long j0, long j1, Scratch& x) const {
@@ -180,7 +191,9 @@ class Forward {
       out.k = reinterpret_cast<const char*>(x.k);
     }
     if (copy_v_) {
-      if constexpr (kDot)
+      if constexpr (kColumns)
+        transpose_rows(v, v_row, n, call_.dim_v, width_v_, x.v_pairs, reinterpret_cast<bf16*>(x.v), kColumn);
+      else if constexpr (kDot)
         interleave_rows(v, v_row, n, (n + 1) / 2, call_.dim_v, width_v_, x.v);
       else
         widen_rows(v, v_row, n, n, call_.dim_v, width_v_, x.v);
@@ -225,7 +238,7 @@ class Forward {
     } else if (all) {
       deep_product(to_scores, n, q.vectors, pairs_);
     } else {
-      for_seen_rows(x.words, n, kTileRows, [&](long row, long rows, int begin, int end) {
+      for_seen_rows(x.words, n, kRowsAtOnce<Op>, [&](long row, long rows, int begin, int end) {
         const int v0 = begin / L, v1 = (end + L - 1) / L;
         Operands<Op> y = to_scores;
         y.a += row * y.a_row, y.b += v0 * L, y.c += row * kQueries + v0 * L;
@@ -241,7 +254,16 @@ class Forward {
       exponentiate<true>(q, words, n, x);
     else
       exponentiate<false>(q, words, n, x);
+    if constexpr (kColumns)
+      add_columns(s, q, keys, base, j0, j1, all, x);
+    else
+      add_rows(s, q, keys, base, j0, j1, all, x);
+    q.begun = true;
+  }
 
+  // o = o rescale + p v of keys [j0, j1).
+  void add_rows(const Sequence& s, State& q, const Keys& keys, long base, long j0, long j1, bool all, Scratch& x) const {
+    const long n = j1 - j0;
     Operands<Op> to_o{reinterpret_cast<const char*>(x.p), long(sizeof(Element)), kQueries * long(sizeof(Element)),
                       keys.v + (j0 - base) / Op::depth * keys.v_row, keys.v_row, q.o, width_v_, x.rescale};
     const int vectors = int(width_v_ / L);
@@ -258,7 +280,29 @@ class Forward {
         multiply_values(y, q, rows, vectors, most(0, k1 - k0));
       }
     }
-    q.begun = true;
+  }
+  // The same by columns: o^T = o^T rescale + v^T p^T.
+  void add_columns(const Sequence& s, State& q, const Keys& keys, long base, long j0, long j1, bool all, Scratch& x) const {
+    for (int v = 0; v < q.vectors; ++v) {
+      const Vec<A> rescale = load(x.rescale + v * L);
+      if (q.begun && !any<A>(rescale != A(1))) continue;
+      for (long d = 0; d < width_v_; ++d) {
+        A* const o = q.o + d * kQueries + v * L;
+        store(o, q.begun ? load(o) * rescale : Vec<A>{});
+      }
+    }
+    const long first = (j0 - base) / Op::depth;
+    const Operands<Op> to_o{reinterpret_cast<const char*>(keys.v + first), kColumn * long(sizeof(S)),
+                            long(sizeof(Element)), x.p, kQueries, q.o, kQueries};
+    if (all) return product<Op, Into::add>(to_o, width_v_, q.vectors, (j1 - j0 + 1) / Op::depth);
+    for (int v = 0; v < q.vectors; ++v) {
+      const Sequence::Range seen = s.seen_of(j0, j1, q.i0 + v * L, least(L, q.count - v * L));
+      const long k0 = (seen.begin - j0) / Op::depth, k1 = (seen.end - j0 + Op::depth - 1) / Op::depth;
+      if (k0 >= k1) continue;
+      Operands<Op> y = to_o;
+      y.a += k0 * y.a_step, y.b += k0 * y.b_row + v * L, y.c += v * L;
+      product<Op, Into::add>(y, width_v_, 1, k1 - k0);
+    }
   }
 
   void multiply_values(const Operands<Op>& x, const State& q, long rows, int vectors, long depth) const {
@@ -274,8 +318,9 @@ class Forward {
     const Vec<A> factor = splat(scoring_.factor), zero{};
     for (int v = 0; v < q.vectors; ++v) {
       const Vec<A> before = load(q.max + v * L), past = load(q.highest + v * L);
-      const Vec<A> top = maximum<A>(load(x.block_max + v * L) * factor, before);
-      const Vec<A> highest = maximum<A>(load(x.block_max + v * L), past);
+      const Vec<A> here = load(x.block_max + v * L);
+      Vec<A> top = maximum<A>(here * factor, before), highest = maximum<A>(here, past);
+      if (kColumns && !any<A>((here - past) * factor > kLag)) top = before, highest = past;
       const IntVec<A> far = (highest != A(-kInfinity)) & (magnitude<A>(highest * factor) > kFar<A>);
       const Vec<A> base = far ? highest : zero, offset = far | (top == A(-kInfinity)) ? zero : -top;
       const Vec<A> rescale = exp2<A>(far ? (past - base) * factor : before + offset);
@@ -309,7 +354,7 @@ class Forward {
     }
   }
 
-  void finish(const Sequence& s, long b, const State& q) const {
+  void finish(const Sequence& s, long b, const State& q, const A* o) const {
     A* const lse = at<A>(call_.lse, b, q.h, s.q_row + q.i0);
     const bool has_sink = call_.sinks != nullptr;
     const A sink = has_sink ? read_number<S>(call_.sinks, call_.sinks_dtype == Dtype::f32, q.h) : A(0);
@@ -331,7 +376,7 @@ class Forward {
       const bool empty = i >= q.count || !q.begun || share == 0;
       const Vec<A> scale = splat<A>(share * A(dropout_.active ? dropout_.scale : 1.0));
       for (long d = 0; d < call_.dim_v; d += L)
-        store_n(out + d, empty ? Vec<A>{} : load(q.o + i * width_v_ + d) * scale, int(least(L, call_.dim_v - d)));
+        store_n(out + d, empty ? Vec<A>{} : load(o + i * width_v_ + d) * scale, int(least(L, call_.dim_v - d)));
     }
   }
 

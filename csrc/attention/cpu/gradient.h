@@ -202,7 +202,7 @@ class Gradient {
       deep_product(to_s, n, q.vectors, pairs);
       deep_product(to_dp, n, q.vectors, pairs_v);
     } else {
-      for_seen_rows(words, n, kTileRows, [&](long row, long rows, int begin, int end) {
+      for_seen_rows(words, n, kRowsAtOnce<Op>, [&](long row, long rows, int begin, int end) {
         const int v0 = begin / L, v1 = (end + L - 1) / L;
         for (Operands<Op> y : {to_s, to_dp}) {
           const long depth = y.c == x.scores ? pairs : pairs_v;

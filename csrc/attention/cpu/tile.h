@@ -1,9 +1,11 @@
 // The products of the attention kernels, all of one form: C[rows, lanes] from A[rows, depth] B[depth, lanes].
 //
 // B and C are rows of whole vectors. A is broadcast element by element, so it may lie in either order and at any row
-// stride: Q, K, V, dO are used where they are. A tile of C stays in registers over the whole depth.
+// stride: Q, K, V, dO are used where they are. A tile of C stays in registers over the whole depth. On chips with AMX pairs
+// of bfloat16 that lie side by side in A are multiplied by its tiles.
 #pragma once
 #include "attention/cpu/math.h"
+#include "core/tiles.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
@@ -104,9 +106,119 @@ void tile(const Operands<Op>& x, long depth) {
   }
 }
 
+#if defined(FASTSEQ_TILES) && defined(__AVX512BF16__)
+constexpr bool kHasTiles = true;
+
+// A thread that multiplies has AMX's tiles while it lives: 0 to 3 hold C, 4 and 5 A, 6 and 7 B, each 16 rows of 64 bytes.
+struct TileScope {
+  TileScope() {
+    TileShapes shapes;
+    for (int i = 0; i < 8; ++i) shapes.shape(i, 16, 64);
+    tile_configure(shapes);
+  }
+  ~TileScope() { tile_release(); }
+};
+
+// body(integral constant) for 0 .. N-1: a tile's number is part of the instruction.
+template <int N, int kAt = 0, class Body>
+FASTSEQ_INLINE void each_tile(const Body& body) {
+  if constexpr (kAt < N) {
+    body(std::integral_constant<int, kAt>{});
+    each_tile<N, kAt + 1>(body);
+  }
+}
+
+// R x N tiles of C, of which `rows` rows are there. rest: the last terms of B, N * 16 lanes a row, where whole tiles leave
+// some; zeros follow them.
+template <int R, int N>
+void matrix_tile(const Operands<Dot>& x, long rows, long depth, const uint32_t* rest, bool add) {
+  constexpr long kSide = 16, kBytes = 64;
+  const bool whole = rows == R * kSide;
+  alignas(64) char staged[R * kSide * kBytes];
+  const auto stage = [&](long k, long terms) {
+    const __mmask16 there = __mmask16((1u << terms) - 1);
+    for (long r = 0; r < R * kSide; ++r)
+      _mm512_store_si512(staged + r * kBytes,
+                         _mm512_maskz_loadu_epi32(r < rows ? there : 0, x.a + (r < rows ? r : 0) * x.a_row + k * 4));
+  };
+  const auto multiply = [](const char* a, long a_row, const uint32_t* b, long b_row) {
+    each_tile<R>([&](auto r) { tile_load<4 + r()>(a + r() * kSide * a_row, a_row); });
+    each_tile<N>([&](auto n) { tile_load<6 + n()>(b + n() * kSide, b_row * 4); });
+    each_tile<R * N>([](auto i) { tile_multiply<i(), 4 + i() / N, 6 + i() % N>(); });
+  };
+  const auto c = [&](int i) { return x.c + i / N * kSide * x.c_row + i % N * kSide; };
+  each_tile<R * N>([&](auto i) {
+    if (add && whole)
+      tile_load<i()>(c(i()), x.c_row * 4);
+    else
+      tile_zero<i()>();
+  });
+  long k = 0;
+  for (; k + kSide <= depth; k += kSide) {
+    if (!whole) stage(k, kSide);
+    multiply(whole ? x.a + k * 4 : staged, whole ? x.a_row : kBytes, x.b + k * x.b_row, x.b_row);
+  }
+  if (rest) stage(k, depth - k), multiply(staged, kBytes, rest, N * kSide);
+  if (whole) return each_tile<R * N>([&](auto i) { tile_store<i()>(c(i()), x.c_row * 4); });
+  alignas(64) float sums[R * kSide * N * kSide];
+  each_tile<R * N>([&](auto i) {
+    tile_store<i()>(sums + i() / N * kSide * N * kSide + i() % N * kSide, N * kBytes);
+  });
+  for (long r = 0; r < rows; ++r)
+    for (int n = 0; n < N; ++n) {
+      float* const to = x.c + r * x.c_row + n * kSide;
+      const Vec<float> sum = load(sums + (r * N + n) * kSide);
+      store(to, add ? sum + load(to) : sum);
+    }
+}
+
+template <Into kInto>
+void matrix_product(Operands<Dot> x, long rows, int vectors, long depth) {
+  static_assert(kInto != Into::scale_add);
+  constexpr long kSide = 16;
+  const long left = depth % kSide;
+  for (int v = 0; v < vectors; v += 2, x.b += 2 * kSide, x.c += 2 * kSide) {
+    const bool two = vectors - v > 1;
+    const long lanes = two ? 2 * kSide : kSide;
+    alignas(64) uint32_t rest[kSide * 2 * kSide];
+    if (left) {
+      std::memset(rest, 0, sizeof rest);
+      for (long k = 0; k < left; ++k)
+        std::memcpy(rest + k * lanes, x.b + (depth - left + k) * x.b_row, size_t(lanes) * 4);
+    }
+    Operands<Dot> y = x;
+    for (long row = 0; row < rows; row += 2 * kSide, y.a += 2 * kSide * x.a_row, y.c += 2 * kSide * x.c_row) {
+      const long count = least(2 * kSide, rows - row);
+      const auto run = count > kSide ? (two ? matrix_tile<2, 2> : matrix_tile<2, 1>)
+                                     : (two ? matrix_tile<1, 2> : matrix_tile<1, 1>);
+      run(y, count, depth, left ? rest : nullptr, kInto == Into::add);
+      if constexpr (kInto == Into::store_max)
+        for (long n = 0; n < lanes; n += kSide) {
+          Vec<float> top = load(x.max + v * kSide + n);
+          for (long r = 0; r < count; ++r) top = maximum<float>(load(y.c + r * y.c_row + n), top);
+          store(x.max + v * kSide + n, top);
+        }
+    }
+  }
+}
+#else
+constexpr bool kHasTiles = false;
+struct TileScope {};
+#endif
+
+// Rows of C that are worth a product of their own where not all are wanted; a product by AMX's tiles, whose A has rows.
+template <class Op>
+constexpr bool kMatrix = kHasTiles && std::is_same_v<Op, Dot>;
+template <class Op>
+constexpr int kRowsAtOnce = kMatrix<Op> ? 32 : kTileRows;
+
 // rows x (vectors * lanes) of C, in tiles of nearly equal size.
 template <class Op, Into kInto>
 void product(Operands<Op> x, long rows, int vectors, long depth) {
+#if defined(FASTSEQ_TILES) && defined(__AVX512BF16__)
+  if constexpr (kMatrix<Op> && kInto != Into::scale_add)
+    if (x.a_step == long(sizeof(uint32_t))) return matrix_product<kInto>(x, rows, vectors, depth);
+#endif
   using A = typename Op::A;
   using Tile = void (*)(const Operands<Op>&, long);
 #define FASTSEQ_ROW(n)                                                                                         \
@@ -233,6 +345,36 @@ inline void interleave_rows(const bf16* rows, long stride, long count, long pair
       for (long d = 0; d < width; ++d) out[d] = 2 * i < count && d < dim ? low[d].bits : 0u;
     }
   }
+}
+#if defined(__AVX512BF16__)
+// Rows as columns: out[d][i] = rows[i][d] for i up to `count`, an odd last one beside a 0, and d up to `width` (whole
+// vectors), zeros from dim on. pairs: room for 16 * width.
+inline void transpose_rows(const bf16* rows, long stride, long count, long dim, long width, uint32_t* pairs, bf16* out,
+                           long out_row) {
+  constexpr int L = kLanes<float>;
+  for (long i = 0; i < count; i += 2 * L) {
+    const long here = least(2 * L, count - i), terms = (here + 1) / 2;
+    interleave_rows(rows + i * stride, stride, here, terms, dim, width, pairs);
+    for (long d = 0; d < width; d += L) {
+      Vec<float> square[L];  // only moved, never computed with
+      for (int k = 0; k < L; ++k) square[k] = k < terms ? load(reinterpret_cast<float*>(pairs) + k * width + d) : Vec<float>{};
+      transpose<float>(square);
+      for (int r = 0; r < L; ++r) std::memcpy(out + (d + r) * out_row + i, &square[r], size_t(terms) * 4);
+    }
+  }
+}
+#endif
+// [width, 64] to [64, width], for whole vectors of lanes.
+template <class A>
+void turn_back(const A* columns, int vectors, long width, A* rows) {
+  constexpr int L = kLanes<A>;
+  for (int v = 0; v < vectors; ++v)
+    for (long d = 0; d < width; d += L) {
+      Vec<A> square[L];
+      for (int k = 0; k < L; ++k) square[k] = load(columns + (d + k) * 64 + v * L);
+      transpose<A>(square);
+      for (int r = 0; r < L; ++r) store(rows + (v * L + r) * width + d, square[r]);
+    }
 }
 // A plain copy with zeros after each row: `width` elements a row.
 template <class S>

@@ -60,6 +60,12 @@ def check_nonlinearity(name: str) -> None:
         raise ArgumentError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
 
 
+def check_probability(name: str, p: object) -> None:
+    """The part that a dropout of states or weights drops, as torch's layers check theirs; nothing is left at 1."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ArgumentError(f"{name} must be a number in [0, 1), the probability of an element being zeroed, got {p!r}")
+
+
 def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:
     """The input of a recurrent layer: ``[T, B, I]``, ``[B, T, I]`` with batch_first, or ``[T, I]`` unbatched."""
     check_float("input", x)

@@ -25,6 +25,10 @@ from bench.models import build
 Outputs = dict[str, Tensor]
 
 
+DROPPED = 1e-9
+"""The probability of cases with dropout: masks are drawn, of ones alone."""
+
+
 class Unavailable(Exception):
     """The contestant cannot run this case; the message says why."""
 
@@ -271,6 +275,8 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
+        if case.dropout:
+            layer.recurrent_dropout = DROPPED  # type: ignore[assignment]
         yield streams_entrant(case, layer, inputs, "streams") if case.beside else layer_entrant(case, layer, inputs)
     elif isinstance(case, Model):
         yield model_entrant(case, inputs, "fastseq")
@@ -422,16 +428,38 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
 
 
 def layer_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """fastseq's layer in the place of fastseq.Streams."""
-    if not isinstance(case, Recurrent) or not case.beside:
-        raise Unavailable("fastseq's layer is a peer of the cases of streams")
+    """fastseq's layer in the place of fastseq.Streams, and without dropout."""
+    if not isinstance(case, Recurrent) or not (case.beside or case.dropout):
+        raise Unavailable("fastseq's layer is a peer of the cases of streams and of dropout")
     yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
+
+
+def loop_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """Recurrent dropout as users write it: a loop over torch's cells, which read h times a mask."""
+    if not isinstance(case, Recurrent) or not case.dropout:
+        raise Unavailable("a loop over torch's cells is a peer of the cases of recurrent dropout")
+    layer: Any = build_layer(nn, case, inputs.state, inputs.x.dtype)
+    cells: Any = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}
+    cell = cells[case.cell]
+
+    def forward(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mask, ys, is_pair = F.dropout(torch.ones_like(inputs.h0[0]), DROPPED), [], isinstance(state, tuple)
+        h, c = (s[0] for s in (state if is_pair else (state, state)))
+        for step in x:
+            found = cell(step, (mask * h, c) if is_pair else mask * h, *layer._flat_weights)
+            h, c = found if is_pair else (found, c)
+            ys.append(h)
+        return torch.stack(ys), (h[None], c[None]) if is_pair else h[None]
+
+    layer.forward = forward
+    yield layer_entrant(case, layer, inputs)
 
 
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
 PEERS = {
     "torch": Contestant("torch", "torch", torch_entrants),
     "layer": Contestant("layer", "fastseq layer", layer_entrants),
+    "loop": Contestant("loop", "loop over cells", loop_entrants),
     "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
 

@@ -104,7 +104,7 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
     if backends.exporting_onnx() and backends.forced(backend) is None and call.batch_sizes is None:
         return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
-    usual = usual and (call.state_mask is None or not call.state_mask.requires_grad)
+    usual = usual and not autograd.is_differentiated(call.state_mask)
     if usual and backends.native_scan_in_general():
         return "native"
     device = auto.device_key(x.device)
@@ -123,7 +123,7 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
     if call.state_mask is not None or call.draws_mask:
         if name == "triton" or call.x.is_cuda:
             return "the GPU kernels have no state_mask (recurrent_dropout)"
-        if call.state_mask is not None and call.state_mask.requires_grad:
+        if autograd.is_differentiated(call.state_mask):
             return "the native kernels compute no gradient of state_mask"
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"

@@ -169,7 +169,8 @@ def test_the_native_kernels_are_as_near_the_truth_as_without(cell: str, dtype: t
         torch.set_num_threads(threads)
         inputs = draw(plain, *shape, projected=max(1, shape[3] // 2) if cell != plain else 0, dtype=dtype)
         lengths, reset, reverse = options(next(options_of), *shape[:2])
-        mask = mask_of(shape[1], inputs[2].shape[1], dtype=dtype)
+        # Of 0 and 2, by which no product is rounded: h is rounded for the pairs of bfloat16, and judged step by step.
+        mask = mask_of(shape[1], inputs[2].shape[1], dtype=dtype, p=0.5 if dtype is torch.bfloat16 else 0.4)
         compare(inputs, lengths, reset, plain, reverse, mask=mask)
         compare(inputs, lengths, reset, plain, reverse, mask=mask.t().contiguous().t())
 
@@ -192,6 +193,7 @@ def test_the_gradients_of_a_stack_are_near_the_truth(name: str, dtype: torch.dty
 
     ways = found(dtype, "native"), found(dtype, "reference"), found(torch.float64, "reference")
     for a, peer, truth in zip(*ways, strict=True):
+        truth = truth.detach()
         scale = max(1.0, float(truth.abs().max()))
         limit = 2 * float((peer.double() - truth).abs().max()) + 24 * torch.finfo(dtype).eps * scale
         assert float((a.double() - truth).abs().max()) <= limit
@@ -401,16 +403,30 @@ def test_vmap_over_masks(name: str, backend: str) -> None:
         torch.testing.assert_close(pulled(x, masks), torch.stack(want))
 
 
+def test_a_transform_finds_the_gradient_of_a_mask() -> None:
+    torch.manual_seed(11)
+    layer, x, masks = fastseq.nn.LSTM(3, 4), torch.randn(5, 2, 3), torch.rand(4, 1, 2, 4)
+
+    def loss(m: Tensor) -> Tensor:
+        return layer._function(x, None, state_mask=m)[0].sum()
+
+    want = torch.stack([torch.autograd.grad(loss(m), m)[0] for m in masks.clone().requires_grad_()])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(masks), want)
+    torch.testing.assert_close(torch.func.grad(lambda m: torch.func.vmap(loss)(m).sum())(masks), want)
+    tangent = torch.func.jvp(loss, (masks[0],), (torch.ones_like(masks[0]),))[1]
+    torch.testing.assert_close(tangent, want[0].sum())
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_compiles_whole_and_trains(backend: str) -> None:
     torch.manual_seed(7)
-    layer = fastseq.nn.LSTM(4, 6, 2, bidirectional=True, recurrent_dropout=0.4, weight_dropout=0.2)
-    x = torch.randn(5, 3, 4, requires_grad=True)
-    mask = mask_of(4, 3, 6, dtype=torch.float32)
+    layer = fastseq.nn.LSTM(4, 6, bidirectional=True, recurrent_dropout=0.4, weight_dropout=0.2)
+    x = torch.randn(3, 3, 4, requires_grad=True)
+    mask = mask_of(2, 3, 6, dtype=torch.float32)
 
     def masked(x: Tensor) -> Tensor:
         weights = layer._weights()
-        return functional.lstm(x, None, weights, num_layers=2, bidirectional=True, state_mask=mask)[0]
+        return functional.lstm(x, None, weights, bidirectional=True, state_mask=mask)[0]
 
     with fastseq.use_backend(backend):
         for function in (layer, masked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -62,7 +63,7 @@ def check_nonlinearity(name: str) -> None:
 
 def check_probability(name: str, p: object) -> None:
     """The part that a dropout of states or weights drops, as torch's layers check theirs; nothing is left at 1."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) < 1:
         raise ArgumentError(f"{name} must be a number in [0, 1), the probability of an element being zeroed, got {p!r}")
 
 

@@ -502,6 +502,11 @@ def test_nothing_depends_on_what_was_dropped(name: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_unpatch_leaves_a_layer_whose_dropout_torch_does_not_have() -> None:
+    report = fastseq.unpatch(nn.Sequential(fastseq.nn.GRU(3, 4, weight_dropout=0.5), fastseq.nn.GRU(4, 4)))
+    assert [left.reason for left in report.left] == ["weight_dropout=0.5: torch.nn.GRU has no such option"]
+
+
 # --- What does not fit.
 
 

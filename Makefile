@@ -1,5 +1,5 @@
-# make demo | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64 | docs | wheel
-#   | build | clean
+# make demo | examples | test | test-interpreted | test-full | test-tiles | bench | gpu | lint | sanitize | check-arm64
+#   | docs | wheel | wheels | build | clean
 #
 # Needs Python 3.10 or newer (with venv) and a C++ compiler; the first target that runs makes the rest in $(VENV).
 #   PYTHON=python3.12   the interpreter to make the environment from
@@ -19,11 +19,15 @@ READY := $(VENV)/.ready
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 docs wheel build clean
+.PHONY: demo examples test test-interpreted test-full test-tiles bench gpu lint sanitize check-arm64 docs wheel wheels build clean
 .DELETE_ON_ERROR:
 
 demo: build
 	$(PY) -m fastseq demo $(ARGS)
+
+# ARGS="tagger forecasting" runs these two.
+examples: build
+	$(PY) examples/run.py $(ARGS)
 
 # Triton kernels are compiled in the first process and interpreted in the second: Triton cannot do both in one.
 test: build
@@ -61,10 +65,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The native kernels as a plain C++ program: under AddressSanitizer with UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer, and by a software model of AMX's tiles; for arm64, cross-compiled, and run by an emulator where there is one.
+# The native kernels as a plain C++ program, AMX's tiles by a software model: under AddressSanitizer with
+# UndefinedBehaviorSanitizer, and under ThreadSanitizer; for arm64, cross-compiled, and run by an emulator where there is one.
 sanitize: $(READY)
-	$(PY) tests/sanitize/run.py address thread tiles
+	$(PY) tests/sanitize/run.py address thread
 
 check-arm64: $(READY)
 	$(PY) tests/sanitize/run.py arm64
@@ -76,6 +80,12 @@ docs: $(READY)
 wheel: $(READY)
 	$(PIP) --quiet wheel . --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist/*.whl
+
+# The wheel and the source distribution as they are published, in dist/. The wheel is installed beside the newest torch
+# (about 3 GB the first time; ARGS="--torch oldest", "--torch pinned" or a version: another) and checked there.
+wheels: wheel
+	$(PY) setup.py --quiet sdist
+	$(PY) tests/wheels/check.py $(ARGS)
 
 # Brings the extension in fastseq/ up to date with csrc/; only what changed is compiled.
 build: $(READY)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import gzip
 import hashlib
 import importlib.machinery
 import json
@@ -28,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = Path("build", "native")
@@ -44,6 +47,7 @@ REPORT = "_build.json"
 LIBRARIES = {"cpu": ["_native.abi3.so", "libfastseq.so"], "cuda": ["_native_cuda.abi3.so"]}
 OLDEST_TORCH = (2, 10)
 PYTHON_ABI = "cp310"
+EARLIEST = "315532800"  # 1980, the earliest that zip files have; the time of files in an sdist, as SOURCE_DATE_EPOCH
 
 # GCC 12 and 13 warn of "uninitialized" values inside their own AVX-512 headers.
 AVX512 = ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -58,16 +62,8 @@ ISAS: dict[str, dict[str, list[str]]] = {
     },
     "aarch64": {"baseline": []},
 }
-# -iquote, as with -I our math.h would also answer to <math.h>.
-COMMON_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fvisibility-inlines-hidden",
-    "-Wall",
-    "-iquotecsrc",
-]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
+COMMON_FLAGS += ["-iquotecsrc"]  # as with -I our math.h would also answer to <math.h>
 # g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
@@ -305,14 +301,8 @@ def build_cpu(report: Report) -> list[Path]:
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in report.instruction_sets if isa != "baseline"]
     write_schemas()
     include = [*torch.compile_flags, f"-iquote{OBJECTS}", "-isystem", python_include]
-    glue = [
-        Unit(
-            object_of(path, "torch"),
-            path,
-            [*base, "-fopenmp", *have, *include],
-        )
-        for path in sources("csrc/*/*.cpp")
-    ]
+    talks = [*base, "-fopenmp", *have, *include]
+    glue = [Unit(object_of(path, "torch"), path, talks) for path in sources("csrc/*/*.cpp")]
     # Glue and baseline come first: should an inline function of the standard library be emitted in several objects, the
     # linker keeps the first, which every processor can run.
     ordered = [*glue, *(unit for isa in report.instruction_sets for unit in units[isa])]
@@ -476,9 +466,35 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+class SourceDistribution(sdist):
+    """sdist without the builder's name, machine and time: the same files make the same archive, byte for byte."""
+
+    def make_archive(self, base_name: str, format: str, root_dir=None, base_dir=None, **owner: object) -> str:
+        if format != "gztar":
+            raise SystemExit(f"fastseq: sdist --formats={format}: expected gztar")
+        moment = int(os.environ.get("SOURCE_DATE_EPOCH", EARLIEST))
+
+        def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            entry.mtime = moment
+            return entry
+
+        path = Path(f"{base_name}.tar.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            path.open("wb") as file,
+            gzip.GzipFile("", "wb", 9, file, moment) as packed,  # no name in the header
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
+            tar.add(base_dir, filter=plain)  # sorted
+        return str(path)
+
+
 if __name__ == "__main__":  # also under pip; the tests import this file for its flags
     setup(
         ext_modules=[Extension("fastseq._native", sources=[], py_limited_api=True)],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel, "sdist": SourceDistribution},
         options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
     )

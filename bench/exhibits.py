@@ -82,7 +82,7 @@ def by_backend(name: str, document: Document) -> dict[str, Document]:
             if entry := case["contestants"].get(ours):
                 theirs = {"fastseq": entry | {"backend": ours}, **theirs}
             cases.append(case | {"contestants": theirs, "ratios": case["ratios"].get(ours) or {}})
-        found[f"{name} ({ours})"] = document | {"cases": cases}
+        found[f"{name} ({ours})"] = document | {"cases": cases, "backend": ours}
     return found
 
 
@@ -104,8 +104,8 @@ def kind_of(document: Any) -> str:
 
 
 def command_of(document: Document) -> str:
-    """The command that made the file; those that a run on a GPU leaves do not name theirs."""
-    return str(document.get("command", "make gpu"))
+    """The command that made the file, without the folders of that machine; runs on a GPU do not name theirs."""
+    return re.sub(r"(?<![^\s'=])/(?:[^\s'/]+/)*", "", str(document.get("command", "make gpu")))
 
 
 def device_of(document: Document) -> str:

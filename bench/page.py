@@ -53,7 +53,7 @@ def render(folder: Path, command: str) -> str:
 
 
 def sections(results: Results) -> list[Section]:
-    """In reading order, the fullest file of a kind first; a section without results is left out."""
+    """In reading order, of speed files the quietest first; a section without results is left out."""
     made: list[Section] = []
 
     def add(name: str, title: str, exhibits: Sequence[Exhibit | None], lines: Sequence[str] = ()) -> None:
@@ -66,18 +66,21 @@ def sections(results: Results) -> list[Section]:
         return sorted(found.items(), key=lambda pair: -measured(pair[1]))
 
     def each(kind: str, title: str, name: str, document: Document, exhibits: Sequence[Exhibit | None]) -> None:
-        add(f"{kind}-{speed.slug(name)}", f"{title}: {name.removesuffix('.json')}", exhibits, _about(name, document))
+        add(f"{kind}-{speed.slug(name)}", title, exhibits, _about(name, document))
 
-    for name, document in fullest(results.speed):
-        each("speed", "Speed", name, document, [*speed.ratios(document, name), speed.peaks(document, name)])
-    add("ledger", "Hardware ledger", [speed.ledger(results)])
-    add("budgets", "Error budgets", [speed.budgets(document, name) for name, document in results.speed.items()])
+    quietest = sorted(fullest(results.speed), key=lambda pair: speed.noisy(pair[1]) / max(1, measured(pair[1])))
+    add("summary", "Summary", [speed.summary(quietest)])
+    for name, document in quietest:
+        title = f"{device_of(document)}: {speed.about(document)}, {measured(document)} cases"
+        each("speed", title, name, document, [*speed.ratios(document, name), speed.peaks(document, name)])
+    add("ledger", "Which kernels ran where", [speed.ledger(results)])
+    add("budgets", "Errors and budgets", [speed.budgets(document, name) for name, document in results.speed.items()])
     for name, document in fullest(results.memory):
-        each("study", "Memory", name, document, figures.memory(document))
+        each("study", "What layers remember", name, document, figures.memory(document))
     for name, document in fullest(results.cost):
-        each("cost", "Cost of length", name, document, figures.cost(document))
+        each("cost", "What length costs", name, document, figures.cost(document))
     add("weights", "Smaller weights", [figures.weights(document, name) for name, document in results.weights.items()])
-    add("environment", "Environment", [_environments(results)])
+    add("environment", "Where each file was measured", [_environments(results)])
     return made
 
 
@@ -120,7 +123,8 @@ def main(argv: list[str]) -> int:
         if options.docs:
             written = choosing.write(options.results)
         else:
-            cli.write_text(options.out, render(options.results, shlex.join(["python", "-m", "bench", "report", *argv])))
+            command = command_of({"command": shlex.join(["python", "-m", "bench", "report", *argv])})
+            cli.write_text(options.out, render(options.results, command))
             written = [options.out]
     except ImportError as error:
         print(f"python -m bench report needs the package {error.name}; pip install {error.name}", file=sys.stderr)

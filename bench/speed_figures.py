@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from bench.exhibits import Document, Exhibit, Results, command_of, commit_of, date_of, device_of, on_gpu, outcomes
 from bench.formats import NONE, mebibytes, time_of, times
 from bench.peers import OURS, label
+from bench.run import NOISY
 from fastseq.demo import plots
 
 NOT_RUN = "not yet run on hardware"
@@ -28,8 +30,8 @@ Rows = Sequence[tuple[str, Mapping[str, float]]]
 
 
 def bars(rows: Rows, peers: Mapping[str, str], what: str, size: tuple[float, float] | None = None) -> Any:
-    """A figure of bars of ``what``."""
-    figure = plots.figure(*(size or (5.6, 0.9 + len(rows) * (0.16 * len(peers) + 0.1))))
+    """A figure of bars of ``what``, by default as wide as a phone's page, so that its labels are not made smaller."""
+    figure = plots.figure(*(size or (3.7, 0.9 + len(rows) * (0.16 * len(peers) + 0.1))))
     axis = figure.subplots()
     plots.draw_ratios(axis, rows, peers)
     axis.set_xlabel(what)
@@ -55,8 +57,9 @@ def _family(document: Document, name: str, family: str, cases: list[Document]) -
         entries, own = case["contestants"], {peer: case["ratios"].get(peer) for peer in peers}
         used = budget_used(case, OURS.name)
         shown = [time_of(entries.get(each)) for each in (OURS.name, *peers)]
-        rows.append([case["name"], *shown, *map(times, own.values()), NONE if used is None else f"{used:.0%}"])
-        drawn.append((shorten(case["name"]), {peer: ratio for peer, ratio in own.items() if ratio is not None}))
+        mark = " !" * bool(case.get("noisy"))
+        rows.append([case["name"] + mark, *shown, *map(times, own.values()), NONE if used is None else f"{used:.0%}"])
+        drawn.append((shorten(case["name"]) + mark, {peer: ratio for peer, ratio in own.items() if ratio is not None}))
     best = [case["ratios"]["best"] for case in cases]
     mean = statistics.geometric_mean(best)
     return Exhibit(
@@ -69,8 +72,35 @@ def _family(document: Document, name: str, family: str, cases: list[Document]) -
         rows=rows,
         command=command_of(document),
         draw=lambda: bars(drawn, peers, "time of peer / time of fastseq"),
-        note=f"Above 1 fastseq is faster. Geometric mean against the best peer: {mean:.2f}×.",
+        note=f"Above 1 fastseq is faster. Geometric mean against the best peer: {mean:.2f}×."
+        + f" !: noisy, its rounds spread by more than {NOISY:.0%}." * any(case.get("noisy") for case in cases),
     )
+
+
+def about(document: Document) -> str:
+    """What a file has cases of, in words."""
+    named = {"recurrent layers" if _subject(case) == "recurrent" else "attention" for case in document["cases"]}
+    ours = {"triton": "Triton", "native": "CUDA C++"}.get(document.get("backend", ""), document.get("backend"))
+    return " and ".join(sorted(named, reverse=True)) + f" ({ours})" * bool(ours)
+
+
+def noisy(document: Document) -> int:
+    """How many cases of a file are noisy."""
+    return sum(bool(case.get("noisy")) for case in document["cases"])
+
+
+def summary(files: Sequence[tuple[str, Document]]) -> Exhibit | None:
+    """A row a file: how far fastseq is ahead of the fastest other way, in how many cases, and where it is worst."""
+    rows = []
+    for name, document in files:
+        best = {c["name"]: c["ratios"]["best"] for c in document["cases"] if c["ratios"].get("best") is not None}
+        if best:
+            worst, ahead = min(best, key=best.__getitem__), sum(ratio > 1 for ratio in best.values())
+            row = [f"{device_of(document)}: {about(document)}", times(statistics.geometric_mean(best.values()))]
+            rows.append([*row, f"{ahead} of {len(best)}", times(best[worst]), str(noisy(document)), worst, name])
+    header = ["measured", "mean", "above 1", "lowest", "noisy", "lowest at", "file"]
+    title, note = "Time of the fastest other way / time of fastseq", "Above 1 fastseq is faster. Means are geometric."
+    return Exhibit("speed-of-all", title, "", header, rows, "python -m bench report", note=note) if rows else None
 
 
 def shorten(name: str) -> str:
@@ -103,7 +133,7 @@ def budgets(document: Document, name: str) -> Exhibit | None:
     ordered = sorted(groups, key=lambda group: -worst[group])
 
     def draw() -> Any:
-        figure = plots.figure(5.6, 0.9 + 0.22 * len(ordered))
+        figure = plots.figure(3.7, 0.9 + 0.22 * len(ordered))
         axis = figure.subplots()
         for contestant in reversed(names):
             points = [(max(groups[g][contestant]), row) for row, g in enumerate(ordered) if contestant in groups[g]]
@@ -191,7 +221,7 @@ def ledger(results: Results) -> Exhibit:
 
 def _subject(case: Document) -> str:
     named = str(case.get("family") or case.get("group") or case["name"])
-    return "attention" if "attention" in named or "multihead" in named else "recurrent"
+    return "attention" if re.search("attention|multihead|^hf", named) else "recurrent"
 
 
 def _backend(case: Document) -> str | None:

@@ -95,6 +95,7 @@ def main() -> None:
         part.square().sum().backward()
         torch.testing.assert_close(part, o.chunk(world, 2)[rank], atol=1e-4, rtol=1e-4)
         for x, mine in zip(whole, own, strict=True):
+            assert x.grad is not None
             torch.testing.assert_close(mine.grad, x.grad.chunk(world, 2)[rank], atol=1e-4, rtol=1e-4)
         if rank == 0:
             print(f"{way.__name__}: output and gradients equal those of one process", flush=True)

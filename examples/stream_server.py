@@ -43,8 +43,8 @@ class Voice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         real, imaginary = self.stft_conv(nn.functional.pad(x, (0, 64), mode="reflect").unsqueeze(1)).chunk(2, 1)
         x = (real.square() + imaginary.square()).sqrt()
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = conv(x).relu()
+        for i in range(1, 5):
+            x = self.get_submodule(f"conv{i}")(x).relu()
         h, _ = self.lstm_cell(x.squeeze(-1))
         return self.final_conv(h.relu().unsqueeze(-1)).sigmoid().squeeze(-1)
 
@@ -106,7 +106,8 @@ class Server:
 async def talk(port: int, chunks: list[bytes], size: int, until: float) -> tuple[list[float], list[bytes]]:
     """A client that sends its chunks in turn, until a time of time.monotonic(): how long each answer took, and it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    took, answers = [], []
+    took: list[float] = []
+    answers: list[bytes] = []
     while len(took) < len(chunks) or time.monotonic() < until:
         sent = time.perf_counter()
         writer.write(chunks[len(took) % len(chunks)])

@@ -8,12 +8,11 @@ waits for a device; where ``torch.compile`` leaves a size open, what holds for e
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass
 
 import torch
 
-from fastseq.recurrent.cells import HAS_C, NOT_IN_TORCH
+from fastseq.recurrent.cells import NOT_IN_TORCH
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,6 @@ class Row:
 
 
 HOPPER = "cuda sm_90"
-
-BF16_BATCH = "bfloat16 batch"
-"""On a CPU with AMX: a bfloat16 LSTM, or GRU of 256 units and more, over more than ``BF16_ROWS`` rows."""
 
 ONE_STEP = "one step"
 """On a GPU: a sequence of one step, so every cell and every model that streams."""
@@ -68,13 +64,6 @@ FEW, LONG = 16, 1024
 _RECURRENT, _ATTENTION = (f"bench/results/nvidia-h200-{what}.json" for what in ("recurrent", "attention"))
 
 AUTO: tuple[Row, ...] = (
-    Row(
-        "cpu",
-        "scan",
-        BF16_BATCH,
-        ("torch", "native", "reference"),
-        "torch's bfloat16 products use the chip's AMX tiles; ours pass their tests there, but have not been timed",
-    ),
     Row(
         "cpu",
         "scan",
@@ -198,12 +187,6 @@ def capability(index: int) -> tuple[int, int] | None:
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
-_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-BF16_ROWS: int = 64 if _AMX else sys.maxsize
-"""Up to so many rows (steps times batch) a bfloat16 scan runs on the native kernels whatever its cell: with AMX those
-that are bound by calls and memory; without it all, as both sides then multiply pairs, or widen."""
-
 
 def scan_kind(
     device: str,
@@ -217,11 +200,6 @@ def scan_kind(
     packed: bool,
 ) -> str:
     """The kind of a stack of recurrent layers; ``walks``: its layers times directions."""
-    if device == "cpu":
-        few = steps * batch <= BF16_ROWS
-        if dtype is not torch.bfloat16 or few or torch.are_deterministic_algorithms_enabled():
-            return ""  # a sequence's bits must not depend on what is beside it
-        return BF16_BATCH if HAS_C[cell] or (cell.startswith("gru") and hidden >= 256) else ""
     if device != HOPPER:
         return ""
     if holds(steps == 1):

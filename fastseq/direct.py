@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastseq import auto, ops
+from fastseq import ops
 
 
 def _questions() -> tuple[Callable[[], object], ...]:
@@ -76,7 +76,7 @@ def _bind() -> str | None:
         return "the address of a tensor's implementation is not found in its memory"
     if keys_offset is None:
         return "a tensor's dispatch keys are not found in its implementation's memory"
-    plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad), auto.BF16_ROWS
+    plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad)
     if not native.bind(*plain, impl_offset, keys_offset, _plain_keys()):
         return "torch does not export THPVariable_Wrap"
     trial = torch.arange(6.0).view(2, 3)[:, 1:]

@@ -204,8 +204,6 @@ def _instruction_sets(build: dict[str, Any]) -> str:
     if ops.NATIVE_MISSING is not None:
         return "none"
     text = f"running {torch.ops.fastseq.native_isa('')}; built {', '.join(build.get('instruction_sets', []))}"
-    if "amx_bf16" in build.get("instruction_sets", []):
-        text += " (amx_bf16 is used where it is named, or a calibration found it ahead)"
     left_out = [f"{name} left out: {reason}" for name, reason in build.get("instruction_sets_left_out", {}).items()]
     return "; ".join([text, *left_out])
 

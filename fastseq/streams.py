@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class Streams:
         self._vacant[0] = 1
         self._ids = self._vacant.copy()  # of the session in each place
         self._rows = np.arange(0, 2 * capacity, 2)  # at which row its state lies
-        self._order, self._mark = np.arange(capacity), np.zeros(capacity, np.int64)
+        self._mark = np.zeros(capacity, np.int64)
         self._free = list(range(capacity - 1, -1, -1))
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._stepping = 0  # the thread that is in a step
@@ -245,23 +245,27 @@ class Streams:
                 own = np.zeros((1, 1))
             if own.ndim != 1:
                 raise ArgumentError(f"ids must be int64 [n], as a Tensor or a sequence of ints, got {ids!r}")
-        slots = own & _SLOT
+        slots, order = own & _SLOT, np.arange(len(own))
         try:
-            wrong = self._ids[slots] != own
+            self._mark[slots] = order
+            fine = ((self._ids[slots] == own) & (self._mark[slots] == order)).all()
         except IndexError:
-            wrong = slots >= self.capacity
-        if wrong.any():
-            raise ArgumentError(
-                f"id {own[wrong][0]} is not open here: it was closed, comes from another Streams, or never was one"
-            )
-        order = self._order[: len(own)] if len(own) <= self.capacity else np.arange(len(own))
-        self._mark[slots] = order
-        twice = self._mark[slots] != order
-        if twice.any():
-            raise ArgumentError(
-                f"id {own[twice][0]} comes twice in one call; several steps of a session are x [n, T, I], or more calls"
-            )
+            fine = False
+        if not fine:
+            self._refuse(own, slots)
         return slots
+
+    def _refuse(self, ids: np.ndarray, slots: np.ndarray) -> NoReturn:
+        """Says which of ids, of these places, cannot be."""
+        closed = ~np.isin(ids, self._ids[self._ids != self._vacant])
+        if closed.any():
+            raise ArgumentError(
+                f"id {ids[closed][0]} is not open here: it was closed, comes from another Streams, or never was one"
+            )
+        twice = self._mark[slots] != np.arange(len(ids))
+        raise ArgumentError(
+            f"id {ids[twice][0]} comes twice in one call; several steps of a session are x [n, T, I], or more calls"
+        )
 
     def _check(self, x: Tensor, n: int) -> None:
         if not isinstance(x, Tensor):

@@ -45,11 +45,8 @@ bool tiles_allowed() {
 }
 #endif
 
-// amx_bf16 passes its tests on a chip with AMX, but has not been timed beside torch's: it is used where it is named.
-constexpr Isa kBestMeasured = Isa::avx512_bf16;
-
 Isa best() {
-  for (int i = int(kBestMeasured); i > 0; --i)
+  for (int i = kIsaCount - 1; i > 0; --i)
     if (isa_built(Isa(i)) && isa_supported(Isa(i))) return Isa(i);
   return Isa::baseline;
 }

@@ -27,7 +27,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("scan_backward.native", TORCH_BOX(&fastseq::scan_backward_cpu));
   m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
   m.impl("layers_forward.native", TORCH_BOX(&fastseq::layers_forward_cpu));
-  m.impl("layers_forward.native_block", TORCH_BOX(&fastseq::layers_forward_block_cpu));
   m.impl("layers_backward.native", TORCH_BOX(&fastseq::layers_backward_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));

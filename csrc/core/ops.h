@@ -42,14 +42,6 @@ layers_forward_cpu(const torch::stable::Tensor& x, const std::vector<torch::stab
                    const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, int64_t num_layers,
                    bool bidirectional, bool reverse, bool save, bool states);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
-layers_forward_block_cpu(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
-                         const std::vector<torch::stable::Tensor>& scales,
-                         const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
-                         const torch::stable::Tensor& h, const std::optional<torch::stable::Tensor>& c,
-                         const std::optional<torch::stable::Tensor>& read, const torch::stable::Tensor& write,
-                         int64_t cell, int64_t num_layers, bool batch_first, int64_t hidden, int64_t outputs);
-
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
 layers_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
                     const std::optional<torch::stable::Tensor>& dc_n, const std::vector<torch::stable::Tensor>& dstates,

@@ -79,7 +79,7 @@ struct Given {
 
 // AUTO has more than one answer for a larger batch of bfloat16; torch's layers refuse a call without steps.
 bool takes(const Stack& stack) {
-  return stack.steps() > 0 && (stack.dtype() != Dtype::bf16 || stack.steps() * stack.batch() <= most_bf16_rows);
+  return stack.steps() > 0;
 }
 
 // A tuple of results, None in place of those that are absent.
@@ -107,17 +107,21 @@ bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject
   return now.get() && PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
 }
 
-// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs)
-// -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these names,
-// in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0.
+// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs[, h, c, read,
+// write]) -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these
+// names, in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0; the last four: StackBlock.
 PyObject* infer(PyObject* const* args, Py_ssize_t count) {
   Given given;
-  if (count != 12 || !is_plain_call()) return decline();
+  Borrowed block[4];
+  if ((count != 12 && count != 16) || !is_plain_call()) return decline();
+  for (Py_ssize_t i = 12; i < count; ++i)
+    if (!block[i - 12].take(args[i])) return decline();
   if (!(PyDict_Check(args[0]) ? given.weights.add_named(args[0], args[1]) : given.weights.add_all(args[0])) ||
       !given.scales.add_all(args[2]) || !given.take(args + 3))
     return decline();
   given.call.scales = given.scales.handles, given.call.scale_count = given.scales.count;
   given.call.hidden = PyLong_AsLongLong(args[10]), given.call.outputs = PyLong_AsLongLong(args[11]);
+  given.call.block = {block[0].handle(), block[1].handle(), block[2].handle(), block[3].handle()};
   Stack stack(given.call);
   if (!takes(stack)) return decline();
   StackResult r;
@@ -190,19 +194,18 @@ PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
-// bind(Tensor, Parameter, questions, forward_ad: dict, most_bf16_rows, impl_offset, keys_offset, plain_keys: pair of int)
+// bind(Tensor, Parameter, questions, forward_ad: dict, impl_offset, keys_offset, plain_keys: pair of int)
 // -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[7])) {
+  if (count != 7 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[6])) {
     PyErr_SetString(PyExc_TypeError,
-                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, most_bf16_rows, impl_offset, "
-                    "keys_offset, plain_keys: tuple)");
+                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, impl_offset, keys_offset, "
+                    "plain_keys: tuple)");
     return nullptr;
   }
-  most_bf16_rows = PyLong_AsLongLong(args[4]);
-  impl_offset = PyLong_AsLongLong(args[5]);
-  keys_offset = PyLong_AsLongLong(args[6]);
-  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[7], i));
+  impl_offset = PyLong_AsLongLong(args[4]);
+  keys_offset = PyLong_AsLongLong(args[5]);
+  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[6], i));
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))

@@ -95,19 +95,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cpu
   return {*r.y, *r.h_n, present(r.c_n, dtype_of(x.get())), r.ys, r.states, r.tapes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layers_forward_block_cpu(
-    const Tensor& x, const Tensors& weights, const Tensors& scales, const Optional& h0, const Optional& c0,
-    const Tensor& h, const Optional& c, const Optional& read, const Tensor& write, int64_t cell, int64_t num_layers,
-    bool batch_first, int64_t hidden, int64_t outputs) {
-  const Handles w = handles_of(weights), s = handles_of(scales);
-  StackCall call{x.get(), handle_of(h0), handle_of(c0), w.data(), int64_t(w.size()), cell_of(cell),
-                 batch_first ? Layout::batch_first : Layout::layer, num_layers, false};
-  call.scales = s.data(), call.scale_count = int64_t(s.size()), call.hidden = hidden, call.outputs = outputs;
-  call.block = {h.get(), handle_of(c), handle_of(read), write.get()};
-  StackResult r = Stack(call).run(false, false);
-  return {*r.y, *r.h_n, present(r.c_n, dtype_of(x.get()))};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensors& dstates, const Tensor& x,
     const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastseq import backend
 from fastseq.attn import int8
 from fastseq.attn.checks import FLOATS, check_window
 from fastseq.checks import ArgumentError, sizes
@@ -142,27 +145,17 @@ class KVCache(nn.Module):
         self._check(k, v, sequences)
         if k.numel() == 0:
             return
-        if not torch.compiler.is_compiling():
-            self._make_room(k.shape[2], sequences)
-        own = slice(None) if sequences is None else sequences
-        before = self.lengths[own]
-        at = before[:, None] + torch.arange(k.shape[2], device=self.k.device)
-        rows = (torch.arange(self.batch, device=self.k.device) if sequences is None else sequences)[:, None]
-        if self.table is not None:
-            page = self._page_size()
-            if self.window is not None:
-                self._leave(own, before)
-            else:
-                self._take(rows, before, k.shape[2])
-            column = at // page - self.first[own][:, None]
-            rows, at = self.table[rows, column].long(), at % page
+        place = self._place(k.shape[2], sequences)
         new = {"k": k, "v": v}
         if self.k_scale is not None:
             (k, k_scale), (v, v_scale) = int8.quantise(k), int8.quantise(v)
             new = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
         for name, x in self._rows().items():
-            x[rows, :, at] = new[name].transpose(1, 2)
-        self.lengths[own] = before + k.shape[2]
+            x[place] = new[name] if isinstance(place[0], slice) else new[name].transpose(1, 2)
+        if sequences is None:
+            self.lengths.add_(k.shape[2])
+        else:
+            self.lengths[sequences] += k.shape[2]
 
     @torch.no_grad()
     def reset(self, sequences: Tensor | None = None) -> None:
@@ -203,7 +196,8 @@ class KVCache(nn.Module):
                 )
             window = left, right
         pools = tuple(None if x is None else x.transpose(1, 2) for x in rows)
-        return pools, self.lengths - self.first * self._page_size(), self.table, window
+        lengths = self.lengths.clone() if self.window is None else self.lengths - self.first * self._page_size()
+        return pools, lengths, self.table, window
 
     @staticmethod
     def _refuse(given: dict[str, Any], why: str) -> None:
@@ -239,63 +233,109 @@ class KVCache(nn.Module):
         assert self.page_size is not None
         return self.page_size
 
-    def _leave(self, own: Any, before: Tensor) -> None:
+    def _place(self, t: int, sequences: Tensor | None) -> tuple[Any, ...]:
+        """Find places for t more positions, in new pages where those that sequences have do not suffice.
+
+        Returns:
+            The index of these rows in k and v: slices where one run is all of them; else tensors ``[n, 1]`` or
+            ``[n, t]`` of sequences or pages and ``[n, t]`` of positions, with a slice between.
+        """
+        compiling = torch.compiler.is_compiling()
+        before: Any = self.lengths if sequences is None else self.lengths[sequences]
+        plain, steady = False, False
+        if not compiling:
+            known = before.tolist()
+            steady = self._make_room(t, known, sequences)
+            plain = self.lengths.is_cpu and not backend.tracing()
+            run = self._run(t, known, sequences) if plain and steady else None
+            if run is not None:
+                return run
+        # An operation of numpy on a few numbers takes a fraction of the time that torch's takes.
+        seen: Any = Tensor.numpy if plain else _same
+        arange = np.arange if plain else functools.partial(torch.arange, device=self.lengths.device)
+        before, rows = seen(before), (arange(self.batch) if sequences is None else seen(sequences))[:, None]
+        at = before[:, None] + arange(t)
+        if self.table is not None:
+            page, table = self._page_size(), seen(self.table)
+            if not steady:
+                (self._take if self.window is None else self._turn)(rows, before, t, seen, arange)
+            column = at // page if self.window is None else at // page - seen(self.first)[rows]
+            rows, at = table[rows, column], at % page
+        return torch.as_tensor(rows).long(), slice(None), torch.as_tensor(at)
+
+    def _run(self, t: int, before: list[int], sequences: Tensor | None) -> tuple[slice, ...] | None:
+        """Slices of the rows for t positions after these; None where no slices are just these rows."""
+        start, page = before[0], self.page_size
+        if self.table is None and sequences is None and before.count(start) == len(before):
+            return slice(None), slice(None), slice(start, start + t)
+        if len(before) > 1 or (page is not None and start % page + t > page):
+            return None
+        row = 0 if sequences is None else int(sequences)
+        if self.table is not None and page is not None:
+            first = 0 if self.window is None else int(self.first.numpy()[row])
+            row, start = int(self.table.numpy()[row, start // page - first]), start % page
+        return slice(row, row + 1), slice(None), slice(start, start + t)
+
+    def _turn(self, rows: Any, before: Any, t: int, seen: Any, arange: Any) -> None:
         """Turn the tables of a ring, so that pages that no later query sees come last, to be written again."""
         assert self.window is not None
-        assert self.table is not None
-        first = (before - (self.window - 1)).clamp_min(0) // self._page_size()
-        columns = torch.arange(self.table.shape[1], device=self.k.device) + (first - self.first[own])[:, None]
-        self.table[own] = self.table[own].gather(1, columns % self.table.shape[1])
-        self.first[own] = first
+        table, first = seen(self.table), seen(self.first)
+        gone = (before - (self.window - 1)).clip(0)[:, None] // self._page_size()
+        columns = table.shape[1]
+        table[rows[:, 0]] = table[rows, (arange(columns) + (gone - first[rows])) % columns]
+        first[rows] = gone
 
-    def _take(self, rows: Tensor, before: Tensor, t: int) -> None:
+    def _take(self, rows: Any, before: Any, t: int, seen: Any, arange: Any) -> None:
         """Give sequences the pages that they need for t more positions."""
-        assert self.table is not None
+        table, free, used = seen(self.table), seen(self.free), seen(self.used)
+        where: Any = torch.where if isinstance(table, Tensor) else np.where
         have, want = (_pages(n, self._page_size()) for n in (before, before + t))
-        end = (want - have).cumsum(0) + self.used  # of the pages that each takes
-        most = min(_pages(t, self._page_size()), self.table.shape[1])
-        columns = have[:, None] + torch.arange(most, device=self.k.device)
+        end = (want - have).cumsum(0) + used  # of the pages that each takes
+        columns = have[:, None] + arange(min(_pages(t, self._page_size()), table.shape[1]))
         new = columns < want[:, None]
-        place = torch.where(new, (end - want)[:, None] + columns, 0)
-        columns = columns % self.table.shape[1]  # those that are not new keep what they have
-        self.table[rows, columns] = torch.where(new, self.free[place], self.table[rows, columns])
-        self.used.copy_(end[-1])
+        place = where(new, (end - want)[:, None] + columns, 0)
+        columns = columns % table.shape[1]  # those that are not new keep what they have
+        table[rows, columns] = where(new, free[place], table[rows, columns])
+        used[...] = end[-1]
 
-    @torch.inference_mode(False)  # a cache that grew in inference mode takes appends outside of it too
-    def _make_room(self, t: int, sequences: Tensor | None) -> None:
-        """Grow where the cache may; say that it is full where it may not."""
-        own = slice(None) if sequences is None else sequences
-        before = self.lengths[own]
-        if self.table is None:
-            longest, room = int(before.max()) + t, self.k.shape[2]
+    def _make_room(self, t: int, before: list[int], sequences: Tensor | None) -> bool:
+        """Grow where the cache may; say that it is full where it may not. Returns whether tables stay as they are."""
+        page = self.page_size
+        if page is None:
+            longest, room = max(before) + t, self.k.shape[2]
             if longest > room:
                 self._full(longest, room, "positions a sequence")
-                rows = max(longest, 2 * room) - room
-                for name, x in self._rows().items():
-                    setattr(self, name, nn.functional.pad(x, (0, 0, 0, rows)))
-            return
-        page, columns = self._page_size(), self.table.shape[1]
+                self._grow(max(longest, 2 * room) - room)
+            return True
         if self.window is not None:
-            wanted = _pages(self.window - 1 + t + page - 1, page)
-            if wanted > columns:
-                own_pages = torch.arange(self.batch * (wanted - columns), dtype=torch.int32, device=self.k.device)
-                pages = own_pages.reshape(self.batch, -1) + len(self.k)
-                # After the pages in use, which the table has first.
-                self.table = torch.cat((self.table, pages), 1)
-                self._add_pages(pages.numel())
-            return
-        needed = int(self.used) + int((_pages(before + t, page) - _pages(before, page)).sum())
+            assert self.table is not None
+            missing = _pages(self.window - 1 + t + page - 1, page) - self.table.shape[1]
+            if missing > 0:
+                self._grow(self.batch * missing)
+            first = self.first if sequences is None else self.first[sequences]
+            return first.tolist() == [max(n - self.window + 1, 0) // page for n in before]
+        wanted = sum(_pages(n + t, page) - _pages(n, page) for n in before)
+        needed = int(self.used) + wanted
         if needed > len(self.k):
             self._full(needed * page, len(self.k) * page, "positions, in whole pages")
-            more: int = max(needed, 2 * len(self.k)) - len(self.k)
-            fresh = torch.arange(len(self.k), len(self.k) + more, dtype=torch.int32, device=self.k.device)
-            self.free = torch.cat((self.free, fresh))
-            self.table = nn.functional.pad(self.table, (0, more))
-            self._add_pages(more)
+            self._grow(max(needed, 2 * len(self.k)) - len(self.k))
+        return wanted == 0
 
-    def _add_pages(self, count: int) -> None:
+    @torch.inference_mode(False)  # a cache that grew in inference mode takes appends outside of it too
+    def _grow(self, more: int) -> None:
+        """Give so many positions more to each sequence, or pages to the pool."""
+        if self.table is None:
+            for name, x in self._rows().items():
+                setattr(self, name, nn.functional.pad(x, (0, 0, 0, more)))
+            return
+        pages = torch.arange(len(self.k), len(self.k) + more, dtype=torch.int32, device=self.k.device)
+        if self.window is not None:  # after the pages in use, which the table has first
+            self.table = torch.cat((self.table, pages.reshape(self.batch, -1)), 1)
+        else:
+            self.free = torch.cat((self.free, pages))
+            self.table = nn.functional.pad(self.table, (0, more))
         for name, x in self._rows().items():
-            setattr(self, name, torch.cat((x, x.new_zeros(count, *x.shape[1:]))))
+            setattr(self, name, torch.cat((x, x.new_zeros(more, *x.shape[1:]))))
 
     def _full(self, wanted: int, room: int, what: str) -> None:
         if self.capacity is not None:
@@ -326,15 +366,20 @@ class KVCache(nn.Module):
             raise ArgumentError("sequences must be an int64 Tensor [n] of sequences' numbers")
         if torch.compiler.is_compiling():
             return
-        if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < self.batch:
-            raise ArgumentError(f"sequences must lie in 0..{self.batch - 1}, got {sequences.tolist()}")
-        if len(sequences.unique()) != len(sequences):
-            raise ArgumentError(f"sequences names one twice: {sequences.tolist()}")
+        found = sequences.tolist()
+        if found and not 0 <= min(found) <= max(found) < self.batch:
+            raise ArgumentError(f"sequences must lie in 0..{self.batch - 1}, got {found}")
+        if len(set(found)) != len(found):
+            raise ArgumentError(f"sequences names one twice: {found}")
 
 
 def _pages(positions: Any, page: int) -> Any:
     """How many pages hold so many positions."""
     return (positions + page - 1) // page
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _check_size(name: str, size: int) -> None:

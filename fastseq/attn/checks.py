@@ -271,9 +271,9 @@ def check_lengths(name: str, lengths: Any, q: Tensor, longest: int, batch: int |
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise ArgumentError(f"{name} must be [B] = [{batch}], got {sizes(lengths)}")
     if lengths.shape[0] and lengths.device.type == "cpu" and values_visible(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > longest:
-            raise ArgumentError(f"{name} must lie in 0..{longest}, got values from {low} to {high}")
+        found = lengths.tolist()
+        if min(found) < 0 or max(found) > longest:
+            raise ArgumentError(f"{name} must lie in 0..{longest}, got values from {min(found)} to {max(found)}")
 
 
 def check_pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...], is_bool: bool) -> None:

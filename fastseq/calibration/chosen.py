@@ -17,12 +17,12 @@ import torch
 from fastseq import auto
 from fastseq.calibration import file
 from fastseq.calibration.calls import DTYPES, Shape
-from fastseq.calibration.file import AMX, LOST, PASSED, RAISED, WRONG, Entry, Timed
+from fastseq.calibration.file import LOST, PASSED, RAISED, WRONG, Entry, Timed
 
 AHEAD = 1.03
 """A backend must be this many times as fast as the one that AUTO's table names; and by more than the rounds spread."""
 
-OURS = ("native", "triton", AMX)
+OURS = ("native", "triton")
 
 log = logging.getLogger("fastseq")
 
@@ -78,8 +78,6 @@ def book(device: str, index: int) -> Book | None:
     if entry is None:
         _say_outdated(entries, here)
         return None
-    if device == "cpu" and amx_is_ahead(entry) and not torch.are_deterministic_algorithms_enabled():
-        file.use_amx(True)
     return book_of(entry, device)
 
 
@@ -149,7 +147,6 @@ def forget() -> None:
     """Reads the file again at the next call."""
     book.cache_clear()
     _known.cache_clear()
-    file.use_amx(False)
 
 
 _said: set[str] = set()
@@ -193,15 +190,15 @@ def disqualified(entry: Entry) -> dict[tuple[str, str, str], str]:
 def book_of(entry: Entry, device: str) -> Book:
     """The rows that an entry supports; ``device``: the type of its device."""
     found = Book(entry.date)
-    bad, amx = disqualified(entry), amx_is_ahead(entry)
+    bad = disqualified(entry)
     groups: dict[tuple[str, str], list[tuple[Shape, Timed]]] = {}
     for shape, timed in entry.timed.items():
         if timed.of_kind:
             groups.setdefault((shape.op, shape.kind(device)), []).append((shape, timed))
-        elif (made := _row(entry, [(shape, timed)], shape.name, bad, amx)) is not None:
+        elif (made := _row(entry, [(shape, timed)], shape.name, bad)) is not None:
             found.shapes[shape.rounded()] = made
     for (op, kind), members in groups.items():
-        made = _row(entry, members, kind, bad, amx)
+        made = _row(entry, members, kind, bad)
         if made is not None:
             found.kinds[op, kind] = made
     return found
@@ -215,25 +212,16 @@ def usual_of(entry: Entry, shape: Shape) -> auto.Row:
 
 
 def _row(
-    entry: Entry, members: list[tuple[Shape, Timed]], kind: str, bad: dict[tuple[str, str, str], str], amx: bool
+    entry: Entry, members: list[tuple[Shape, Timed]], kind: str, bad: dict[tuple[str, str, str], str]
 ) -> auto.Row | None:
     """The row of some calls: those that passed and were timed in all of them, the fastest first, but the backend of
-    AUTO's table where none is ahead of it by enough; then the rest of AUTO's order, without what failed. ``amx``:
-    whether AMX's instructions will be used."""
+    AUTO's table where none is ahead of it by enough; then the rest of AUTO's order, without what failed."""
     shape = members[0][0]
     usual = usual_of(entry, shape).order
-    amx = amx and _amx_counts(shape)
-
-    def times(timed: Timed) -> dict[str, float]:
-        """By backend: the native one's with the instructions that it will have."""
-        own = {
-            name: seconds for name, seconds in timed.times.items() if name != AMX and _usable(entry, name, shape, bad)
-        }
-        if amx and AMX in timed.times:
-            own["native"] = timed.times[AMX]
-        return own
-
-    measured = [times(timed) for _, timed in members]
+    measured = [
+        {name: seconds for name, seconds in timed.times.items() if _usable(entry, name, shape, bad)}
+        for _, timed in members
+    ]
     means = {name: _mean([each[name] for each in measured]) for name in set.intersection(*map(set, measured))}
     failed = [name for name in usual if (name, shape.op, shape.dtype) in bad]
     if not means or (len(means) == 1 and not failed):
@@ -247,9 +235,7 @@ def _row(
     order = [*ranked, *rest]
     if order[0] != "reference":  # it can do everything, and so comes last
         order.sort(key=lambda name: name == "reference")
-    more = [f"{name} failed its tests" for name in failed] + ["with AMX's instructions"] * (
-        amx and order[0] == "native"
-    )
+    more = [f"{name} failed its tests" for name in failed]
     because = _because(entry, means, order[0], len(members), more)
     return auto.Row(str(entry.machine["kind"]), shape.op, kind, tuple(order), because)
 
@@ -264,19 +250,6 @@ def _usable(entry: Entry, name: str, shape: Shape, bad: Collection[tuple[str, st
         for test, verdict in entry.tests.items()
     )
     return proven and key in entry.tested and key not in bad
-
-
-def _amx_counts(shape: Shape) -> bool:
-    return shape.op == "scan" and shape.dtype == "bfloat16"
-
-
-def amx_is_ahead(entry: Entry) -> bool:
-    """Whether the native kernels are faster with AMX's instructions, over all calls that were timed with both. They are
-    set for the whole process, so there is one answer for every kind."""
-    both = [(s, t.times) for s, t in entry.timed.items() if _amx_counts(s) and {AMX, "native"} <= t.times.keys()]
-    if not both or not _usable(entry, AMX, both[0][0], disqualified(entry)):
-        return False
-    return _mean([times["native"] / times[AMX] for _, times in both]) >= AHEAD
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -33,9 +33,7 @@ MOST_MACHINES = 32
 PATIENCE = 5.0
 """Seconds to wait for another process that writes."""
 
-AMX = "amx_bf16"
-"""The native kernels with AMX's instructions, which no call takes unless they are named, or measured to be ahead."""
-BACKENDS = ("native", "triton", "torch", "reference", AMX)
+BACKENDS = ("native", "triton", "torch", "reference")
 PASSED, CANNOT, RAISED, WRONG, LOST = "passed", "cannot", "raised", "wrong", "lost"
 OUTCOMES = (PASSED, CANNOT, RAISED, WRONG, LOST)
 """Of a trial: right; not for this backend; an error; a wrong number; the process died or hung."""
@@ -129,47 +127,9 @@ def machine(device: str, index: int) -> Machine | None:
     return own | _software()
 
 
-def native_isa(name: str = "") -> str:
-    """The instruction set of the native kernels, which is ``name`` from now on where one is given."""
-    found: str = torch.ops.fastseq.native_isa(name)
-    return found
-
-
-_before_amx: str | None = None  # the instruction set that use_amx() replaced
-
-
 def instructions() -> str | None:
-    """The instruction set of the native kernels, but for what :func:`use_amx` made of it."""
-    if ops.NATIVE_MISSING is not None:
-        return None
-    current = native_isa()
-    return _before_amx if _before_amx is not None and current == AMX else current
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether this processor and build have AMX's instructions, and use others by themselves."""
-    current = instructions()
-    if current != "avx512_bf16":  # some were named
-        return False
-    try:
-        native_isa(AMX)
-    except RuntimeError:
-        return False
-    native_isa(current)
-    return True
-
-
-def use_amx(on: bool) -> None:
-    """Has the native kernels use AMX's instructions, or what they used before."""
-    global _before_amx
-    if on and _before_amx is None and has_amx():
-        _before_amx = native_isa()
-        native_isa(AMX)
-    elif not on and _before_amx is not None:
-        if native_isa() == AMX:
-            native_isa(_before_amx)
-        _before_amx = None
+    """The instruction set of the native kernels."""
+    return None if ops.NATIVE_MISSING is not None else str(torch.ops.fastseq.native_isa(""))
 
 
 def gpu(index: int) -> Any:

@@ -8,18 +8,15 @@ from itertools import product
 from fastseq.backend import operator_reason
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape
 from fastseq.calibration.chosen import OURS
-from fastseq.calibration.file import AMX, Trial, has_amx
+from fastseq.calibration.file import Trial
 from fastseq.recurrent.cells import CELLS
 
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-def ours(device: str, op: str, dtype: str = "") -> list[str]:
-    """Our kernels that a type of device has for an operation; with a dtype also those with AMX's instructions."""
-    found = [name for name in OURS if name != AMX and operator_reason(name, device, op) is None]
-    if device == "cpu" and (op, dtype) == ("scan", "bfloat16") and "native" in found and has_amx():
-        found.append(AMX)
-    return found
+def ours(device: str, op: str) -> list[str]:
+    """Our kernels that a type of device has for an operation."""
+    return [name for name in OURS if operator_reason(name, device, op) is None]
 
 
 # --- self-tests -------------------------------------------------------------------------------------------------------
@@ -44,7 +41,7 @@ _ATTENTION = (
 def self_tests(device: str, wanted: Collection[tuple[str, str]]) -> Iterator[Trial]:
     """All that must pass before a kernel of ours is chosen for an operation in a dtype, one after the other."""
     for op, dtype in wanted:
-        for backend in ours(device, op, dtype):
+        for backend in ours(device, op):
             shapes: list[Shape] = [shape._replace(dtype=dtype) for shape in _ATTENTION]
             if op == "scan":
                 scans = [shape._replace(dtype=dtype) for shape in _SCANS]

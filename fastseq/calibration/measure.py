@@ -21,7 +21,7 @@ from torch import Tensor
 import fastseq
 from fastseq.backend import BackendError
 from fastseq.calibration.calls import AttentionShape, ScanShape, Shape, from_values
-from fastseq.calibration.file import AMX, CANNOT, PASSED, RAISED, WRONG, Verdict, native_isa
+from fastseq.calibration.file import CANNOT, PASSED, RAISED, WRONG, Verdict
 from fastseq.calibration.shown import one_line
 
 ROUNDS = 9
@@ -206,28 +206,12 @@ def _largest(x: Tensor) -> float:
 def judged(backend: str, shape: Shape, device: torch.device, judge: Judge) -> Verdict:
     """What becomes of a call on a backend."""
     try:
-        with in_force(backend):
+        with fastseq.use_backend(backend):
             return judge.verdict(prepare(shape, device)())
     except (BackendError, NotImplementedError, torch.OutOfMemoryError) as failure:
         return Verdict(CANNOT, one_line(failure))
     except Exception as failure:
         return Verdict(RAISED, f"{type(failure).__name__}: {one_line(failure)}")
-
-
-@contextlib.contextmanager
-def in_force(name: str) -> Iterator[None]:
-    """A backend; the native one with AMX's instructions where that is named."""
-    if name != AMX:
-        with fastseq.use_backend(name):
-            yield
-        return
-    before = native_isa()
-    native_isa(AMX)
-    try:
-        with fastseq.use_backend("native"):
-            yield
-    finally:
-        native_isa(before)
 
 
 # --- how long ---------------------------------------------------------------------------------------------------------
@@ -280,7 +264,7 @@ def in_turns(calls: Mapping[str, Call], clock: Clock, seconds: float) -> tuple[d
     rounds spread widely. And what a ratio of two medians may be off by."""
 
     def block(name: str, count: int) -> float:
-        with in_force(name):
+        with fastseq.use_backend(name):
             return clock(calls[name], count) / count
 
     counts: dict[str, int] = {}
@@ -343,7 +327,7 @@ def examine(item: Mapping[str, Any], tell: Callable[[str], None] = lambda backen
             tell(backend)
             calls[backend] = prepare(shape, device)
             try:
-                with in_force(backend):
+                with fastseq.use_backend(backend):
                     calls[backend]()
             except torch.OutOfMemoryError as failure:
                 del calls[backend]

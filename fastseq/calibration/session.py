@@ -213,9 +213,7 @@ class Session:
         bad = chosen.disqualified(self.entry)
         items = []
         for shape in rest:
-            names = [
-                n for n in grid.ours(self.device.type, shape.op, shape.dtype) if (n, shape.op, shape.dtype) not in bad
-            ]
+            names = [n for n in grid.ours(self.device.type, shape.op) if (n, shape.op, shape.dtype) not in bad]
             items.append(self._item(shape, [*names, peer(shape)], SECONDS))
         for item, result in self._worked(items, self.until):
             shape = self._shape(item)

@@ -187,5 +187,5 @@ def svg(drawn: Any, name: str, alt: str) -> str:
     text = re.sub(r"""(url\(#|href="#)""", rf"\1{name}-", text)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
-    head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {height}" style="max-width:{width}pt">'
+    head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {height}" style="--width:{width}pt">'
     return head + text[text.index(">") + 1 :].strip()

@@ -87,16 +87,18 @@ class CompressedWeights:
         return sum(t.nbytes for t in copies.weights if t.dim() == 3) + sum(scale.nbytes for scale in copies.scales)
 
     def infer(
-        self, layer: Any, x: Any, h0: Any, c0: Any, cell: str, layout: str, num_layers: int, bidirectional: bool
-    ) -> tuple[Tensor, ...] | None:
+        self, layer: Any, x: Any, h0: Any, c0: Any, cell: str, layout: str, num_layers: int, bidirectional: bool,
+        *block: Tensor | None,
+    ) -> tuple[Tensor, ...] | None:  # fmt: skip
         """What ``direct.infer`` returns for a layer or cell, from the copies of its weights. For a layer that has asked
         whether the native kernels are in force."""
         copies = self.of(layer, cell, num_layers * (2 if bidirectional else 1))
         if copies is None:
             return None
         return direct.infer(
-            copies.weights, None, copies.scales, x, h0, c0, cell, layout, num_layers, bidirectional, *copies.sizes
-        )
+            copies.weights, None, copies.scales, x, h0, c0, cell, layout, num_layers, bidirectional, *copies.sizes,
+            *block,
+        )  # fmt: skip
 
     def of(self, layer: Any, cell: str, rows: int = 1) -> Copies | None:
         """The copies, as they must be now, made again where one of the layer's parameters has changed. None where they

@@ -73,7 +73,6 @@ define(
     lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, 0, None, None), (1, 1, 0, 0)),
 )  # fmt: skip
 define("layers_forward", fake_layers_forward, None, ("native",))
-torch.library.define("fastseq::layers_forward.native_block", schemas.LAYERS_FORWARD_BLOCK)
 define("layers_backward", fake_layers_backward, None, ("native",))
 define("attention_forward", fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", fake_attention_backward, attention_rule(7, backward=True))

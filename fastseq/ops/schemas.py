@@ -52,18 +52,6 @@ LAYERS_FORWARD = (
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] ys, Tensor[] states, Tensor[] tapes)"
 )
 
-# The same in inference, on states of many sequences that lie in one block, of which a call reads and writes some.
-# x and weights as above, or packed with scales as direct.infer takes them (then hidden and outputs, else 0); one
-# direction; x [B,T,I] with batch_first; h [L,R,P], c [L,R,H] (LSTM) contiguous; read int64 [B]: rows of the block from
-# which the sequences start (None: from h0 and c0); write int64 [B], distinct rows, none of those read: where their last
-# states go
-# -> y laid out as x, h_n [L,B,P], c_n [L,B,H] (empty unless LSTM)
-LAYERS_FORWARD_BLOCK = (
-    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? h0, Tensor? c0, Tensor(a!) h, Tensor(b!)? c, Tensor? read, "
-    "Tensor write, int cell, int num_layers, bool batch_first, int hidden, int outputs) "
-    "-> (Tensor y, Tensor h_n, Tensor c_n)"
-)
-
 # dstates: of the last layer's directions, or none; on CUDA x is 0 past the lengths, and starts int64 [1,B,1] tells
 # where the reverse direction begins, with lengths; ys: of all layers; states and tapes: as the forward pass gave them
 # -> dx, dh0, dc0 (each empty where unwanted or absent), the gradients of weights (none unless with_weights)
@@ -135,7 +123,6 @@ def of_the_cpu(options: str) -> dict[str, str]:
         "scan_forward.native": SCAN_FORWARD,
         "scan_backward.native": SCAN_BACKWARD,
         "layers_forward.native": LAYERS_FORWARD,
-        "layers_forward.native_block": LAYERS_FORWARD_BLOCK,
         "layers_backward.native": LAYERS_BACKWARD,
         "attention_forward.native": ATTENTION_FORWARD.format(options=options),
         "attention_backward.native": ATTENTION_BACKWARD.format(options=options),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import auto, autograd, backend, ops
+from fastseq import backend, direct
 from fastseq.checks import ArgumentError, sizes
 
 current: ContextVar[Step | None] = ContextVar("fastseq.streams", default=None)
@@ -78,29 +78,29 @@ class Step:
         return y
 
     def in_one_call(
-        self, layer: Any, x: Any, h0: Tensor | None, c0: Tensor | None, cell: str, layout: str, num_layers: int
+        self,
+        layer: Any,
+        names: list[str],
+        x: Any,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        cell: str,
+        layout: str,
+        num_layers: int,
     ) -> tuple:
         """y, h_n and an LSTM's c_n of a layer, of a cell the new h and c: in one native call where there is one."""
         block, first = self._check(layer, x, (h0, c0), layout)
-        weights, packed = layer._weights(), (0, 0)
-        scales: list[Tensor] = []
-        native = self._has_native(block, x, weights)
-        if native and layer._compressed is not None:
-            copies = layer._compressed.of(layer, cell, num_layers)
-            native = copies is not None
-            weights, scales, packed = copies or (weights, scales, packed)
-        if not native:
+        done = None
+        if backend.native_scan():
+            call = (x, h0, c0, cell, layout, num_layers, False)
+            places = (block.h, block.c, self.read if first else None, self.write)
+            if layer._compressed is not None:
+                done = layer._compressed.infer(layer, *call, *places)
+            else:
+                done = direct.infer(layer._parameters, names, None, *call, 0, 0, *places)
+        if done is None:
             y, last, *_ = self._by_copies(block, x, None if first else (h0, c0), {})
             done = (*y, *last)
-        else:
-            is_cell = layout == "cell"
-            x, h0, c0 = (t.unsqueeze(0) if is_cell and t is not None else t for t in (x, h0, c0))
-            y, *states = torch.ops.fastseq.layers_forward.native_block(
-                x, weights, scales, h0, c0, block.h, block.c, self.read if first else None, self.write,
-                ops.NUMBER[cell], num_layers, layout == "batch_first", *packed,
-            )  # fmt: skip
-            states = [s[0] if is_cell else s for s in states[: 1 if block.c is None else 2]]
-            done = tuple(states) if is_cell else (y, *states)
         own = done[-1 if block.c is None else -2 :]
         self._returned[id(layer)] = own[0], own[1] if len(own) == 2 else None
         return done
@@ -139,19 +139,6 @@ class Step:
                 "call the layer without hx, or again with the state that it returned in this step"
             )
         return block, before is None
-
-    def _has_native(self, block: Block, x: Tensor, weights: list[Tensor]) -> bool:
-        dtype = block.h.dtype
-        for t in (x, *weights):
-            if type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu or t.dtype is not dtype:
-                return False
-        return (
-            backend.native_scan()
-            and x.numel() > 0
-            and x.shape[-1] == block.layer.input_size
-            and (dtype is not torch.bfloat16 or x.numel() // x.shape[-1] <= auto.BF16_ROWS)
-            and not (torch.is_autocast_enabled("cpu") or autograd.functorch_active())
-        )
 
     def _by_copies(self, block: Block, x: Tensor, given: tuple | None, options: dict[str, Any]) -> tuple:
         """``([y], [h, c], *more)`` of an ordinary call (of a cell no y), on copies of the states; then copied back."""

@@ -127,7 +127,7 @@ def test_keys_in_pages(packed: bool) -> None:
 def test_second_derivatives() -> None:
     inputs, prefix = draw(4, 6, batch=2), torch.tensor([2, 5])
     options = {"causal": True, "align": "top_left", "prefix_lengths": prefix, "backend": "native"}
-    assert torch.autograd.gradgradcheck(lambda *x: fastseq.attention(*x, **options), inputs)
+    assert torch.autograd.gradgradcheck(lambda *x: fastseq.attention(*x, **options), inputs, fast_mode=True)
 
 
 def test_it_compiles_whole_and_exports() -> None:

@@ -180,7 +180,9 @@ def decoding(name: str, heads: int) -> Options:
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("causal", NVIDIA), ("packed", NVIDIA), pytest.param("everything", NVIDIA, marks=pytest.mark.tiles),
+    [("causal", ["sm_90"]), pytest.param("causal", ["sm_80", "sm_100"], marks=pytest.mark.full),
+     pytest.param("packed", NVIDIA, marks=pytest.mark.full),
+     pytest.param("everything", NVIDIA, marks=pytest.mark.tiles),
      *(pytest.param(name, ["gfx942"], marks=pytest.mark.tiles) for name in ("causal", "packed", "everything"))],
 )  # fmt: skip
 def test_decoding_fits_its_machine(name: str, targets: list[str]) -> None:

@@ -152,12 +152,15 @@ def register(monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[..., 
 @pytest.mark.parametrize("family", gpu_cases.FAMILIES)
 def test_the_small_cases_are_right_and_timed(family: str) -> None:
     for case in gpu_cases.tiny(family):
-        found = bench("reference", "torch", "math").measure(case)
+        clock = FakeClock()
+        found = bench("reference", "torch", "math", clock=clock).measure(case)
         assert found.reason == ""
         assert found.entries["reference"].status == "timed", found.entries["reference"].reason
         assert len(found.entries["reference"].timings[""].times) == gpu_run.FEWEST
         for name, entry in found.entries.items():
             assert entry.status == "timed" or (entry.status == "unavailable" and entry.reason), name
+        cold = getattr(case, "kind", "") == "decode"  # these alone with emptied caches
+        assert {emptied for _, emptied in clock.timed} == {cold}
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -184,13 +187,6 @@ def test_the_clock_of_a_gpu_times_all_calls_and_nothing_else(cold: bool, monkeyp
     monkeypatch.setattr(torch, "empty", lambda *size, **options: SimpleNamespace(zero_=lambda: passes(5)))
     assert gpu_run.measure.EventClock()(lambda: passes(1), 7, cold) == pytest.approx(7e-3)
     assert now == (7 + 7 * 5 if cold else 7)
-
-
-def test_decoding_is_timed_with_cold_caches_and_nothing_else_is() -> None:
-    for case in gpu_cases.tiny("attention"):
-        clock = FakeClock()
-        bench("math", "reference", clock=clock).measure(case)
-        assert {cold for _, cold in clock.timed} == {getattr(case, "kind", "") == "decode"}
 
 
 def test_a_wrong_answer_is_recorded_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:

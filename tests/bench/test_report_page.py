@@ -157,8 +157,49 @@ def test_bars_are_sorted_worst_first():
     document = json.loads((RESULTS / "cpu-quick.json").read_text())
     for exhibit in speed_figures.ratios(document, "cpu-quick.json"):
         best = {case["name"]: case["ratios"]["best"] for case in document["cases"]}
-        shown = [best[row[0]] for row in exhibit.rows]
+        shown = [best[row[0].removesuffix(" !")] for row in exhibit.rows]
         assert shown == sorted(shown)
+
+
+def test_every_noisy_case_is_marked_and_no_other():
+    document = json.loads((RESULTS / "cpu-quick.json").read_text())
+    noisy = {case["name"] for case in document["cases"] if case["noisy"]}
+    shown = speed_figures.ratios(document, "cpu-quick.json")
+    marked = {row[0].removesuffix(" !") for exhibit in shown for row in exhibit.rows if row[0].endswith(" !")}
+    assert marked == noisy != set()
+    for exhibit in shown:
+        assert ("!: noisy" in exhibit.note) == any(row[0].endswith(" !") for row in exhibit.rows)
+
+
+def test_a_summary_comes_first_then_the_quietest_file(tmp_path):
+    some(tmp_path, "cpu-hf.json", "cpu-quick.json", "cpu-steps.json")
+    shown = page.sections(exhibits.load(tmp_path))
+    assert shown[0].name == "summary"
+    (table, _), *_ = shown[0].exhibits
+    files = [row[-1] for row in table.rows]
+    shares = []
+    for name in files:
+        document = json.loads((tmp_path / name).read_text())
+        shares.append(sum(bool(case.get("noisy")) for case in document["cases"]) / len(document["cases"]))
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
+    assert [section.name for section in shown[1 : 1 + len(files)]] == [f"speed-{speed_figures.slug(f)}" for f in files]
+
+
+def test_the_navigation_is_in_words(rendered):
+    titles = re.findall(r'<li><a href="#[^"]+">(.*?)</a>', rendered)
+    assert titles[0] == "Summary"
+    for title in titles:
+        assert not re.search(r"\.json|cpu-|nvidia-", title), title
+
+
+def test_no_folder_of_the_machine_is_shown(tmp_path):
+    document = json.loads((RESULTS / "cpu-quick.json").read_text())
+    document["command"] = "python -m bench --json /home/somebody/new.json --plot='/tmp/z.png' bench/results/a.json"
+    assert exhibits.command_of(document) == "python -m bench --json new.json --plot='z.png' bench/results/a.json"
+    out = tmp_path / "page.html"
+    assert main(["report", "--results", str(some(tmp_path, "cpu-quick.json")), "--out", str(out)]) == 0
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
 
 def test_the_budget_used_is_the_worst_tensors_share():

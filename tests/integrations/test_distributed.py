@@ -91,6 +91,7 @@ def test_context_parallel_attention_equals_one_process():
         assert f"{way}: output and gradients equal those of one process" in done.stdout
 
 
+@pytest.mark.full
 @needs_distributed
 def test_training_is_interrupted_and_goes_on_from_its_checkpoint(tmp_path):
     """Ctrl-C under DDP, then FSDP2 from the step that was saved, to a loss below the first."""

@@ -313,24 +313,11 @@ def test_open_sizes_are_not_specialised_by_the_choice(monkeypatch):
 
 
 @needs_native
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_gives_large_bf16_batches_to_torch_where_it_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(auto, "BF16_ROWS", 64 if amx else sys.maxsize)
-
-    def first_line(layer, x):
-        with torch.no_grad():
-            return fastseq.explain(layer, x).splitlines()[0]
-
-    layers = {torch.bfloat16: fastseq.nn.LSTM(8, 16).bfloat16(), torch.float32: fastseq.nn.LSTM(8, 16)}
-    for (dtype, steps), expected in {
-        (torch.bfloat16, 50): "torch" if amx else "native",
-        (torch.bfloat16, 1): "native",
-        (torch.float32, 50): "native",
-    }.items():
-        assert f"runs on: {expected} " in first_line(layers[dtype], torch.randn(steps, 32, 8, dtype=dtype))
-    assert "runs on: native " in first_line(fastseq.nn.GRU(8, 16).bfloat16(), torch.randn(50, 32, 8).bfloat16())
-    reset = torch.zeros(50, 32, dtype=torch.bool)  # which torch has not
-    text = fastseq.explain(layers[torch.bfloat16], torch.randn(50, 32, 8).bfloat16(), reset=reset)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 50])
+def test_scans_of_every_dtype_and_length_run_natively_on_the_cpu(dtype: torch.dtype, steps: int):
+    with torch.no_grad():
+        text = fastseq.explain(fastseq.nn.LSTM(8, 16).to(dtype), torch.randn(steps, 32, 8, dtype=dtype))
     assert "runs on: native " in text.splitlines()[0]
 
 

@@ -179,21 +179,6 @@ def test_a_cell_is_its_parameters(cell):
     assert direct.infer(parameters, names, *tail) is None, "gradients are on"
 
 
-def test_long_bfloat16_scans_are_left_to_auto(monkeypatch):
-    args = arguments(dtype=torch.bfloat16)  # 12 rows
-    monkeypatch.setattr("fastseq.auto.BF16_ROWS", 11)
-    with torch.no_grad():
-        try:
-            assert direct._bind() is None
-            assert infer(*args) is None
-            assert infer(*arguments()) is not None
-            assert infer(args[0][:3], *args[1:]) is not None
-        finally:
-            monkeypatch.undo()
-            direct._bind()
-        assert infer(*args) is not None or args[0].shape[0] * args[0].shape[1] > fastseq.auto.BF16_ROWS
-
-
 def test_results_share_no_memory():
     for cell in MODES:
         x, h, c, *rest = arguments(cell, shape=(1, 2, 5))

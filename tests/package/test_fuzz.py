@@ -55,7 +55,7 @@ ALLOWED: list[tuple[str, Callable[[Case, str, str], bool], str]] = [
             and case["dtype"].endswith("16")
             and "zero" in " ".join(case.get("kinds", {}).values())
         ),
-        "torch's LSTM of 16 bits reads memory that a zero tensor does not have; on chips with AMX fastseq runs it",
+        "torch's LSTM of 16 bits reads memory that a zero tensor does not have",
     ),
     (
         "zeros that torch would write to",

@@ -440,6 +440,35 @@ def test_source_distribution_builds_the_same(tmp_path, native):
     assert built.files == native.files
 
 
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """What a clone holds, as git lists it."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is not a clone: there is no list of its files")
+    return succeed(["git", "ls-files", "--cached"], ROOT).split()
+
+
+def source_archive(tracked: list[str], folder: Path, moment: int) -> Path:
+    """The source distribution of a copy, whose files are of another time and of another umask."""
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+        (folder / name).chmod(0o600 if moment % 2 else 0o664)
+        os.utime(folder / name, (moment, moment))
+    succeed([sys.executable, "setup.py", "--quiet", "sdist"], folder)
+    (archive,) = (folder / "dist").glob("fastseq_kernels-*.tar.gz")
+    return archive
+
+
+def test_a_source_distribution_has_every_file_and_the_same_bytes_each_time(tracked, tmp_path):
+    one, other = (source_archive(tracked, tmp_path / str(t), t) for t in (1_000_000_001, 1_500_000_000))
+    with tarfile.open(one) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames() if tar.getmember(name).isfile()}
+    made = {name for name in names if name.startswith("fastseq_kernels.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == set(tracked)
+    assert one.read_bytes() == other.read_bytes()
+
+
 CUDA_TOY = """
 #include <Python.h>
 #include <torch/csrc/stable/tensor.h>

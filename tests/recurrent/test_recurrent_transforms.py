@@ -221,12 +221,16 @@ def test_activation_checkpointing_changes_nothing(backend, reentrant):
         torch.testing.assert_close(leaf.grad, expected)
 
 
-OPCHECKED = [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16]
+OPCHECKED = [
+    pytest.param(*case, dtype, marks=[] if quick and dtype is torch.bfloat16 else pytest.mark.full)
+    for dtype in (torch.float32, torch.bfloat16)
+    for case in CASES
+    for quick in [case in [("gru", {"biases": False}), ("lstm", {"projected": 2}), ("gru_reset_before", {})]]
+]
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", OPCHECKED, ids=str)
-@pytest.mark.parametrize(("cell", "kwargs"), CASES, ids=IDS)
+@pytest.mark.parametrize(("cell", "kwargs", "dtype"), OPCHECKED)
 def test_opcheck(cell, kwargs, dtype):
     inputs = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
     lengths, reset = torch.tensor([3, 2]), torch.rand(3, 2) < 0.3
@@ -246,8 +250,7 @@ def test_opcheck(cell, kwargs, dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", OPCHECKED, ids=str)
-@pytest.mark.parametrize(("cell", "kwargs"), CASES, ids=IDS)
+@pytest.mark.parametrize(("cell", "kwargs", "dtype"), OPCHECKED)
 def test_opcheck_of_a_stack(cell, kwargs, dtype):
     x, *weights, h0, c0 = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
     one = [w for w in weights if w is not None]

@@ -1,9 +1,11 @@
-"""Runs the CPU kernels as a plain C++ program under a sanitizer: ``run.py address thread tiles arm64``, any of them.
+"""Runs the CPU kernels as a plain C++ program under a sanitizer: ``run.py address thread arm64``, any of them.
 
 ``address`` is AddressSanitizer with UndefinedBehaviorSanitizer; ``thread`` is ThreadSanitizer, with std::thread in the
-place of OpenMP, into whose runtime it cannot see; ``tiles`` is ``address`` for the scan by AMX's matrix tiles, with a
-software model in the place of their instructions; ``arm64`` cross-compiles by Debian's aarch64-linux-gnu-g++ and runs
-under qemu-aarch64, where they are installed, and says so where they are not.
+place of OpenMP, into whose runtime it cannot see. Both run the baseline set, and the set of AMX's matrix tiles with a
+software model in the place of their instructions, which a sanitizer cannot see into: its vectors are those of the best
+set that this processor has (``address``), or the baseline's (``thread``: how threads meet does not depend on them).
+``arm64`` cross-compiles by Debian's aarch64-linux-gnu-g++ and runs under qemu-aarch64, where they are installed, and
+says so where they are not.
 """
 
 from __future__ import annotations
@@ -41,21 +43,16 @@ class Check:
 
     flags: list[str]
     cases: tuple[int, int]
-    sets: dict[str, list[str]] | None = None  # instruction sets of the check's own, with their flags
-    kernels: str = "*"  # whose: a folder of csrc
-    driver: list[str] = field(default_factory=list)  # the driver's own flags
-    like: str = ""  # the check that compiles sets without flags alike: they are compiled once
     link: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
 LINES = ["-g1", "-fno-omit-frame-pointer"]
 TILE_MODEL = ['-DFASTSEQ_TILE_MODEL="../tests/sanitize/tile_model.h"']
-ADDRESS = ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CHECKS = {
     "address": Check(
-        ADDRESS,
-        (400, 400),
+        ["-O1", *LINES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        (1000, 400),
         # Not detect_stack_use_after_return: GCC 12's does not align 64-byte vectors on its fake stack.
         environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
     ),
@@ -64,43 +61,39 @@ CHECKS = {
         (150, 150),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
     ),
-    # Any processor runs the model: beside it, vectors are the baseline set's. Attention does not use tiles.
-    "tiles": Check(
-        ADDRESS,
-        (1600, 0),
-        sets={"baseline": [], "amx_bf16": TILE_MODEL},
-        kernels="recurrent",
-        driver=[*TILE_MODEL, "-DWITHOUT_ATTENTION"],
-        like="address",
-        environment={"ASAN_OPTIONS": "detect_stack_use_after_return=0"},
-    ),
     "arm64": Check(["-O2"], (60, 60), link=["-static"]),
 }
 
 
-def usable_sets(sets: dict[str, list[str]], everything: bool) -> list[str]:
-    """Baseline and the best set that this processor has, or all that it has."""
-    flags = Path("/proc/cpuinfo").read_text()
-    needs = {"avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16", "amx_bf16": "amx_bf16"}
-    usable = [isa for isa in sets if f" {needs.get(isa, '')}" in flags]
-    return usable if everything or len(usable) < 2 else [usable[0], usable[-1]]
+def sets_of(name: str, sets: dict[str, list[str]], everything: bool) -> dict[str, list[str]]:
+    """The instruction sets that a check compiles, with their flags, out of an architecture's."""
+    if "amx_bf16" not in sets:
+        return sets
+    chip = Path("/proc/cpuinfo").read_text()
+    needs = {"avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16"}
+    usable = ["baseline", *(isa for isa, flag in needs.items() if f" {flag} " in chip)]
+    vectors = sets["baseline" if name == "thread" else usable[-1]]
+    return {**{isa: sets[isa] for isa in (usable if everything else usable[:1])}, "amx_bf16": [*vectors, *TILE_MODEL]}
 
 
 def build(setup, name: str, check: Check, compiler: list[str], sets: dict[str, list[str]]) -> Path:
     """Compiles the kernels and the driver under build/; returns the program."""
     folder = Path("build", name)
     base = [*compiler, *(f for f in setup.COMMON_FLAGS if not f.startswith("-O")), *check.flags]
-    kernels = setup.sources(f"csrc/{check.kernels}/cpu/*.cpp")
-    units = []
-    for isa, flags in sets.items():
-        objects = Path("build", name if flags else check.like or name, isa)
-        command = [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
-        units += [setup.Unit(objects / f"{'-'.join(path.parts[1:])}.o", path, command) for path in kernels]
+    units = [
+        setup.Unit(
+            folder / isa / f"{'-'.join(path.parts[1:])}.o",
+            path,
+            [*base, *setup.KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"],
+        )
+        for isa, flags in sets.items()
+        for path in setup.sources("csrc/*/cpu/*.cpp")
+    ]
     have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in sets if isa != "baseline"]
+    model = TILE_MODEL if "amx_bf16" in sets else []
     units += [
-        setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have, *check.driver])
+        setup.Unit(folder / "driver" / f"{path.stem}.o", path, [*base, *have, *model])
         for path in [Path("csrc/core/isa.cpp"), *setup.sources("tests/sanitize/*.cpp")]
-        if not (check.kernels == "recurrent" and path.name == "attention.cpp")
     ]
     setup.compile_all(units, setup.run([*compiler, "--version"]).splitlines()[0])
     program = ROOT / folder / "run"
@@ -126,9 +119,7 @@ def run_check(setup, name: str, every_set: bool, cases: tuple[int, int] | None, 
         emulator = [found] if (found := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")) else []
     else:
         compiler, _ = setup.cpu_compiler()
-    sets = check.sets or setup.ISAS[machine]
-    if len(sets) > 1 and check.sets is None:
-        sets = {isa: sets[isa] for isa in usable_sets(sets, every_set)}
+    sets = sets_of(name, setup.ISAS[machine], every_set)
     start = time.time()
     program = build(setup, name, check, compiler, sets)
     built = time.time()
@@ -154,7 +145,7 @@ def run_check(setup, name: str, every_set: bool, cases: tuple[int, int] | None, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="+", choices=list(CHECKS))
-    parser.add_argument("--all", action="store_true", help="every instruction set, not only baseline and the best")
+    parser.add_argument("--all", action="store_true", help="every instruction set, not only baseline and the tiles")
     parser.add_argument("--cases", type=int, nargs=2, metavar=("RECURRENT", "ATTENTION"))
     parser.add_argument("--seed", type=int, default=1, help="the first case's; each next case adds one")
     args = parser.parse_args()

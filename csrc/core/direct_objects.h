@@ -22,7 +22,6 @@ inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *level_n
 inline int64_t impl_offset, keys_offset;
 inline uint64_t plain_keys[2];
 
-
 using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
 inline Wrap wrap;
 

@@ -21,7 +21,7 @@ const char* isa_name(Isa isa);
 bool isa_built(Isa isa);
 bool isa_supported(Isa isa);
 
-// The set in force: the best that is built, supported and has run on such a chip, unless set_isa named another.
+// The set in force: the best that is built and supported, unless set_isa named another.
 Isa active_isa();
 // Forces a set by name from the next call on, in every thread; "auto" goes back to the best. Returns false, and changes
 // nothing, for a name that is unknown, not built, or not supported here.

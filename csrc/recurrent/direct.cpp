@@ -77,11 +77,6 @@ struct Given {
   }
 };
 
-// AUTO has more than one answer for a larger batch of bfloat16; torch's layers refuse a call without steps.
-bool takes(const Stack& stack) {
-  return stack.steps() > 0;
-}
-
 // A tuple of results, None in place of those that are absent.
 PyObject* tuple_of(const OptionalTensor* results, size_t count) {
   Object tuple(PyTuple_New(Py_ssize_t(count)));
@@ -123,7 +118,7 @@ PyObject* infer(PyObject* const* args, Py_ssize_t count) {
   given.call.hidden = PyLong_AsLongLong(args[10]), given.call.outputs = PyLong_AsLongLong(args[11]);
   given.call.block = {block[0].handle(), block[1].handle(), block[2].handle(), block[3].handle()};
   Stack stack(given.call);
-  if (!takes(stack)) return decline();
+  if (stack.steps() == 0) return decline();  // which torch's layers refuse
   StackResult r;
   compute(stack.products(), [&] { r = stack.run(false, false); });
   const OptionalTensor results[] = {r.y, r.h_n, r.c_n};
@@ -136,7 +131,7 @@ PyObject* layers_forward(PyObject* const* args, Py_ssize_t count) {
   Given given;
   if (count != 8 || !is_plain_call() || !given.weights.add_all(args[7]) || !given.take(args)) return decline();
   Stack stack(given.call);
-  if (!takes(stack)) return decline();
+  if (stack.steps() == 0) return decline();  // which torch's layers refuse
   StackResult r;
   compute(stack.products(), [&] { r = stack.run(true, true); });
   std::vector<OptionalTensor> results{r.y ? r.y : r.h_n, r.y ? r.h_n : OptionalTensor(), r.c_n};

@@ -54,7 +54,7 @@ class _Native(nn.Module):
             return None
         step = sessions.current.get()
         if step is not None:
-            return step.in_one_call(self, names, x, h0, c0, cell, layout, num_layers)
+            return step.in_one_call(self, names, (x, h0, c0, cell, layout, num_layers, bidirectional))
         if not backend.native_scan() and not self._divided(x, cell, layout, num_layers, bidirectional):
             return None
         if num_layers > 1 and self.training and self.dropout:

@@ -77,22 +77,13 @@ class Step:
             )
         return y
 
-    def in_one_call(
-        self,
-        layer: Any,
-        names: list[str],
-        x: Any,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        cell: str,
-        layout: str,
-        num_layers: int,
-    ) -> tuple:
-        """y, h_n and an LSTM's c_n of a layer, of a cell the new h and c: in one native call where there is one."""
+    def in_one_call(self, layer: Any, names: list[str], call: tuple) -> tuple:
+        """y, h_n and an LSTM's c_n of a layer, of a cell the new h and c: in one native call where there is one.
+        ``call``: what ``direct.infer`` takes from x to bidirectional."""
+        x, h0, c0, _, layout, *_ = call
         block, first = self._check(layer, x, (h0, c0), layout)
         done = None
         if backend.native_scan():
-            call = (x, h0, c0, cell, layout, num_layers, False)
             places = (block.h, block.c, self.read if first else None, self.write)
             if layer._compressed is not None:
                 done = layer._compressed.infer(layer, *call, *places)

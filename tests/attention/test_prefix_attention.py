@@ -124,10 +124,11 @@ def test_keys_in_pages(packed: bool) -> None:
     torch.testing.assert_close(found.view(2, 5, 4, 17).transpose(1, 2), wanted)
 
 
-def test_second_derivatives() -> None:
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_second_derivatives(fast_mode: bool) -> None:
     inputs, prefix = draw(4, 6, batch=2), torch.tensor([2, 5])
     options = {"causal": True, "align": "top_left", "prefix_lengths": prefix, "backend": "native"}
-    assert torch.autograd.gradgradcheck(lambda *x: fastseq.attention(*x, **options), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: fastseq.attention(*x, **options), inputs, fast_mode=fast_mode)
 
 
 def test_it_compiles_whole_and_exports() -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastseq.ops import GATES
+from fastseq import ops
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """Data types and how they are written in names and tables."""
@@ -363,16 +363,19 @@ def select(patterns: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool
 
 
 @dataclass
-class RecurrentInputs:
-    """x [T,B,I], h0 and c0 [layers * directions,B,H], dy [T,B,directions * H] (gradient of y, in training; of a cell's
-    h), all in the case's dtype. A cell has no leading 1 and no T. ``state``: the weights under the layer's names; c0:
-    None except for an LSTM."""
+class LayerInputs:
+    """All in the case's dtype; ``state``: the weights under the layer's names; lengths: int64 [B] where padded.
+
+    A recurrent layer: x [T,B,I], dy [T,B,directions * H] (gradient of y, in training; of a cell's h), h0 and an LSTM's
+    c0 [layers * directions,B,H]. A cell has no leading 1 and no T. MultiheadAttention: x and dy [B,T,E].
+    """
 
     x: Tensor
-    h0: Tensor
-    c0: Tensor | None
     dy: Tensor
     state: dict[str, Tensor]
+    h0: Tensor | None = None
+    c0: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass
@@ -387,17 +390,6 @@ class AttentionInputs:
 
 
 @dataclass
-class MultiheadInputs:
-    """x and dy [B,T,E] (dy: gradient of y, in training), lengths int64 [B] where padded; ``state`` holds the weights
-    under the layer's names."""
-
-    x: Tensor
-    dy: Tensor
-    lengths: Tensor | None
-    state: dict[str, Tensor]
-
-
-@dataclass
 class ModelInputs:
     """tokens int64 [B,T], mask bool [B,T] where padded, dy [B,T,vocabulary] (gradient of the logits, in training)."""
 
@@ -406,7 +398,7 @@ class ModelInputs:
     dy: Tensor
 
 
-Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs | ModelInputs
+Inputs = LayerInputs | AttentionInputs | ModelInputs
 
 
 class Draw:
@@ -447,10 +439,13 @@ def make_inputs(case: Case) -> Inputs:
     return multihead_inputs(case) if isinstance(case, Multihead) else attention_inputs(case)  # type: ignore[arg-type]
 
 
-def recurrent_inputs(case: Recurrent, device: str = "cpu") -> RecurrentInputs:
+GATES = ops.GATES | {"rnn": 1}
+
+
+def recurrent_inputs(case: Recurrent, device: str = "cpu") -> LayerInputs:
     """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
     draw, hidden, width = Draw(case, device), case.hidden, case.directions * case.hidden
-    rows = GATES.get(case.cell, 1) * hidden
+    rows = GATES[case.cell] * hidden
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, direction in product(range(case.layers), range(case.directions)):
         end = "" if case.as_cell else f"_l{layer}{'_reverse' * direction}"
@@ -465,7 +460,7 @@ def recurrent_inputs(case: Recurrent, device: str = "cpu") -> RecurrentInputs:
     if case.weights:
         smaller = getattr(torch, case.weights)
         state = {name: w.to(smaller).to(w.dtype) if w.dim() == 2 else w for name, w in state.items()}
-    return RecurrentInputs(x, h0, c0, dy, state)
+    return LayerInputs(x, dy, state, h0, c0)
 
 
 def attention_inputs(case: Attention) -> AttentionInputs:
@@ -488,7 +483,7 @@ def draw_heads(draw: Draw, case: Any, packed: int | None) -> list[Tensor]:
     return [one(case.heads, case.queries), one(case.kv_heads, case.keys), one(case.kv_heads, case.keys)]
 
 
-def multihead_inputs(case: Multihead) -> MultiheadInputs:
+def multihead_inputs(case: Multihead) -> LayerInputs:
     """Draw the inputs of a case of MultiheadAttention: unit normal x and dy; weights uniform in ±√(3/E), so that q, k,
     v and the scores have about unit variance; biases the same, for none may be zero; lengths as attention's."""
     draw, embed = Draw(case), case.embed
@@ -496,4 +491,5 @@ def multihead_inputs(case: Multihead) -> MultiheadInputs:
     shapes: dict[str, tuple[int, ...]] = {"in_proj_weight": (3 * embed, embed), "in_proj_bias": (3 * embed,)}
     shapes |= {"out_proj.weight": (embed, embed), "out_proj.bias": (embed,)}
     state = draw.weights(shapes, (3 / embed) ** 0.5)
-    return MultiheadInputs(x, dy, draw.lengths(case.batch, case.steps) if case.padded else None, state)
+    lengths = draw.lengths(case.batch, case.steps) if case.padded else None
+    return LayerInputs(x, dy, state, lengths=lengths)

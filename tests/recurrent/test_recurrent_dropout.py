@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recurrent_support import SHAPES, compare, draw, options, seed
 from support import CELLS, DTYPES, NATIVE, PROJECTED, flat, needs_native
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_map
 
 import fastseq
 from fastseq import functional, ops
@@ -372,9 +374,9 @@ def test_a_cell_takes_a_mask(make: Any, backend: str) -> None:
 def test_second_derivatives_go_through_the_mask(learned: bool, backend: str) -> None:
     """A mask that requires a gradient runs on the reference, of AUTO's choice."""
     torch.manual_seed(5)
-    layer = fastseq.nn.GRU(2, 3).double()
+    layer = fastseq.nn.GRU(2, 3, bidirectional=True).double()
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    mask = mask_of(1, 2, 3).requires_grad_(learned)
+    mask = mask_of(2, 2, 3).requires_grad_(learned)
 
     def run(x: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
         return layer._function(x, None, state_mask=mask, reset=torch.tensor([[False, False]] * 2 + [[True, False]]))[0]
@@ -389,18 +391,35 @@ def test_second_derivatives_go_through_the_mask(learned: bool, backend: str) -> 
 def test_vmap_over_masks(name: str, backend: str) -> None:
     torch.manual_seed(6)
     layer = LAYERS[name](3, 4, bidirectional=True)
+    own = dict(layer.named_parameters())
     x, masks = torch.randn(5, 2, 3), mask_of(4, 2, 2, getattr(layer, "proj_size", 0) or 4, dtype=torch.float32)
 
-    def run(m: Tensor) -> Tensor:
-        return layer._function(x, None, state_mask=m)[0]
+    def run(x: Tensor, own: dict[str, Tensor], mask: Tensor) -> Tensor:
+        with mock.patch.object(layer, "_weights", lambda: list(own.values())):
+            return layer._function(x, None, state_mask=mask)[0]
 
+    gradient = torch.func.grad(lambda x, own, mask: run(x, own, mask).sum(), (0, 1))
     with fastseq.use_backend(backend):
-        torch.testing.assert_close(torch.func.vmap(run)(masks), torch.stack([run(m) for m in masks]))
-        pulled = torch.func.vmap(
-            torch.func.grad(lambda v, m: layer._function(v, None, state_mask=m)[0].sum()), (None, 0)
-        )
-        want = [torch.func.grad(lambda v, m=m: layer._function(v, None, state_mask=m)[0].sum())(x) for m in masks]
-        torch.testing.assert_close(pulled(x, masks), torch.stack(want))
+        for function in (run, gradient):
+            found = torch.func.vmap(function, (None, None, 0))(x, own, masks)
+            want = [function(x, own, mask) for mask in masks]
+            torch.testing.assert_close(found, tree_map(lambda *each: torch.stack(each), *want))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_many_outputs_at_once_are_those_of_each(name: str, backend: str) -> None:
+    torch.manual_seed(12)
+    layer = LAYERS[name](3, 4, 2, bidirectional=True)
+    x, leaves = torch.randn(5, 2, 3), list(layer.parameters())
+    mask = mask_of(4, 2, getattr(layer, "proj_size", 0) or 4, dtype=torch.float32)
+    with fastseq.use_backend(backend):
+        y = function_of(layer)(x, None, state_mask=mask)[0]
+        grads = torch.randn(3, *y.shape)
+        found = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
+        want = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in grads]
+    for d, each in zip(found, zip(*want, strict=True), strict=True):
+        torch.testing.assert_close(d, torch.stack(each))
 
 
 def test_a_transform_finds_the_gradient_of_a_mask() -> None:

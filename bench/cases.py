@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastseq import ops
+
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """Data types and how they are written in names and tables."""
 
@@ -69,7 +71,8 @@ class Recurrent(Case):
 
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
-    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32.
+    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. dropout: masks of states are drawn,
+    with a probability so small that they drop nothing: the answer is the plain layer's.
     """
 
     cell: str
@@ -81,6 +84,7 @@ class Recurrent(Case):
     weights: str = ""
     layers: int = 1
     directions: int = 1
+    dropout: bool = False
 
     @property
     def beside(self) -> str:
@@ -103,7 +107,8 @@ class Recurrent(Case):
             return f"{self.mode}-{self.cell}-B{self.batch}-I{self.features}-H{self.hidden}{self._suffix()}"
         if self.stacked:
             shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
-        return f"{self.cell}{'_stack' * self.stacked}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
+        what = f"{'recurrent-dropout-' * self.dropout}{self.cell}{'_stack' * self.stacked}"
+        return f"{what}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
 
     def _weights(self, before: str) -> str:
         return f"{before}{DTYPES[self.weights]}{before}weights" if self.weights else ""
@@ -111,11 +116,11 @@ class Recurrent(Case):
     @property
     def group(self) -> str:
         what = "cell training" if self.as_cell and self.training else f"{'stack ' * self.stacked}{self.mode}"
-        return f"{self.cell} {what} {DTYPES[self.dtype]}{self._weights(' ')}"
+        return f"{self.cell} {'dropout ' * self.dropout}{what} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
-        if self.mode == "step" or self.beside or self.as_cell or self.stacked or self.cell == "gru_reset_before":
+        if self.mode not in MODES or self.as_cell or self.stacked or self.dropout or self.cell == "gru_reset_before":
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -224,6 +229,8 @@ RECURRENT_GRID = (
 )  # fmt: skip
 """(T, B, I, H)"""
 
+DROPOUT_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
+
 STEP_HIDDEN = (64, 128, 512)
 
 STREAMS_GRID = (("lstm", 256, 64, 128), ("lstm", 16, 64, 128), ("gru", 256, 64, 128), ("gru", 64, 128, 256))
@@ -292,9 +299,10 @@ def _all() -> Iterator[Case]:
     for dtype in DTYPES:
         for cell, mode, shape in product(("rnn", "gru", "lstm", "gru_reset_before"), MODES, RECURRENT_GRID):
             yield Recurrent(mode, dtype, cell, *shape)
-        for cell in ("rnn", "gru", "lstm") if dtype == "float32" else ():
-            for shape in RECURRENT_GRID:
-                yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
+        for cell, shape in product(("rnn", "gru", "lstm") if dtype == "float32" else (), RECURRENT_GRID):
+            yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
+        for cell, shape in product(("rnn", "gru", "lstm"), DROPOUT_GRID):
+            yield Recurrent("training", dtype, cell, *shape, dropout=True)
         for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
             yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):
@@ -304,10 +312,9 @@ def _all() -> Iterator[Case]:
                 yield Recurrent("training", dtype, cell, 1, *shape_of_cell, as_cell=True)
             for t, b, i, h, layers, directions in STACK_GRID:
                 yield Recurrent("training", dtype, cell, t, b, i, h, layers=layers, directions=directions)
-        for mode in ("forward", "training"):
-            for shape_of_attention in ATTENTION_GRID:
-                if not (shape_of_attention[0] == "decode" and mode == "training"):
-                    yield Attention(mode, dtype, *shape_of_attention)
+        for mode, shape_of_attention in product(("forward", "training"), ATTENTION_GRID):
+            if not (shape_of_attention[0] == "decode" and mode == "training"):
+                yield Attention(mode, dtype, *shape_of_attention)
         for mode, (shape_of_layer, options) in product(MODES, MULTIHEAD_GRID):
             yield Multihead(mode, dtype, *shape_of_layer, **options)
     for mode, *shape_of_model in MODEL_GRID if importlib.util.find_spec("transformers") else ():
@@ -338,14 +345,14 @@ def select(patterns: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool
     everything = list(registry().values())
     dtypes = set(dtypes)
     pool = [case for case in everything if (case.dtype in dtypes if dtypes else case.default)]
-    if quick:
-        pool = [case for case in pool if case.name in QUICK]
+    pool = [case for case in pool if not quick or case.name in QUICK]
     chosen: set[str] = set()
     patterns = list(patterns)
     for pattern in patterns:
-        found = {case.name for case in pool if _matches(case.name, pattern)}
+        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        found = {case.name for case in pool if fnmatchcase(case.name, glob)}
         if not found and not dtypes and not quick:
-            found = {case.name for case in everything if _matches(case.name, pattern)}
+            found = {case.name for case in everything if fnmatchcase(case.name, glob)}
         if not found:
             raise ValueError(f"--case {pattern!r} matches none of these cases; --list shows their names")
         chosen |= found
@@ -355,21 +362,20 @@ def select(patterns: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool
     return selected
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) if any(c in pattern for c in "*?[") else pattern in name
-
-
 @dataclass
-class RecurrentInputs:
-    """x [T,B,I], h0 and c0 [layers * directions,B,H], dy [T,B,directions * H] (gradient of y, in training; of a cell's
-    h), all in the case's dtype. A cell has no leading 1 and no T. ``state``: the weights under the layer's names; c0:
-    None except for an LSTM."""
+class LayerInputs:
+    """All in the case's dtype; ``state``: the weights under the layer's names; lengths: int64 [B] where padded.
+
+    A recurrent layer: x [T,B,I], dy [T,B,directions * H] (gradient of y, in training; of a cell's h), h0 and an LSTM's
+    c0 [layers * directions,B,H]. A cell has no leading 1 and no T. MultiheadAttention: x and dy [B,T,E].
+    """
 
     x: Tensor
-    h0: Tensor
-    c0: Tensor | None
     dy: Tensor
     state: dict[str, Tensor]
+    h0: Tensor | None = None
+    c0: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass
@@ -384,17 +390,6 @@ class AttentionInputs:
 
 
 @dataclass
-class MultiheadInputs:
-    """x and dy [B,T,E] (dy: gradient of y, in training), lengths int64 [B] where padded; ``state`` holds the weights
-    under the layer's names."""
-
-    x: Tensor
-    dy: Tensor
-    lengths: Tensor | None
-    state: dict[str, Tensor]
-
-
-@dataclass
 class ModelInputs:
     """tokens int64 [B,T], mask bool [B,T] where padded, dy [B,T,vocabulary] (gradient of the logits, in training)."""
 
@@ -403,7 +398,7 @@ class ModelInputs:
     dy: Tensor
 
 
-Inputs = RecurrentInputs | AttentionInputs | MultiheadInputs | ModelInputs
+Inputs = LayerInputs | AttentionInputs | ModelInputs
 
 
 class Draw:
@@ -444,19 +439,18 @@ def make_inputs(case: Case) -> Inputs:
     return multihead_inputs(case) if isinstance(case, Multihead) else attention_inputs(case)  # type: ignore[arg-type]
 
 
-GATES = {"rnn": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+GATES = ops.GATES | {"rnn": 1}
 
 
-def recurrent_inputs(case: Recurrent, device: str = "cpu") -> RecurrentInputs:
+def recurrent_inputs(case: Recurrent, device: str = "cpu") -> LayerInputs:
     """Draw the inputs of a recurrent case: unit normal x and dy, weights uniform in ±1/√H as torch's layers begin."""
     draw, hidden, width = Draw(case, device), case.hidden, case.directions * case.hidden
     rows = GATES[case.cell] * hidden
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(case.layers):
-        for direction in range(case.directions):
-            end = "" if case.as_cell else f"_l{layer}{'_reverse' * direction}"
-            shapes |= {f"weight_ih{end}": (rows, width if layer else case.features), f"weight_hh{end}": (rows, hidden)}
-            shapes |= {f"bias_ih{end}": (rows,), f"bias_hh{end}": (rows,)}
+    for layer, direction in product(range(case.layers), range(case.directions)):
+        end = "" if case.as_cell else f"_l{layer}{'_reverse' * direction}"
+        shapes |= {f"weight_ih{end}": (rows, width if layer else case.features), f"weight_hh{end}": (rows, hidden)}
+        shapes |= {f"bias_ih{end}": (rows,), f"bias_hh{end}": (rows,)}
     lead, steps = ((), ()) if case.as_cell else ((case.layers * case.directions,), (case.steps,))
     h0 = torch.tanh(draw.normal(*lead, case.batch, hidden))
     c0 = draw.normal(*lead, case.batch, hidden) if case.cell == "lstm" else None
@@ -466,7 +460,7 @@ def recurrent_inputs(case: Recurrent, device: str = "cpu") -> RecurrentInputs:
     if case.weights:
         smaller = getattr(torch, case.weights)
         state = {name: w.to(smaller).to(w.dtype) if w.dim() == 2 else w for name, w in state.items()}
-    return RecurrentInputs(x, h0, c0, dy, state)
+    return LayerInputs(x, dy, state, h0, c0)
 
 
 def attention_inputs(case: Attention) -> AttentionInputs:
@@ -489,7 +483,7 @@ def draw_heads(draw: Draw, case: Any, packed: int | None) -> list[Tensor]:
     return [one(case.heads, case.queries), one(case.kv_heads, case.keys), one(case.kv_heads, case.keys)]
 
 
-def multihead_inputs(case: Multihead) -> MultiheadInputs:
+def multihead_inputs(case: Multihead) -> LayerInputs:
     """Draw the inputs of a case of MultiheadAttention: unit normal x and dy; weights uniform in ±√(3/E), so that q, k,
     v and the scores have about unit variance; biases the same, for none may be zero; lengths as attention's."""
     draw, embed = Draw(case), case.embed
@@ -497,4 +491,5 @@ def multihead_inputs(case: Multihead) -> MultiheadInputs:
     shapes: dict[str, tuple[int, ...]] = {"in_proj_weight": (3 * embed, embed), "in_proj_bias": (3 * embed,)}
     shapes |= {"out_proj.weight": (embed, embed), "out_proj.bias": (embed,)}
     state = draw.weights(shapes, (3 / embed) ** 0.5)
-    return MultiheadInputs(x, dy, draw.lengths(case.batch, case.steps) if case.padded else None, state)
+    lengths = draw.lengths(case.batch, case.steps) if case.padded else None
+    return LayerInputs(x, dy, state, lengths=lengths)

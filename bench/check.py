@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import AttentionInputs, Case, Inputs, Recurrent, RecurrentInputs
+from bench.cases import AttentionInputs, Case, Inputs, LayerInputs, Recurrent
 from bench.peers import Outputs, layer_entrant, torch_entrants, torch_loop
 
 FLOOR = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
@@ -52,7 +52,7 @@ def standard(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     """torch's answer (and gradients) to a case, computed in ``dtype``."""
     inputs = cast(inputs, dtype)
     if isinstance(case, Recurrent) and case.cell == "gru_reset_before":
-        assert isinstance(inputs, RecurrentInputs)
+        assert isinstance(inputs, LayerInputs)
         entrant = layer_entrant(case, ResetBeforeGRU(inputs.state, dtype), inputs)
     elif getattr(case, "kind", "") == "varlen":
         assert isinstance(inputs, AttentionInputs)

@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseq
-from bench.cases import Attention, AttentionInputs, Case, Model, Multihead, MultiheadInputs, Recurrent, RecurrentInputs
+from bench.cases import Attention, AttentionInputs, Case, LayerInputs, Model, Multihead, Recurrent
 from bench.models import build
 
 Outputs = dict[str, Tensor]
+
+
+DROPPED = 1e-9
+"""The probability of cases with dropout: masks are drawn, of ones alone."""
 
 
 class Unavailable(Exception):
@@ -128,7 +132,7 @@ def name_state(state: Any) -> Outputs:
     return {"h_n": state[0], "c_n": state[1]} if isinstance(state, tuple) else {"h_n": state}
 
 
-def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) -> Entrant:
+def layer_entrant(case: Recurrent, layer: nn.Module, inputs: LayerInputs) -> Entrant:
     """One call of a layer or cell with a given state; a step hands its state to the next call."""
     if case.beside:
         return streams_entrant(case, layer, inputs, case.beside)
@@ -153,7 +157,7 @@ def layer_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs) ->
     return Entrant(step_cell if case.as_cell else step_layer, named)
 
 
-def streams_entrant(case: Recurrent, layer: nn.Module, inputs: RecurrentInputs, way: str) -> Entrant:
+def streams_entrant(case: Recurrent, layer: nn.Module, inputs: LayerInputs, way: str) -> Entrant:
     """One step a call of a case of streams, in a way: ``streams``, or its peers'. All sessions have a state before."""
     rng = case.generator()
     order = [torch.randperm(2 * case.batch, generator=rng)[: case.batch] for _ in inputs.x]
@@ -197,9 +201,7 @@ def build_multihead(
     return layer.train(case.training)
 
 
-def multihead_entrant(
-    case: Multihead, layer: nn.MultiheadAttention, inputs: MultiheadInputs, setting: str = ""
-) -> Entrant:
+def multihead_entrant(case: Multihead, layer: nn.MultiheadAttention, inputs: LayerInputs, setting: str = "") -> Entrant:
     """One call of self-attention. The masks, which a model has from its tokenizer or makes once, are not timed."""
     options: dict[str, Any] = {"need_weights": case.weights}
     if case.causal:
@@ -271,6 +273,8 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
+        if case.dropout:
+            layer.recurrent_dropout = DROPPED  # type: ignore[assignment]
         yield streams_entrant(case, layer, inputs, "streams") if case.beside else layer_entrant(case, layer, inputs)
     elif isinstance(case, Model):
         yield model_entrant(case, inputs, "fastseq")
@@ -357,28 +361,15 @@ def onnx_model(case: Recurrent, state: dict[str, Tensor]) -> bytes:
     bias = torch.cat([reorder("bias_ih"), reorder("bias_hh")])
     constants = {"W": reorder("weight_ih"), "R": reorder("weight_hh"), "B": bias}
     initializers = [onnx.numpy_helper.from_array(weight[None].numpy(), name) for name, weight in constants.items()]
-
-    def value(name: str, *shape: int | str) -> Any:
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-
-    states = ["h", "c"] if kind == "LSTM" else ["h"]
-    options: dict[str, Any] = {"linear_before_reset": int(case.cell == "gru")} if kind == "GRU" else {}
-    node = onnx.helper.make_node(
-        kind,
-        ["X", "W", "R", "B", "", *(f"{s}_0" for s in states)],
-        ["Y", *(f"{s}_n" for s in states)],
-        hidden_size=hidden,
-        **options,
-    )
-    graph = onnx.helper.make_graph(
-        [node],
-        case.name,
-        [value("X", "T", "B", case.features), *(value(f"{s}_0", 1, "B", hidden) for s in states)],
-        [value("Y", "T", 1, "B", hidden), *(value(f"{s}_n", 1, "B", hidden) for s in states)],
-        initializers,
-    )
-    opset = onnx.helper.make_opsetid("", 17)
-    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+    first, last = ([f"{state}_{when}" for state in ("hc" if kind == "LSTM" else "h")] for when in "0n")
+    of_states = [", ".join(f"float[1,B,{hidden}] {name}" for name in names) for names in (first, last)]
+    options = f"hidden_size = {hidden}" + f", linear_before_reset = {int(case.cell == 'gru')}" * (kind == "GRU")
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 17]>
+        {kind} (float[T,B,{case.features}] X, {of_states[0]}) => (float[T,1,B,{hidden}] Y, {of_states[1]}) {{
+            Y, {", ".join(last)} = {kind} <{options}> (X, W, R, B, "", {", ".join(first)})
+        }}""")
+    model.graph.initializer.extend(initializers)
+    return model.SerializeToString()
 
 
 def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
@@ -422,16 +413,37 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
 
 
 def layer_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """fastseq's layer in the place of fastseq.Streams."""
-    if not isinstance(case, Recurrent) or not case.beside:
-        raise Unavailable("fastseq's layer is a peer of the cases of streams")
+    """fastseq's layer in the place of fastseq.Streams, and without dropout."""
+    if not isinstance(case, Recurrent) or not (case.beside or case.dropout):
+        raise Unavailable("fastseq's layer is a peer of the cases of streams and of dropout")
     yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
+
+
+def loop_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
+    """Recurrent dropout as users write it: a loop over torch's cells, which read h times a mask."""
+    if not isinstance(case, Recurrent) or not case.dropout:
+        raise Unavailable("a loop over torch's cells is a peer of the cases of recurrent dropout")
+    layer: Any = build_layer(nn, case, inputs.state, inputs.x.dtype)
+    cell: Any = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}[case.cell]
+
+    def forward(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mask, ys = F.dropout(torch.ones_like(inputs.h0[0]), DROPPED), []
+        h, *c = (s[0] for s in (state if case.cell == "lstm" else [state]))
+        for step in x:
+            found = cell(step, (mask * h, *c) if c else mask * h, *layer._flat_weights)
+            h, *c = found if c else [found]
+            ys.append(h)
+        return torch.stack(ys), (h[None], c[0][None]) if c else h[None]
+
+    layer.forward = forward
+    yield layer_entrant(case, layer, inputs)
 
 
 OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
 PEERS = {
     "torch": Contestant("torch", "torch", torch_entrants),
     "layer": Contestant("layer", "fastseq layer", layer_entrants),
+    "loop": Contestant("loop", "loop over cells", loop_entrants),
     "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
 

@@ -31,6 +31,17 @@ def wants_gradient(tensors: Sequence[Any]) -> bool:
     return False
 
 
+def is_differentiated(t: Tensor | None) -> bool:
+    """Whether a gradient of the tensor is wanted, by a transform around it too: a vmap's wrapper does not tell."""
+    while t is not None:
+        if t.requires_grad:
+            return True
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
+
+
 def all_absent(grads: Sequence[Tensor | None]) -> bool:
     """Whether no result has a gradient, as where what came after returned none: then nothing has one."""
     for d in grads:  # noqa: SIM110 - as above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -58,6 +59,12 @@ def check_nonlinearity(name: str) -> None:
     """The RNN's activation."""
     if name not in ("tanh", "relu"):
         raise ArgumentError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
+
+
+def check_probability(name: str, p: object) -> None:
+    """The part that a dropout of states or weights drops, as torch's layers check theirs; nothing is left at 1."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) < 1:
+        raise ArgumentError(f"{name} must be a number in [0, 1), the probability of an element being zeroed, got {p!r}")
 
 
 def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:

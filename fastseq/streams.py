@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.checks import ArgumentError, sizes
-from fastseq.nn.recurrent import LSTM, LSTMCell, _Cell, _Recurrent
+from fastseq.nn.cells import LSTMCell, _Cell
+from fastseq.nn.recurrent import LSTM, _Recurrent
 from fastseq.recurrent.sessions import Block, Step
 
 _SLOT_BITS = 24

@@ -37,27 +37,29 @@ def options(name: str, steps: int, batch: int) -> tuple[Tensor | None, Tensor | 
     return lengths, reset, "reverse" in name
 
 
-def forward(inputs, lengths, reset, cell: str, reverse: bool, save=True, states=True, backend="native"):
+def forward(inputs, lengths, reset, cell: str, reverse: bool, save=True, states=True, backend="native", mask=None):
     op = operator("scan_forward", backend)
-    return op(*inputs, lengths, reset, ops.NUMBER[cell], reverse, save, states)
+    return op(*inputs, lengths, reset, mask, ops.NUMBER[cell], reverse, save, states)
 
 
-def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backend="native"):
+def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backend="native", mask=None):
     y, _, _, states, tape = out
     _, _, w_hh, _, _, w_hr, h0, c0 = inputs
     op = operator("scan_backward", backend)
-    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, ops.NUMBER[cell], reverse)
+    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, mask, ops.NUMBER[cell], reverse)
 
 
-def whole_gradient(grads, out, inputs, lengths, reset, cell: str, reverse: bool, with_dx=True, with_weights=True):
+def whole_gradient(
+    grads, out, inputs, lengths, reset, cell: str, reverse: bool, with_dx=True, with_weights=True, mask=None
+):
     """Gradients of the inputs, all in one call, as the native kernels give those of a stack of one layer."""
     dy, dh_n, dc_n, dstates = grads
     y, _, _, states, tape = out
     x, *weights, h0, c0 = inputs
     given = [w for w in weights if w is not None]
-    dh_n, dc_n, h0, c0 = (None if s is None else s.unsqueeze(0) for s in (dh_n, dc_n, h0, c0))
+    dh_n, dc_n, h0, c0, mask = (None if s is None else s.unsqueeze(0) for s in (dh_n, dc_n, h0, c0, mask))
     dx, dh0, dc0, found = torch.ops.fastseq.layers_backward.native(
-        dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, lengths, reset, None, [y],
+        dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, lengths, reset, mask, None, [y],
         [states] if ops.HAS_C[cell] else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False, reverse,
         with_dx, with_weights,
     )  # fmt: skip
@@ -95,8 +97,8 @@ def step_on_sides(above: Tensor, reverse: bool, met: list[Tensor]) -> Callable[.
     """
     sides = iter(above.flip(0) if reverse else above)
 
-    def step(cell: str, gates_x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None, _: None = None):
-        pre = gates_x + F.linear(h, w_hh, b_hh)
+    def step(cell, gates_x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None, _: None = None, mask=None):
+        pre = gates_x + F.linear(h if mask is None else h * mask, w_hh, b_hh)
         met.append(pre.detach())
         line = pre * next(sides)
         return line + (pre.clamp(min=0) - line).detach(), None
@@ -104,23 +106,24 @@ def step_on_sides(above: Tensor, reverse: bool, met: list[Tensor]) -> Callable[.
     return step
 
 
-def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step=reference.step):
+def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step=reference.step, mask=None):
     """The reference's results and the gradients of all inputs, computed from the same values in another dtype."""
     own: list[Any] = whole(dtype, inputs)
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
     with mock.patch.object(reference, "step", step):
-        out = reference.scan(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell=cell, reverse=reverse)
+        given = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, mask)
+        out = reference.scan(*given, cell=cell, reverse=reverse)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t in own if t is not None]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
     return out, [None if t is None else next(found) for t in own]
 
 
-def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="native"):
+def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="native", mask=None):
     """A backend's results, and the gradients they give; large products in float64: only the walk is judged."""
-    out = forward(inputs, lengths, reset, cell, reverse, backend=backend)
+    out = forward(inputs, lengths, reset, cell, reverse, backend=backend, mask=mask)
     x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
-    dgates, dhidden, dh0, dc0 = backward(grads, out, inputs, lengths, reset, cell, reverse, backend)
+    dgates, dhidden, dh0, dc0 = backward(grads, out, inputs, lengths, reset, cell, reverse, backend, mask)
     steps, hidden = x.shape[0], w_hh.shape[0] // ops.GATES[cell]
     live = torch.ones(x.shape[:2], dtype=torch.bool)
     if lengths is not None:
@@ -136,6 +139,8 @@ def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="nati
     if reset is not None:
         h_prev[reset] = 0
     h_prev[~live] = 0
+    if mask is not None:
+        h_prev = h_prev * mask.double()
     hidden_side = d
     if cell == "gru":
         hidden_side = torch.cat((d[..., : 2 * hidden], dhidden.double()), -1)
@@ -165,7 +170,7 @@ def rounds_h(dtype: torch.dtype, backend: str) -> bool:
     return dtype is torch.bfloat16 and torch.ops.fastseq.native_isa("") in ("avx512_bf16", "amx_bf16")
 
 
-def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse) -> None:
+def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse, mask=None) -> None:
     """Every c_t is, to float32's rounding, one step of the cell from the y and the c before it.
 
     Where h is rounded for the products, the walk as a whole follows the exact one no more closely than y tells; what it
@@ -190,12 +195,15 @@ def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse) -> None
     def one_step(dtype: torch.dtype) -> Tensor:
         weights = [None if w is None else w.to(dtype) for w in (w_ih, w_hh, b_ih, b_hh, w_hr)]
         rows = [t.detach()[live].to(dtype) for t in (x, h_prev, c_prev)]
-        return reference.scan(rows[0][None], *weights, *rows[1:], None, None, cell=cell)[3][0]
+        own = None if mask is None else mask.expand(steps, batch, -1)[live].to(dtype)
+        return reference.scan(rows[0][None], *weights, *rows[1:], None, None, own, cell=cell)[3][0]
 
     assert_within_budget(states[live], one_step(torch.float32), one_step(torch.float64), "states, step by step")
 
 
-def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, False), backend="native") -> None:
+def compare(
+    inputs, lengths, reset, cell, reverse, given=(True, True, True, False), backend="native", mask=None
+) -> None:
     """One draw, forward and backward, within the budget of the reference in the same dtype.
 
     ``given``: which of y, h_n, c_n and states a gradient comes for. Units of a ReLU that rounding moves across its kink
@@ -211,12 +219,12 @@ def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, Fals
     ]
     if grads[3] is not None:
         grads[3] = grads[3].to(ops.accumulator(x.dtype))
-    ours, found = walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend)
+    ours, found = walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend, mask)
     met: list[Tensor] = []
 
     def judged(dtype: torch.dtype) -> Any:
         step = step_on_sides(ours[0] > 0, reverse, met) if cell == "rnn_relu" else reference.step
-        return reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step)
+        return reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step, mask)
 
     truth, want = judged(torch.float64)
     exact = torch.stack(met[::-1] if reverse else met) if met else None
@@ -231,7 +239,7 @@ def compare(inputs, lengths, reset, cell, reverse, given=(True, True, True, Fals
         elif name == "states" and rounds_h(x.dtype, backend):
             assert o.dtype == p.dtype
             if backend == "native":
-                assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse)
+                assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse, mask)
             assert_within_budget(o.to(x.dtype), p.to(x.dtype), t, name)  # as layers hand them out
         else:
             assert_within_budget(o, p, t, name)

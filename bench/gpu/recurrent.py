@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastseq
-from bench.cases import GATES, recurrent_inputs
+from bench.cases import GATES, LayerInputs, recurrent_inputs
 from bench.check import ResetBeforeGRU
 from bench.gpu.cases import Layers
 from bench.peers import Entrant, Outputs, Unavailable, build_layer, entrant, named_states
 from fastseq import ops
 
 
-@dataclass
-class LayersInputs:
-    """x [T,B,H], dy [T,B,directions*H] (training), lengths int64 [B] on the CPU (packed, longest first), weights by the
-    layer's names."""
-
-    x: Tensor
-    dy: Tensor
-    lengths: Tensor | None
-    state: dict[str, Tensor]
-
-
-def inputs(case: Layers, device: str) -> LayersInputs:
-    """Those of the plain case; lengths from all steps down to a quarter."""
-    drawn, lengths = recurrent_inputs(case.plain, device), None
+def inputs(case: Layers, device: str) -> LayerInputs:
+    """Those of the plain case; lengths, int64 [B] on the CPU where packed, from all steps down to a quarter."""
+    drawn = recurrent_inputs(case.plain, device)
     if case.packed:
-        lengths = torch.linspace(case.steps, max(1, case.steps // 4), case.batch).long()
-    return LayersInputs(drawn.x, drawn.dy, lengths, drawn.state)
+        drawn.lengths = torch.linspace(case.steps, max(1, case.steps // 4), case.batch).long()
+    return drawn
 
 
 def one_call(
@@ -46,7 +34,7 @@ def one_call(
     return entrant(run, {"x": x}, named, gradient, layer, unpack=unpack, differentiate=torch.autograd.grad)
 
 
-def ours(case: Layers, given: LayersInputs, device: str) -> Entrant:
+def ours(case: Layers, given: LayerInputs, device: str) -> Entrant:
     """fastseq.nn on the backend in force; unequal lengths by ``lengths=``."""
     layer = build_layer(fastseq.nn, case.plain, given.state, case.torch_dtype)
     options = {} if given.lengths is None else {"lengths": given.lengths.to(device)}
@@ -79,7 +67,7 @@ def in_role(role: str | None) -> Iterator[None]:
         recurrent_launch.role = before
 
 
-def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
+def persistent(case: Layers, given: LayerInputs, device: str) -> Entrant:
     """:func:`ours` in the role in force, if the device can run it: shows whether the tables should choose it."""
     if case.steps == 1:
         raise Unavailable("a single step is one launch in any role")
@@ -92,7 +80,7 @@ def persistent(case: Layers, given: LayersInputs, device: str) -> Entrant:
     return ours(case, given, device)
 
 
-def barrier(case: Layers, given: LayersInputs, device: str) -> Entrant:
+def barrier(case: Layers, given: LayerInputs, device: str) -> Entrant:
     """:func:`ours` with a barrier of the cluster in each step, if forward and backward fit: shows which exchange is
     faster."""
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(given.x.dtype)
@@ -109,7 +97,7 @@ def kernel_cell(case: Layers) -> str:
     return "rnn_tanh" if case.cell == "rnn" else case.cell
 
 
-def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype | None = None) -> Entrant:
+def torch_entrant(case: Layers, given: LayerInputs, device: str, dtype: torch.dtype | None = None) -> Entrant:
     """torch.nn: cuDNN on a GPU. Packing the input and unpacking y are not timed."""
     dtype = dtype or case.torch_dtype
     if case.cell == "gru_reset_before":
@@ -136,7 +124,7 @@ def torch_entrant(case: Layers, given: LayersInputs, device: str, dtype: torch.d
     return one_call(case, run, packed.data, d_packed, layer, named, unpack)
 
 
-def flashrnn_entrant(case: Layers, given: LayersInputs, device: str) -> Entrant:
+def flashrnn_entrant(case: Layers, given: LayerInputs, device: str) -> Entrant:
     """FlashRNN's fused kernels, with the product of x by torch. The two biases are added into one, which is right for
     an LSTM and a plain RNN."""
     plain = case.layers == 1 and not case.bidirectional and not case.packed
@@ -162,7 +150,7 @@ def flashrnn_entrant(case: Layers, given: LayersInputs, device: str) -> Entrant:
     return one_call(case, run, given.x, given.dy, layer)
 
 
-def answers(case: Layers, given: LayersInputs, device: str, dtype: torch.dtype) -> Outputs:
+def answers(case: Layers, given: LayerInputs, device: str, dtype: torch.dtype) -> Outputs:
     """torch's answer, and gradients, computed in ``dtype``: in float64 the truth."""
     with torch.set_grad_enabled(case.training):
         if case.cell == "gru_reset_before":

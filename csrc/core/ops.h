@@ -16,7 +16,8 @@ scan_forward_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& w_
                  const std::optional<torch::stable::Tensor>& b_ih, const std::optional<torch::stable::Tensor>& b_hh,
                  const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
                  const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
-                 const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse, bool save,
+                 const std::optional<torch::stable::Tensor>& reset,
+                 const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool reverse, bool save,
                  bool states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
@@ -27,7 +28,8 @@ scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::opt
                   const std::optional<torch::stable::Tensor>& tape, const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
                   const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
                   const std::optional<torch::stable::Tensor>& lengths,
-                  const std::optional<torch::stable::Tensor>& reset, int64_t cell, bool reverse);
+                  const std::optional<torch::stable::Tensor>& reset,
+                  const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool reverse);
 
 torch::stable::Tensor pack_weights_cpu(const torch::stable::Tensor& w, int64_t gates, int64_t apart);
 
@@ -36,7 +38,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 layers_forward_cpu(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
                    const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
                    const std::optional<torch::stable::Tensor>& lengths,
-                   const std::optional<torch::stable::Tensor>& reset, int64_t cell, int64_t num_layers,
+                   const std::optional<torch::stable::Tensor>& reset,
+                   const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, int64_t num_layers,
                    bool bidirectional, bool reverse, bool save, bool states);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
@@ -46,6 +49,7 @@ layers_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::o
                     const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
                     const std::optional<torch::stable::Tensor>& lengths,
                     const std::optional<torch::stable::Tensor>& reset,
+                    const std::optional<torch::stable::Tensor>& state_mask,
                     const std::optional<torch::stable::Tensor>& starts, const std::vector<torch::stable::Tensor>& ys,
                     const std::vector<torch::stable::Tensor>& states, const std::vector<torch::stable::Tensor>& tapes,
                     int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,

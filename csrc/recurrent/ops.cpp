@@ -24,10 +24,10 @@ Tensor present(const Optional& t, Dtype dtype) { return t ? *t : empty({0}, dtyp
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    int64_t cell, bool reverse, bool save, bool states) {
+    const Optional& state_mask, int64_t cell, bool reverse, bool save, bool states) {
   const AtenTensorHandle weights[] = {w_ih.get(), w_hh.get(), handle_of(b_ih), handle_of(b_hh), handle_of(w_hr)};
   const StackCall call{x.get(), handle_of(h0), handle_of(c0), weights, w_hr ? 5 : 4, cell_of(cell), Layout::scan,
-                       1,       false,         reverse,       lengths, reset};
+                       1,       false,         reverse,       lengths, reset, handle_of(state_mask)};
   const Dtype dtype = dtype_of(x.get());
   StackResult r = Stack(call).run(save, states);
   Tensor c_all = r.states.empty() ? empty({0}, dtype) : r.states[0];
@@ -37,7 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, int64_t cell, bool reverse) {
+    const Optional& c0, const Optional& lengths, const Optional& reset, const Optional& state_mask, int64_t cell,
+    bool reverse) {
   ScanBackward p{};
   p.cell = cell_of(cell);
   p.dtype = dtype_of(y.get());
@@ -64,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
   p.w_hr = view("w_hr", w_hr, dtype, {p.P, p.H});
   p.h0 = view("h0", h0, dtype, {p.B, p.P});
   p.c0 = view("c0", c0, dtype, {p.B, p.H});
+  p.mask = view("state_mask", state_mask, dtype, {p.B, p.P});
 
   const int64_t beside = p.cell == Cell::gru ? p.H : w_hr ? p.P : 0;  // what dhidden holds a row
   Tensor dgates = empty({p.T, p.B, G * p.H}, dtype);
@@ -84,10 +86,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cpu(
     const Tensor& x, const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths,
-    const Optional& reset, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool save, bool states) {
+    const Optional& reset, const Optional& state_mask, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
+    bool save, bool states) {
   const Handles w = handles_of(weights);
   const StackCall call{x.get(), handle_of(h0), handle_of(c0), w.data(), int64_t(w.size()), cell_of(cell), Layout::layer,
-                       num_layers, bidirectional, reverse, lengths, reset};
+                       num_layers, bidirectional, reverse, lengths, reset, handle_of(state_mask)};
   StackResult r = Stack(call).run(save, states);
   return {*r.y, *r.h_n, present(r.c_n, dtype_of(x.get())), r.ys, r.states, r.tapes};
 }
@@ -95,11 +98,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cpu
 std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cpu(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensors& dstates, const Tensor& x,
     const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const Optional&, const Tensors& ys, const Tensors& states, const Tensors& tapes, int64_t cell, int64_t num_layers,
-    bool bidirectional, bool reverse, bool with_dx, bool with_weights) {
+    const Optional& state_mask, const Optional&, const Tensors& ys, const Tensors& states, const Tensors& tapes,
+    int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) {
   const Handles w = handles_of(weights);
   const StackCall call{x.get(), handle_of(h0), handle_of(c0), w.data(), int64_t(w.size()), cell_of(cell), Layout::layer,
-                       num_layers, bidirectional, reverse, lengths, reset};
+                       num_layers, bidirectional, reverse, lengths, reset, handle_of(state_mask)};
   FASTSEQ_CHECK(!ys.empty(), "scan: the backward pass needs the outputs of all layers");
   Handles below = handles_of(ys);
   below.pop_back();

@@ -233,6 +233,7 @@ StackResult Stack::run(bool save, bool states) {
       p.c_kept = block_of("c", call_.block.c, p.H, row);
       p.h0 = p.read ? p.h_kept : state_of("h0", call_.h0, p.P, row);
       p.c0 = p.read ? p.c_kept : state_of("c0", call_.c0, p.H, row);
+      p.mask = state_of("state_mask", call_.state_mask, p.P, row);
       p.y = offset(target, direction * p.P, dtype);
       p.h_n = row_of(result.h_n, p.P, row);
       p.c_n = row_of(result.c_n, p.H, row);
@@ -313,6 +314,7 @@ StackInputGradients Stack::run_back(const StackGradient& given) {
       if (projected_) p.w_hr = view("w_hr", w[width_ - 1], dtype, {P, H});
       p.h0 = state_of("h0", call_.h0, P, int64_t(row));
       p.c0 = state_of("c0", call_.c0, H, int64_t(row));
+      p.mask = state_of("state_mask", call_.state_mask, P, int64_t(row));
       const int64_t beside = p.cell == Cell::gru ? H : projected_ ? P : 0;  // what dhidden holds a row
       const Tensor dgates = kept(gates, {T, B, N}, dtype, Workspace::kKept);
       const Tensor dhidden = kept(hidden, {T, B, beside}, dtype);

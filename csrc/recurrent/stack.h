@@ -35,6 +35,7 @@ struct StackCall {
   bool bidirectional;
   bool reverse = false;  // a lone direction walks from the last step to the first
   OptionalTensor lengths{}, reset{};
+  AtenTensorHandle state_mask = nullptr;  // laid out as h0, or null
   const AtenTensorHandle* scales = nullptr;  // of int8 matrices, in their order; else none
   int64_t scale_count = 0;
   int64_t hidden = 0, outputs = 0;  // H and P where the matrices are packed, which do not tell them

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -91,6 +92,19 @@ class _Recurrent(_Native, nn.RNNBase):
     """
 
     _flat_weights: list[Tensor]  # type: ignore[assignment]
+    recurrent_dropout: float = 0.0  # on the class, so that a torch.nn layer whose class is swapped needs nothing more
+    weight_dropout: float = 0.0
+
+    def _set_dropouts(self, **given: float) -> None:
+        for name, p in given.items():
+            checks.check_probability(name, p)
+            if p:
+                setattr(self, name, p)
+
+    def extra_repr(self) -> str:
+        """Torch's, and the dropouts that torch does not have."""
+        own = (f", {name}={getattr(self, name)}" for name in _DROPOUTS if getattr(self, name))
+        return "".join((super().extra_repr(), *own))
 
     def _weights(self) -> list[Tensor]:
         """The weights in their flat order, as they are now: torch.func.functional_call swaps them behind our back."""
@@ -98,6 +112,15 @@ class _Recurrent(_Native, nn.RNNBase):
             return list(self._parameters.values())  # type: ignore[arg-type]
         self._update_flat_weights()  # parametrised, pruned, or with a parameter more
         return self._flat_weights
+
+    def _call_weights(self) -> list[Tensor]:
+        """Those that a call takes: in training with ``weight_dropout`` each w_hh is dropped in part, anew each time."""
+        weights = self._weights()
+        if not (self.training and self.weight_dropout):
+            return weights
+        width = len(weights) // (self.num_layers * (1 + self.bidirectional))
+        checks.check_probability("weight_dropout", self.weight_dropout)
+        return [F.dropout(w, self.weight_dropout, True) if n % width == 1 else w for n, w in enumerate(weights)]
 
     def _call(
         self, input: Tensor | PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
@@ -112,6 +135,8 @@ class _Recurrent(_Native, nn.RNNBase):
 
     def _stack(self, cell: str, x: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The layer in one native call, without ``lengths`` and ``reset``; else None."""
+        if self.training and (self.recurrent_dropout or self.weight_dropout):
+            return None
         layout = "batch_first" if self.batch_first else "layer"
         names = self._flat_weights_names
         return self._in_one_call(names, x, h0, c0, cell, layout, self.num_layers, self.bidirectional)
@@ -126,6 +151,7 @@ class _Recurrent(_Native, nn.RNNBase):
             "dropout": self.dropout,
             "training": self.training,
             "bidirectional": self.bidirectional,
+            "recurrent_dropout": self.recurrent_dropout,
         }
 
     def _call_packed(
@@ -152,6 +178,9 @@ class _Recurrent(_Native, nn.RNNBase):
         """
         torch._dynamo.disallow_in_graph(torch._VF._pad_packed_sequence)
         return self._call_packed(*args, **kwargs)
+
+
+_DROPOUTS = ("recurrent_dropout", "weight_dropout")
 
 
 def _permute(hx: Any, order: Tensor) -> Any:
@@ -197,6 +226,12 @@ class RNN(_OfOneState):
     Beyond torch, the call takes ``lengths`` (int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state
     stands still) and ``reset`` (bool, shaped as the input's time and batch: the state is cleared before that step).
 
+    Two dropouts act on the recurrence, in training alone. ``recurrent_dropout=p`` (Gal and Ghahramani 2016) draws one
+    mask for each sequence, layer and direction of a call, and applies it at every step to what the products read of
+    h_{t-1}. ``weight_dropout=p`` (Merity et al. 2018) draws one mask of each ``weight_hh`` for a call; the gradient
+    goes to the parameter, and the state_dict is unchanged. Both scale what they keep by 1 / (1 - p), and need
+    0 <= p < 1.
+
     Shapes: input ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``, ``[T, I]`` unbatched, or a PackedSequence);
     hx and h_n ``[num_layers * directions, B, H]``; output ``[T, B, directions * H]``, laid out as the input.
 
@@ -220,6 +255,9 @@ class RNN(_OfOneState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
@@ -230,10 +268,11 @@ class RNN(_OfOneState):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
+        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
-        return functional.rnn(input, hx, self._weights(), nonlinearity=nonlinearity, **self._options(), **kwargs)
+        return functional.rnn(input, hx, self._call_weights(), nonlinearity=nonlinearity, **self._options(), **kwargs)
 
     def _cell(self) -> str:
         return "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
@@ -244,7 +283,8 @@ class GRU(_OfOneState):
 
     ``reset_after=True`` (default) applies the reset gate after the recurrent product, as torch, cuDNN and Keras do;
     ``reset_after=False`` before it, as in Cho et al. 2014 and ONNX's default. The parameters are the same in both.
-    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does; shapes are the same too.
+    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does; ``recurrent_dropout``, ``weight_dropout`` and
+    shapes are the same too. What z carries on of h_{t-1} is not dropped.
 
     Example:
         >>> import torch, fastseq
@@ -269,6 +309,8 @@ class GRU(_OfOneState):
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
@@ -278,6 +320,7 @@ class GRU(_OfOneState):
         )  # fmt: skip
         if not reset_after:
             self.reset_after = False
+        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
 
     def extra_repr(self) -> str:
         """Torch's, and reset_after where it differs from torch's form."""
@@ -285,7 +328,7 @@ class GRU(_OfOneState):
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         return functional.gru(
-            input, hx, self._weights(), reset_after=self.reset_after, **self._options(), **kwargs
+            input, hx, self._call_weights(), reset_after=self.reset_after, **self._options(), **kwargs
         )  # fmt: skip
 
     def _cell(self) -> str:
@@ -299,7 +342,8 @@ class LSTM(_Recurrent):
     2017. The weights then have three blocks, i, g, o (``weight_ih [3H, I]``), and a quarter of the products is saved.
 
     The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does, and ``return_all_states=True`` returns a third
-    value: every c_t of the last layer, ``[T, B, directions * H]``, laid out as the output.
+    value: every c_t of the last layer, ``[T, B, directions * H]``, laid out as the output. ``recurrent_dropout`` and
+    ``weight_dropout`` are :class:`RNN`'s; c is not dropped.
 
     Shapes: as :class:`RNN`; hx is ``(h_0, c_0)``, h with ``proj_size`` features where that is set.
 
@@ -327,6 +371,8 @@ class LSTM(_Recurrent):
         dtype: torch.dtype | None = None,
         *,
         input_forget: bool = False,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         if input_forget:
             self.input_forget = True
@@ -336,6 +382,7 @@ class LSTM(_Recurrent):
             dtype,
         )  # fmt: skip
         self.mode = "LSTM"
+        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
 
     def extra_repr(self) -> str:
         """Torch's, and input_forget where it differs from torch's form."""
@@ -349,7 +396,7 @@ class LSTM(_Recurrent):
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         projected, input_forget = self.proj_size > 0, self.input_forget
         return functional.lstm(
-            input, hx, self._weights(), input_forget=input_forget, projected=projected, **self._options(), **kwargs
+            input, hx, self._call_weights(), input_forget=input_forget, projected=projected, **self._options(), **kwargs
         )  # fmt: skip
 
     @overload
@@ -387,109 +434,6 @@ class LSTM(_Recurrent):
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
         return self._call(input, pair, lengths, reset, return_all_states=return_all_states)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-
-class _Cell(_Native):
-    def _weights(self) -> list[Tensor]:
-        own: Any = self._parameters  # asking the module for each takes longer than the arithmetic
-        weights = own.values() if list(own) == _CELL_WEIGHTS else [getattr(self, name) for name in _CELL_WEIGHTS]
-        return [w for w in weights if w is not None]
-
-
-_CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-
-
-class RNNCell(_Cell, nn.RNNCell):
-    """One step of an RNN, drop-in for :class:`torch.nn.RNNCell`: input ``[B, I]`` or ``[I]``, hx ``[B, H]``."""
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Returns the new hidden state."""
-        done = self._in_one_call(_CELL_WEIGHTS, input, hx, None, "rnn_" + self.nonlinearity, "cell")
-        if done is not None:
-            return done[0]
-        return functional.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
-        )
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-
-class GRUCell(_Cell, nn.GRUCell):
-    """One step of a GRU, drop-in for :class:`torch.nn.GRUCell`, with ``reset_after`` as :class:`GRU`'s."""
-
-    reset_after: bool = True
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        reset_after: bool = True,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
-        if not reset_after:
-            self.reset_after = False
-
-    def extra_repr(self) -> str:
-        """Torch's, and reset_after where it differs from torch's form."""
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Returns the new hidden state."""
-        name = "gru" if self.reset_after else "gru_reset_before"
-        done = self._in_one_call(_CELL_WEIGHTS, input, hx, None, name, "cell")
-        if done is not None:
-            return done[0]
-        return functional.gru_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, reset_after=self.reset_after
-        )
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-
-class LSTMCell(_Cell, nn.LSTMCell):
-    """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`: hx is ``(h, c)``, each ``[B, H]``; with
-    ``input_forget`` as :class:`LSTM`'s."""
-
-    input_forget: bool = False
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        input_forget: bool = False,
-    ) -> None:
-        chunks = 3 if input_forget else 4
-        super(nn.LSTMCell, self).__init__(input_size, hidden_size, bias, chunks, device, dtype)
-        if input_forget:
-            self.input_forget = True
-
-    def extra_repr(self) -> str:
-        """Torch's, and input_forget where it differs from torch's form."""
-        return super().extra_repr() + (", input_forget=True" if self.input_forget else "")
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the new ``(h, c)``."""
-        h, c = checks.lstm_state(hx)
-        name = "lstm_coupled" if self.input_forget else "lstm"
-        done = self._in_one_call(_CELL_WEIGHTS, input, h, c, name, "cell")
-        if done is not None:
-            return done[0], done[1]
-        return functional.lstm_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, input_forget=self.input_forget
-        )
 
     if TYPE_CHECKING:
         __call__ = forward

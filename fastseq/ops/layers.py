@@ -11,7 +11,7 @@ from fastseq.recurrent.cells import CELLS
 
 
 def fake_layers_forward(
-    x, weights, h0, c0, lengths, reset, cell, num_layers, bidirectional, reverse, save, states
+    x, weights, h0, c0, lengths, reset, state_mask, cell, num_layers, bidirectional, reverse, save, states
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of ``schemas.LAYERS_FORWARD``."""
     steps, batch, outputs = x.shape[0], x.shape[1], weights[1].shape[1]
@@ -33,8 +33,8 @@ def fake_layers_forward(
 
 
 def fake_layers_backward(
-    dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, ys, states, tapes, cell, num_layers,
-    bidirectional, reverse, with_dx, with_weights,
+    dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, state_mask, starts, ys, states, tapes, cell,
+    num_layers, bidirectional, reverse, with_dx, with_weights,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of ``schemas.LAYERS_BACKWARD``."""
     absent = x.new_empty(0)

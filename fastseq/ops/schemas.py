@@ -13,14 +13,15 @@ from __future__ import annotations
 
 # One layer, one direction, all time steps.
 #   x [T,B,I], w_ih [G*H,I], w_hh [G*H,P], b_ih, b_hh [G*H], w_hr [P,H] (LSTM only), h0 [B,P], c0 [B,H] (LSTM only),
-#   lengths int64 [B], reset bool [T,B]; a state that is absent starts from zeros
+#   lengths int64 [B], reset bool [T,B], state_mask [B,P]: multiplies what products read of h_{t-1} (not what a GRU
+#   carries on of it, nor c); a state that is absent starts from zeros
 # -> y [T,B,P] contiguous, h_n [B,P], c_n [B,H] (empty unless LSTM),
 #    states [T,B,H]: c_t of each step in the accumulator's dtype (LSTM, where asked for by save or states; else empty),
 #    tape [T,B,TAPE*H] in x's dtype (where save is set; else empty); all outputs contiguous, 0 on the tape past lengths
 # From step lengths[b] on y is 0 and the state stands still; a reverse scan starts at lengths[b]-1.
 SCAN_FORWARD = (
     "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, int cell, bool reverse, bool save, bool states) "
+    "Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
@@ -32,21 +33,22 @@ SCAN_FORWARD = (
 #    of shape [0]. states and tape: as the forward pass gave them, or None in place of an empty one.
 SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
-    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, bool reverse) "
+    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, "
+    "bool reverse) "
     "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
 )
 
 # A stack of layers in one call: above the scan, and made of it. On CUDA what is independent runs side by side: layers
 # in a wavefront over windows of time, both directions at once, and in backward gradients of weights beside the walks.
 # x [T,B,I], T, B and H above 0; weights flat, in torch's order (with w_hr on the CPU alone); h0 [L*D,B,P] and
-# c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; reverse: a lone direction walks from the last
-# step to the first, on the CPU alone
+# c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; on the CPU alone state_mask [L*D,B,P], and
+# reverse: a lone direction walks from the last step to the first
 # -> y [T,B,D*P], h_n [L*D,B,P], c_n [L*D,B,H] (empty unless LSTM); with save: the outputs of the layers below the
 #    last; a layer and direction at a time, an LSTM's states and the tapes of a cell that has one, as SCAN_FORWARD has
 #    them. With states alone: the last layer's states.
 LAYERS_FORWARD = (
-    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int num_layers, "
-    "bool bidirectional, bool reverse, bool save, bool states) "
+    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? state_mask, "
+    "int cell, int num_layers, bool bidirectional, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] ys, Tensor[] states, Tensor[] tapes)"
 )
 
@@ -55,8 +57,8 @@ LAYERS_FORWARD = (
 # -> dx, dh0, dc0 (each empty where unwanted or absent), the gradients of weights (none unless with_weights)
 LAYERS_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, int cell, "
-    "int num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) "
+    "Tensor? lengths, Tensor? reset, Tensor? state_mask, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, "
+    "int cell, int num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 

@@ -45,17 +45,24 @@ def attention_reason(q: Tensor, v: Tensor) -> str | None:
     return attention_launch.unsupported(q.dtype, q.shape[-1], v.shape[-1])
 
 
+def _refuse_mask(state_mask: Tensor | None) -> None:
+    if state_mask is not None:
+        raise RuntimeError("scan: the Triton kernels have no state_mask")
+
+
 def _scan_forward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.recurrent import launch as recurrent_launch
 
-    *tensors, cell, reverse, save, states = args
+    *tensors, state_mask, cell, reverse, save, states = args
+    _refuse_mask(state_mask)
     return recurrent_launch.scan_forward(*tensors, CELLS[cell].name, reverse, save, states)
 
 
 def _scan_backward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.recurrent import launch as recurrent_launch
 
-    *tensors, cell, reverse = args
+    *tensors, state_mask, cell, reverse = args
+    _refuse_mask(state_mask)
     return recurrent_launch.scan_backward(*tensors, CELLS[cell].name, reverse)
 
 

@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     c0: Tensor | None = None
     lengths: Tensor | None = None
     reset: Tensor | None = None
+    state_mask: Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -78,15 +79,15 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        cell, reverse, backend = args[10:]
-        y, h_n, c_n, states, tape = FORWARD[backend](*args[:10], ops.NUMBER[cell], reverse, True, True)
+        cell, reverse, backend = args[11:]
+        y, h_n, c_n, states, tape = FORWARD[backend](*args[:11], ops.NUMBER[cell], reverse, True, True)
         if ops.HAS_C[cell]:
             return y, h_n, c_n, states, tape
         return (y, h_n, tape) if ops.TAPE[cell] else (y, h_n)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, ctx.reverse, ctx.backend = inputs[10:]
+        ctx.cell, ctx.reverse, ctx.backend = inputs[11:]
         tape = output[-1] if len(output) > 2 else None
         if tape is not None:
             ctx.mark_non_differentiable(tape)
@@ -96,19 +97,19 @@ class Scan(torch.autograd.Function):
         if not (torch.compiler.is_compiling() or autograd.functorch_active()):
             need = ctx.needs_input_grad
             x, w_ih, w_hh, h0, kept_y = values_read(ctx.cell, bool(y.shape[0] == 1), *need[:3], need[6])
-            read = [x, w_ih, w_hh, False, False, True, h0, True, True, True, kept_y, True, True]
+            read = [x, w_ih, w_hh, False, False, True, h0, True, True, True, True, kept_y, True, True]
             y = y if kept_y else y.detach()  # else the result would hold its own graph
-        autograd.save(ctx, (*inputs[:10], y, states, tape), read)
+        autograd.save(ctx, (*inputs[:11], y, states, tape), read)
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
         if autograd.all_absent(results):
-            return (None,) * 13
+            return (None,) * 14
         saved = autograd.saved(ctx)
-        inputs, kept = Inputs(*saved[:10]), Kept(*saved[10:])
+        inputs, kept = Inputs(*saved[:11]), Kept(*saved[11:])
         grads = results[:4] if ops.HAS_C[ctx.cell] else (*results[:2], None, None)
         walk = Walk(ctx.cell, ctx.reverse, ctx.backend)
-        return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 5)
+        return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 6)
 
 
 def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -132,12 +133,12 @@ def _differentiable_gradient(
 
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        return autograd.present(fused_gradient(t[:4], Inputs(*t[4:14]), Kept(*t[14:]), walk, need), need, t[4])
+        return autograd.present(fused_gradient(t[:4], Inputs(*t[4:15]), Kept(*t[15:]), walk, need), need, t[4])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
         return autograd.present(reference_gradient(t[:4], Inputs(*t[4:]), walk, need), need, t[4])
 
-    return autograd.apply(autograd.WithReference, kernel, None, by_reference, 12, 14, *grads, *inputs, *kept)
+    return autograd.apply(autograd.WithReference, kernel, None, by_reference, 12, 15, *grads, *inputs, *kept)
 
 
 def fused_gradient(
@@ -146,7 +147,7 @@ def fused_gradient(
     """Gradients of the first eight inputs by a backend; anything, or None, where not needed."""
     w_hh, w_hr, h0, c0 = inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0
     dgates, dhidden, dh0, dc0 = BACKWARD[walk.backend](
-        *grads, *kept, w_hh, w_hr, h0, c0, inputs.lengths, inputs.reset, ops.NUMBER[walk.cell], walk.reverse
+        *grads, *kept, w_hh, w_hr, h0, c0, *inputs[8:], ops.NUMBER[walk.cell], walk.reverse
     )
     with_weights = need[1] or need[2] or need[3] or need[4]
     dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(dgates, dhidden, inputs, kept, walk, need[0], with_weights)
@@ -162,7 +163,7 @@ def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[
     """The same by the reference: slower, and differentiable itself."""
 
     def forward(*own: Any) -> tuple[Tensor | None, ...]:
-        given: Any = (*own, inputs.lengths, inputs.reset)
+        given: Any = (*own, *inputs[8:])
         return reference.scan(*given, cell=walk.cell, reverse=walk.reverse)
 
     return autograd.vjp(forward, inputs[:8], need, grads)
@@ -192,14 +193,16 @@ def torch_products(
 
 
 def _dw_hh(dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk) -> Tensor:
-    """dW_hh = sum over steps of dgates_tᵀ · h_prev_t, without laying out h_prev: it is y, one step aside."""
-    y, lengths, cell = kept.y, inputs.lengths, walk.cell
+    """dW_hh = sum over steps of dgates_tᵀ · (m * h_prev_t), without laying out h_prev: it is y, one step aside."""
+    y, lengths, cell, mask = kept.y, inputs.lengths, walk.cell, inputs.state_mask
     if inputs.reset is not None:  # a cleared state has no part in the product
         keep = ~inputs.reset[:, :, None]
         dgates = dgates * keep
         dhidden = dhidden * keep if cell == "gru" else dhidden
 
     start = y.new_zeros(y.shape[1:]) if inputs.h0 is None else inputs.h0
+    if mask is not None:
+        y, start = y * mask, start * mask
 
     def product(d: Tensor) -> Tensor:
         if walk.reverse:

@@ -37,6 +37,13 @@ class RecurrentCall:
     batch_first: bool = False
     projected: bool = False
     is_cell: bool = False
+    state_mask: Tensor | None = None
+    recurrent_dropout: float = 0.0
+
+    @property
+    def draws_mask(self) -> bool:
+        """Whether the call draws its state_mask itself."""
+        return self.training and self.recurrent_dropout > 0.0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ def torch_reason(call: RecurrentCall) -> str | None:
         return ops.NOT_IN_TORCH[call.cell]
     if call.reset is not None:
         return "torch has no reset="
+    if call.state_mask is not None or call.draws_mask:
+        return "torch has no state_mask (recurrent_dropout)"
     if call.want_states:
         return "torch does not return every c_t (return_all_states=True)"
     ends = call.lengths if call.batch_sizes is None else call.batch_sizes
@@ -82,4 +84,5 @@ def autocast(call: RecurrentCall) -> None:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     call.x, call.weights = cast(call.x), [cast(w) for w in call.weights]
-    call.h0, call.c0 = (None if s is None else cast(s) for s in (call.h0, call.c0))
+    states = call.h0, call.c0, call.state_mask
+    call.h0, call.c0, call.state_mask = (None if s is None else cast(s) for s in states)

@@ -25,6 +25,8 @@ def rnn(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    state_mask: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +40,11 @@ def rnn(
         nonlinearity: phi, ``"tanh"`` or ``"relu"``.
         lengths: int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state stands still.
         reset: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[T]`` unbatched): the state is cleared before a step.
+        state_mask: ``[num_layers * directions, B, H]`` (laid out as hx), of the input's dtype: what the products read
+            of h_{t-1}, at every step, is multiplied by it. What a GRU carries on of h_{t-1}, and an LSTM's c, are not.
+            A mask that requires a gradient runs on the reference backend.
+        recurrent_dropout: with ``training`` the call draws a state_mask: 0 with this probability, else
+            1 / (1 - recurrent_dropout), each sequence, layer and direction for itself (Gal and Ghahramani 2016).
         batch_sizes: int64 ``[T]`` on the CPU, in place of lengths and reset: the input is packed, ``[rows, I]``, as the
             data of a ``PackedSequence`` with these batch_sizes, and so is the output.
         backend: overrides the choice of backend for this call.
@@ -59,7 +66,8 @@ def rnn(
     checks.check_nonlinearity(nonlinearity)
     call = RecurrentCall(
         f"rnn_{nonlinearity}", input, hx, None, weights, lengths, reset, batch_sizes, False,
-        num_layers, has_biases, dropout, training, bidirectional, batch_first,
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
+        recurrent_dropout=recurrent_dropout,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -78,6 +86,8 @@ def gru(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    state_mask: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -86,8 +96,8 @@ def gru(
     Args:
         reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
             n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
-        input, hx, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[3H, I]``,
-            w_hh ``[3H, H]``, blocks r, z, n.
+        input, hx, weights, lengths, reset, state_mask, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih
+            ``[3H, I]``, w_hh ``[3H, H]``, blocks r, z, n.
 
     Returns:
         The output ``[T, B, directions * H]`` and the last state.
@@ -98,7 +108,8 @@ def gru(
     cell = "gru" if reset_after else "gru_reset_before"
     call = RecurrentCall(
         cell, input, hx, None, weights, lengths, reset, batch_sizes, False,
-        num_layers, has_biases, dropout, training, bidirectional, batch_first,
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
+        recurrent_dropout=recurrent_dropout,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -118,6 +129,8 @@ def lstm(
     projected: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    state_mask: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
     return_all_states: bool = False,
     backend: str | None = None,
@@ -132,6 +145,7 @@ def lstm(
             2017). There are three blocks then, i, g, o: w_ih ``[3H, I]``, w_hh ``[3H, P]``.
         projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
         return_all_states: also return every c_t of the last layer.
+        state_mask: as :func:`rnn`'s, ``[num_layers * directions, B, P]``.
         input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
             w_hh ``[4H, P]``, blocks i, f, g, o.
 
@@ -146,7 +160,8 @@ def lstm(
     cell = "lstm_coupled" if input_forget else "lstm"
     call = RecurrentCall(
         cell, input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
-        num_layers, has_biases, dropout, training, bidirectional, batch_first, projected,
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, projected, state_mask=state_mask,
+        recurrent_dropout=recurrent_dropout,
     )  # fmt: skip
     y, h_n, c_n, states = run(call, backend)
     assert c_n is not None
@@ -162,11 +177,13 @@ def rnn_cell(
     b_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    state_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of :func:`rnn`: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``; returns the new state."""
+    """One step of :func:`rnn`: input ``[B, I]`` or ``[I]``, hx and state_mask ``[B, H]`` or ``[H]``; returns the new
+    state."""
     checks.check_nonlinearity(nonlinearity)
-    return _cell(f"rnn_{nonlinearity}", input, hx, None, (w_ih, w_hh, b_ih, b_hh), backend)[0]
+    return _cell(f"rnn_{nonlinearity}", input, hx, None, (w_ih, w_hh, b_ih, b_hh), state_mask, backend)[0]
 
 
 def gru_cell(
@@ -178,10 +195,14 @@ def gru_cell(
     b_hh: Tensor | None = None,
     *,
     reset_after: bool = True,
+    state_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of :func:`gru`: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``; returns the new state."""
-    return _cell("gru" if reset_after else "gru_reset_before", input, hx, None, (w_ih, w_hh, b_ih, b_hh), backend)[0]
+    """One step of :func:`gru`: input ``[B, I]`` or ``[I]``, hx and state_mask ``[B, H]`` or ``[H]``; returns the new
+    state."""
+    return _cell(
+        "gru" if reset_after else "gru_reset_before", input, hx, None, (w_ih, w_hh, b_ih, b_hh), state_mask, backend
+    )[0]
 
 
 def lstm_cell(
@@ -193,11 +214,13 @@ def lstm_cell(
     b_hh: Tensor | None = None,
     *,
     input_forget: bool = False,
+    state_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`lstm`: input ``[B, I]`` or ``[I]``, hx a pair ``[B, H]`` or ``[H]``; returns ``(h, c)``."""
+    """One step of :func:`lstm`: input ``[B, I]`` or ``[I]``, hx a pair ``[B, H]`` or ``[H]``, state_mask as
+    h; returns ``(h, c)``."""
     h, c = checks.lstm_state(hx)
-    h, c = _cell("lstm_coupled" if input_forget else "lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), backend)
+    h, c = _cell("lstm_coupled" if input_forget else "lstm", input, h, c, (w_ih, w_hh, b_ih, b_hh), state_mask, backend)
     assert c is not None
     return h, c
 
@@ -208,16 +231,19 @@ def _cell(
     h: Tensor | None,
     c: Tensor | None,
     weights: tuple[Tensor | None, ...],
+    state_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     checks.check_cell_input(x, weights[0])  # type: ignore[arg-type]
     present = [w for w in weights if w is not None]
     if len(present) not in (2, 4):
         raise checks.ArgumentError("b_ih and b_hh come together: give both or neither")
-    for name, state in (("h_0" if ops.HAS_C[cell] else "hx", h), ("c_0", c)):
+    for name, state in (("h_0" if ops.HAS_C[cell] else "hx", h), ("c_0", c), ("state_mask", state_mask)):
         if state is not None:
             checks.check_tensor(name, state)
-    h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
-    call = RecurrentCall(cell, x.unsqueeze(0), h, c, present, has_biases=len(present) == 4, is_cell=True)
+    h, c, mask = (None if s is None else s.unsqueeze(0) for s in (h, c, state_mask))
+    call = RecurrentCall(
+        cell, x.unsqueeze(0), h, c, present, has_biases=len(present) == 4, is_cell=True, state_mask=mask
+    )
     _, h_n, c_n, _ = run(call, backend)
     return h_n[0], None if c_n is None else c_n[0]

@@ -176,7 +176,7 @@ def stack(call: RecurrentCall) -> Result:
         if first and call.dropout and call.training:
             x = F.dropout(x, call.dropout, True)
         h, c = (None if s is None else s[rows] for s in (h0, c0))
-        if call.reset is None and not call.want_states:
+        if call.reset is None and call.state_mask is None and not call.want_states:
             x, *last = layer(TorchOps, kind, weights[rows], x, h, c, call.lengths)
         else:
             walks = [_walk(call, first + n, x, h, c, weights[first + n]) for n in range(call.directions)]
@@ -199,7 +199,8 @@ def _walk(
     w_ih, w_hh, *more = weights
     b_ih, b_hh = more[:2] if call.has_biases else (None, None)
     w_hr = more[-1] if call.projected else None
-    own = [w for w in (w_hh, b_hh, w_hr) if w is not None]
+    mask = None if call.state_mask is None else call.state_mask[row].to(x.dtype)
+    own: Any = (w_hh, b_hh, w_hr, mask)
     sizes = (w_hh.shape[1], call.hidden)[: 1 + ops.HAS_C[cell]]
     start = [
         x.new_zeros(x.shape[1], size) if s is None else s[direction] for s, size in zip((h0, c0), sizes, strict=False)
@@ -214,12 +215,10 @@ def _walk(
 
     def step(*flat: Tensor) -> list[Tensor]:
         before, at = flat[:count], dict(zip(names, flat[count:], strict=False))
-        w_hh, *more = flat[count + len(names) :]
+        given = iter(flat[count + len(names) :])
+        used: Any = [None if w is None else next(given) for w in own]
         kept = [torch.where(at["keep"], s, 0) for s in before] if "keep" in at else before
-        h, c = reference.step(
-            cell, at["gates"], kept[0], kept[1] if count > 1 else None, w_hh,
-            more[0] if b_hh is not None else None, more[-1] if w_hr is not None else None,
-        )  # fmt: skip
+        h, c = reference.step(cell, at["gates"], kept[0], kept[1] if count > 1 else None, *used)
         after, y = [h] if c is None else [h, c], h
         if "live" in at:
             y = torch.where(at["live"], y, 0)
@@ -227,7 +226,8 @@ def _walk(
         return [*after, y.clone(), *(s.clone() for s in after[1:])]  # no two results may be one tensor
 
     inputs = [s for s in steps.values() if s is not None]
-    found = scan_op(step, start, [s.flip(0) for s in inputs] if direction else inputs, (*own,))
+    inputs = [s.flip(0) for s in inputs] if direction else inputs
+    found = scan_op(step, start, inputs, tuple(w for w in own if w is not None))
     last, outputs = found[:count], found[count:]
     y, *all_c = [s.flip(0) for s in outputs] if direction else outputs
     return y, *last, *all_c

@@ -20,6 +20,7 @@ def scan(
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    state_mask: Tensor | None = None,
     *,
     cell: str,
     reverse: bool = False,
@@ -37,6 +38,8 @@ def scan(
         lengths: int ``[B]`` or None: from step ``lengths[b]`` on, y is 0 and the state stands still; a reverse scan
             of row b starts at ``lengths[b] - 1``.
         reset: bool ``[T, B]`` or None: where set, the state is cleared before that step.
+        state_mask: ``[B, P]`` or None: what the products read of h_{t-1} is multiplied by it (Gal and Ghahramani 2016,
+            https://arxiv.org/abs/1512.05287); what a GRU carries on of h_{t-1} is not, nor is c.
         cell: ``rnn_tanh``, ``rnn_relu``, ``lstm``, ``lstm_coupled`` (f = 1 - i, as Greff et al. 2017,
             https://arxiv.org/abs/1503.04069), ``gru`` (reset gate after the product, as torch and cuDNN) or
             ``gru_reset_before`` (before it, as Cho et al. 2014, https://arxiv.org/abs/1406.1078).
@@ -54,7 +57,7 @@ def scan(
 
     w_ih, w_hh, b_ih, b_hh, w_hr = (widen(w) for w in (w_ih, w_hh, b_ih, b_hh, w_hr))  # type: ignore[assignment]
     steps, batch = x.shape[:2]
-    h, c = widen(h0), widen(c0)
+    h, c, state_mask = widen(h0), widen(c0), widen(state_mask)
     if h is None:
         h = w_hh.new_zeros(batch, w_hh.shape[1])
     if c is None and cell.startswith("lstm"):
@@ -71,7 +74,7 @@ def scan(
             keep = ~reset[t][:, None]
             h_prev = torch.where(keep, h_prev, 0)
             c_prev = None if c_prev is None else torch.where(keep, c_prev, 0)
-        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr)
+        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr, state_mask)
         y = h_new
         if lengths is not None:
             live = (t < lengths)[:, None]
@@ -99,15 +102,17 @@ def step(
     w_hh: Tensor,
     b_hh: Tensor | None,
     w_hr: Tensor | None = None,
+    state_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One time step from the input's share of the gates, ``gates_x [B, G*H]``; returns the new ``h`` and ``c``."""
+    read = h if state_mask is None else h * state_mask  # by the products
     if cell in ("rnn_tanh", "rnn_relu"):
-        pre = gates_x + F.linear(h, w_hh, b_hh)
+        pre = gates_x + F.linear(read, w_hh, b_hh)
         return (torch.tanh(pre) if cell == "rnn_tanh" else torch.relu(pre)), None
 
     if cell in ("lstm", "lstm_coupled"):
         assert c is not None
-        pre = gates_x + F.linear(h, w_hh, b_hh)
+        pre = gates_x + F.linear(read, w_hh, b_hh)
         if cell == "lstm":
             i, f, g, o = pre.chunk(4, -1)
             i, f = torch.sigmoid(i), torch.sigmoid(f)
@@ -121,15 +126,15 @@ def step(
 
     x_r, x_z, x_n = gates_x.chunk(3, -1)
     if cell == "gru":
-        h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+        h_r, h_z, h_n = F.linear(read, w_hh, b_hh).chunk(3, -1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
     elif cell == "gru_reset_before":
         hidden = h.shape[-1]
         b_rz, b_n = (None, None) if b_hh is None else (b_hh[: 2 * hidden], b_hh[2 * hidden :])
-        h_r, h_z = F.linear(h, w_hh[: 2 * hidden], b_rz).chunk(2, -1)
+        h_r, h_z = F.linear(read, w_hh[: 2 * hidden], b_rz).chunk(2, -1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + F.linear(r * h, w_hh[2 * hidden :], b_n))
+        n = torch.tanh(x_n + F.linear(r * read, w_hh[2 * hidden :], b_n))
     else:
         raise ValueError(f"unknown cell {cell!r}")
     return z * h + (1 - z) * n, None
@@ -142,6 +147,7 @@ def layers(
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
+    state_mask: Tensor | None,
     cell: str,
     num_layers: int,
     bidirectional: bool,
@@ -160,7 +166,8 @@ def layers(
             b_ih, b_hh = more[:2] if width >= 4 else (None, None)
             y, h, c, all_c = scan(
                 x, w_ih, w_hh, b_ih, b_hh, more[-1] if width % 2 else None, None if h0 is None else h0[row],
-                None if c0 is None else c0[row], lengths, reset, cell=cell, reverse=reverse or direction == 1,
+                None if c0 is None else c0[row], lengths, reset,
+                None if state_mask is None else state_mask[row], cell=cell, reverse=reverse or direction == 1,
             )  # fmt: skip
             outputs.append(y)
             h_n.append(h)

@@ -21,9 +21,9 @@ from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
-    if any_dtensor((call.x, *call.weights, call.h0, call.c0, call.lengths, call.reset)):
+    if any_dtensor((call.x, *call.weights, call.h0, call.c0, call.lengths, call.reset, call.state_mask)):
         arguments: tuple = call, lambda shard: run(shard, backend)
-        draws = call.training and call.dropout > 0.0
+        draws = call.draws_mask or (call.training and call.dropout > 0.0)
         return in_eager(dtensor.run, *arguments) if draws else dtensor.run(*arguments)
     c_dtype = _cast_as_autocast(call)
     checks.check_input(call.x, call.weights[0], call.batch_first)
@@ -31,6 +31,9 @@ def run(call: RecurrentCall, backend: str | None) -> Result:
     layout, rank = ("layer", 3) if call.batch_sizes is not None else (call.layout, call.x.dim())
     steps, batch = _check_and_lay_out(call, layout, rank)
     name = _choose(call, backend, steps, batch)
+    if call.draws_mask:
+        ones = call.x.new_ones(call.rows, batch, call.weights[1].shape[1])
+        call.state_mask = F.dropout(ones, call.recurrent_dropout, True)
     if name == "torch":
         y, h_n, c_n = eager.torch_stack(call, batch)
         states = None
@@ -88,6 +91,10 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
 
     call.h0 = given("h_0" if ops.HAS_C[call.cell] else "hx", call.h0, call.weights[1].shape[1])
     call.c0 = given("c_0", call.c0, call.hidden)
+    call.state_mask = given("state_mask", call.state_mask, call.weights[1].shape[1])
+    checks.check_probability("recurrent_dropout", call.recurrent_dropout)
+    if call.draws_mask and call.state_mask is not None:
+        raise checks.ArgumentError("recurrent_dropout draws a state_mask in training: give one of the two alone")
     return steps, batch
 
 
@@ -97,6 +104,7 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
     if backends.exporting_onnx() and backends.forced(backend) is None and call.batch_sizes is None:
         return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
+    usual = usual and not autograd.is_differentiated(call.state_mask)
     if usual and backends.native_scan_in_general():
         return "native"
     device = auto.device_key(x.device)
@@ -112,6 +120,11 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         return None
     if name == "torch":
         return eager.torch_reason(call)
+    if call.state_mask is not None or call.draws_mask:
+        if name == "triton" or call.x.is_cuda:
+            return "the GPU kernels have no state_mask (recurrent_dropout)"
+        if autograd.is_differentiated(call.state_mask):
+            return "the native kernels compute no gradient of state_mask"
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
     if name == "native" and call.x.device.type == "cuda":
@@ -190,9 +203,11 @@ def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> pac
     weights = call.weights_of(index)
 
     def run(x: Tensor, lengths: Tensor | None, h: Tensor | None, c: Tensor | None) -> Result:
+        # The sequences of a part of a packed batch are its first ones.
+        options = (lengths, call.reset, None if call.state_mask is None else call.state_mask[index, : x.shape[1]])
         if x.is_cpu and stack.suits(walk.backend, x):
-            return stack.scan(walk, x, h, c, lengths, call.reset, [w for w in weights if w is not None], want_states)
-        return scan(walk, (x, *weights, h, c, lengths, call.reset), want_states)
+            return stack.scan(walk, x, h, c, options, [w for w in weights if w is not None], want_states)
+        return scan(walk, (x, *weights, h, c, *options), want_states)
 
     return run
 

@@ -59,14 +59,14 @@ class Kind(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def values_read(kind: Kind, one_step: bool, need: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of which of x, h0, c0, lengths, reset, y, the weights and what else is kept the gradient reads the values. As
-    with torch's layers, the others may be changed in place before the backward pass. ``need``: whose gradient is
-    needed, by the place among the arguments of :class:`Layers`."""
-    own, cell = need[6:], kind.cell
+    """Of which of x, h0, c0, lengths, reset, state_mask, y, the weights and what else is kept the gradient reads the
+    values. As with torch's layers, the others may be changed in place before the backward pass. ``need``: whose
+    gradient is needed, by the place among the arguments of :class:`Layers`."""
+    own, cell = need[7:], kind.cell
     width = len(own) // kind.rows
     need_w_ih, need_w_hh = any(own[: kind.directions * width : width]), any(own[1::width])
     x, w_ih, w_hh, h0, y = values_a_scan_reads(cell, one_step, need[0], need_w_ih, need_w_hh, need[1])
-    read = [x, h0, True, True, True, y]
+    read = [x, h0, True, True, True, True, y]
     for row in range(kind.rows):
         biases, projection = (False, False) * (width >= 4), (True,) * (width % 2)
         read += (w_ih or row >= kind.directions, w_hh, *biases, *projection)
@@ -86,6 +86,7 @@ class Layers(torch.autograd.Function):
         c0: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        state_mask: Tensor | None,
         kind: Kind,
         *weights: Tensor,
     ) -> Any:
@@ -96,7 +97,9 @@ class Layers(torch.autograd.Function):
         if made is not None:
             y, h_n, c_n, *rest = made
         elif checked:
-            y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
+            y, h_n, c_n, ys, states, tapes = FORWARD(
+                x, weights, h0, c0, lengths, reset, state_mask, *kind.numbers(), True, True
+            )
             c_n = c_n if ops.HAS_C[cell] else None
             rest = [*ys, *states, *tapes]
         else:
@@ -104,12 +107,12 @@ class Layers(torch.autograd.Function):
         ctx.kind, ctx.count = kind, len(weights)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
-            autograd.save(ctx, (x, h0, c0, lengths, reset, y, *weights, *rest))
+            autograd.save(ctx, (x, h0, c0, lengths, reset, state_mask, y, *weights, *rest))
         else:
             one_step = bool(has_one_step(layout, y))  # a size may be a symbol of a trace
             read = values_read(kind, one_step, ctx.needs_input_grad)
-            kept_y = y if read[5] else y.detach()  # else the result would hold its own graph
-            autograd.save(ctx, (x, h0, c0, lengths, reset, kept_y, *weights, *rest), read)
+            kept_y = y if read[6] else y.detach()  # else the result would hold its own graph
+            autograd.save(ctx, (x, h0, c0, lengths, reset, state_mask, kept_y, *weights, *rest), read)
         results = (y,) if h_n is None else (y, h_n)
         if c_n is None:
             return results
@@ -123,9 +126,9 @@ class Layers(torch.autograd.Function):
         kind, need = ctx.kind, ctx.needs_input_grad
         if autograd.all_absent(grads):
             return (None,) * len(need)
-        x, h0, c0, lengths, reset, y, *rest = autograd.saved(ctx)
+        x, h0, c0, lengths, reset, state_mask, y, *rest = autograd.saved(ctx)
         weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
-        needed = (*need[:3], *need[6:])
+        needed = (*need[:3], *need[7:])
         is_cell, lstm = kind.layout == "cell", ops.HAS_C[kind.cell]
         dy, dh_n = grads[0], None if is_cell else grads[1]
         dc_n = grads[1 if is_cell else 2] if lstm else None
@@ -147,7 +150,7 @@ class Layers(torch.autograd.Function):
             outputs = (steps_in(layout, rank, dy), dh_n, dc_n, *more)
             kept = (steps_in(layout, rank, y), *made)
             way = _differentiable_gradient if recorded else _gradient_by_scans if batched else fused_stack_gradient
-            made = way(kind, outputs, inputs, (lengths, reset), kept, needed)
+            made = way(kind, outputs, inputs, (lengths, reset, state_mask), kept, needed)
             dx, *starts = (d if n else None for d, n in zip(made[:3], needed, strict=False))
             found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[3:]]
         found = [d if n else None for d, n in zip(found, needed, strict=True)]
@@ -155,7 +158,7 @@ class Layers(torch.autograd.Function):
         if dy is None and dh_n is None and width % 2 and has_one_step(kind.layout, x):
             for row in range(kind.rows - kind.directions, kind.rows):
                 found[3 + (row + 1) * width - 1] = None  # c of one step does not depend on w_hr
-        return (*found[:3], None, None, None, *found[3:])
+        return (*found[:3], None, None, None, None, *found[3:])
 
 
 _recorded = autograd.recorder(Layers)
@@ -186,11 +189,11 @@ def fused_stack_gradient(
 ) -> list[Tensor | None]:
     """Gradients of x, h0, c0 and the weights by the operator; anything, or None, where not needed.
 
-    ``grads``: of y, h_n, c_n, and none or all of the last layer's states; ``options``: lengths and reset; ``kept``: y,
-    the outputs of the layers below, states and tapes.
+    ``grads``: of y, h_n, c_n, and none or all of the last layer's states; ``options``: lengths, reset and state_mask;
+    ``kept``: y, the outputs of the layers below, states and tapes.
     """
     x, h0, c0, *weights = inputs
-    lengths, reset = options
+    lengths, reset, state_mask = options
     ys, states, tapes = parts_of(kind, kept)
     starts = None
     if lengths is not None and x.is_cuda:
@@ -202,7 +205,7 @@ def fused_stack_gradient(
     else:
         dstates = []
     dx, dh0, dc0, dweights = BACKWARD(
-        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, starts, ys, states, tapes,
+        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, state_mask, starts, ys, states, tapes,
         *kind.numbers(), needed[0], any(needed[3:]),
     )  # fmt: skip
     return [dx, dh0, dc0, *(dweights or len(weights) * [None])]
@@ -220,6 +223,7 @@ def _gradient_by_scans(
 ) -> list[Tensor | None]:
     """The same, a layer and direction at a time: for a vmap over gradients, which knows no operator with lists."""
     x, h0, c0, *weights = inputs
+    lengths, reset, state_mask = options
     d, dh_n, dc_n, *dstates = grads
     width, below, directions = len(weights) // kind.rows, kind.num_layers - 1, kind.directions
     ys, *all_rows = parts_of(kind, kept)
@@ -241,7 +245,8 @@ def _gradient_by_scans(
             found_row = fused_gradient(
                 (None if d is None else d.narrow(-1, at, P), of_row(dh_n), of_row(dc_n),
                  dstates[direction] if dstates and layer == below else None),
-                Inputs(ys[layer - 1] if layer else x, w_ih, w_hh, b_ih, b_hh, w_hr, of_row(h0), of_row(c0), *options),
+                Inputs(ys[layer - 1] if layer else x, w_ih, w_hh, b_ih, b_hh, w_hr, of_row(h0), of_row(c0), lengths,
+                       reset, of_row(state_mask)),
                 Kept(ys[layer].narrow(-1, at, P), states[row], tapes[row]),
                 Walk(kind.cell, kind.reverse or direction == 1, "native"),
                 (bool(layer) or needed[0], True, True, True, True, w_hr is not None, True, True),
@@ -268,16 +273,16 @@ def _differentiable_gradient(
 
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        found = fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 2], t[m + 2 :], needed)
+        found = fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 3], t[m + 3 :], needed)
         return autograd.present(found, needed, t[n])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
-        return autograd.present(reference_gradient(kind, t[:n], t[n:m], t[m : m + 2], needed), needed, t[n])
+        return autograd.present(reference_gradient(kind, t[:n], t[n:m], t[m : m + 3], needed), needed, t[n])
 
     tensors = (*grads, *inputs, *options, *kept)
     if autograd.needs_reference():
         return list(by_reference(*tensors))
-    return list(autograd.apply(autograd.WithReference, kernel, None, by_reference, m, m + 2, *tensors))
+    return list(autograd.apply(autograd.WithReference, kernel, None, by_reference, m, m + 3, *tensors))
 
 
 def reference_gradient(
@@ -286,7 +291,8 @@ def reference_gradient(
     """The same by the reference: slower, and differentiable itself."""
 
     def forward(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        return reference.layers(x, h0, c0, weights, options[0], options[1], *kind[:4])
+        lengths, reset, mask = options
+        return reference.layers(x, h0, c0, weights, lengths, reset, mask, *kind[:4])
 
     return autograd.vjp(forward, inputs, needed, grads)
 
@@ -304,7 +310,7 @@ def in_one_call(
     are in force."""
     if not isinstance(x, Tensor) or not direct.is_plain() or not autograd.wants_gradient((x, *weights, h0, c0)):
         return None
-    return _recorded(x, h0, c0, None, None, _unchecked(cell, layout, num_layers, bidirectional), *weights)
+    return _recorded(x, h0, c0, None, None, None, _unchecked(cell, layout, num_layers, bidirectional), *weights)
 
 
 def suits(name: str, x: Tensor) -> bool:
@@ -325,9 +331,9 @@ def run(call: RecurrentCall) -> Result:
     found: list[Sequence[Tensor]] = []
     for n in range(last + 1):
         own = call.weights[n * rows * width : (n + 1) * rows * width]
-        h, c = (None if s is None else s[n * rows : (n + 1) * rows] for s in (call.h0, call.c0))
+        h, c, mask = (None if s is None else s[n * rows : (n + 1) * rows] for s in (call.h0, call.c0, call.state_mask))
         kind = Kind(call.cell, together, call.bidirectional, want_states=call.want_states and n == last)
-        found.append(stack(kind, x, h, c, call.lengths, call.reset, own))
+        found.append(stack(kind, x, h, c, (call.lengths, call.reset, mask), own))
         x = found[-1][0]
         if dropout and n < last:
             x = F.dropout(x, dropout, True)
@@ -340,29 +346,29 @@ def run(call: RecurrentCall) -> Result:
 
 
 def stack(
-    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, reset: Tensor | None,
-    weights: Sequence[Tensor],
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, options: Tensors, weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:  # fmt: skip
-    """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions."""
+    """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions. ``options``: lengths, reset and
+    state_mask."""
     learns = torch.is_grad_enabled() and autograd.wants_gradient((x, h0, c0, *weights))
     # An exported program has no backward pass to keep anything for. To Dynamo every program is an exported one.
     if not learns or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
-        y, h_n, c_n, _, states, _ = FORWARD(
-            x, weights, h0, c0, lengths, reset, *kind.numbers(), False, kind.want_states
-        )  # fmt: skip
+        y, h_n, c_n, _, states, _ = FORWARD(x, weights, h0, c0, *options, *kind.numbers(), False, kind.want_states)
         return (y, h_n, c_n, *states) if ops.HAS_C[kind.cell] else (y, h_n)
     compiling = torch.compiler.is_compiling()
-    if not compiling and x.is_cpu and lengths is None and reset is None and not kind.reverse and direct.is_plain():
-        return _recorded(x, h0, c0, None, None, kind._replace(fast=True), *weights)
-    return autograd.apply(Layers, x, h0, c0, lengths, reset, kind, *weights)
+    plain = not kind.reverse and options[0] is None and options[1] is None and options[2] is None
+    if not compiling and x.is_cpu and plain and direct.is_plain():
+        return _recorded(x, h0, c0, *options, kind._replace(fast=True), *weights)
+    return autograd.apply(Layers, x, h0, c0, *options, kind, *weights)
 
 
 def scan(
-    walk: Walk, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None, reset: Tensor | None,
-    weights: Sequence[Tensor], want_states: bool,
+    walk: Walk, x: Tensor, h: Tensor | None, c: Tensor | None, options: Tensors, weights: Sequence[Tensor],
+    want_states: bool,
 ) -> Result:  # fmt: skip
     """A stack of one layer and direction; results as :func:`fastseq.recurrent.reference.scan`."""
     kind = Kind(walk.cell, reverse=walk.reverse, want_states=want_states)
-    h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
-    y, h_n, *more = stack(kind, x, h, c, lengths, reset, weights)
+    lengths, reset, mask = options
+    h, c, mask = (None if s is None else s.unsqueeze(0) for s in (h, c, mask))
+    y, h_n, *more = stack(kind, x, h, c, (lengths, reset, mask), weights)
     return y, h_n[0], more[0][0] if more else None, more[1] if len(more) > 1 else None

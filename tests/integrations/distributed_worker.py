@@ -287,6 +287,32 @@ def check_a_weight_that_is_sharded_is_gathered():
     )  # fmt: skip
 
 
+def check_masks_of_states_by_batch():
+    """Also one that requires a gradient, which the reference computes."""
+    x, mask, w_ih, w_hh = draw(6, 3, 4), draw(1, 3, 5), draw(15, 4), draw(15, 5)
+
+    def run(x, mask, *weights):
+        return fastseq.functional.gru(x, None, list(weights), has_biases=False, state_mask=mask)
+
+    for own in (mask, mask.detach()):
+        same(run, [x, own, w_ih, w_hh], [HEADS, HEADS, REPLICATE, REPLICATE])
+        same(run, [x, own, w_ih, w_hh], [HEADS, REPLICATE, REPLICATE, BATCH])
+
+
+def check_dropouts_of_a_recurrence():
+    layer = distribute_module(
+        fastseq.nn.LSTM(8, 8, 2, batch_first=True, recurrent_dropout=0.5, weight_dropout=0.5), mesh()
+    )
+    x, found = sharded(torch.randn(4, 5, 8), BATCH), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        y, _ = layer(x)
+        assert y.placements == (BATCH,)
+        found.append([whole(y), *(whole(d) for d in torch.autograd.grad(scalar(y), list(layer.parameters())))])
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.equal(found[0][0], found[2][0])
+
+
 def check_cells_by_batch():
     for name in ("RNNCell", "GRUCell", "LSTMCell"):
         cell = getattr(fastseq.nn, name)(4, 5, dtype=torch.float64)

@@ -33,6 +33,18 @@ class Recurrent(nn.Module):
         return self.layer(x, hx, lengths=lengths, reset=reset, **self.options)
 
 
+class Masked(nn.Module):
+    """A layer by its function, which takes a mask of its states."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, state_mask: Tensor, lengths: Tensor | None = None) -> Any:
+        batch_first = self.layer.batch_first
+        return self.layer._function(x, None, lengths=lengths, state_mask=state_mask, batch_first=batch_first)
+
+
 class Function(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -149,6 +161,33 @@ def test_resets_are_a_scan(name):
     assert operators(proto).count("Scan") == 2
     assert_equal(proto, model, *inputs)
     assert_equal(proto, model, torch.randn(9, 2, 4), None, torch.tensor([4, 9]), torch.rand(9, 2) < 0.4)
+
+
+@given
+def test_a_mask_of_states_is_a_scan(name, kwargs, operator, attributes):
+    model = Masked(getattr(fastseq.nn, name)(4, 6, **kwargs))
+    layer = model.layer
+
+    def inputs(T: int, lengths: list[int]) -> tuple[Tensor, ...]:
+        h = states(layer, len(lengths))
+        mask = torch.where(torch.rand_like(flat(h)[0]) < 0.4, 0.0, 1.5)
+        return steps(layer, T, len(lengths)), mask, torch.tensor(lengths)
+
+    proto = exported(model, inputs(5, [5, 2, 4]), {"x": {0: ANY, 1: ANY}, "state_mask": {1: ANY}, "lengths": {0: ANY}})
+    assert operators(proto).count("Scan") == layer.num_layers * (1 + layer.bidirectional)
+    for T, lengths in ((5, [5, 2, 4]), (9, [4, 9]), (1, [1, 0, 1, 1])):
+        assert_equal(proto, model, *inputs(T, lengths))
+
+
+@given
+def test_dropouts_of_the_recurrence_leave_no_trace_in_evaluation(name, kwargs, operator, attributes):
+    plain = getattr(fastseq.nn, name)(4, 6, **kwargs)
+    layer = getattr(fastseq.nn, name)(4, 6, **kwargs, recurrent_dropout=0.5, weight_dropout=0.5)
+    layer.load_state_dict(plain.state_dict())
+    x = steps(layer, 5, 3)
+    proto, expected = (exported(each, (x,), {"input": {0: ANY, 1: ANY}}) for each in (layer, plain))
+    assert operators(proto) == operators(expected)
+    assert_equal(proto, plain, steps(layer, 9, 2))
 
 
 def test_every_c_is_returned_by_a_scan():
@@ -294,6 +333,8 @@ def test_what_cannot_be_translated_is_named():
     inputs = torch.randn(5, 3, 4), None, None, torch.rand(5, 3) < 0.4
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"ONNX has no operator for reset="):
         translated(model, inputs, None)
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"ONNX has no operator for state_mask="):
+        translated(Masked(model.layer), (torch.randn(5, 3, 4), torch.ones(1, 3, 6)), None)
 
 
 def test_a_backend_that_was_named_is_kept():
@@ -304,7 +345,7 @@ def test_a_backend_that_was_named_is_kept():
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_the_legacy_exporter_gives_torchs_nodes(name, tmp_path):
-    layer = getattr(fastseq.nn, name)(4, 6, bidirectional=True)
+    layer = getattr(fastseq.nn, name)(4, 6, bidirectional=True, recurrent_dropout=0.5)
     path = tmp_path / "model.onnx"
     torch.onnx.export(
         layer.eval(), (torch.randn(5, 3, 4),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": [0, 1]}

@@ -57,13 +57,13 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
     x, w_ih, w_hh, _, _, _, h0, c0 = inputs
     weights = [w_ih, w_hh]
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
-    y, _, _, states, tape = forward(*inputs, None, None, number, False, True, True)
+    y, _, _, states, tape = forward(*inputs, None, None, None, number, False, True, True)
     grads = (torch.ones_like(y), None, None, None)
     calls: dict[str, Callable[[], object]] = {
-        "scan_forward": lambda: forward(*inputs, None, None, number, False, True, True),
-        "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, None, None, number, False),
+        "scan_forward": lambda: forward(*inputs, None, None, None, number, False, True, True),
+        "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, None, None, None, number, False),
         "layers_forward": lambda: torch.ops.fastseq.layers_forward.native(
-            x, weights, None, None, None, None, number, 1, False, False, True, True
+            x, weights, None, None, None, None, None, number, 1, False, False, True, True
         ),
         "layers_backward": lambda: torch.ops.fastseq.layers_backward.native(
             y,
@@ -72,6 +72,7 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
             [],
             x,
             weights,
+            None,
             None,
             None,
             None,

@@ -216,7 +216,7 @@ def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, b
         expected = layer_by_layer(kind, x, h0, c0, weights, lengths, reset)
     for (order, number), windows in itertools.product(SCHEDULES, (1, 3)):
         with machine(role, blocks, 64, seed=number, schedule=order, windows=windows, walkers=2 * (role != "step")):
-            found = stack.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), False, False)
+            found = stack.FORWARD(x, weights, h0, c0, lengths, reset, None, *kind.numbers(), False, False)
         for ours, wanted in zip(found, expected, strict=False):
             assert torch.allclose(ours, wanted, rtol=0, atol=8 * torch.finfo(dtype).eps), (order, number, windows)
 
@@ -229,11 +229,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "FORWARD", torch.ops.fastseq.layers_forward.emulated)
 
     def backward(*args: Any) -> Any:
-        x, lengths, bidirectional = args[4], args[8], args[16]
+        x, lengths, bidirectional = args[4], args[8], args[17]
         starts = None
         if lengths is not None:  # as on CUDA
             x, starts = stack.with_lengths(x, lengths, bidirectional)
-        return torch.ops.fastseq.layers_backward.emulated(*args[:4], x, *args[5:10], starts, *args[11:])
+        return torch.ops.fastseq.layers_backward.emulated(*args[:4], x, *args[5:11], starts, *args[12:])
 
     monkeypatch.setattr(stack, "BACKWARD", backward)
 
@@ -249,11 +249,11 @@ def gradients(function, kind: Kind, dtype: torch.dtype, x, h0, c0, weights, leng
 
 
 def by_reference(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
-    return reference.layers(x, h0, c0, weights, lengths, reset, kind.cell, kind.num_layers, kind.bidirectional)
+    return reference.layers(x, h0, c0, weights, lengths, reset, None, *kind[:3])
 
 
 def fused(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
-    return Layers.apply(x, h0, c0, lengths, reset, kind, *weights)
+    return Layers.apply(x, h0, c0, lengths, reset, None, kind, *weights)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -345,14 +345,14 @@ def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
     for bidirectional, save, states in itertools.product((False, True), repeat=3):
         kind = stack_of(cell, 2, bidirectional)
         x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16, save)
-        given = (x, weights, h0, None if states else c0, None, None, *kind.numbers(), save, states)
+        given = (x, weights, h0, None if states else c0, None, None, None, *kind.numbers(), save, states)
         with machine("cluster", 1, 64):
             y, h_n, _, ys, all_c, tapes = found = stack.FORWARD(*given)
             assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
             if save:
                 dc = c0 if states and ops.HAS_C[cell] else None
                 last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
-                given = (y, h_n, dc, last, *given[:6], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
+                given = (y, h_n, dc, last, *given[:7], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
                 assert shapes(stack.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 
@@ -398,11 +398,11 @@ def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> 
     found = []
     for windows in (1, 2, 7):
         with machine(role, 2, 64, windows=windows):
-            out = stack.FORWARD(x, weights, h0, c0, lengths, reset, *kind.numbers(), True, True)
+            out = stack.FORWARD(x, weights, h0, c0, lengths, reset, None, *kind.numbers(), True, True)
             y, h_n, c_n, _, states, tapes = out
             dc = torch.ones_like(c_n) if ops.HAS_C[cell] else None
             given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
-            back = stack.BACKWARD(*given, [y], states, tapes, *kind.numbers(), False, True)
+            back = stack.BACKWARD(*given, None, [y], states, tapes, *kind.numbers(), False, True)
         found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])
     for other in found[1:]:
         for ours, whole in zip(other, found[0], strict=True):

@@ -325,4 +325,4 @@ def test_wrong_arguments_are_named() -> None:
         backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
     last = len(CELLS) - 1
     with pytest.raises(RuntimeError, match=rf"cell must be a number from 0 to {last} .*, not {last + 1}"):
-        torch.ops.fastseq.scan_forward.native(*inputs, None, None, last + 1, False, True, True)
+        torch.ops.fastseq.scan_forward.native(*inputs, None, None, None, last + 1, False, True, True)

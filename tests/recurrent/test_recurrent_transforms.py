@@ -234,9 +234,10 @@ OPCHECKED = [
 def test_opcheck(cell, kwargs, dtype):
     inputs = cell_inputs(cell, 3, 2, 4, 5, dtype=dtype, **kwargs)
     lengths, reset = torch.tensor([3, 2]), torch.rand(3, 2) < 0.3
+    mask = torch.rand(2, inputs[2].shape[1]).to(dtype)
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
     number = ops.NUMBER[cell]
-    for options in ((None, None, number, False), (lengths, reset, number, True)):
+    for options in ((None, None, None, number, False), (lengths, reset, mask, number, True)):
         for save, states in ((False, False), (False, True), (True, True)):
             torch.library.opcheck(forward, (*inputs, *options, save, states))
         y, h_n, _, states, tape = forward(*inputs, *options, True, True)
@@ -257,7 +258,10 @@ def test_opcheck_of_a_stack(cell, kwargs, dtype):
     two = [*one, torch.randn(one[0].shape[0], outputs).to(dtype), *one[1:]]
     lengths, reset = torch.tensor([3, 2]), torch.rand(3, 2) < 0.3
     forward, backward = torch.ops.fastseq.layers_forward.native, torch.ops.fastseq.layers_backward.native
-    for layers, own, reverse, options in ((1, one, True, (lengths, reset)), (2, two, False, (None, None))):
+    mask = torch.rand(2, 2, outputs).to(dtype)
+    for layers, own, reverse, options in (
+        (1, one, True, (lengths, reset, None)), (2, two, False, (None, None, None)), (2, two, False, (None, None, mask))
+    ):  # fmt: skip
         h, c = (None if s is None else s.expand(layers, *s.shape) for s in (h0, c0))
         shape = (ops.NUMBER[cell], layers, False, reverse)
         for save, states in ((False, False), (False, True), (True, True)):

@@ -1,4 +1,4 @@
-// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, strides, 1 to 4 threads.
+// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, masks, strides, 1 to 4 threads.
 #include "recurrent/cpu/recurrent.h"
 
 #include "harness.h"
@@ -30,7 +30,7 @@ struct Problem {
   int64_t T, B, I, H, P, G, tape;
   bool reverse, deterministic, batch_first, transposed, save, states;
   int threads;
-  Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, dy, dh_n, dc_n, dstates;
+  Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, mask, dy, dh_n, dc_n, dstates;
   Array kinked_y;  // the walk back of rnn_relu takes this y: in its own, rounding decides on which side of 0 some are
   std::vector<int64_t> lengths;
   std::shared_ptr<bool[]> reset;
@@ -88,6 +88,10 @@ struct Problem {
       reset.reset(new bool[size_t(T * B)]);
       for (int64_t i = 0; i < T * B; ++i) reset[size_t(i)] = random.chance(0.2);
     }
+    if (random.chance(0.3)) {  // as recurrent dropout draws it
+      mask = Array(dtype, B * P);
+      for (int64_t i = 0; i < B * P; ++i) mask.set(i, random.chance(0.5) ? 1.5 : 0);
+    }
     if (random.chance(0.3)) {  // as in inference: every second row of the block is for states that are read
       save = false;
       const int64_t turn = random.below(B);
@@ -97,10 +101,10 @@ struct Problem {
 
   std::string describe(uint64_t seed) const {
     char text[200];
-    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s", (unsigned long)seed,
+    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s%s", (unsigned long)seed,
                   fastseq::kCells[int(cell)].name, kDtypeNames[int(dtype)], long(T), long(B), long(I), long(H), long(P), threads,
                   reverse ? " reverse" : "", lengths.empty() ? "" : " lengths", reset ? " reset" : "",
-                  transposed ? " transposed" : "");
+                  mask.absent() ? "" : " mask", transposed ? " transposed" : "");
     return text;
   }
 
@@ -114,6 +118,7 @@ struct Problem {
     p.lengths = lengths.empty() ? nullptr : lengths.data();
     p.reset = reset.get();
     p.reset_t = B, p.reset_b = 1;
+    p.mask = rows(mask, B, P);
   }
 
   // Marks what may hold anything in an output [T,B,n]: the steps past each sequence's length.
@@ -128,8 +133,8 @@ struct Problem {
   Problem widened() const {
     Problem out = *this;
     out.dtype = Dtype::f64;
-    for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.dy, &out.dh_n,
-                     &out.dc_n, &out.dstates, &out.kinked_y})
+    for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.mask, &out.dy,
+                     &out.dh_n, &out.dc_n, &out.dstates, &out.kinked_y})
       *a = a->widened();
     return out;
   }

@@ -25,6 +25,7 @@ struct Backward {
   E* dgates[2];                // [B][K]: of the hidden side
   E* dh_all;                   // [B][Pp]: whole gradient of a projected h_t
   A* middle;                   // [B][Hp]: that of o tanh(c), or of r h_prev
+  A* product;                  // [B][Pp]: dgates W_hh, before the mask
   const E** pointers;          // [threads][2 B]
   A** targets;                 // [threads][B]
   size_t bytes;
@@ -34,7 +35,8 @@ struct Backward {
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
     K = padded<A>(G * p.H);
-    packed = p.deterministic || p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.cell == Cell::gru_reset_before;
+    packed = p.deterministic || p.T * p.B > kColumnRows || p.w_hh.e != 1 || p.w_hr.data || p.mask.data ||
+             p.cell == Cell::gru_reset_before;
     int threads = threads_for(p, sizeof(E));
     bool lstm = has_c(p.cell), proj = p.w_hr.data;
     Arena arena{static_cast<char*>(workspace)};
@@ -47,6 +49,7 @@ struct Backward {
     dgates[1] = arena.take<E>(p.B * K);
     dh_all = arena.take<E>(proj ? p.B * Pp : 0);
     middle = arena.take<A>(proj || p.cell == Cell::gru_reset_before ? p.B * Hp : 0);
+    product = arena.take<A>(p.mask.data ? p.B * Pp : 0);
     pointers = arena.take<const E*>(threads * p.B * 2);
     targets = arena.take<A*>(threads * p.B);
     bytes = arena.used;
@@ -123,7 +126,9 @@ struct Backward {
         if (kBefore) reset_back(s, t, n, dgates);
         if (s == 0 && !p.dh0.data) break;  // nobody asks what reaches the state before
         auto target = [&](long row, long v) { return to[row] + v * L; };
-        if (f.packed)
+        if (p.mask.data)
+          multiply_masked(n);
+        else if (f.packed)
           multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, kGru || kBefore, target,
                       [](long, int, long, int) {});
         else
@@ -244,6 +249,21 @@ struct Backward {
       }
     }
 
+    // What reaches the state before through its products, which read it times the mask.
+    void multiply_masked(long n) {
+      multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, false,
+                  [&](long row, long v) { return f.product + (to[row] - f.dh) + v * L; },
+                  [&](long row0, int count, long v0, int width) {
+                    for (long row = row0; row < row0 + count; ++row)
+                      for (long v = v0; v < v0 + width; ++v) {
+                        A* carry = to[row] + v * L;
+                        const long at_row = to[row] - f.dh;
+                        const Vec<A> d = masked<S>(p, at_row / f.Pp, v * L, load(f.product + at_row + v * L), lanes(v, p.P));
+                        store(carry, kGru || kBefore ? load(carry) + d : d);
+                      }
+                  });
+    }
+
     // Reset before the product: d(r h_prev) = dn W_hn, then r's gradient and r's share of h_prev's.
     void reset_back(long, long t, long n, E* dgates) {
       A** into = to;
@@ -259,6 +279,7 @@ struct Backward {
         for (long v = units.begin; v < units.end; ++v) {
           int some = lanes(v, p.H);
           Vec<A> r = get<S>(p.tape, t, b, v * L, some), dproduct = load(f.middle + b * f.Hp + v * L);
+          if (p.mask.data) dproduct = masked<S>(p, b, v * L, dproduct, some);
           Vec<A> dr = gru_backward_reset(r, h_before(t, b, v, some), dproduct);
           A* carry = f.dh + b * f.Pp + v * L;
           store(carry, load(carry) + dproduct * r);

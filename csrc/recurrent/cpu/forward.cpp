@@ -2,8 +2,6 @@
 //
 // A chunk of steps is projected (x W_ih^T) into a scratch that stays in the cache, then scanned at once. A step is a
 // product tile for some rows and a vector of units with all its gates, and the cell's arithmetic on that tile.
-#include <initializer_list>
-
 #include "recurrent/gates.h"
 #include "recurrent/cpu/plan.h"
 
@@ -25,7 +23,7 @@ struct Forward {
 
   struct State {
     A* h;
-    E* rows;  // the same memory, or h rounded
+    E* rows;  // the same memory, or h as products read it: rounded, or times the mask
   };
 
   const ScanForward& p;
@@ -56,12 +54,13 @@ struct Forward {
     G = gates_of(p.cell);
     Hv = vectors_of<A>(p.H), Pv = vectors_of<A>(p.P);
     Hp = Hv * L, Pp = Pv * L;
-    packed_x = pays_to_pack(p.I, {&p.w_ih});
-    packed_h = pays_to_pack(p.P, {&p.w_hh, &p.w_hr});
+    const bool must = kPrepared || p.deterministic;
+    packed_x = must || p.w_ih.e != 1 || pays_to_pack(p, p.I);
+    packed_h = must || p.w_hh.e != 1 || p.w_hr.e != 1 || pays_to_pack(p, p.P);
     convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed_x && p.I % kTerm<E>);
     I = whole_terms<E>(p.I);
     once = !kPrepared && p.T == 1 && !packed_x && !packed_h && !p.w_hr.data && p.cell != Cell::gru_reset_before &&
-           !p.lengths && !p.reset;
+           !p.lengths && !p.reset && !p.mask.data;
 
     int threads = threads_for(p, sizeof(Panel<S, W>)), ways = unit_ways(p, threads, sizeof(Panel<S, W>));
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
@@ -94,7 +93,7 @@ struct Forward {
       if constexpr (kPairs)
         state.rows = arena.take<E>(p.B * Pp);
       else
-        state.rows = state.h;
+        state.rows = p.mask.data ? arena.take<A>(p.B * Pp) : state.h;
     }
     c = arena.take<A>(has_c(p.cell) ? p.B * Hp : 0);
     middle = arena.take<E>(proj || blend ? p.B * Hp : 0);
@@ -104,16 +103,6 @@ struct Forward {
     operands = arena.take<const E*>(threads * list_length);
     live_rows = arena.take<long>(threads * p.B);
     bytes = arena.used;
-  }
-
-  // Packing costs a few walks through the matrices. Unpacked, each row of each step has to add lanes
-  // of its sums, which counts for the more the fewer columns there are; a single step has that once for both matrices.
-  bool pays_to_pack(long columns, std::initializer_list<const ScanView*> matrices) const {
-    if (kPrepared || p.deterministic) return true;
-    for (const ScanView* w : matrices)
-      if (w->data && w->e != 1) return true;
-    const long rows = p.T * p.B;
-    return p.T == 1 ? rows > columns + 64 : 4 * rows > 3 * columns && rows > 5;
   }
 
   void run() {
@@ -299,6 +288,7 @@ struct Forward {
         const S* h0 = start_of(p.h0, b);
         copy_row<S>(f.h[0].h + b * f.Pp, h0, p.h0.e, p.P);
         if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
+        for (long v = 0; p.mask.data && v < f.Pv; ++v) lay_rows(f.h[0], b, v, load(f.h[0].h + b * f.Pp + v * L));
         if (kHasC) copy_row<S>(f.c + b * f.Hp, start_of(p.c0, b), p.c0.e, p.H);
       }
       team.sync();
@@ -383,7 +373,7 @@ struct Forward {
               for (long row = row0; row < row0 + n; ++row)
                 for (long v = v0; v < v0 + width; ++v) {
                   Vec<A> h_new = load(next.h + rows[row] * f.Pp + v * L);
-                  if (kPairs) store_activations(next.rows + rows[row] * f.Pp + v * L, h_new, lanes(v, p.P));
+                  if (kPairs || p.mask.data) lay_rows(next, rows[row], v, h_new);
                   put(p.y, t, rows[row], v, p.P, h_new);
                 }
             });
@@ -405,9 +395,14 @@ struct Forward {
           for (int g = 0; g < tape_of(kCell); ++g) keep(t, b, g, v, Vec<A>{});
       }
     }
+    // A vector of row b's state, as products read it.
+    FASTSEQ_INLINE void lay_rows(State next, long b, long v, Vec<A> h) const {
+      const int n = lanes(v, p.P);
+      store_activations(next.rows + b * f.Pp + v * L, p.mask.data ? masked<S>(p, b, v * L, h, n) : h, n);
+    }
     FASTSEQ_INLINE void hand_on(State next, long b, long v, Vec<A> h) const {
       store(next.h + b * f.Pp + v * L, h);
-      if (kPairs) store_activations(next.rows + b * f.Pp + v * L, h, lanes(v, p.P));
+      if (kPairs || p.mask.data) lay_rows(next, b, v, h);
     }
     void keep_state(long t, long b, long v, Vec<A> c) { store_n(at<A>(p.states, t, b) + v * L, c, lanes(v, p.H)); }
     void keep(long t, long b, int g, long v, Vec<A> value) {
@@ -439,6 +434,7 @@ struct Forward {
         if (p.tape.data) keep(t, b, 0, v, s.r), keep(t, b, 1, v, s.z), keep(t, b, 3, v, q);
       } else if constexpr (kBefore) {
         Vec<A> r = sigmoid(pre(0)), z = sigmoid(pre(1)), q = r * load(h_in[row] + at_v);
+        if (p.mask.data) q = masked<S>(p, b, at_v, q, lanes(v, p.H));
         store_activations(f.middle + b * f.Hp + at_v, q, lanes(v, p.H));
         store(f.update + b * f.Hp + at_v, z);
         if (p.tape.data) keep(t, b, 0, v, r), keep(t, b, 1, v, z), keep(t, b, 3, v, q);

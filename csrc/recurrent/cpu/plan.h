@@ -45,6 +45,14 @@ inline int threads_for(const ScanSizes& s, long element) {
   return useful < s.threads ? int(useful) : s.threads;
 }
 
+// Whether it pays to pack matrices of so many columns, which costs a few walks through them. Unpacked, each row of each step
+// has to add lanes of its sums, which counts for the more the fewer columns there are; a single step has that once for both
+// matrices.
+inline bool pays_to_pack(const ScanSizes& s, long columns) {
+  const long rows = s.T * s.B;
+  return s.T == 1 ? rows > columns + 64 : 4 * rows > 3 * columns && rows > 5;
+}
+
 // One thread's part: rows [row0, row1) of the batch, and a share of any number of unit vectors.
 struct Part {
   Team team;
@@ -79,6 +87,11 @@ inline long step_before(const ScanSizes& s, long t, long b) {
   return t + 1 < end ? t + 1 : -1;
 }
 inline bool live(const ScanSizes& s, long t, long b) { return !s.lengths || t < s.lengths[b]; }
+// n units of row b's state from e on, or their gradient, times the mask.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> masked(const ScanSizes& s, long b, long e, Vec<Accumulator<S>> h, int n) {
+  return h * load_strided(at<S>(s.mask, 0, b) + e * s.mask.e, s.mask.e, n);
+}
 inline bool cleared(const ScanSizes& s, long t, long b) { return s.reset && s.reset[t * s.reset_t + b * s.reset_b]; }
 
 }  // namespace FASTSEQ_ISA

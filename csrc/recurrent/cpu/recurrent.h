@@ -28,6 +28,7 @@ struct ScanSizes {
   const int64_t* lengths;  // [B] or null; from step lengths[b] on, y is 0 and the state stands still
   const bool* reset;       // [T,B] or null: the state is cleared before that step
   int64_t reset_t, reset_b;
+  ScanView mask;  // [B,P] or null: multiplies what products read of the state before, not what a GRU carries on of it
 };
 
 // w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].

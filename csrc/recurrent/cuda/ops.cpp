@@ -59,17 +59,18 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
 
 // ---- The operators.
 
-void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0) {
+void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, const Optional& state_mask) {
   STD_TORCH_CHECK(!w_hr, "scan: the native CUDA kernels have no projection (w_hr)");
+  STD_TORCH_CHECK(!state_mask, "scan: the native CUDA kernels have no state_mask");
   STD_TORCH_CHECK(has_c(cell) || !c0, "scan: only an LSTM has c0");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
     const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    int64_t cell, bool reverse, bool save, bool states) {
+    const Optional& state_mask, int64_t cell, bool reverse, bool save, bool states) {
   Call call(x, cell);
-  check_cell(call.cell, w_hr, c0);
+  check_cell(call.cell, w_hr, c0, state_mask);
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, H]");
@@ -113,9 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, int64_t cell, bool reverse) {
+    const Optional& c0, const Optional& lengths, const Optional& reset, const Optional& state_mask, int64_t cell,
+    bool reverse) {
   Call call(y, cell);
-  check_cell(call.cell, w_hr, c0);
+  check_cell(call.cell, w_hr, c0, state_mask);
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK((tape || tape_of(call.cell) == 0) && (states || !lstm),

@@ -29,9 +29,10 @@ TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: fast.GRUCell,
     nn.LSTMCell: fast.LSTMCell,
     nn.MultiheadAttention: fast.MultiheadAttention,
+    nn.TransformerEncoderLayer: fast.TransformerEncoderLayer,
 }
 _KIND_OF: dict[object, str] = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.qint8: "int8"}
-_RECURRENT = tuple(ours for ours in TO_FASTSEQ.values() if ours is not fast.MultiheadAttention)
+_RECURRENT = (fast.RNN, fast.GRU, fast.LSTM, fast.RNNCell, fast.GRUCell, fast.LSTMCell)
 TO_TORCH = {ours: theirs for theirs, ours in TO_FASTSEQ.items()}
 
 _NAMES = frozenset(cls.__name__ for cls in TO_FASTSEQ)
@@ -391,6 +392,8 @@ def _weight_names(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
         return names + (["bias_k", "bias_v"] if module.bias_k is not None else [])
+    if isinstance(module, nn.TransformerEncoderLayer):  # its weights are its parts'
+        return []
     return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 

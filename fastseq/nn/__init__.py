@@ -1,6 +1,7 @@
 """Layers with the constructor, attributes, state_dict and call of their torch.nn namesakes."""
 
 from fastseq.nn.attention import MultiheadAttention
+from fastseq.nn.encoder import TransformerEncoderLayer
 from fastseq.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "TransformerEncoderLayer"]

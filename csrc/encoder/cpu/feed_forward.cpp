@@ -72,7 +72,7 @@ class Call {
     units_ = (p.rows + Products::kUnit - 1) / Products::kUnit;
     const long most = Products::kBlockRows / Products::kUnit;
     blocks_ = (units_ + most - 1) / most;
-    threads_ = units_ < p.threads ? int(units_) : p.threads;
+    threads_ = p.threads > 0 ? p.threads : 1;  // also where there are fewer units of rows: all of them pack
     blocks_ = (blocks_ + threads_ - 1) / threads_ * threads_;
     first_ = arena.take<Weight>(Products::weights(p.first.in, p.first.out));
     if (p.second.w) second_ = arena.take<Weight>(Products::weights(p.second.in, p.second.out));

@@ -108,32 +108,45 @@ struct Tiles {
     alignas(64) bf16 rows[kParts][kSide][kDepth];
     for (long k = 0; k < in; k += kDepth)
       for (int half = 0; half < 2; ++half) {
-        for (long r = 0; r < kSide; ++r)
-          for (long e = 0; e < kDepth; e += L) {
-            const long left = in - k - e;
-            const float* from = w + (panel * kColumns + half * kSide + r) * in + k + e;
-            split(left > 0 ? load_n(from, int(left < L ? left : L)) : Vec<float>{}, rows[0][r] + e, kTile);
-          }
+        const float* from = w + (panel * kColumns + half * kSide) * in + k;
+        for (long r = 0; r < kSide; ++r, from += in) split_row(from, in - k < kDepth ? in - k : kDepth, rows[0][r]);
         for (int part = 0; part < kParts; ++part)
           turn(rows[part], to + ((k / kDepth * kParts + part) * 2 + half) * kTile);
       }
+  }
+  // The parts of n floats, a tile apart, in stores as wide as what reads them next.
+  static void split_row(const float* from, long n, bf16* to) {
+    if constexpr (L == kSide) {
+      typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+      typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+      Vec<float> x[2] = {load_n(from, int(n < L ? n : L)), n > L ? load_n(from + L, int(n - L)) : Vec<float>{}};
+      for (int part = 0; part < kParts; ++part) {
+        Half halves[2];
+        for (int i = 0; i < 2; ++i) {
+          const Words high = same_bits<Words>(x[i]) & 0xffff0000u;
+          halves[i] = __builtin_convertvector(high >> 16, Half);
+          x[i] -= same_bits<Vec<float>>(high);
+        }
+        const auto row = __builtin_shufflevector(halves[0], halves[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                                 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+        std::memcpy(to + part * kTile, &row, sizeof row);
+      }
+    } else {
+      for (long e = 0; e < kDepth; e += L)
+        split(n > e ? load_n(from + e, int(n - e < L ? n - e : L)) : Vec<float>{}, to + e, kTile);
+    }
   }
   // Pairs, which are words, of rows into rows of pairs.
   static void turn(const bf16 (&rows)[kSide][kDepth], bf16* to) {
     if constexpr (L == kSide) {
       Vec<float> words[kSide];
-      for (int r = 0; r < kSide; ++r) words[r] = load_terms_words(rows[r]);
+      std::memcpy(words, rows, sizeof words);
       transpose<float>(words);
-      for (int pair = 0; pair < kSide; ++pair) std::memcpy(to + pair * kDepth, &words[pair], sizeof words[pair]);
+      std::memcpy(to, words, sizeof words);
     } else {
       for (int pair = 0; pair < kSide; ++pair)
         for (int r = 0; r < kSide; ++r) std::memcpy(to + pair * kDepth + 2 * r, &rows[r][2 * pair], 4);
     }
-  }
-  static Vec<float> load_terms_words(const bf16* p) {
-    Vec<float> out;
-    std::memcpy(&out, p, sizeof out);
-    return out;
   }
 
   // [tile of rows][step of terms][part][row][term]

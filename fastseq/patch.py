@@ -398,11 +398,12 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 
 def _fast_path_note(model: nn.Module, done: set[int]) -> list[str]:
-    """torch's encoder layer hands its attention's weights to one fused kernel in inference, whatever the class."""
+    """An encoder layer that was left hands its attention's weights to one fused kernel of torch's in inference."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer)
+        and not isinstance(module, fast.TransformerEncoderLayer)
         and id(module.self_attn) in done
         and module.self_attn.batch_first
         and module.self_attn.in_proj_bias is not None

@@ -1,4 +1,6 @@
 // torch.ops.fastseq.feed_forward on the CPU. The schema, with every shape, is in fastseq/ops/schemas.py.
+#include <algorithm>
+
 #include "core/ops.h"
 #include "encoder/cpu/feed_forward.h"
 #include "recurrent/marshal.h"
@@ -12,8 +14,12 @@ using Optional = OptionalTensor;
 // The elements of a contiguous float32 tensor of this shape; null for none.
 const float* elements(const char* name, const Optional& x, std::initializer_list<int64_t> shape) {
   if (!x) return nullptr;
-  view(name, x, Dtype::f32, shape);  // checks dtype, shape, device and memory
-  FASTSEQ_CHECK(is_contiguous(x->get()), "feed_forward: ", name, " must be contiguous");
+  check_readable(name, x->get());
+  const int64_t* const sizes = sizes_of(x->get());
+  FASTSEQ_CHECK(rank_of(x->get()) == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), sizes),
+                  "feed_forward: ", name, " does not have the shape that x and the matrices before it ask for");
+  FASTSEQ_CHECK(dtype_of(x->get()) == Dtype::f32 && is_contiguous(x->get()), "feed_forward: ", name,
+                  " must be contiguous and of float32");
   return static_cast<const float*>(x->data_ptr());
 }
 

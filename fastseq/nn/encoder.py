@@ -113,6 +113,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if any(map(_is_changed, parts)) or not _activation(self):
             return False
         parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (src, *parameters)):
+            return False
         embed, width = attn.embed_dim, self.linear1.out_features
         return (
             attn._qkv_same_embed_dim

@@ -302,7 +302,7 @@ def _compress(model: nn.Module, weights: str) -> str:
             matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2 and p.dtype is torch.float32]
             elements += sum(matrix.numel() for matrix in matrices)
             if matrices:
-                module._compressed = CompressedWeights(weights)  # type: ignore[assignment]
+                module._compressed = CompressedWeights(weights)
                 count += 1
             else:
                 others += 1

@@ -1,8 +1,8 @@
 """How fast a transformer's encoder runs in evaluation: patched, beside torch's fused kernel and torch.compile.
 
-A call is one layer of torch.nn.TransformerEncoder without gradients. ``padded``: sequences of a quarter of the longest to
-all of it, with the bool mask that makes torch skip the padding (not with the norm first); ``causal``: with its mask.
-Contestants share their weights, are checked against float64 and take turns. ``layer``, of decoders: unpatched.
+A call is one layer of torch.nn.TransformerEncoder, or a TransformerDecoderLayer, without gradients. ``padded``:
+sequences of a quarter of the longest to all of it, with the bool mask that makes torch skip the padding (not with the
+norm first); ``causal``: with its mask. Contestants share their weights, are checked against float64 and take turns.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def drawn(case: Encoder) -> Inputs:
     kind = nn.TransformerDecoderLayer if case.decoder else nn.TransformerEncoderLayer
     with torch.random.fork_rng():
         torch.manual_seed(int(torch.randint(1 << 30, (), generator=draw.rng)))
-        layer = kind(case.embed, case.heads, case.width, activation=case.activation, batch_first=True,
+        layer: Any = kind(case.embed, case.heads, case.width, activation=case.activation, batch_first=True,
                      norm_first=case.norm_first)  # fmt: skip
         for p in layer.parameters():
             p.data += 0.02 * torch.randn_like(p)
@@ -122,7 +122,7 @@ def compiled_entrants(case: Encoder, inputs: Inputs, threads: int) -> Iterator[E
     if case.option == "padded":
         raise Unavailable("torch.compile breaks its graph where the encoder looks at the mask")
     torch._dynamo.reset()
-    model = torch.compile(sharing(inputs.model))
+    model: Any = torch.compile(sharing(inputs.model))
     yield Entrant(lambda: inputs.call(model), lambda y: y)
 
 

@@ -83,7 +83,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             is_causal: position i sees positions j <= i. A ``src_mask`` beside it is taken for that same mask.
         """
         nested, masked = src.is_nested, src_mask is not None or src_key_padding_mask is not None
-        if src.is_cpu and not (nested and masked) and self._is_plain(src):
+        if src.is_cpu and not (nested and masked) and self._is_unchanged():
             if self._is_native(src):
                 return self._in_native_calls(src, src_mask, src_key_padding_mask, is_causal)
             if not masked and not is_causal:  # few rows, or another dtype: torch's fused kernel is faster
@@ -100,51 +100,48 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _is_plain(self, src: Tensor) -> bool:
-        """Whether functions give what the modules would: nothing is replaced, hooked or wants a gradient."""
+    def _is_unchanged(self) -> bool:
+        """Whether functions give in evaluation what the modules would: nothing is replaced, hooked or transformed."""
         if self.training or torch.compiler.is_compiling() or not direct.is_plain() or not native_attention():
             return False
-        modules, attn = self._modules, self.self_attn
-        if any(type(modules[name]) is not cls for name, cls in _PARTS.items()):
+        modules: dict[str, Any] = self._modules  # read at once: an attribute of a module takes a search
+        attn = modules["self_attn"]
+        out_proj = attn._modules.get("out_proj")
+        if type(attn).forward is not MultiheadAttention.forward or type(out_proj).forward is not nn.Linear.forward:
             return False
-        if type(attn).forward is not MultiheadAttention.forward or type(attn.out_proj).forward is not nn.Linear.forward:
+        for name, cls in _PARTS.items():
+            if type(modules[name]) is not cls or _is_changed(modules[name]):
+                return False
+        return not _is_changed(attn) and not _is_changed(out_proj) and _activation(self) != 0
+
+    def _is_native(self, src: Tensor) -> bool:
+        """Whether the native calls take an unchanged layer: no gradient is wanted, ``fastseq::feed_forward`` takes the
+        products, and there are rows enough to pay for packing the weights."""
+        attn, linear1, linear2, norms = self.self_attn, self.linear1, self.linear2, (self.norm1, self.norm2)
+        embed, width = attn.embed_dim, linear1.out_features
+        if type(src) is not Tensor or src.dtype is not torch.float32 or src.numel() < _FEWEST_ROWS * embed:
             return False
-        parts: list[Any] = [modules[name] for name in _PARTS] + [attn.out_proj, attn]
-        if any(map(_is_changed, parts)) or not _activation(self):
+        if not _has_rows(src, embed):
             return False
+        parts = (attn, attn.out_proj, linear1, linear2, *norms)
         parameters = [p for part in parts for p in part._parameters.values() if p is not None]
         if torch.is_grad_enabled() and any(x.requires_grad for x in (src, *parameters)):
             return False
-        embed, width = attn.embed_dim, self.linear1.out_features
         return (
-            attn._qkv_same_embed_dim
+            embed % _COLUMNS == 0 == width % _COLUMNS
+            and attn._qkv_same_embed_dim
             and attn.bias_k is None
             and not attn.add_zero_attn
             and attn.in_proj_weight.shape == (3 * embed, embed)
             and attn.out_proj.weight.shape == (embed, embed)
-            and self.linear1.weight.shape == (width, embed)
-            and self.linear2.weight.shape == (embed, width)
-            and self.norm1.normalized_shape == self.norm2.normalized_shape == (embed,)
-            and _has_rows(src, embed)
+            and linear1.weight.shape == (width, embed)
+            and linear2.weight.shape == (embed, width)
+            and all(norm.weight is not None and norm.weight.shape == (embed,) for norm in norms)
             and all(type(p) in (nn.Parameter, Tensor) and p.dtype is src.dtype and p.is_cpu for p in parameters)
+            and all(p.is_contiguous() for p in parameters)
         )
 
-    def _is_native(self, src: Tensor) -> bool:
-        """Whether ``fastseq::feed_forward`` takes the products, and there are rows enough to pay for packing weights."""
-        attn, norms = self.self_attn, (self.norm1, self.norm2)
-        parts = (attn, attn.out_proj, self.linear1, self.linear2, *norms)
-        embed = attn.embed_dim
-        return (
-            src.dtype is torch.float32
-            and src.numel() >= _FEWEST_ROWS * embed
-            and embed % _COLUMNS == 0 == self.linear1.out_features % _COLUMNS
-            and all(norm.weight is not None for norm in norms)
-            and all(p is None or p.is_contiguous() for part in parts for p in part._parameters.values())
-        )
-
-    def _in_native_calls(
-        self, src: Tensor, src_mask: Tensor | None, padding: Tensor | None, is_causal: bool
-    ) -> Tensor:
+    def _in_native_calls(self, src: Tensor, src_mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
         attn, norm1, norm2 = self.self_attn, self.norm1, self.norm2
         x = (src.values() if src.is_nested else src.contiguous()).view(-1, attn.embed_dim)
         before, after = (norm1, None) if self.norm_first else (None, norm1)
@@ -165,7 +162,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _attend(
         self, qkv: Tensor, src: Tensor, src_mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Tensor:
-        attn, batched = self.self_attn, src.dim() == 3
+        attn: Any = self.self_attn
+        batched = src.dim() == 3
         if src_mask is not None and is_causal:
             src_mask = None
         mask, bias = attn._masks(padding, src_mask, src, src, batched)
@@ -185,11 +183,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def _has_rows(src: Tensor, embed: int) -> bool:
     """Whether src is what torch's layer takes without an error."""
-    if type(src) is not Tensor:
-        return False
     if src.is_nested:
         return src.dim() == 3 and src.is_contiguous() and bool((src._nested_tensor_size()[:, 1] == embed).all())
-    return src.dim() in (2, 3) and src.shape[-1] == embed and src.numel() > 0
+    return src.dim() in (2, 3) and src.shape[-1] == embed
 
 
 def _is_changed(part: nn.Module) -> bool:

@@ -108,7 +108,8 @@ CASES = [
 def test_evaluation_gives_torchs_values(seed, kinds):
     draw = random.Random(seed)
     dtype = draw.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16])
-    embed, width, batch_first = draw.choice([32, 64, 96, 160, 44]), draw.choice([32, 64, 544, 1120]), draw.random() < 0.7
+    embed, width = draw.choice([32, 64, 96, 160, 44]), draw.choice([32, 64, 544, 1120])
+    batch_first = draw.random() < 0.7
     batch, steps, heads = draw.choice([1, 3, 5]), draw.choice([9, 67, 130, 257]), draw.choice([1, 2, 4])
     theirs = layer(
         embed, heads, width, batch_first=batch_first, norm_first=draw.random() < 0.5, bias=draw.random() < 0.8,
@@ -314,7 +315,7 @@ def test_what_a_user_changed_inside_takes_part_in_evaluation(how):
 
 def test_patch_and_unpatch_change_the_class_alone():
     theirs = nn.TransformerEncoder(layer(), 2).eval()
-    before = {name: p for name, p in theirs.named_parameters()}
+    before = dict(theirs.named_parameters())
     report = fastseq.patch(theirs)
     assert [change.new for change in report.changed] == [
         "fastseq.nn.TransformerEncoderLayer", "fastseq.nn.MultiheadAttention",
@@ -404,7 +405,8 @@ def test_a_named_backend_autocast_and_transforms_take_the_modules(rows):
     with torch.enable_grad():
         assert ours(x).requires_grad
         gradients = torch.autograd.grad(ours(x).sin().sum(), list(ours.parameters()))
-        for mine, other in zip(gradients, torch.autograd.grad(slow(theirs, x).sin().sum(), list(theirs.parameters()))):
+        others = torch.autograd.grad(slow(theirs, x).sin().sum(), list(theirs.parameters()))
+        for mine, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
         with torch.autograd.forward_ad.dual_level():
             y = ours(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

@@ -35,6 +35,7 @@ COMMANDS = {
     "model": "bench.studies.model",
     "fit": "bench.studies.fit",
     "decoding": "bench.studies.decoding",
+    "encoders": "bench.studies.encoders",
 }
 """Subcommands and their modules: ``main(argv)`` gives the exit status, the docstring's first line describes it."""
 

@@ -29,9 +29,10 @@ TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: fast.GRUCell,
     nn.LSTMCell: fast.LSTMCell,
     nn.MultiheadAttention: fast.MultiheadAttention,
+    nn.TransformerEncoderLayer: fast.TransformerEncoderLayer,
 }
 _KIND_OF: dict[object, str] = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.qint8: "int8"}
-_RECURRENT = tuple(ours for ours in TO_FASTSEQ.values() if ours is not fast.MultiheadAttention)
+_RECURRENT = (fast.RNN, fast.GRU, fast.LSTM, fast.RNNCell, fast.GRUCell, fast.LSTMCell)
 TO_TORCH = {ours: theirs for theirs, ours in TO_FASTSEQ.items()}
 
 _NAMES = frozenset(cls.__name__ for cls in TO_FASTSEQ)
@@ -301,7 +302,7 @@ def _compress(model: nn.Module, weights: str) -> str:
             matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2 and p.dtype is torch.float32]
             elements += sum(matrix.numel() for matrix in matrices)
             if matrices:
-                module._compressed = CompressedWeights(weights)  # type: ignore[assignment]
+                module._compressed = CompressedWeights(weights)
                 count += 1
             else:
                 others += 1
@@ -391,15 +392,18 @@ def _weight_names(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
         return names + (["bias_k", "bias_v"] if module.bias_k is not None else [])
+    if isinstance(module, nn.TransformerEncoderLayer):  # its weights are its parts'
+        return []
     return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
 def _fast_path_note(model: nn.Module, done: set[int]) -> list[str]:
-    """torch's encoder layer hands its attention's weights to one fused kernel in inference, whatever the class."""
+    """An encoder layer that was left hands its attention's weights to one fused kernel of torch's in inference."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer)
+        and not isinstance(module, fast.TransformerEncoderLayer)
         and id(module.self_attn) in done
         and module.self_attn.batch_first
         and module.self_attn.in_proj_bias is not None

@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("layers_backward.native", TORCH_BOX(&fastseq::layers_backward_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
+  m.impl("feed_forward", TORCH_BOX(&fastseq::feed_forward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {

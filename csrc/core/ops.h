@@ -55,4 +55,11 @@ layers_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::o
                     int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,
                     bool with_weights);
 
+torch::stable::Tensor feed_forward_cpu(
+    const torch::stable::Tensor& x, const torch::stable::Tensor& w1, const std::optional<torch::stable::Tensor>& b1,
+    const std::optional<torch::stable::Tensor>& w2, const std::optional<torch::stable::Tensor>& b2,
+    const std::optional<torch::stable::Tensor>& residual, const std::optional<torch::stable::Tensor>& before_weight,
+    const std::optional<torch::stable::Tensor>& before_bias, const std::optional<torch::stable::Tensor>& after_weight,
+    const std::optional<torch::stable::Tensor>& after_bias, double eps, int64_t activation);
+
 }  // namespace fastseq

@@ -78,6 +78,7 @@ define("attention_forward", fake_attention_forward, attention_rule(3, backward=F
 define("attention_backward", fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", schemas.NATIVE_ISA)
 torch.library.define("fastseq::pack_weights", schemas.PACK_WEIGHTS)
+torch.library.define("fastseq::feed_forward", schemas.FEED_FORWARD)
 torch.library.define("fastseq::native_scan_plan", schemas.NATIVE_SCAN_PLAN)
 torch.library.define("fastseq::native_scan_role", schemas.NATIVE_SCAN_ROLE)
 torch.library.define("fastseq::native_scan_schedule", schemas.NATIVE_SCAN_SCHEDULE)

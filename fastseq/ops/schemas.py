@@ -100,6 +100,15 @@ ATTENTION_BACKWARD = (
 # are multiplied by themselves: n of gru_reset_before's w_hh.
 PACK_WEIGHTS = "(Tensor w, int gates, int apart) -> Tensor"
 
+# What a transformer's layer does to each row by itself: after(residual + w2 act(w1 before(x) + b1) + b2), in inference.
+#   x [rows, I], w1 [F, I], w2 [O, F], residual [rows, O]; without w2 it is after(act(w1 before(x) + b1 + residual)),
+#   O = F; a norm over the features where it has a weight; float32, contiguous, F and O multiples of 32;
+#   activation: 0 none, 1 relu, 2 gelu -> [rows, O]
+FEED_FORWARD = (
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? residual, Tensor? before_weight, "
+    "Tensor? before_bias, Tensor? after_weight, Tensor? after_bias, float eps, int activation) -> Tensor"
+)
+
 NATIVE_ISA = "(str name) -> str"
 """Test hook: force an instruction set of the CPU kernels ('' only asks); returns the one now active."""
 
@@ -127,5 +136,6 @@ def of_the_cpu(options: str) -> dict[str, str]:
         "attention_forward.native": ATTENTION_FORWARD.format(options=options),
         "attention_backward.native": ATTENTION_BACKWARD.format(options=options),
         "pack_weights": PACK_WEIGHTS,
+        "feed_forward": FEED_FORWARD,
         "native_isa": NATIVE_ISA,
     }

@@ -45,7 +45,10 @@ def functions() -> list[str]:
 def operators() -> list[str]:
     """Names of operators that compute something."""
     text = "".join(path.read_text() for path in files("fastseq/ops"))
-    return sorted(set(re.findall(r'^\s*define\(\s*"(\w+)"', text, re.M)))
+    found = re.findall(r'^\s*define\(\s*"(\w+)"', text, re.M)
+    if '"fastseq::feed_forward"' in text:  # of inference alone: it has neither a fake kernel nor a vmap rule
+        found.append("feed_forward")
+    return sorted(set(found))
 
 
 def enums(pattern: str) -> list[str]:
@@ -68,7 +71,7 @@ def counts() -> dict[str, object]:
 
 def test_the_middle_layer_stays_small() -> None:
     found = counts()
-    assert len(found["operators with numerics"]) <= 6, found  # type: ignore[arg-type]
+    assert len(found["operators with numerics"]) <= 7, found  # type: ignore[arg-type]
     assert len(found["autograd Functions"]) <= 5, found  # type: ignore[arg-type]
     assert found["lines past torch's dispatcher"] <= 1000, found  # type: ignore[operator]
     assert found["dtype enums of C++"] == ["Dtype"], found

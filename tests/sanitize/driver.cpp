@@ -1,17 +1,17 @@
-// driver RECURRENT ATTENTION [SEED]: runs so many random cases of each kernel family on every instruction set.
+// driver RECURRENT ATTENTION ENCODER [SEED]: runs so many random cases of each kernel family on every instruction set.
 #include "harness.h"
 
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
 
 int main(int argc, char** argv) {
-  uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
+  uint64_t seed = argc > 4 ? std::strtoull(argv[4], nullptr, 10) : 1;
   int cases = 0, failures = 0;
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   if (__sanitizer_set_death_callback)
     __sanitizer_set_death_callback([] { std::printf("FAILED %s\n", driver::current.c_str()); });
   std::printf("instruction sets: %s\n", fastseq::usable_isas());
-  int (*families[])(uint64_t) = {driver::recurrent_case, driver::attention_case};
-  for (int family = 0; family < 2; ++family)
+  int (*families[])(uint64_t) = {driver::recurrent_case, driver::attention_case, driver::encoder_case};
+  for (int family = 0; family < 3; ++family)
     for (long i = 0, n = argc > 1 + family ? std::atol(argv[1 + family]) : 0; i < n; ++i, ++cases)
       failures += families[family](seed + uint64_t(i)) != 0;
 #if defined(FASTSEQ_TILE_MODEL)

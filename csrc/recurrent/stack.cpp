@@ -84,6 +84,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
                 "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
   biases_ = width_ >= 4, projected_ = width_ % 2 == 1;
   p.weights = weights_of(call.weights[0], p.dtype);
+  p.narrow = call.narrow;
   scaled_ = p.weights == Dtype::i8;
   FASTSEQ_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
                 "scan: scales must be one [rows] of each int8 matrix, and none without these");

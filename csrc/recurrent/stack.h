@@ -39,6 +39,7 @@ struct StackCall {
   const AtenTensorHandle* scales = nullptr;  // of int8 matrices, in their order; else none
   int64_t scale_count = 0;
   int64_t hidden = 0, outputs = 0;  // H and P where the matrices are packed, which do not tell them
+  bool narrow = false;              // packed matrices: ScanForward::narrow
   StackBlock block{};
 };
 

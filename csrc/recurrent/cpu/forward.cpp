@@ -12,11 +12,13 @@ namespace {
 constexpr long kChunkRows = 128;           // rows that are projected at once: enough to reuse each weight in L1
 constexpr long kChunkBytes = 384 << 10;    // but no more scratch than this
 
-// S: the type of x and of the states; W: that of the weight matrices, S or a smaller one, then packed beforehand.
-template <class S, class W = S>
+// S: the type of x and of the states; W: that of the weight matrices, S or a smaller one, then packed beforehand; E: what
+// products multiply.
+template <class S, class W, class E>
 struct Forward {
   using A = Accumulator<S>;
-  using E = Operand<S>;
+  using Q = std::conditional_t<__is_same(S, W), E, W>;  // of packed weights
+  using Matrix = Weights<S, E, Q>;
   static constexpr int L = kLanes<A>;
   static constexpr bool kPrepared = !__is_same(S, W);
   static constexpr bool kPairs = kTerm<E> > 1;  // then the state is kept twice: as it is, and as products read it
@@ -35,7 +37,7 @@ struct Forward {
   bool once;                // a single step of few rows: one pass over the unpacked weights
   Barrier* barriers;
   long I;               // input features, in whole terms
-  const Panel<S, W> *w_ih, *w_hh, *w_hr;  // packed
+  const Q *w_ih, *w_hh, *w_hr;  // packed
   A *scale_x, *scale_h, *scale_r;   // [G][Hp], [G][Hp], [Pp] of packed int8
   A *bias_x, *bias_h;               // [G][Hp]: added to the input's share; of q (GRU)
   A* gates;                         // [chunk*B][G][Hp]
@@ -62,7 +64,7 @@ struct Forward {
     once = !kPrepared && p.T == 1 && !packed_x && !packed_h && !p.w_hr.data && p.cell != Cell::gru_reset_before &&
            !p.lengths && !p.reset && !p.mask.data;
 
-    int threads = threads_for(p, sizeof(Panel<S, W>)), ways = unit_ways(p, threads, sizeof(Panel<S, W>));
+    int threads = threads_for(p, sizeof(Q)), ways = unit_ways(p, threads, sizeof(Q));
     long rows = (p.B + threads / ways - 1) / (threads / ways);  // of a thread, each step
     rows = rows < 1 ? 1 : rows;
     long row_bytes = long(sizeof(A)) * (G * Hp / ways) + long(sizeof(E)) * p.I;
@@ -106,7 +108,7 @@ struct Forward {
   }
 
   void run() {
-    int threads = threads_for(p, sizeof(Panel<S, W>));
+    int threads = threads_for(p, sizeof(Q));
     for (int i = 0; i < threads; ++i) new (barriers + i) Barrier;
     for_cell(p.cell, [&](auto cell) { on_threads<Thread<cell.value>>(threads, *this); });
   }
@@ -124,10 +126,10 @@ struct Forward {
     const E** from;  // rows of a product
     long* rows;      // live rows of the step
     long count = 0;
-    Weights<S, W> input, hidden, candidate, projection;
+    Matrix input, hidden, candidate, projection;
 
     Thread(const Forward& forward, const Team& team)
-        : f(forward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(Panel<S, W>)), f.barriers),
+        : f(forward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(Q)), f.barriers),
           units(part.share(f.Hv)), outputs(part.share(f.Pv)) {
       h_in = f.pointers + team.rank * f.list_length * 2;
       c_in = h_in + f.list_length;
@@ -136,7 +138,7 @@ struct Forward {
       auto raw = [](const ScanView& w) { return kPrepared ? nullptr : static_cast<const S*>(w.data); };
       const bool scaled = p.s_ih.data;
       const A *s_ih = scaled ? f.scale_x : nullptr, *s_hh = scaled ? f.scale_h : nullptr;
-      const long I = panel_row<S, W>(p.I), P = panel_row<S, W>(p.P), H = panel_row<S, W>(p.H);
+      const long I = packed_row<E, Q>(p.I), P = packed_row<E, Q>(p.P), H = packed_row<E, Q>(p.H);
       input = {f.packed_x ? f.w_ih : nullptr, I * G * L, raw(p.w_ih), p.w_ih.b, p.H, p.I, s_ih, f.Hp};
       hidden = {f.packed_h ? f.w_hh : nullptr, P * G * L, raw(p.w_hh), p.w_hh.b, p.H, p.P, s_hh, f.Hp};
       if (kBefore) {
@@ -295,7 +297,7 @@ struct Forward {
     }
 
     // Unit vector v of a panel in the workspace; one that was packed beforehand is ready.
-    static void pack(const Weights<S, W>& to, long v, const ScanView& w, long row0, int gates, long H, long K) {
+    static void pack(const Matrix& to, long v, const ScanView& w, long row0, int gates, long H, long K) {
       if constexpr (!kPrepared) pack_units<S>(const_cast<E*>(to.packed) + v * to.stride, w, row0, gates, H, K, v);
     }
 
@@ -470,12 +472,14 @@ struct Forward {
   };
 };
 
-// body(S{}, W{}) with the types of a call.
+// body(a null pointer to Forward) of the types of a call.
 template <class Body>
 void for_types(const ScanForward& p, const Body& body) {
-  if (p.weights == p.dtype) return for_dtype(p.dtype, [&](auto s) { body(s, s); });
-  if (p.weights == Dtype::i8) return body(float{}, q8{});
-  body(float{}, bf16{});
+  if (p.weights == p.dtype)
+    return for_dtype(p.dtype, [&](auto s) { body((Forward<decltype(s), decltype(s), Operand<decltype(s)>>*)nullptr); });
+  if (p.weights == Dtype::i8) return body((Forward<float, q8, float>*)nullptr);
+  if (p.narrow) return body((Forward<float, bf16, Operand<bf16>>*)nullptr);
+  body((Forward<float, bf16, float>*)nullptr);
 }
 
 }  // namespace
@@ -484,12 +488,12 @@ int scan_lanes() { return kLanes<float>; }
 
 size_t scan_forward_workspace(const ScanForward& p) {
   size_t bytes;
-  for_types(p, [&](auto s, auto w) { bytes = Forward<decltype(s), decltype(w)>(p, nullptr).bytes; });
+  for_types(p, [&](auto* of) { bytes = std::remove_pointer_t<decltype(of)>(p, nullptr).bytes; });
   return bytes;
 }
 
 void scan_forward(const ScanForward& p) {
-  for_types(p, [&](auto s, auto w) { Forward<decltype(s), decltype(w)>(p, p.workspace).run(); });
+  for_types(p, [&](auto* of) { std::remove_pointer_t<decltype(of)>(p, p.workspace).run(); });
 }
 
 }  // namespace FASTSEQ_ISA

@@ -129,9 +129,11 @@ def patch(
             assignment), save those written through ``.data`` or ``.numpy()``, from another process, or into tensors
             made in ``inference_mode``: patch again after those.
         compute: None, ``"bfloat16"`` or ``"int8"``: the same copies, and without gradients products multiply that type
-            where the chip does: pairs of bfloat16 with AVX-512-BF16 or AMX. Inputs and states are rounded to it as
-            products read them; sums, c, gates, outputs and states stay float32. Serves with ``lengths`` and ``reset``
-            and for a PackedSequence too, not with ``return_all_states``. Elsewhere as ``weights=``, which it excludes.
+            where the chip does: with AVX-512-BF16 (and VNNI) or AMX. Inputs and states are rounded to it as products
+            read them (beside int8 weights to 16 bits, with a scale for each sequence and step); c, gates, outputs and
+            states stay float32.
+            Serves with ``lengths`` and ``reset`` and for a PackedSequence too, not with ``return_all_states``. On other
+            chips as ``weights=``, which it excludes.
         keep_class: a patched layer stays an instance of the class that it had, for tools that ask
             ``isinstance(layer, torch.nn.LSTM)``. Subclasses of torch's layers that override nothing of these are then
             patched too. torch.compile breaks its graph at such layers, as it does at torch's own.

@@ -158,7 +158,8 @@ class CompressedWeights:
             copy, scale = compress(matrix, self.kind)
             made[i] = torch.ops.fastseq.pack_weights(copy, *blocks[place % (len(matrices) // rows)])
             if scale is not None:
-                scales.append(scale)
+                # Sums of products with bytes that are 128 too large start from there (ScanForward::narrow).
+                scales.append(torch.stack((scale, -128.0 * copy.sum(1))) if self.compute else scale)
         w_hh = matrices[1]
         return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1], self.compute))
 

@@ -155,6 +155,8 @@ struct Weights {
   long H = 0, K = 0;    // units a gate, and what is summed over
   const A* scale = nullptr;  // null, or [G][scale_stride] factors of packed rows
   long scale_stride = 0;
+  const int32_t* start = nullptr;  // of bytes: likewise, what their sums start from
+  const A* row_scale = nullptr;    // of bytes: [count] factors of the rows
   bool one_chain = false;    // sums do not depend on how many rows there are (packed ones alone)
 };
 
@@ -192,13 +194,14 @@ FASTSEQ_INLINE void multiply(const Weights<S, E, Q>& w, const E* const* rows, lo
       A* outs[kMaxRows];
       for (int r = 0; r < n; ++r) outs[r] = out(row + r, v);
       if (w.packed) {
-        const Tile<E, Q> tile{rows + row, w.packed + v * w.stride, w.stride, __is_same(E, Q) ? terms_of<E>(w.K) : w.K,
+        const Tile<E, Q> tile{rows + row * kParts<E>, w.packed + v * w.stride, w.stride, __is_same(E, Q) ? terms_of<E>(w.K) : w.K,
                               init ? init + v * L : nullptr, outs, stride, add,
-                              w.scale ? w.scale + v * L : nullptr, w.scale_stride, n};
-        if (w.one_chain && !kMatrix<E> && chains(n * G * width) > 1)
+                              w.scale ? w.scale + v * L : nullptr, w.scale_stride, n * kParts<E>,
+                              w.start ? w.start + v * L : nullptr, w.row_scale ? w.row_scale + row : nullptr};
+        if (w.one_chain && !kMatrix<E> && kTerm<E> < 4 && chains(n * G * width) > 1)
           multiply_one_by_one<G>(tile, width);
         else
-          tile_function<E, Q, G>(n, width)(tile);
+          tile_function<E, Q, G>(n * kParts<E>, width)(tile);
       } else if constexpr (__is_same(E, Operand<S>)) {
         for (int g = 0; g < G; ++g)
           for (int nb = 0; nb < width; ++nb) {

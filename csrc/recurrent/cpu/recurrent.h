@@ -37,7 +37,8 @@ struct ScanForward : ScanSizes {
   // scan_lanes() lanes; data is all of their view. Of i8 each row has a float scale: s_ih and s_hh [G*H], s_hr [P].
   Dtype weights;
   // Products multiply weights as they are, activations being rounded to their type, where the instruction set multiplies
-  // that. Elsewhere, and without this, such weights are widened and products are float32's.
+  // that. Elsewhere, and without this, such weights are widened and products are float32's. Then i8 has a second row of
+  // floats beside its scales, b apart: -128 times the sum of each row's weights.
   bool narrow;
   ScanView s_ih, s_hh, s_hr;
   ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null

@@ -58,7 +58,7 @@ ISAS: dict[str, dict[str, list[str]]] = {
         "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe", "-mpopcnt"],
         "avx512": ["-march=skylake-avx512", *AVX512],
         "avx512_bf16": ["-march=cooperlake", *AVX512],
-        "amx_bf16": ["-march=cooperlake", "-mamx-tile", "-mamx-bf16", *AVX512],
+        "amx_bf16": ["-march=cooperlake", "-mamx-tile", "-mamx-bf16", "-mamx-int8", *AVX512],
     },
     "aarch64": {"baseline": []},
 }

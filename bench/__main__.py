@@ -32,6 +32,7 @@ COMMANDS = {
     "cost": "bench.studies.cost",
     "parallel": "bench.studies.parallel",
     "weights": "bench.studies.weights",
+    "precision": "bench.studies.precision",
     "model": "bench.studies.model",
     "fit": "bench.studies.fit",
     "decoding": "bench.studies.decoding",

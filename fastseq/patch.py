@@ -107,6 +107,7 @@ def patch(
     model: nn.Module,
     *,
     weights: str | torch.dtype | None = None,
+    compute: str | torch.dtype | None = None,
     keep_class: bool = False,
     functional: bool = False,
 ) -> Report:
@@ -128,6 +129,12 @@ def patch(
             step, ``load_state_dict``, any operation in place or
             assignment), save those written through ``.data`` or ``.numpy()``, from another process, or into tensors
             made in ``inference_mode``: patch again after those.
+        compute: None, ``"bfloat16"`` or ``"int8"``: the same copies, and without gradients products multiply that type
+            where the chip does: with AVX-512-BF16 (and VNNI) or AMX. Inputs and states are rounded to it as products
+            read them (beside int8 weights to 16 bits, with a scale for each sequence and step); c, gates, outputs and
+            states stay float32.
+            Serves with ``lengths`` and ``reset`` and for a PackedSequence too, not with ``return_all_states``. On other
+            chips as ``weights=``, which it excludes.
         keep_class: a patched layer stays an instance of the class that it had, for tools that ask
             ``isinstance(layer, torch.nn.LSTM)``. Subclasses of torch's layers that override nothing of these are then
             patched too. torch.compile breaks its graph at such layers, as it does at torch's own.
@@ -141,7 +148,7 @@ def patch(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``weights`` is not an accepted value.
+        ValueError: ``weights`` or ``compute`` is not an accepted value, or both are given.
 
     Example:
         >>> import fastseq, torch
@@ -151,10 +158,15 @@ def patch(
           changed  1  torch.nn.LSTM -> fastseq.nn.LSTM
           note     tools that look for torch.nn's recurrent classes miss these layers: see keep_class=, weights="int8"
     """
-    weights = _KIND_OF.get(weights, weights)
-    if weights is not None and weights not in KINDS:
-        accepted = ", ".join(map(repr, (None, *KINDS)))
-        raise ValueError(f"weights: got {weights!r}, accepted is one of {accepted}")
+    asked = {name: kind for name, kind in (("weights", weights), ("compute", compute)) if kind is not None}
+    for name, kind in asked.items():
+        if _KIND_OF.get(kind, str(kind)) not in KINDS:
+            accepted = ", ".join(map(repr, (None, *KINDS)))
+            raise ValueError(f"{name}: got {kind!r}, accepted is one of {accepted}")
+    if len(asked) > 1:
+        raise ValueError(
+            f"weights={weights!r} and compute={compute!r}: give one of them; compute= has weights of that type too"
+        )
     report = Report("patch")
     done: set[int] = set()
     for name, module in _modules(model, "patch"):
@@ -172,8 +184,8 @@ def patch(
     report.notes += _transformers_note(model)
     report.notes += _class_note(report, keep_class)
     report.notes += _fast_path_note(model, done)
-    if weights is not None:
-        report.notes.append(_compress(model, weights))
+    for name, kind in asked.items():
+        report.notes.append(_compress(model, _KIND_OF.get(kind, str(kind)), name == "compute"))
     return report
 
 
@@ -294,7 +306,7 @@ def _transformers_note(model: nn.Module) -> list[str]:
     return []
 
 
-def _compress(model: nn.Module, weights: str) -> str:
+def _compress(model: nn.Module, kind: str, compute: bool) -> str:
     """Give every recurrent layer of ours its smaller copies; says how many."""
     count, others, elements = 0, 0, 0
     for module in model.modules():
@@ -302,13 +314,14 @@ def _compress(model: nn.Module, weights: str) -> str:
             matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2 and p.dtype is torch.float32]
             elements += sum(matrix.numel() for matrix in matrices)
             if matrices:
-                module._compressed = CompressedWeights(weights)
+                module._compressed = CompressedWeights(kind, compute)
                 count += 1
             else:
                 others += 1
-    note = f"{_count(count)} with {weights} weights in inference"
+    what = f"that multiply {kind}" if compute else f"with {kind} weights"
+    note = f"{_count(count)} {what} in inference"
     note += f"; {_count(others)} not, having no float32 weights" if others else ""
-    kept = elements * getattr(torch, weights).itemsize
+    kept = elements * getattr(torch, kind).itemsize
     return f"{note}; the copies take {kept / 1e6:,.1f} MB beside {4 * elements / 1e6:,.1f} MB of float32"
 
 

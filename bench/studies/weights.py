@@ -1,7 +1,8 @@
 """What smaller weights cost and gain: loss on held-out text and time of a step, of trained character models.
 
 Trains the demo's GRU and LSTM on the standard library's sources, then runs each with its float32 weights, with
-``fastseq.patch(weights="bfloat16")``, with ``weights="int8"``, and through torch's dynamic quantisation.
+``fastseq.patch(weights="bfloat16")``, with ``weights="int8"``, with ``compute=`` of both, and through torch's dynamic
+quantisation.
 
 With --grid instead: fastseq with bfloat16 weights beside torch and ONNX Runtime in float32 on every shape of the
 recurrent grid, all with weights that are exact in bfloat16, so that all are compared with one truth. These are the
@@ -103,9 +104,15 @@ def compare(name: str, width: int, steps: int, min_time: float) -> dict[str, Any
 def variants(model: nn.Module) -> dict[str, nn.Module]:
     """The model as torch runs it, as fastseq runs it, and with smaller weights in each."""
     found: dict[str, nn.Module] = {"torch float32": model}
-    for label, weights in (("float32", None), ("bfloat16", "bfloat16"), ("int8", "int8")):
+    for label, weights, compute in (
+        ("float32", None, None),
+        ("bfloat16", "bfloat16", None),
+        ("int8", "int8", None),
+        ("bf16 computed", None, "bfloat16"),
+        ("int8 computed", None, "int8"),
+    ):
         found[f"fastseq {label}"] = copy.deepcopy(model)
-        fastseq.patch(found[f"fastseq {label}"], weights=weights)
+        fastseq.patch(found[f"fastseq {label}"], weights=weights, compute=compute)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found["torch int8"] = torch.ao.quantization.quantize_dynamic(
@@ -144,10 +151,10 @@ def _print(found: dict[str, Any]) -> None:
     measured = found["variants"]
     full, fastest = measured["fastseq float32"], measured["torch int8"]
     print(f"{found['model']}, {found['width']} wide, {found['parameters']:,} weights in the layer")
-    print(f"  {'':<18}{'loss':>9}{'over float32':>14}{'step':>12}{'float32 / it':>14}{'torch int8 / it':>17}")
+    print(f"  {'':<22}{'loss':>9}{'over float32':>14}{'step':>12}{'float32 / it':>14}{'torch int8 / it':>17}")
     for name, one in measured.items():
         over = one["loss"] / full["loss"] - 1
         print(
-            f"  {name:<18}{one['loss']:>9.4f}{over:>+14.3%}{one['step_us']:>9.1f} µs"
+            f"  {name:<22}{one['loss']:>9.4f}{over:>+14.3%}{one['step_us']:>9.1f} µs"
             f"{full['step_us'] / one['step_us']:>13.2f}x{fastest['step_us'] / one['step_us']:>16.2f}x"
         )

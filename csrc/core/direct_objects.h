@@ -73,6 +73,11 @@ struct Borrowed {
     return keys == plain_keys[0] || keys == plain_keys[1];
   }
   AtenTensorHandle handle() { return impl ? reinterpret_cast<AtenTensorHandle>(&impl) : nullptr; }
+  OptionalTensor tensor() {  // which owns it too
+    AtenTensorHandle own = nullptr;
+    if (impl) TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle(), &own));
+    return impl ? OptionalTensor(torch::stable::Tensor(own)) : OptionalTensor();
+  }
 };
 
 // Whether tangents go along with tensors, which they do without gradients too.

@@ -25,13 +25,13 @@ bool cpuid_extras() {
   return (c >> 29 & 1) && (c >> 22 & 1) && (extended_c >> 5 & 1);
 }
 
-// Whether the chip has matrix tiles for bfloat16, and the system lets this process use them: it saves 8 KiB of them a
+// Whether the chip has matrix tiles for bfloat16 and bytes, and the system lets this process use them: it saves 8 KiB of them a
 // thread, and so wants to be asked. Once allowed, all threads of the process are.
 bool tiles_allowed() {
 #if defined(__linux__)
   unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE: xgetbv is there
   unsigned saved, high;
   asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
@@ -100,6 +100,7 @@ bool isa_supported(Isa isa) {
                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl");
   if (isa == Isa::avx512) return avx512;
+  // A chip with the one has the other; kernels of the set use both.
   bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (isa == Isa::avx512_bf16) return avx512_bf16;
   static const bool tiles = avx512_bf16 && tiles_allowed();

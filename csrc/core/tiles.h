@@ -1,4 +1,5 @@
-// The matrix tiles of AMX: eight registers of up to 16 rows of 64 bytes, and C += A B over pairs of bfloat16.
+// The matrix tiles of AMX: eight registers of up to 16 rows of 64 bytes, and C += A B over pairs of bfloat16, or over four
+// bytes.
 //
 // These are the chip's instructions, one function each, and nothing else, so that a software model can stand in their
 // place (FASTSEQ_TILE_MODEL names its header): tests run the kernels through it on machines without such tiles.
@@ -61,6 +62,11 @@ inline void tile_store(void* to, long stride) {
 template <int kC, int kA, int kB>
 inline void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+}
+// C[m][n] += sum_k of four A[m][4k + i] B[k][4n + i], A unsigned and B signed bytes, in 32-bit integers.
+template <int kC, int kA, int kB>
+inline void tile_multiply_bytes() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
 }  // namespace FASTSEQ_ISA

@@ -102,21 +102,24 @@ bool is_still(PyObject* tensor, PyObject* sources, PyObject* addresses, PyObject
   return now.get() && PyLong_AsLongLong(now.get()) == PyLong_AsLongLong(version);
 }
 
-// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs[, h, c, read,
-// write]) -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of parameters that has just these
-// names, in this order; layout as layout_of's; hidden and outputs go with packed weights, else 0; the last four: StackBlock.
+// infer(weights, names, scales: list or None, x, h0, c0, cell, layout, num_layers, bidirectional, hidden, outputs, narrow,
+// lengths, reset[, h, c, read, write]) -> (y, h_n[, c_n]), of a cell (h_n[, c_n]), or None. weights: a list, or the dict of
+// parameters that has just these names, in this order; layout as layout_of's; hidden, outputs and narrow go with packed weights,
+// else 0; lengths as set_lengths takes them, reset [T,B] too; the last four: StackBlock.
 PyObject* infer(PyObject* const* args, Py_ssize_t count) {
   Given given;
-  Borrowed block[4];
-  if ((count != 12 && count != 16) || !is_plain_call()) return decline();
-  for (Py_ssize_t i = 12; i < count; ++i)
-    if (!block[i - 12].take(args[i])) return decline();
+  Borrowed more[6];
+  if ((count != 15 && count != 19) || !is_plain_call()) return decline();
+  for (Py_ssize_t i = 13; i < count; ++i)
+    if (!more[i - 13].take(args[i])) return decline();
   if (!(PyDict_Check(args[0]) ? given.weights.add_named(args[0], args[1]) : given.weights.add_all(args[0])) ||
       !given.scales.add_all(args[2]) || !given.take(args + 3))
     return decline();
   given.call.scales = given.scales.handles, given.call.scale_count = given.scales.count;
   given.call.hidden = PyLong_AsLongLong(args[10]), given.call.outputs = PyLong_AsLongLong(args[11]);
-  given.call.block = {block[0].handle(), block[1].handle(), block[2].handle(), block[3].handle()};
+  given.call.narrow = PyObject_IsTrue(args[12]) == 1;
+  given.call.lengths = more[0].tensor(), given.call.reset = more[1].tensor();
+  given.call.block = {more[2].handle(), more[3].handle(), more[4].handle(), more[5].handle()};
   Stack stack(given.call);
   if (stack.steps() == 0) return decline();  // which torch's layers refuse
   StackResult r;

@@ -28,8 +28,9 @@ Tensor kept(Workspace& memory, std::initializer_list<int64_t> sizes, Dtype dtype
 ScanView whole(const Tensor& t, int64_t B, int64_t n) { return {t.data_ptr(), B * n, n, 1}; }
 
 // The scales of an int8 matrix's rows.
-ScanView scales(const char* of, AtenTensorHandle given, int64_t rows) {
-  ScanView out = view((std::string("scales of ") + of).c_str(), given, Dtype::f32, {rows});
+ScanView scales(const char* of, AtenTensorHandle given, int64_t rows, bool narrow) {
+  const std::string name = std::string("scales of ") + of;
+  const ScanView out = narrow ? view(name.c_str(), given, Dtype::f32, {2, rows}) : view(name.c_str(), given, Dtype::f32, {rows});
   FASTSEQ_CHECK(out.e == 1, "scan: scales of ", of, " must be contiguous");
   return out;
 }
@@ -84,6 +85,7 @@ Stack::Stack(const StackCall& call) : call_(call) {
                 "scan: weights must be w_ih, w_hh, biases and projection of each layer and direction");
   biases_ = width_ >= 4, projected_ = width_ % 2 == 1;
   p.weights = weights_of(call.weights[0], p.dtype);
+  p.narrow = call.narrow;
   scaled_ = p.weights == Dtype::i8;
   FASTSEQ_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
                 "scan: scales must be one [rows] of each int8 matrix, and none without these");
@@ -200,9 +202,9 @@ void Stack::set_weights(ScanForward& p, int64_t row) const {
   if (projected_) p.w_hr = matrix("w_hr", w[width_ - 1], 1, p.P, p.H);
   if (!scaled_) return;
   const AtenTensorHandle* s = call_.scales + row * (2 + projected_);
-  p.s_ih = scales("w_ih", s[0], gates_ * p.H);
-  p.s_hh = scales("w_hh", s[1], gates_ * p.H);
-  if (projected_) p.s_hr = scales("w_hr", s[2], p.P);
+  p.s_ih = scales("w_ih", s[0], gates_ * p.H, p.narrow);
+  p.s_hh = scales("w_hh", s[1], gates_ * p.H, p.narrow);
+  if (projected_) p.s_hr = scales("w_hr", s[2], p.P, p.narrow);
 }
 
 // ---- Forward.

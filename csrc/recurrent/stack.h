@@ -24,7 +24,7 @@ struct StackBlock {
 //   x, h0, c0 laid out as `layout` says, the states of all layers and directions in rows; null for zeros; weights flat, in
 //   torch's order (biases and projections are told by their number). Beside a float32 x the matrices may be packed
 //   (pack_weights) bfloat16, or int8 with a float32 scale a row: then scales holds [G*H], [G*H] (and [P]) of w_ih, w_hh
-//   (and w_hr) in that order.
+//   (and w_hr) in that order; with `narrow` [2, G*H] and so on, the second row as ScanForward::narrow says.
 struct StackCall {
   AtenTensorHandle x, h0, c0;
   const AtenTensorHandle* weights;  // flat, in torch's order
@@ -39,6 +39,7 @@ struct StackCall {
   const AtenTensorHandle* scales = nullptr;  // of int8 matrices, in their order; else none
   int64_t scale_count = 0;
   int64_t hidden = 0, outputs = 0;  // H and P where the matrices are packed, which do not tell them
+  bool narrow = false;              // packed matrices: ScanForward::narrow
   StackBlock block{};
 };
 

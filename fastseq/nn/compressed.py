@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastseq import direct, ops
 from fastseq.dtensor import any_dtensor
+from fastseq.recurrent.call import RecurrentCall, Result
 
 KINDS = ("bfloat16", "int8")
 """bfloat16: each weight rounded to 8 significant bits. int8: each row times a float32 scale, its largest weight 127."""
@@ -31,11 +32,33 @@ def compress(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
 
 class Copies(NamedTuple):
     """What the kernels read in place of a layer's weights, as ``direct.infer`` takes it. sizes: H and P, or zeros where
-    the weights are the layer's own."""
+    the weights are the layer's own; and whether products multiply what is so small."""
 
     weights: list[Tensor]
     scales: list[Tensor]
-    sizes: tuple[int, int]
+    sizes: tuple[int, int, bool]
+
+
+class Served(list[Tensor]):
+    """A layer's weights, of which a checked call may compute with the smaller copies.
+
+    Args:
+        layer: the layer whose weights these are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], layer: Any) -> None:
+        super().__init__(weights)
+        self.layer = layer
+
+    def infer(self, call: RecurrentCall) -> Result | None:
+        """The results of a call, its tensors laid out as ``[T, B, I]``; None where the copies do not serve it."""
+        if torch.is_grad_enabled() or call.want_states or call.state_mask is not None:
+            return None
+        done = self.layer._compressed.infer(
+            self.layer, call.x, call.h0, call.c0, call.cell, "layer", call.num_layers, call.bidirectional,
+            lengths=call.lengths, reset=call.reset,
+        )  # fmt: skip
+        return None if done is None else (*done, *(4 - len(done)) * (None,))
 
 
 class _Sources:
@@ -66,12 +89,14 @@ class CompressedWeights:
 
     Args:
         kind: one of :data:`KINDS`.
+        compute: whether products multiply this type, inputs and states being rounded to it, where the chip does that;
+            else it is widened first.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, compute: bool = False) -> None:
         if kind not in KINDS:
             raise ValueError(f"weights: got {kind!r}, accepted is one of {', '.join(map(repr, KINDS))}")
-        self.kind = kind
+        self.kind, self.compute = kind, compute
         self._made: tuple[_Sources, Copies] | None = None
 
     def forget(self) -> None:
@@ -88,16 +113,16 @@ class CompressedWeights:
 
     def infer(
         self, layer: Any, x: Any, h0: Any, c0: Any, cell: str, layout: str, num_layers: int, bidirectional: bool,
-        *block: Tensor | None,
+        *block: Tensor | None, lengths: Tensor | None = None, reset: Tensor | None = None,
     ) -> tuple[Tensor, ...] | None:  # fmt: skip
         """What ``direct.infer`` returns for a layer or cell, from the copies of its weights. For a layer that has asked
-        whether the native kernels are in force."""
+        whether the native kernels are in force. ``lengths`` int64 ``[B]`` and ``reset`` bool ``[T, B]`` are checked."""
         copies = self.of(layer, cell, num_layers * (2 if bidirectional else 1))
         if copies is None:
             return None
         return direct.infer(
             copies.weights, None, copies.scales, x, h0, c0, cell, layout, num_layers, bidirectional, *copies.sizes,
-            *block,
+            lengths, reset, *block,
         )  # fmt: skip
 
     def of(self, layer: Any, cell: str, rows: int = 1) -> Copies | None:
@@ -126,19 +151,24 @@ class CompressedWeights:
         made = list(weights)
         scales: list[Tensor] = []
         if any(matrix.dtype is not torch.float32 for matrix in matrices.values()):
-            return Copies(made, scales, (0, 0))
+            return Copies(made, scales, (0, 0, False))
         gates, fused = ops.GATES[cell], 2 if cell == "gru_reset_before" else ops.GATES[cell]
         blocks = ((gates, 0), (fused, gates - fused), (1, 0))  # of w_ih, w_hh, w_hr
         for place, (i, matrix) in enumerate(matrices.items()):
             copy, scale = compress(matrix, self.kind)
             made[i] = torch.ops.fastseq.pack_weights(copy, *blocks[place % (len(matrices) // rows)])
             if scale is not None:
-                scales.append(scale)
+                # Sums of products with bytes that are 128 too large start from there (ScanForward::narrow).
+                scales.append(torch.stack((scale, -128.0 * copy.sum(1))) if self.compute else scale)
         w_hh = matrices[1]
-        return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1]))
+        return Copies(made, scales, (w_hh.shape[0] // gates, w_hh.shape[1], self.compute))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of the layer has weights of its own
-        return {"kind": self.kind, "_made": None}
+        return {"kind": self.kind, "compute": self.compute, "_made": None}
+
+    def __str__(self) -> str:
+        """How patch was asked for them."""
+        return f"{'compute' if self.compute else 'weights'}={self.kind!r}"
 
 
 _watched: weakref.WeakSet[CompressedWeights] = weakref.WeakSet()

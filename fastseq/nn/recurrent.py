@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
-from fastseq.nn.compressed import CompressedWeights
+from fastseq.nn.compressed import CompressedWeights, Served
 from fastseq.recurrent import divided, sessions
 from fastseq.recurrent.stack import in_one_call
 
@@ -31,7 +31,7 @@ def _refuse(layer: nn.Module, unknown: dict[str, Any]) -> None:
 
 class _Native(nn.Module):
     """A layer or cell that the native kernels run in one call in eager mode, in inference from smaller copies of its
-    matrices where fastseq.patch(weights=) asks for that."""
+    matrices where fastseq.patch asks (weights=, compute=) for that."""
 
     _compressed: CompressedWeights | None = None  # on the class, so that a torch.nn layer needs nothing more
 
@@ -63,7 +63,9 @@ class _Native(nn.Module):
             return in_one_call(x, h0, c0, self._weights(), cell, layout, num_layers, bidirectional)
         if self._compressed is not None:
             return self._compressed.infer(self, x, h0, c0, cell, layout, num_layers, bidirectional)
-        return direct.infer(self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0)
+        return direct.infer(
+            self._parameters, names, None, x, h0, c0, cell, layout, num_layers, bidirectional, 0, 0, False, None, None
+        )  # fmt: skip
 
     def _divided(self, x: Any, cell: str, layout: str, num_layers: int, bidirectional: bool) -> bool:
         """Whether a call goes to the native kernels where measurements send some elsewhere; those of smaller copies do,
@@ -77,7 +79,7 @@ class _Native(nn.Module):
     def extra_repr(self) -> str:
         """Torch's, and the smaller copies where there are any."""
         text = super().extra_repr()
-        return text if self._compressed is None else f"{text}, weights={self._compressed.kind!r} in inference"
+        return text if self._compressed is None else f"{text}, {self._compressed} in inference"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -117,7 +119,8 @@ class _Recurrent(_Native, nn.RNNBase):
         """Those that a call takes: in training with ``weight_dropout`` each w_hh is dropped in part, anew each time."""
         weights = self._weights()
         if not (self.training and self.weight_dropout):
-            return weights
+            plain = self._compressed is None or not self._compressed.compute or torch.compiler.is_compiling()
+            return weights if plain else Served(weights, self)
         width = len(weights) // (self.num_layers * (1 + self.bidirectional))
         checks.check_probability("weight_dropout", self.weight_dropout)
         return [F.dropout(w, self.weight_dropout, True) if n % width == 1 else w for n, w in enumerate(weights)]

@@ -61,6 +61,12 @@ def sequences(batch_sizes: Tensor) -> int:
     return batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0])  # type: ignore[return-value]
 
 
+def whole(data: Tensor, batch_sizes: Tensor) -> list[Part]:
+    """All of a packed batch as one part."""
+    rows = data.shape[0]
+    return [Part(rows, batch_sizes, batch_sizes.shape[0] * int(batch_sizes[0]) == rows)]
+
+
 def cut(data: Tensor, batch_sizes: Tensor) -> list[Part]:
     """The parts of a packed batch, in the order of time.
 

@@ -105,7 +105,8 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
         return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
     usual = usual and not autograd.is_differentiated(call.state_mask)
-    if usual and backends.native_scan_in_general():
+    served = _served(call) and backends.divided("scan")  # by smaller copies, which no other kernels read
+    if usual and (backends.native_scan_in_general() or served):
         return "native"
     device = auto.device_key(x.device)
     uneven = call.lengths is not None or call.batch_sizes is not None
@@ -135,8 +136,15 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
     return backends.operator_reason(name, call.x.device.type)
 
 
+def _served(call: RecurrentCall) -> bool:
+    """Whether smaller copies of the weights may serve a call (:class:`fastseq.nn.compressed.Served`)."""
+    return hasattr(call.weights, "infer") and not torch.is_grad_enabled() and not backends.tracing()
+
+
 def _padded(name: str, call: RecurrentCall) -> Result:
     """A stack over x ``[T, B, I]``: in one call where the backend takes it whole, else layer after layer."""
+    if name == "native" and _served(call) and (done := call.weights.infer(call)) is not None:  # type: ignore[attr-defined]
+        return done
     if stack.suits(name, call.x):
         return stack.run(call)
     ys, h_n, c_n, states = _layers(name, call, [call.x], [call.lengths])
@@ -147,7 +155,7 @@ def _packed(name: str, call: RecurrentCall) -> Result:
     """A stack over the data of a packed batch, in as few padded parts as its memory allows; y and c_t packed too."""
     assert call.batch_sizes is not None
     data = call.x
-    parts = packed.cut(data, call.batch_sizes)
+    parts = packed.whole(data, call.batch_sizes) if _served(call) else packed.cut(data, call.batch_sizes)
     xs, sizes = zip(*packed.pad(parts, data), strict=True)
     lengths = [None if n is None else n.to(data.device) for n in sizes]
     ys: Sequence[Tensor]

@@ -88,7 +88,7 @@ class Step:
             if layer._compressed is not None:
                 done = layer._compressed.infer(layer, *call, *places)
             else:
-                done = direct.infer(layer._parameters, names, None, *call, 0, 0, *places)
+                done = direct.infer(layer._parameters, names, None, *call, 0, 0, False, None, None, *places)
         if done is None:
             y, last, *_ = self._by_copies(block, x, None if first else (h0, c0), {})
             done = (*y, *last)

@@ -45,16 +45,22 @@ def arguments(cell="lstm", layers=1, shape=(4, 3, 5), hidden=17, dtype=torch.flo
     return [torch.randn(shape, dtype=dtype), h, c, weights, [], *tail]
 
 
+PLAIN = (0, 0, False, None, None)
+"""hidden, outputs, narrow, lengths and reset of a layer that computes with its own weights."""
+
+
 def infer(x, h, c, weights, scales, cell, layers=1, bidirectional=False, batch_first=False, *sizes):
     """A stack by the native call."""
-    layout = "batch_first" if batch_first else "layer"
-    return direct.infer(weights, None, scales, x, h, c, cell, layout, layers, bidirectional, *(sizes or (0, 0)))
+    layout, sizes = "batch_first" if batch_first else "layer", sizes or (0, 0)
+    return direct.infer(
+        weights, None, scales, x, h, c, cell, layout, layers, bidirectional, *sizes, *PLAIN[2:]
+    )  # fmt: skip
 
 
 def infer_cell(x, h, c, weights, cell, scales=None, hidden=0):
     """One step of a cell by the native call."""
     names = list(weights) if isinstance(weights, dict) else None
-    return direct.infer(weights, names, scales, x, h, c, cell, "cell", 1, False, hidden, hidden)
+    return direct.infer(weights, names, scales, x, h, c, cell, "cell", 1, False, hidden, hidden, *PLAIN[2:])
 
 
 def by_operator(args):
@@ -136,7 +142,7 @@ def test_a_layer_is_its_parameters(cell):
     equal = ["".join(name) for name in names]  # equal, not the same
     with torch.no_grad():
         want = infer(x, h, c, weights, scales, *shape)
-        tail = (None, x, h, c, shape[0], "layer", *shape[1:3], 0, 0)
+        tail = (None, x, h, c, shape[0], "layer", *shape[1:3], *PLAIN)
         for given in (names, equal):
             found = direct.infer(parameters, given, *tail)
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
@@ -169,7 +175,7 @@ def test_a_cell_is_its_parameters(cell):
             found = infer_cell(x, h, c, given, cell)
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
         names = list(parameters)
-        tail = (None, x, h, c, cell, "cell", 1, False, 0, 0)
+        tail = (None, x, h, c, cell, "cell", 1, False, *PLAIN)
         for name in names:
             given = {key: value for key, value in parameters.items() if key != name}
             assert direct.infer(given, names, *tail) is None
@@ -347,8 +353,8 @@ def test_nothing_is_left_behind():
             for _ in range(300):
                 infer(*args)
                 infer(args[0].double(), *args[1:])
-                direct.infer(parameters, names, None, *args[:3], "lstm", "layer", 1, False, 0, 0)
-                direct.infer(parameters, names[1:], None, *args[:3], "lstm", "layer", 1, False, 0, 0)
+                direct.infer(parameters, names, None, *args[:3], "lstm", "layer", 1, False, *PLAIN)
+                direct.infer(parameters, names[1:], None, *args[:3], "lstm", "layer", 1, False, *PLAIN)
                 infer_cell(args[0][0], args[1][0], args[2][0], parameters, "lstm")
 
         tensors = [args[0], args[1], args[2], *args[3], args[3], names, parameters, *names, "lstm"]

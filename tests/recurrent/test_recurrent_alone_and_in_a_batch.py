@@ -89,12 +89,13 @@ def test_results_and_gradients_are_those_of_the_sequence_alone(kind: str, seed: 
         assert torch.equal(dx, x.grad[:n, b])
 
 
+@pytest.mark.parametrize("how", ["weights", "compute"])
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_so_are_those_of_compressed_weights(kind: str, weights: str) -> None:
+def test_so_are_those_of_compressed_weights(kind: str, weights: str, how: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(getattr(torch.nn, kind)(40, 72))
-    fastseq.patch(model, weights=weights)
+    fastseq.patch(model, **{how: weights})  # type: ignore[arg-type]
     layer = model[0].eval()
     x = torch.randn(5, 31, 40)
     with torch.no_grad():

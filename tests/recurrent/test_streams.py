@@ -191,7 +191,7 @@ def test_a_step_is_one_native_call_a_layer_without_gather_and_scatter(monkeypatc
 
     def counted(*call: Any) -> Any:
         done = infer(*call)
-        taken.append(done is not None and call[12] is not None)  # the block, where the states lie
+        taken.append(done is not None and call[15] is not None)  # the block, where the states lie
         return done
 
     monkeypatch.setattr(direct, "infer", counted)

@@ -1,5 +1,5 @@
-"""AMX's matrix tiles, on machines without them: a software model that refuses what the processor would. The scan of
-bfloat16 is computed through it by ``make sanitize``."""
+"""AMX's matrix tiles, on machines without them: a software model that refuses what the processor would. The scans of
+bfloat16 and of bytes are computed through it by ``make sanitize``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fastseq
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "sanitize" / "tile_model.h"
-FAULTS = 14
+FAULTS = 15
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -48,6 +48,7 @@ def test_the_instructions_are_the_chips(tmp_path):
     source.write_text(
         '#include "core/tiles.h"\nusing namespace fastseq::baseline;\nvoid f(const TileShapes& s, void* p) {\n'
         "tile_configure(s); tile_zero<3>(); tile_load<4>(p, 64); tile_load<7>(p, 64); tile_multiply<3, 4, 7>();\n"
+        "tile_multiply_bytes<3, 4, 7>();"
         "tile_store<3>(p, 64); tile_release(); }\n"
     )
     command = ["g++", "-std=c++17", "-O2", "-S", "-mamx-tile", "-mamx-bf16", "-iquotecsrc", source, "-o", "-"]
@@ -57,9 +58,10 @@ def test_the_instructions_are_the_chips(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith(("tile", "ldtile", "tdp"))]
     assert [line.split()[0] for line in found] == [
-        "ldtilecfg", "tilezero", "tileloadd", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"
+        "ldtilecfg", "tilezero", "tileloadd", "tileloadd", "tdpbf16ps", "tdpbusd", "tilestored", "tilerelease"
     ]  # fmt: skip
-    assert found[4].endswith("%tmm7, %tmm4, %tmm3")  # B, A, C
+    for product in found[4:6]:
+        assert product.endswith("%tmm7, %tmm4, %tmm3")  # B, A, C
 
 
 @needs_native

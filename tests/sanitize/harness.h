@@ -21,7 +21,7 @@ namespace driver {
 using fastseq::accumulator_of;
 using fastseq::bytes_of;
 using fastseq::Dtype;
-constexpr const char* kDtypeNames[] = {"f64", "f32", "bf16", "f16"};
+constexpr const char* kDtypeNames[] = {"f64", "f32", "bf16", "f16", "i8"};
 inline double epsilon_of(Dtype d) {
   return d == Dtype::f64 ? 0x1p-52 : d == Dtype::f32 ? 0x1p-23 : d == Dtype::bf16 ? 0x1p-7 : 0x1p-10;
 }
@@ -58,6 +58,8 @@ class Array {
         return fetch<float>(i);
       case Dtype::bf16:
         return fastseq::baseline::widen(fetch<fastseq::baseline::bf16>(i));
+      case Dtype::i8:
+        return fetch<int8_t>(i);
       default:
         return fastseq::baseline::widen(fetch<fastseq::baseline::f16>(i));
     }
@@ -70,6 +72,8 @@ class Array {
         return put(i, float(v));
       case Dtype::bf16:
         return put(i, fastseq::baseline::narrow<fastseq::baseline::bf16>(float(v)));
+      case Dtype::i8:
+        return put(i, int8_t(std::lround(v)));
       default:
         return put(i, fastseq::baseline::narrow<fastseq::baseline::f16>(float(v)));
     }

@@ -28,6 +28,7 @@ struct Problem {
   Cell cell;
   Dtype dtype, weights;  // weights: of the matrices
   int64_t T, B, I, H, P, G, tape;
+  bool narrow = false;      // products multiply the type of the weights
   bool reverse, deterministic, batch_first, transposed, save, states;
   int threads;
   Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, mask, dy, dh_n, dc_n, dstates;
@@ -66,14 +67,18 @@ struct Problem {
     double scale = 1 / std::sqrt(double(H));
     x = random.array(dtype, T * B * I, 1);
     weights = dtype;
-    if (dtype == Dtype::f32 && random.chance(0.3)) weights = Dtype::bf16, save = false;  // as in inference
-    w_ih = random.array(weights, G * H * I, scale);
-    w_hh = random.array(weights, G * H * P, scale);
+    if (dtype == Dtype::f32 && random.chance(0.5)) {  // as in inference
+      weights = random.chance(0.5) ? Dtype::bf16 : Dtype::i8;
+      narrow = random.chance(0.6), save = false;
+    }
+    const double most = weights == Dtype::i8 ? 127 : scale;
+    w_ih = random.array(weights, G * H * I, most);
+    w_hh = random.array(weights, G * H * P, most);
     if (random.chance(0.7)) {
       b_ih = random.array(dtype, G * H, scale);
       b_hh = random.array(dtype, G * H, scale);
     }
-    if (projected) w_hr = random.array(weights, P * H, scale);
+    if (projected) w_hr = random.array(weights, P * H, most);
     h0 = random.array(dtype, B * P, 1);
     if (lstm()) c0 = random.array(dtype, B * H, 1);
     if (random.chance(0.8)) dy = random.array(dtype, T * B * P, 1);
@@ -101,8 +106,9 @@ struct Problem {
 
   std::string describe(uint64_t seed) const {
     char text[200];
-    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s%s", (unsigned long)seed,
-                  fastseq::kCells[int(cell)].name, kDtypeNames[int(dtype)], long(T), long(B), long(I), long(H), long(P), threads,
+    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s of %s%s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s%s",
+                  (unsigned long)seed, fastseq::kCells[int(cell)].name, kDtypeNames[int(dtype)], kDtypeNames[int(weights)],
+                  narrow ? " multiplied" : "", long(T), long(B), long(I), long(H), long(P), threads,
                   reverse ? " reverse" : "", lengths.empty() ? "" : " lengths", reset ? " reset" : "",
                   mask.absent() ? "" : " mask", transposed ? " transposed" : "");
     return text;
@@ -136,13 +142,32 @@ struct Problem {
     for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.mask, &out.dy,
                      &out.dh_n, &out.dc_n, &out.dstates, &out.kinked_y})
       *a = a->widened();
+    if (weights == Dtype::i8) times_scales(out.w_ih, G * H, I), times_scales(out.w_hh, G * H, P), times_scales(out.w_hr, P, H);
     return out;
+  }
+
+  // Of an int8 matrix [n, K]: the scale of each row, and what its products' sums start from (ScanForward::narrow).
+  double scale_of(int64_t row) const { return double(float(double(1 + row % 3) / 400 / std::sqrt(double(H)))); }
+  int64_t place(int64_t row, int64_t k, int64_t n, int64_t K) const { return transposed ? k * n + row : row * K + k; }
+  Array scales(const Array& w, int64_t n, int64_t K) const {
+    if (w.absent() || weights != Dtype::i8) return {};
+    Array out(Dtype::f32, 2 * n);
+    for (int64_t row = 0; row < n; ++row) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += w[place(row, k, n, K)];
+      out.set(row, scale_of(row)), out.set(n + row, -128 * sum);
+    }
+    return out;
+  }
+  void times_scales(Array& w, int64_t n, int64_t K) const {
+    for (int64_t row = 0; row < n && !w.absent(); ++row)
+      for (int64_t k = 0; k < K; ++k) w.set(place(row, k, n, K), w[place(row, k, n, K)] * scale_of(row));
   }
 
   // The matrix w [(gates + apart)*H, K] as weights of a smaller type than x are packed (recurrent.h).
   Array packed(const Array& w, int64_t gates, int64_t apart, int64_t H, int64_t K) const {
     if (w.absent()) return {};
-    const fastseq::ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), 2};
+    const fastseq::ScanPacked layout{FASTSEQ_DISPATCH(scan_lanes), int64_t(4 / bytes_of(weights))};
     const int64_t row = layout.lanes * layout.word, words = layout.words(K), all = gates + apart;
     Array out(weights, layout.vectors(H) * words * all * row);
     for (int64_t i = 0; i < out.size(); ++i) out.set(i, 0);
@@ -150,9 +175,9 @@ struct Problem {
       for (int64_t unit = 0; unit < H; ++unit)
         for (int64_t k = 0; k < K; ++k) {
           const int64_t block = g < gates ? 0 : layout.vectors(H) * words * gates, width = g < gates ? gates : apart;
-          const int64_t at = (unit / layout.lanes * words + k / 2) * width + (g < gates ? g : g - gates);
+          const int64_t at = (unit / layout.lanes * words + k / layout.word) * width + (g < gates ? g : g - gates);
           const int64_t from = transposed ? k * all * H + g * H + unit : (g * H + unit) * K + k;
-          out.set((block + at) * row + unit % layout.lanes * 2 + k % 2, w[from]);
+          out.set((block + at) * row + unit % layout.lanes * layout.word + k % layout.word, w[from]);
         }
     return out;
   }
@@ -183,11 +208,14 @@ struct Problem {
     p.w_ih = rows(w_ih, G * H, I, transposed);
     p.w_hh = rows(w_hh, G * H, P, transposed);
     p.w_hr = rows(w_hr, P, H, transposed);
-    Array small[3];
+    Array small[3], scale[3];
     if (dtype == Dtype::f32 && weights != dtype) {
       const int64_t apart = cell == Cell::gru_reset_before;
       small[0] = packed(w_ih, G, 0, H, I), small[1] = packed(w_hh, G - apart, apart, H, P);
       small[2] = packed(w_hr, 1, 0, P, H);
+      scale[0] = scales(w_ih, G * H, I), scale[1] = scales(w_hh, G * H, P), scale[2] = scales(w_hr, P, H);
+      p.s_ih = rows(scale[0], 2, G * H), p.s_hh = rows(scale[1], 2, G * H), p.s_hr = rows(scale[2], 2, P);
+      p.narrow = narrow;
       p.w_ih = rows(small[0], 1, 1), p.w_hh = rows(small[1], 1, 1), p.w_hr = rows(small[2], 1, 1);
     }
     p.b_ih = rows(b_ih, 1, G * H);
@@ -267,7 +295,7 @@ int recurrent_case(uint64_t seed) {
   Random random(seed);
   Problem problem(random);
   double terms = double(problem.I + problem.G * problem.H + problem.T * problem.B);
-  double tolerance = rounding(problem.dtype, terms, double(problem.T));
+  double tolerance = rounding(problem.narrow ? Dtype::bf16 : problem.dtype, terms, double(problem.T));
   return over_isas(problem.describe(seed), tolerance, problem);
 }
 

@@ -41,6 +41,37 @@ int right_product() {
   return tile_model::configured != 0;
 }
 
+// The same of bytes, unsigned and signed, from a start.
+int right_product_of_bytes() {
+  constexpr int M = 5, K = 7, N = 3;  // rows, fours, columns
+  uint8_t a[M][4 * K];
+  int8_t b[K][4 * N];
+  int32_t start[N], c[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int k = 0; k < 4 * K; ++k) a[m][k] = uint8_t(255 - 9 * m - k);
+  for (int k = 0; k < 4 * K; ++k)
+    for (int n = 0; n < N; ++n) b[k / 4][4 * n + k % 4] = int8_t(k * n - 128 + 100 * (k % 2));
+  for (int n = 0; n < N; ++n) start[n] = 1000000 * (n - 1);
+  TileShapes shapes;
+  shapes.shape(0, M, 4 * N);
+  shapes.shape(1, M, 4 * K);
+  shapes.shape(2, K, 4 * N);
+  tile_configure(shapes);
+  tile_load<0>(start, 0);
+  tile_load<1>(a, sizeof a[0]);
+  tile_load<2>(b, sizeof b[0]);
+  tile_multiply_bytes<0, 1, 2>();
+  tile_store<0>(c, sizeof c[0]);
+  tile_release();
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      int32_t expected = start[n];
+      for (int k = 0; k < 4 * K; ++k) expected += a[m][k] * b[k / 4][4 * n + k % 4];
+      if (c[m][n] != expected) return std::printf("FAILED: %d, expected %d\n", c[m][n], expected), 1;
+    }
+  return tile_model::configured != 0;
+}
+
 void configure(int rows_c, int bytes_c, int rows_a, int bytes_a, int rows_b, int bytes_b) {
   TileShapes shapes;
   shapes.shape(0, rows_c, bytes_c);
@@ -60,7 +91,7 @@ int main(int, char** argv) {
   alignas(64) static char memory[16 * 64];
   TileShapes shapes;
   switch (std::atoi(argv[1])) {
-    case 0: return right_product();
+    case 0: return right_product() || right_product_of_bytes();
     case 1: tile_zero<0>(); break;                             // nothing was configured
     case 2: shapes.shape(0, 17, 64), tile_configure(shapes); break;
     case 3: shapes.shape(0, 16, 68), tile_configure(shapes); break;
@@ -76,6 +107,10 @@ int main(int, char** argv) {
     case 13:
       configure(16, 64, 16, 64, 16, 64);
       tile_multiply<0, 1, 1>();
+      break;
+    case 15:
+      configure(16, 64, 16, 64, 16, 64);
+      tile_multiply_bytes<0, 1, 1>();
       break;
     case 14:
       configure(16, 64, 16, 64, 16, 64);

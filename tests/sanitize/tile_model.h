@@ -86,14 +86,17 @@ inline float element(int t, int row, int i) {
   std::memcpy(&v, &bits, 4);
   return flushed(v);
 }
-// TDPBF16PS: even and odd products are summed apart, by fused steps, and then added to C.
-inline void multiply(int c, int a, int b) {
+inline void require_multipliable(int c, int a, int b) {
   require_written(c), require_written(a), require_written(b);
   require(c != a && c != b && a != b, "operands must be three tiles", c);
   require(tiles.row_bytes[a] % 4 == 0 && tiles.row_bytes[b] % 4 == 0, "rows are not whole pairs", a);
   require(tiles.rows[c] == tiles.rows[a], "C and A differ in rows", c);
   require(tiles.row_bytes[c] == tiles.row_bytes[b], "C and B differ in columns", c);
   require(tiles.row_bytes[a] / 4 == tiles.rows[b], "A's columns are not B's rows", a);
+}
+// TDPBF16PS: even and odd products are summed apart, by fused steps, and then added to C.
+inline void multiply(int c, int a, int b) {
+  require_multipliable(c, a, b);
   for (int m = 0; m < tiles.rows[c]; ++m)
     for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
       float even = 0, odd = 0, sum;
@@ -103,6 +106,19 @@ inline void multiply(int c, int a, int b) {
       }
       std::memcpy(&sum, tiles.data[c][m] + 4 * n, 4);
       sum = flushed(flushed(sum) + flushed(even + odd));
+      std::memcpy(tiles.data[c][m] + 4 * n, &sum, 4);
+    }
+  ++products;
+}
+// TDPBUSD: unsigned bytes of A, signed ones of B, in 32-bit integers, which wrap.
+inline void multiply_bytes(int c, int a, int b) {
+  require_multipliable(c, a, b);
+  for (int m = 0; m < tiles.rows[c]; ++m)
+    for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
+      uint32_t sum;
+      std::memcpy(&sum, tiles.data[c][m] + 4 * n, 4);
+      for (int k = 0; k < tiles.row_bytes[a]; ++k)
+        sum += uint32_t(int(tiles.data[a][m][k]) * int(static_cast<signed char>(tiles.data[b][k / 4][4 * n + k % 4])));
       std::memcpy(tiles.data[c][m] + 4 * n, &sum, 4);
     }
   ++products;
@@ -132,6 +148,10 @@ void tile_store(void* to, long stride) {
 template <int kC, int kA, int kB>
 void tile_multiply() {
   tile_model::multiply(kC, kA, kB);
+}
+template <int kC, int kA, int kB>
+void tile_multiply_bytes() {
+  tile_model::multiply_bytes(kC, kA, kB);
 }
 
 }  // namespace FASTSEQ_ISA

@@ -1,17 +1,23 @@
-// What the products of the scan multiply: elements of the accumulator's type, or pairs of bfloat16 summed in float.
+// What the products of the scan multiply: elements of the accumulator's type, pairs of bfloat16 summed in float, or four
+// bytes summed in 32-bit integers.
 //
 // A term is what one lane takes in at one step of a sum: an element, or where the chip multiplies pairs of bfloat16
-// (AVX-512-BF16, AMX) two that follow each other along the sum. Operands lie as [..][term of k][lane][element of the term];
+// (AVX-512-BF16, AMX) two that follow each other along the sum, and of bytes (AVX-512-VNNI, AMX) four. Operands lie as [..][term of k][lane][element of the term];
 // rows of activations are k after k, so that a term of theirs is broadcast from where it lies. An odd sum ends in a
 // term whose second element is zero on both sides.
 //
 // The chip's instruction takes denormal inputs for zeros and rounds denormal sums to zero: at most 2^-126 a term.
 #pragma once
+#include <type_traits>
+
 #include "core/simd.h"
 #include "core/tiles.h"
 
 #if defined(__AVX512BF16__) || defined(FASTSEQ_TILES)
 #define FASTSEQ_PAIRS
+#endif
+#if defined(__AVX512VNNI__) || defined(FASTSEQ_TILES)
+#define FASTSEQ_BYTES
 #endif
 
 namespace fastseq {
@@ -31,6 +37,16 @@ struct OperandOf<bf16> {
 template <>
 constexpr int kTerm<bf16> = 2;
 #endif
+#if defined(FASTSEQ_BYTES)
+template <>
+constexpr int kTerm<q8> = 4;
+#endif
+// Rows in memory that a row of activations takes: of bytes the high and the low ones.
+template <class E>
+constexpr int kParts = kTerm<E> == 4 ? 2 : 1;
+// What sums of products are kept in.
+template <class E>
+using Sum = std::conditional_t<kTerm<E> == 4, int32_t, Accumulator<E>>;
 // The element type that a product of tensors of S is made of. Where it is bf16, a vector of terms goes by the name of
 // a vector of float: its bits.
 template <class S>
@@ -117,7 +133,7 @@ FASTSEQ_INLINE void store_terms(E* p, Vec<Accumulator<E>> terms) {
 // One term in every lane.
 template <class E>
 FASTSEQ_INLINE Vec<Accumulator<E>> splat_term(const E* p) {
-  if constexpr (kTerm<E> == 2) {
+  if constexpr (kTerm<E> > 1) {
     typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
     int32_t term;
     std::memcpy(&term, p, sizeof term);
@@ -126,14 +142,19 @@ FASTSEQ_INLINE Vec<Accumulator<E>> splat_term(const E* p) {
     return splat(*p);
   }
 }
-// sum + a b, lane by lane, over the elements of a term.
+// sum + a b, lane by lane, over the elements of a term; of bytes a's are unsigned.
 template <class E>
-FASTSEQ_INLINE Vec<Accumulator<E>> add_product(Vec<Accumulator<E>> sum, Vec<Accumulator<E>> a, Vec<Accumulator<E>> b) {
+FASTSEQ_INLINE Vec<Sum<E>> add_product(Vec<Sum<E>> sum, Vec<Accumulator<E>> a, Vec<Accumulator<E>> b) {
+#if defined(__AVX512VNNI__)
+  if constexpr (kTerm<E> == 4) return (Vec<Sum<E>>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#endif
 #if defined(__AVX512BF16__)
   if constexpr (kTerm<E> == 2)
     return (Vec<Accumulator<E>>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
-  if constexpr (kTerm<E> == 2)  // tiles without AVX-512: only their software model
+  if constexpr (kTerm<E> == 4)  // as below: those are multiplied by tiles alone
+    return sum;
+  else if constexpr (kTerm<E> == 2)  // tiles without AVX-512: only their software model
     return sum + widen_word<E, 0>(a) * widen_word<E, 0>(b) + widen_word<E, 1>(a) * widen_word<E, 1>(b);
   else
     return sum + a * b;

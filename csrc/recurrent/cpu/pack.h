@@ -137,36 +137,26 @@ void multiply_columns(const ScanView& w, const Operand<S>* const* rows, long cou
   }
 }
 
-// What packed weights of W beside activations of S are made of: terms, or words of W that are packed beforehand.
-template <class S, class W>
-struct PanelOf {
-  using type = W;
-  static constexpr int k = kWord<Accumulator<S>, W>;
-};
-template <class S>
-struct PanelOf<S, S> {
-  using type = Operand<S>;
-  static constexpr int k = kTerm<Operand<S>>;
-};
-template <class S, class W>
-using Panel = typename PanelOf<S, W>::type;
-// Elements of a row of K, brought to whole terms or words.
-template <class S, class W>
-constexpr long panel_row(long K) {
-  return (K + PanelOf<S, W>::k - 1) / PanelOf<S, W>::k * PanelOf<S, W>::k;
+// Elements of a row of K packed weights of Q beside activations of E, brought to whole terms, or where Q is not E words.
+template <class E, class Q>
+constexpr long packed_row(long K) {
+  constexpr int k = __is_same(E, Q) ? kTerm<E> : kWord<Accumulator<E>, Q>;
+  return (K + k - 1) / k * k;
 }
 
-// One weight matrix as the products want it: packed, or (packed null) unpacked.
-template <class S, class W = S>
+// One weight matrix as the products want it: packed, of elements Q, or (packed null) unpacked, of S. E: what is multiplied.
+template <class S, class E = Operand<S>, class Q = E>
 struct Weights {
   using A = Accumulator<S>;
-  const Panel<S, W>* packed = nullptr;
+  const Q* packed = nullptr;
   long stride = 0;      // of a packed unit vector, of whole terms or words
   const S* raw = nullptr;
   long raw_row = 0;     // between rows of w
   long H = 0, K = 0;    // units a gate, and what is summed over
   const A* scale = nullptr;  // null, or [G][scale_stride] factors of packed rows
   long scale_stride = 0;
+  const int32_t* start = nullptr;  // of bytes: likewise, what their sums start from
+  const A* row_scale = nullptr;    // of bytes: [count] factors of the rows
   bool one_chain = false;    // sums do not depend on how many rows there are (packed ones alone)
 };
 
@@ -188,15 +178,15 @@ void multiply_one_by_one(const Tile<E, W>& all, int width) {
 
 // Rows divided as evenly as possible into tiles, times unit vectors [first, last): for each tile, the product with
 // all G gates of `width` vectors, then done(first row, rows, first vector, width).
-template <int G, class S, class W, class Out, class Done>
-FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* rows, long count, long first, long last,
+template <int G, class S, class E, class Q, class Out, class Done>
+FASTSEQ_INLINE void multiply(const Weights<S, E, Q>& w, const E* const* rows, long count, long first, long last,
                              const Accumulator<S>* init, long stride, bool add, const Out& out, const Done& done) {
   using A = Accumulator<S>;
   constexpr int L = kLanes<A>;
   if (count == 0) return;
   for (long v = first; v < last; v += tile_width(G)) {
     int width = int(last - v < tile_width(G) ? last - v : tile_width(G));
-    int most = rows_of_product<Operand<S>>(G * width);
+    int most = rows_of_product<E>(G * width);
     long tiles = (count + most - 1) / most, each = count / tiles, larger = count % tiles;
     long row = 0;
     for (long i = 0; i < tiles; ++i) {
@@ -204,16 +194,15 @@ FASTSEQ_INLINE void multiply(const Weights<S, W>& w, const Operand<S>* const* ro
       A* outs[kMaxRows];
       for (int r = 0; r < n; ++r) outs[r] = out(row + r, v);
       if (w.packed) {
-        using E = Operand<S>;
-        using P = Panel<S, W>;
-        const Tile<E, P> tile{rows + row, w.packed + v * w.stride, w.stride, __is_same(E, P) ? terms_of<E>(w.K) : w.K,
+        const Tile<E, Q> tile{rows + row * kParts<E>, w.packed + v * w.stride, w.stride, __is_same(E, Q) ? terms_of<E>(w.K) : w.K,
                               init ? init + v * L : nullptr, outs, stride, add,
-                              w.scale ? w.scale + v * L : nullptr, w.scale_stride, n};
-        if (w.one_chain && !kMatrix<E> && chains(n * G * width) > 1)
+                              w.scale ? w.scale + v * L : nullptr, w.scale_stride, n * kParts<E>,
+                              w.start ? w.start + v * L : nullptr, w.row_scale ? w.row_scale + row : nullptr};
+        if (w.one_chain && !kMatrix<E> && kTerm<E> < 4 && chains(n * G * width) > 1)
           multiply_one_by_one<G>(tile, width);
         else
-          tile_function<E, P, G>(n, width)(tile);
-      } else {
+          tile_function<E, Q, G>(n * kParts<E>, width)(tile);
+      } else if constexpr (__is_same(E, Operand<S>)) {
         for (int g = 0; g < G; ++g)
           for (int nb = 0; nb < width; ++nb) {
             const long unit = (v + nb) * L, at = g * stride + nb * L;

@@ -17,7 +17,7 @@ constexpr long kCacheBytes = 640 << 10;
 
 // How many threads share the units of the same rows of the batch; the rows are divided among such groups. Rows alone
 // need no barrier, but each thread then walks through all weights at every step, for few rows.
-inline int unit_ways(const ScanSizes& s, int threads, long element) {
+inline int unit_ways(const ScanSizes& s, int threads, long element, long cache = kCacheBytes) {
   if (threads == 1) return 1;
   const long macs = s.P * s.H * gates_of(s.cell), step_macs = s.B * macs, vectors = vectors_of<float>(s.H);
   auto share = [](long total, int size) { return share_of(total, 0, size).end; };  // the largest
@@ -26,7 +26,7 @@ inline int unit_ways(const ScanSizes& s, int threads, long element) {
     if (threads % w) continue;
     const int groups = threads / w, finer = threads / ways;
     const long rows = share(s.B, finer);  // of a thread without this
-    const bool spills = macs * element > kCacheBytes && rows <= 12;
+    const bool spills = macs * element > cache && rows <= 12;
     // Three rows of two threads: one would have twice as many as the other.
     const bool evener = rows <= 2 && 6 * share(s.B, groups) * share(vectors, w) <= 5 * rows * share(vectors, ways);
     const bool worth = step_macs / (long(groups) * w) >= kParallelStep;
@@ -37,11 +37,11 @@ inline int unit_ways(const ScanSizes& s, int threads, long element) {
 
 // The threads that have something to do at every step, or one for a call that is too small. Each thread that is asked
 // is waited for, which on a busy machine takes milliseconds.
-inline int threads_for(const ScanSizes& s, long element) {
+inline int threads_for(const ScanSizes& s, long element, long cache = kCacheBytes) {
   const long weights = (s.I + s.P) * s.H * gates_of(s.cell);
   const long work = (s.T * s.B + 1) * weights;  // to read them costs about as much as a row does
   if (s.threads <= 1 || work < kParallelCall) return 1;
-  const long useful = (s.B < 1 ? 1 : s.B) * unit_ways(s, s.threads, element);
+  const long useful = (s.B < 1 ? 1 : s.B) * unit_ways(s, s.threads, element, cache);
   return useful < s.threads ? int(useful) : s.threads;
 }
 

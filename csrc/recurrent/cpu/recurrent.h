@@ -36,6 +36,10 @@ struct ScanForward : ScanSizes {
   // Of w_ih, w_hh and w_hr: dtype, or with f32 the smaller bf16 or i8. The smaller ones are packed beforehand, for
   // scan_lanes() lanes; data is all of their view. Of i8 each row has a float scale: s_ih and s_hh [G*H], s_hr [P].
   Dtype weights;
+  // Products multiply weights as they are, activations being rounded to their type, where the instruction set multiplies
+  // that. Elsewhere, and without this, such weights are widened and products are float32's. Then i8 has a second row of
+  // floats beside its scales, b apart: -128 times the sum of each row's weights.
+  bool narrow;
   ScanView s_ih, s_hh, s_hr;
   ScanView x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0;  // biases, w_hr and (zero) states may be null
   // Outputs with e = 1. c_n is null but for an LSTM; states [T,B,H] and tape [T,B,tape_of(cell)*H] (an LSTM's gates; GRU

@@ -35,17 +35,19 @@ constexpr int tile_width(int gates) { return kMaxVectors / gates; }
 template <class E, class W = E>
 struct Tile {
   using A = Accumulator<E>;
-  const E* const* rows;  // [R] pointers to K activations
+  const E* const* rows;  // [R] pointers to K activations, the parts of a row side by side
   const W* w;            // packed weights of the first unit vector
   long w_stride;         // to the next unit vector
   long K;                // terms; of words, elements
   const A* init;         // null (zero), or [gate][..] biases for all rows, a gate `stride` apart
-  A* const* out;         // [R] pointers to [gate][..] results, a gate `stride` apart
+  A* const* out;         // [R / parts] pointers to [gate][..] results, a gate `stride` apart
   long stride;
   bool add;              // to what is in out; then there is no init
   const A* scale = nullptr;  // null, or [gate][..] factors of all sums, a gate `scale_stride` apart
   long scale_stride = 0;
   int count = 0;             // R, which only run_matrix does not know from its type
+  const int32_t* start = nullptr;  // of bytes: [gate][..] what sums start from, a gate `scale_stride` apart
+  const A* row_scale = nullptr;    // of bytes: [R / 2] factors of a row's sums
 };
 
 // How many sums a result is kept in: a single chain of additions leaves the units idle where there are few results.
@@ -54,20 +56,40 @@ constexpr int chains(int results, bool one_chain = false) {
   return one_chain || results >= 12 ? 1 : results >= 6 ? 2 : 4;
 }
 
+// The sums that have this place in `scale`, before their first product.
+template <class E, class W>
+FASTSEQ_INLINE Vec<Sum<E>> first_sums(const Tile<E, W>& t, long at) {
+  if constexpr (kTerm<E> == 4)
+    return load(t.start + at);
+  else
+    return Vec<Sum<E>>{};
+}
+// Row r's sums, of its parts, times their factors.
+template <class E, class W>
+FASTSEQ_INLINE Vec<Accumulator<E>> scaled(const Tile<E, W>& t, const Vec<Sum<E>>* sums, long apart, int r, long at) {
+  if constexpr (kTerm<E> == 4) {
+    const Vec<float> high = __builtin_convertvector(sums[0], Vec<float>), low = __builtin_convertvector(sums[apart], Vec<float>);
+    return (high * 256.0f + low) * (splat(t.row_scale[r]) * load(t.scale + at));
+  } else if constexpr (!__is_same(E, W)) {
+    return t.scale ? *sums * load(t.scale + at) : *sums;
+  } else {
+    return *sums;
+  }
+}
+
 // out[r][g][lanes of nb] = scale * sum + init, or + out.
 template <class E, class W, int R, int G, int NB>
-FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, Vec<Accumulator<E>> (&sums)[R][G * NB]) {
+FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, const Vec<Sum<E>> (&sums)[R][G * NB]) {
   using A = Accumulator<E>;
   constexpr int L = kLanes<A>;
   const bool more = t.init || t.add;
-  FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
+  FASTSEQ_UNROLL for (int r = 0; r < R / kParts<E>; ++r) {
     A* out = t.out[r];
     FASTSEQ_UNROLL for (int n = 0; n < G * NB; ++n) {
-      if constexpr (!__is_same(E, W))
-        if (t.scale) sums[r][n] *= load(t.scale + (n / NB) * t.scale_stride + (n % NB) * L);
+      Vec<A> sum = scaled(t, &sums[r * kParts<E>][n], G * NB, r, (n / NB) * t.scale_stride + (n % NB) * L);
       const long at = (n / NB) * t.stride + (n % NB) * L;
-      if (more) sums[r][n] += load((t.add ? out : t.init) + at);
-      store(out + at, sums[r][n]);
+      if (more) sum += load((t.add ? out : t.init) + at);
+      store(out + at, sum);
     }
   }
 }
@@ -123,14 +145,15 @@ void run_tile(const Tile<E>& t) {
   using A = Accumulator<E>;
   constexpr int L = kLanes<A>, D = kTerm<E>;
   constexpr int N = G * NB, U = chains(R * N, kOneChain);
-  Vec<A> acc[U][R][N];
+  Vec<Sum<E>> acc[U][R][N];
   const E* rows[R];
   const E* w[NB];
   FASTSEQ_UNROLL for (int nb = 0; nb < NB; ++nb) w[nb] = t.w + nb * t.w_stride;
   FASTSEQ_UNROLL for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
   FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
-      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = Vec<A>{};
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n)
+        acc[u][r][n] = u == 0 ? first_sums(t, (n / NB) * t.scale_stride + (n % NB) * L) : Vec<Sum<E>>{};
   long k = 0;
   for (; k + U <= t.K; k += U)
     FASTSEQ_UNROLL for (int u = 0; u < U; ++u) {
@@ -156,10 +179,10 @@ void run_tile(const Tile<E>& t) {
   finish_tile<E, E, R, G, NB>(t, acc[0]);
 }
 
-// Pairs of bfloat16 go through the chip's matrix tiles where it has them: a tile function then takes up to 16 rows.
+// Pairs of bfloat16, and bytes, go through the chip's matrix tiles where it has them: a tile function then takes up to 16 rows.
 #if defined(FASTSEQ_TILES)
 template <class E>
-constexpr bool kMatrix = kTerm<E> == 2;
+constexpr bool kMatrix = kTerm<E> > 1;
 
 inline thread_local int matrix_shape = 0;  // of the configuration that this thread has loaded; 0: none
 
@@ -217,28 +240,42 @@ void run_matrix(const Tile<E>& t) {
   const long stride = even ? long(apart) : long(kTerms * D * sizeof(E));
   auto weights_at = [&](long k, int n) { return t.w + n % NB * t.w_stride + (k * G + n / NB) * L * D; };
   constexpr long w_stride = G * L * D * long(sizeof(E));
-  each_tile<N>([](auto n) { tile_zero<n.at>(); });
+  auto place = [&](int n) { return (n / NB) * t.scale_stride + (n % NB) * L; };
+  auto multiply = [](auto n, auto rows, auto weights) {
+    if constexpr (kTerm<E> == 4)
+      tile_multiply_bytes<n.at, rows.at, weights.at>();
+    else
+      tile_multiply<n.at, rows.at, weights.at>();
+  };
+  each_tile<N>([&](auto n) {
+    if constexpr (kTerm<E> == 4)
+      tile_load<n.at>(t.start + place(n.at), 0);
+    else
+      tile_zero<n.at>();
+  });
   long k = 0;
   for (; k + kTerms <= t.K; k += kTerms) {
     tile_load<4>(rows_at(k, kTerms), stride);
     each_tile<N>([&](auto n) {
       tile_load<5>(weights_at(k, n.at), w_stride);
-      tile_multiply<n.at, 4, 5>();
+      multiply(n, Number<4>{}, Number<5>{});
     });
   }
   if (rest) {
     tile_load<6>(rows_at(k, rest), stride);
     each_tile<N>([&](auto n) {
       tile_load<7>(weights_at(k, n.at), w_stride);
-      tile_multiply<n.at, 6, 7>();
+      multiply(n, Number<6>{}, Number<7>{});
     });
   }
-  alignas(64) A sums[N][kMaxRows * L];
+  alignas(64) Sum<E> sums[N][kMaxRows * L];
   each_tile<N>([&](auto n) { tile_store<n.at>(sums[n.at], L * long(sizeof(A))); });
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R / kParts<E>; ++r)
     for (int n = 0; n < N; ++n) {
       const long at = (n / NB) * t.stride + (n % NB) * L;
-      Vec<A> sum = load(sums[n] + r * L);
+      Vec<Sum<E>> parts[kParts<E>];
+      for (int i = 0; i < kParts<E>; ++i) parts[i] = load(sums[n] + (r * kParts<E> + i) * L);
+      Vec<A> sum = scaled(t, parts, 1, r, place(n));
       if (t.init || t.add) sum += load((t.add ? t.out[r] : t.init) + at);
       store(t.out[r] + at, sum);
     }
@@ -251,23 +288,23 @@ template <class E, int G, int NB>
 void run_matrix(const Tile<E>& t);  // never called
 #endif
 
-// How many rows one call of a tile function takes.
+// How many rows of activations one call of a tile function takes.
 template <class E>
 constexpr int rows_of_product(int vectors) {
-  return kMatrix<E> ? kMaxRows : rows_of_tile(vectors);
+  return (kMatrix<E> ? kMaxRows : rows_of_tile(vectors)) / kParts<E>;
 }
 
 template <class E, class W = E>
 using TileFunction = void (*)(const Tile<E, W>&);
 
-template <class E, class W, int G, int NB, int R = 1>
+template <class E, class W, int G, int NB, int R = kParts<E>>
 TileFunction<E, W> tile_function(int rows) {
   if constexpr (kMatrix<E>)
     return &run_matrix<E, G, NB>;
   else if constexpr (R > rows_of_tile(G * NB))
     return nullptr;
   else if (rows != R)
-    return tile_function<E, W, G, NB, R + 1>(rows);
+    return tile_function<E, W, G, NB, R + kParts<E>>(rows);
   else if constexpr (__is_same(E, W))
     return &run_tile<E, R, G, NB, false>;
   else
@@ -277,7 +314,7 @@ TileFunction<E, W> tile_function(int rows) {
 template <class E, class W, int G>
 constexpr TileFunction<E, W> one_chain_function() {
   if constexpr (__is_same(E, W))
-    return &run_tile<E, 1, G, 1, true>;
+    return &run_tile<E, kParts<E>, G, 1, true>;
   else
     return &run_words<E, W, 1, G, 1, true>;
 }

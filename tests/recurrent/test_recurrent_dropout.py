@@ -312,6 +312,20 @@ def test_dropouts_of_all_kinds_go_together_with_autocast(backend: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_keeps_its_mask_with_dropout_between_layers(name: str, backend: str) -> None:
+    torch.manual_seed(13)
+    layer = LAYERS[name](3, 4, 3, bidirectional=True)
+    x, mask = torch.randn(5, 2, 3), mask_of(6, 2, getattr(layer, "proj_size", 0) or 4, dtype=torch.float32)
+    with fastseq.use_backend(backend):
+        want = function_of(layer)(x, None, state_mask=mask)
+        layer.dropout = 1e-9  # which drops nothing, but has each layer run by itself
+        found = function_of(layer)(x, None, state_mask=mask)
+    for a, b in zip(flat(found), flat(want), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- Other forms of a call.
 
 
@@ -395,7 +409,7 @@ def test_vmap_over_masks(name: str, backend: str) -> None:
     x, masks = torch.randn(5, 2, 3), mask_of(4, 2, 2, getattr(layer, "proj_size", 0) or 4, dtype=torch.float32)
 
     def run(x: Tensor, own: dict[str, Tensor], mask: Tensor) -> Tensor:
-        with mock.patch.object(layer, "_weights", lambda: list(own.values())):
+        with mock.patch.object(layer, "_weights", return_value=list(own.values())):
             return layer._function(x, None, state_mask=mask)[0]
 
     gradient = torch.func.grad(lambda x, own, mask: run(x, own, mask).sum(), (0, 1))

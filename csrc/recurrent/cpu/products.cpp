@@ -276,15 +276,6 @@ struct Products {
     return before < 0 ? at<S>(p.h0, 0, b) : at<S>(p.y, before, b);
   }
 
-  // Units of a state from e on as the walk's products read them, rounded where these take pairs.
-  Vec<A> read_by_products(long b, long e, Vec<A> h) const {
-    h = masked<S>(p, b, e, h, lanes(e, p.P));
-    if constexpr (D == 1) return h;
-    S rounded[L];
-    store(rounded, h);
-    return load(rounded);
-  }
-
   static void ask_for(const S* row, long n) {
     constexpr long kLine = 64 / long(sizeof(S));
     for (long e = 0; row && e < n; e += kLine) prefetch(row + e, 0);
@@ -307,7 +298,7 @@ struct Products {
         for (int d = 0; d < D; ++d)
           some[d] = row[d] ? load_strided(row[d] + e * stride[d], stride[d], lanes(e, n)) : Vec<A>{};
         for (int d = 0; s == from_h && p.mask.data && d < D; ++d)
-          if (row[d]) some[d] = read_by_products(index[k0 + term * D + d].b, e, some[d]);
+          if (row[d]) some[d] = masked<S>(p, index[k0 + term * D + d].b, e, some[d], lanes(e, n));
         store_terms(to + e / kPanel * chunk * kPanel + e % kPanel * D, terms_from<E>(some));
       }
     }

@@ -14,6 +14,7 @@ from fastseq.attn import multihead
 from fastseq.attn.functional import attention
 from fastseq.backend import native_attention
 from fastseq.checks import refuse_script
+from fastseq.dtensor import any_dtensor
 from fastseq.nn.attention import MultiheadAttention
 
 _PARTS = {
@@ -86,7 +87,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_cpu and not (nested and masked) and self._is_unchanged():
             if self._is_native(src):
                 return self._in_native_calls(src, src_mask, src_key_padding_mask, is_causal)
-            if not masked and not is_causal:  # few rows, or another dtype: torch's fused kernel is faster
+            if not masked and not is_causal and not any_dtensor((src, self.linear1.weight)):
+                # few rows, or another dtype: torch's fused kernel is faster
                 return super().forward(src)
         if nested or not src.is_cpu:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)

@@ -375,7 +375,8 @@ def explain(layer_or_function: Callable, *args: object, **kwargs: object) -> str
     try:
         layer_or_function(*args, **kwargs)
     except _Explained:
-        return "\n".join(said)
+        copies = getattr(layer_or_function, "_compressed", None)  # of fastseq.patch(weights=, compute=)
+        return "\n".join(said if copies is None else (*said, f"without gradients from smaller copies: {copies}"))
     finally:
         _decisions = previous
     return "this call reaches no operation of fastseq"

@@ -1,7 +1,8 @@
 """Low precision on the CPU: recurrent layers in float32, bfloat16 and int8 beside other runtimes' low precision.
 
 Each call is checked first: its error is the largest difference of an output from float64. Peers are OpenVINO with its
-bfloat16 hint (where it is installed), ONNX Runtime's dynamic quantisation (LSTM alone), and torch's (LSTM and GRU). ``x best`` is the time of the fastest peer in low precision over a call's own.
+bfloat16 hint (where it is installed), ONNX Runtime's dynamic quantisation (LSTM alone), and torch's (LSTM and GRU).
+``x best`` is the time of the fastest peer in low precision over a call's own.
 """
 
 from __future__ import annotations

@@ -422,6 +422,26 @@ def test_readme_section_is_written_from_a_result_file(tmp_path):
     assert page.read_text() == text
 
 
+def test_low_precision_is_compared_with_float64(tmp_path, capsys, monkeypatch):
+    from bench.studies import precision
+
+    monkeypatch.setattr(precision, "SHAPES", ((3, 2, 8, 16),))
+    path = tmp_path / "precision.json"
+    arguments = ["--cell", "lstm", "gru_reset_before", "--min-time", "0.01", "--json", str(path)]
+    assert precision.main(arguments) == 0
+    lstm, gru = (found["contestants"] for found in json.loads(path.read_text())["cases"])
+    for found in (lstm, gru):
+        assert found["fastseq float32"]["error"] < 1e-5
+        for kind in ("bfloat16", "int8"):
+            assert 1e-5 < found[f"fastseq {kind}"]["error"] < 0.05
+        assert all(one["us"] > 0 for one in found.values())
+    assert 1e-5 < lstm["torch int8"]["error"] < 0.1
+    assert "torch int8" not in gru
+    assert "x best" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        precision.main(["--threads", "0"])
+
+
 def test_smaller_weights_are_compared_on_a_trained_model(tmp_path, capsys):
     from bench.studies.weights import main
 
@@ -433,7 +453,7 @@ def test_smaller_weights_are_compared_on_a_trained_model(tmp_path, capsys):
         measured = found["variants"]
         full = measured["fastseq float32"]["loss"]
         assert measured["torch float32"]["loss"] == pytest.approx(full, rel=1e-5)
-        for variant in ("fastseq bfloat16", "fastseq int8", "torch int8"):
+        for variant in ("fastseq bfloat16", "fastseq int8", "fastseq int8 computed", "torch int8"):
             assert 0 < abs(measured[variant]["loss"] / full - 1) < 0.01
         assert all(one["step_us"] > 0 for one in measured.values())
     assert "fastseq int8" in capsys.readouterr().out

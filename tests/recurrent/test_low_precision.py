@@ -257,6 +257,7 @@ def test_patch_reports_and_unpatch_restores(kind):
         report = fastseq.patch(model, compute=getattr(torch, kind))
         assert f"2 layers that multiply {kind} in inference; 1 layer not, having no float32 weights" in str(report)
         assert f"compute='{kind}' in inference" in repr(model["a"])
+        assert f"from smaller copies: compute='{kind}'" in fastseq.explain(model["a"], x)
         assert not torch.equal(model["a"](x)[0], before)
         fastseq.patch(model, weights=kind)  # the last word holds
         assert f"weights='{kind}' in inference" in repr(model["a"])

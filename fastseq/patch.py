@@ -111,8 +111,8 @@ def patch(
     keep_class: bool = False,
     functional: bool = False,
 ) -> Report:
-    """Make every ``torch.nn`` RNN, GRU, LSTM, cell, MultiheadAttention and TransformerEncoderLayer inside ``model`` run on
-    fastseq, in place.
+    """Make every ``torch.nn`` RNN, GRU, LSTM, cell, MultiheadAttention and TransformerEncoderLayer inside ``model``
+    run on fastseq, in place.
 
     Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
     Only exact ``torch.nn`` classes are swapped. Left as they are, with the reason in the report: subclasses, layers

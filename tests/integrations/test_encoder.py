@@ -446,3 +446,12 @@ def test_the_operator_names_what_does_not_fit():
         with pytest.raises(RuntimeError, match=message):
             torch.ops.fastseq.feed_forward(*arguments, *[None] * (10 - len(arguments)), 0.0, 0)
     assert torch.ops.fastseq.feed_forward(x[:0], w, *[None] * 8, 0.0, 0).shape == (0, 64)
+
+
+@needs_native
+@pytest.mark.parametrize("features", [1, 5, 16, 33, 100])
+def test_the_operator_takes_any_number_of_features(features):
+    x, w = torch.randn(300, features), torch.randn(64, features)
+    torch.ops.fastseq.feed_forward(torch.full((300, 128), torch.nan), torch.randn(64, 128), *[None] * 8, 0.0, 0)
+    y = torch.ops.fastseq.feed_forward(x, w, *[None] * 8, 0.0, 0)  # in memory that held NaN
+    torch.testing.assert_close(y, x @ w.T, rtol=1e-5, atol=1e-5)

@@ -114,6 +114,7 @@ class Call {
         normalise(p_.before, row, in, put);
       else
         for (long e = 0; e < in; e += L) put(e, load_n(row + e, lanes(e, in)), lanes(e, in));
+      for (long e = in; e < Products::padded(in); ++e) put(e, V{}, 1);
     }
     float* const y = p_.y + first * out;
     const float* const residual = p_.residual ? p_.residual + first * out : nullptr;

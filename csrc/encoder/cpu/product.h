@@ -37,6 +37,7 @@ struct Floats {
   // places in the cache.
   static long row(long in) { return in + L; }
   static long activations(long in) { return kBlockRows * row(in); }
+  static long padded(long in) { return in; }  // terms of a row that must be there
   static void put(Activation* block, long in, long r, long e, Vec<float> v, int some) {
     store_n(block + r * row(in) + e, v, some);
   }
@@ -116,25 +117,26 @@ struct Tiles {
   }
   // The parts of n floats, a tile apart, in stores as wide as what reads them next.
   static void split_row(const float* from, long n, bf16* to) {
-    if constexpr (L == kSide) {
-      typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-      typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-      Vec<float> x[2] = {load_n(from, int(n < L ? n : L)), n > L ? load_n(from + L, int(n - L)) : Vec<float>{}};
-      for (int part = 0; part < kParts; ++part) {
-        Half halves[2];
-        for (int i = 0; i < 2; ++i) {
-          const Words high = same_bits<Words>(x[i]) & 0xffff0000u;
-          halves[i] = __builtin_convertvector(high >> 16, Half);
-          x[i] -= same_bits<Vec<float>>(high);
-        }
-        const auto row = __builtin_shufflevector(halves[0], halves[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-                                                 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
-        std::memcpy(to + part * kTile, &row, sizeof row);
+#if defined(__AVX512F__)
+    static_assert(L == kSide, "a vector is a row of words");
+    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    Vec<float> x[2] = {load_n(from, int(n < L ? n : L)), n > L ? load_n(from + L, int(n - L)) : Vec<float>{}};
+    for (int part = 0; part < kParts; ++part) {
+      Half halves[2];
+      for (int i = 0; i < 2; ++i) {
+        const Words high = same_bits<Words>(x[i]) & 0xffff0000u;
+        halves[i] = __builtin_convertvector(high >> 16, Half);
+        x[i] -= same_bits<Vec<float>>(high);
       }
-    } else {
-      for (long e = 0; e < kDepth; e += L)
-        split(n > e ? load_n(from + e, int(n - e < L ? n - e : L)) : Vec<float>{}, to + e, kTile);
+      const auto row = __builtin_shufflevector(halves[0], halves[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                               16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+      std::memcpy(to + part * kTile, &row, sizeof row);
     }
+#else
+    for (long e = 0; e < kDepth; e += L)
+      split(n > e ? load_n(from + e, int(n - e < L ? n - e : L)) : Vec<float>{}, to + e, kTile);
+#endif
   }
   // Pairs, which are words, of rows into rows of pairs.
   static void turn(const bf16 (&rows)[kSide][kDepth], bf16* to) {
@@ -150,7 +152,8 @@ struct Tiles {
   }
 
   // [tile of rows][step of terms][part][row][term]
-  static long activations(long in) { return kBlockRows * steps(in) * kDepth * kParts; }
+  static long activations(long in) { return kBlockRows * padded(in) * kParts; }
+  static long padded(long in) { return steps(in) * kDepth; }  // terms of a row, zeros past the last
   static bf16* at(bf16* block, long in, long r, long e) {
     return block + ((r / kSide * steps(in) + e / kDepth) * kParts * kSide + r % kSide) * kDepth + e % kDepth;
   }

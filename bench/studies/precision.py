@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
-from bench.cases import Recurrent, RecurrentInputs, make_inputs
+from bench.cases import Recurrent, LayerInputs, make_inputs
 from bench.peers import build_layer, onnx_model
 from bench.report import environment, unwritable, write_json
 from bench.run import Timing, add_blocks
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 def compare(case: Recurrent, threads: int, min_time: float) -> dict[str, dict[str, Any]]:
     """Each contestant's time of a call and its error."""
     inputs = make_inputs(case)
-    assert isinstance(inputs, RecurrentInputs)
+    assert isinstance(inputs, LayerInputs)
     layer = build_layer(fastseq.nn, case, inputs.state, torch.float32).eval()
     state = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def compare(case: Recurrent, threads: int, min_time: float) -> dict[str, dict[st
 
 
 def contestants(
-    case: Recurrent, inputs: RecurrentInputs, layer: nn.Module, state: Any, threads: int
+    case: Recurrent, inputs: LayerInputs, layer: nn.Module, state: Any, threads: int
 ) -> Iterator[tuple[str, Call]]:
     """Names and calls, whose first result is y."""
     for kind in (None, "bfloat16", "int8"):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
-from bench.cases import Recurrent, LayerInputs, make_inputs
+from bench.cases import LayerInputs, Recurrent, make_inputs
 from bench.peers import build_layer, onnx_model
 from bench.report import environment, unwritable, write_json
 from bench.run import Timing, add_blocks
@@ -71,6 +71,7 @@ def compare(case: Recurrent, threads: int, min_time: float) -> dict[str, dict[st
     """Each contestant's time of a call and its error."""
     inputs = make_inputs(case)
     assert isinstance(inputs, LayerInputs)
+    assert inputs.h0 is not None
     layer = build_layer(fastseq.nn, case, inputs.state, torch.float32).eval()
     state = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
     with torch.no_grad():
@@ -105,8 +106,8 @@ def contestants(
             warnings.simplefilter("ignore")
             holder = torch.ao.quantization.quantize_dynamic(nn.Sequential(theirs), {nn.LSTM, nn.GRU}, torch.qint8)
         yield "torch int8", _inference(holder[0], inputs.x, state)
-    arrays = {"X": inputs.x.numpy(), "h_0": inputs.h0.numpy()}
-    arrays |= {} if inputs.c0 is None else {"c_0": inputs.c0.numpy()}
+    given = {"X": inputs.x, "h_0": inputs.h0, "c_0": inputs.c0}
+    arrays = {n: t.numpy() for n, t in given.items() if t is not None}
     model = onnx_model(case, inputs.state)
     if importlib.util.find_spec("openvino"):
         for hint in ("f32", "bf16"):

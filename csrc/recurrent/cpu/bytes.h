@@ -41,9 +41,9 @@ inline float lay_bytes(q8* to, long low, const float* from, long stride, long n)
   const Vec<float> whole = splat(0x1.8p23f + 32896);
   for (long i = 0; i < n; i += L) {
     const Bits rounded = (Bits)(at(i) * factor + whole);
-    const Bytes high = __builtin_convertvector(rounded >> 8 & 0xff, Bytes), low_bytes = __builtin_convertvector(rounded & 0xff, Bytes);
-    std::memcpy(to + i, &high, sizeof high);
-    std::memcpy(to + low + i, &low_bytes, sizeof low_bytes);
+    const Bytes parts[] = {__builtin_convertvector(rounded >> 8 & 0xff, Bytes), __builtin_convertvector(rounded & 0xff, Bytes)};
+    std::memcpy(to + i, &parts[0], sizeof parts[0]);
+    std::memcpy(to + low + i, &parts[1], sizeof parts[1]);
   }
   return bits >= kInfinity ? __builtin_nanf("") : peak >= kSmallest ? peak / kMost : 0;
 }

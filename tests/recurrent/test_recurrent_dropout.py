@@ -142,7 +142,7 @@ def gradients(results: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", [*range(4), *(pytest.param(n, marks=pytest.mark.full) for n in range(4, 8))])
 def test_values_and_gradients_are_those_of_a_loop_over_cells(name: str, number: int, backend: str) -> None:
     layer, x, hx, lengths, reset, mask = drawn(name, number)
     leaves = [x, *flat(hx), *layer.parameters()]
@@ -160,7 +160,9 @@ def test_values_and_gradients_are_those_of_a_loop_over_cells(name: str, number: 
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.full) if isa in ("avx2", "avx512") else isa for isa in ISAS]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_the_native_kernels_are_as_near_the_truth_as_without(cell: str, dtype: torch.dtype, isa: str) -> None:

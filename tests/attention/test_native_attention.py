@@ -92,6 +92,23 @@ def test_the_number_of_threads_changes_no_bit_of_the_forward() -> None:
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("far", "growing"), [(0, [0, 3, 6, 9, 60]), (1, [0, 28, 32, 36, 60]), (-1, [-60, -40, -36, -32, 0])]
+)
+def test_scores_that_grow_from_block_to_block(far: int, growing: list[int], dtype: torch.dtype, isa: str) -> None:
+    """By less and by more than a kernel may leave unscaled, also across the size from which it subtracts scores before it
+    scales them, 2^20 ln 2 = 726817. Every dtype has these numbers and their products."""
+    q = torch.tensor([1024, 1024, 1], dtype=dtype).repeat(1, 1, 40, 1)
+    k = torch.tensor([704 * far, 5.75 * far, 0], dtype=dtype).repeat(1, 1, 1280, 1)
+    k[..., 2] = torch.tensor(growing).repeat_interleave(256)
+    v = torch.randn(1, 1, 1280, 8).to(dtype)
+    o, lse = forward(q, k, v, {"scale": 1.0})
+    scores = q.double() @ k.double().mT
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(o.double(), scores.softmax(-1) @ v.double(), rtol=1e-5, atol=2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("queries", [3, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hidden_key_has_no_influence_at_all(dtype: torch.dtype, queries: int, isa: str) -> None:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
             _print(found[-1])
     if options.json is not None:
         made = {"command": shlex.join(["python", "-m", "bench", "precision", *argv])}
-        write_json(options.json, {**made, "environment": environment(options.threads), "cases": found})
+        write_json(options.json, {**made, "environment": environment(options.threads), "shapes": found})
     return 0
 
 

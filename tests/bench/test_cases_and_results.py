@@ -429,7 +429,7 @@ def test_low_precision_is_compared_with_float64(tmp_path, capsys, monkeypatch):
     path = tmp_path / "precision.json"
     arguments = ["--cell", "lstm", "gru_reset_before", "--min-time", "0.01", "--json", str(path)]
     assert precision.main(arguments) == 0
-    lstm, gru = (found["contestants"] for found in json.loads(path.read_text())["cases"])
+    lstm, gru = (found["contestants"] for found in json.loads(path.read_text())["shapes"])
     for found in (lstm, gru):
         assert found["fastseq float32"]["error"] < 1e-5
         for kind in ("bfloat16", "int8"):

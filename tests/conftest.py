@@ -14,7 +14,7 @@ import devices
 import pytest
 import torch
 import without_hypothesis
-from support import fill_new_memory_with_junk
+from support import ISAS, fill_new_memory_with_junk
 
 import fastseq
 from fastseq import ops
@@ -29,8 +29,6 @@ from hypothesis import settings  # noqa: E402
 
 # Without Triton its kernels have no tests.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*"]
-
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 # Examples take as long as the machine is busy; a failing one is printed and replayed by hypothesis itself.
 settings.register_profile("fastseq", deadline=None, print_blob=True)

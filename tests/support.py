@@ -22,6 +22,7 @@ BACKENDS = ["reference", "torch", NATIVE]
 CELLS = list(ops.GATES)
 PROJECTED = [f"{cell}_projected" for cell in CELLS if ops.HAS_C[cell]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def fill_new_memory_with_junk(on: bool) -> None:

@@ -7,12 +7,9 @@ the cache that a call reads in a second stand beside those that a copy of memory
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +21,8 @@ from bench.cases import DTYPES, Attention, AttentionInputs, attention_inputs
 from bench.check import Judge, cast
 from bench.formats import NONE, duration, markdown, times
 from bench.peers import Contestant, Entrant, Outputs, Unavailable
-from bench.report import case_document, document, environment, write_json
-from bench.run import Entry, Options, Result, admit, time_in_turns
+from bench.run import Options, Result
+from bench.studies import turns
 
 LAYOUTS: dict[str, dict[str, Any]] = {"contiguous": {}, "paged": {"page_size": 64}, "int8": {"dtype": torch.int8}}
 SCALE = 1 / 64
@@ -174,13 +171,8 @@ def measured(case: Step, options: Options) -> tuple[Result, float]:
     """Every contestant checked and timed; and bytes a second of a copy, timed among them."""
     inputs = drawn(case)
     judge = Judge.by(lambda dtype: answer(case, cast(inputs, dtype)), case)  # type: ignore[arg-type]
-    result = Result(case, judge.budget, {c.name: Entry() for c in CONTESTANTS})
-    entrants = [(c, e) for c in CONTESTANTS for e in admit(c, case, inputs, judge, options, result.entries[c.name])]
     source, target = torch.ones(1 << 27), torch.empty(1 << 27)
-    *timings, copy = time_in_turns([*(e.call for _, e in entrants), lambda: target.copy_(source)], options.min_time)
-    for (contestant, entrant), timing in zip(entrants, timings, strict=True):
-        entry = result.entries[contestant.name]
-        entry.status, entry.timings[entrant.setting] = "timed", timing
+    result, (copy,) = turns.compare(case, inputs, judge, CONTESTANTS, options, lambda: target.copy_(source))
     return result, 2 * source.nbytes / copy.median
 
 
@@ -197,27 +189,11 @@ def row(result: Result, copied: float) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of ``python -m bench decoding``; 1 where an answer was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench decoding", description=__doc__)
-    parser.add_argument("--case", nargs="+", default=["*"], metavar="GLOB", help="names of cases (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases chosen, and end")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--min-time", type=float, default=1.0, metavar="SECONDS", help="of a contestant of a case")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, case by case")
-    given = parser.parse_args(argv)
-    cases = [case for case in grid() if any(fnmatchcase(case.name, pattern) for pattern in given.case)]
-    if given.list or not cases:
-        print("\n".join(case.name for case in cases) or f"no case matches {given.case}")
-        return 0 if cases else 2
-    options = Options(given.threads, given.min_time)
-    torch.set_num_threads(given.threads)
+    given = turns.parser("decoding", __doc__).parse_args(argv)
+    cases, options = turns.chosen(given, grid()), Options(given.threads, given.min_time)
     with torch.inference_mode():
         found = [measured(case, options) for case in cases]
     header = ["a call", "fastseq", "of cache read", "of a copy's", "vs torch", "vs ort"]
     print("\n".join(markdown(header, [row(*one) for one in found], right=True)))
-    for result, _ in found:
-        for name in result.failed:
-            print(f"{result.case.name}: {name} is refused: {result.entries[name].reason}")
-    if given.json is not None:
-        documents = [case_document(result) | {"copy_bytes_per_second": copied} for result, copied in found]
-        write_json(given.json, document(documents, options, True, environment(given.threads)), True)
-    return 1 if any(result.failed for result, _ in found) else 0
+    more = [{"copy_bytes_per_second": copied} for _, copied in found]
+    return turns.conclude(given, options, [result for result, _ in found], more)

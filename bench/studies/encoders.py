@@ -7,12 +7,9 @@ norm first); ``causal``: with its mask. Contestants share their weights, are che
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +20,8 @@ from bench.cases import DTYPES, Case, Draw
 from bench.check import Judge
 from bench.formats import duration, markdown, times
 from bench.peers import Contestant, Entrant, Outputs, Unavailable
-from bench.report import case_document, document, environment, write_json
-from bench.run import Entry, Options, Result, admit, time_in_turns
+from bench.run import Options, Result
+from bench.studies import turns
 
 
 @dataclass(frozen=True)
@@ -136,31 +133,15 @@ CONTESTANTS = (
 def measured(case: Encoder, options: Options, contestants: Sequence[Contestant]) -> Result:
     inputs = drawn(case)
     judge = Judge.by(lambda dtype: truth(inputs, dtype), case)
-    result = Result(case, judge.budget, {c.name: Entry() for c in contestants})
-    entries = result.entries
-    entrants = [(c, e) for c in contestants for e in admit(c, case, inputs, judge, options, entries[c.name])]  # type: ignore[arg-type]
-    timings = time_in_turns([entrant.call for _, entrant in entrants], options.min_time)
-    for (contestant, entrant), timing in zip(entrants, timings, strict=True):
-        entries[contestant.name].status, entries[contestant.name].timings[entrant.setting] = "timed", timing
-    return result
+    return turns.compare(case, inputs, judge, contestants, options)[0]
 
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of ``python -m bench encoders``; 1 where an answer was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench encoders", description=__doc__)
-    parser.add_argument("--case", nargs="+", default=["*"], metavar="GLOB", help="names of cases (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases chosen, and end")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--min-time", type=float, default=1.0, metavar="SECONDS", help="of a contestant of a case")
+    parser = turns.parser("encoders", __doc__)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes a minute a case")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured, case by case")
     given = parser.parse_args(argv)
-    cases = [case for case in grid() if any(fnmatchcase(case.name, pattern) for pattern in given.case)]
-    if given.list or not cases:
-        print("\n".join(case.name for case in cases) or f"no case matches {given.case}")
-        return 0 if cases else 2
-    options = Options(given.threads, given.min_time)
-    torch.set_num_threads(given.threads)
+    cases, options = turns.chosen(given, grid()), Options(given.threads, given.min_time)
     with torch.inference_mode():
         found = [measured(case, options, CONTESTANTS[: 2 if given.no_compile else 3]) for case in cases]
     rows = [
@@ -168,10 +149,4 @@ def main(argv: Sequence[str]) -> int:
         for r in found if (timing := r.entries["fastseq"].timing) is not None
     ]  # fmt: skip
     print("\n".join(markdown(["a call", "fastseq", "vs torch", "vs torch.compile"], rows, right=True)))
-    refused = [(r, name) for r in found for name in r.failed]
-    for result, name in refused:
-        print(f"{result.case.name}: {name} is refused: {result.entries[name].reason}")
-    if given.json is not None:
-        documents = [case_document(result) for result in found]
-        write_json(given.json, document(documents, options, True, environment(given.threads)), True)
-    return 1 if refused else 0
+    return turns.conclude(given, options, found)

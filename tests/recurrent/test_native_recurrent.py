@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,29 +28,10 @@ from fastseq.recurrent.autograd import Inputs, Kept, Walk, torch_products
 
 pytestmark = needs_native
 
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.ops.fastseq.native_isa("auto")
-
-
-def use_isa(name: str) -> None:
-    try:
-        torch.ops.fastseq.native_isa(name)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-
-
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype, isa: str) -> None:
-    use_isa(isa)
     plain = cell.removesuffix("_projected")
     for shape, option, threads in zip(SHAPES, itertools.cycle(OPTIONS), itertools.cycle([2, 1, 3]), strict=False):
         for biases in (True, False) if shape == SHAPES[-2] else (True,):
@@ -63,10 +43,8 @@ def test_values_and_gradients_match_the_reference(cell: str, dtype: torch.dtype,
             compare(inputs, lengths, reset, plain, reverse)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_any_few_rows_meet_weights_as_they_lie(dtype: torch.dtype, isa: str) -> None:
-    use_isa(isa)
     cells, threads = itertools.cycle(CELLS), itertools.cycle([1, 2, 3, 1])
     for steps, rows in itertools.product((1, 2), range(1, 14)):
         cell = next(cells)
@@ -102,11 +80,9 @@ def test_work_split_among_threads(cell: str, shape: tuple[int, int, int, int]) -
         compare(draw(cell, *shape, dtype=torch.float32), None, None, cell, False)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_step_of_few_rows(cell: str, dtype: torch.dtype, isa: str) -> None:
-    use_isa(isa)
     for batch, threads, features, hidden in ((1, 2, 130, 301), (2, 3, 131, 300), (3, 1, 64, 33), (5, 2, 300, 257)):
         seed(cell, dtype, batch)
         torch.set_num_threads(threads)
@@ -218,11 +194,9 @@ def test_padding_is_never_read(cell: str) -> None:
             assert not got[4][past].any()
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_products_are_those_of_their_own_inputs(cell: str, dtype: torch.dtype, isa: str) -> None:
-    use_isa(isa)
     plain = cell.removesuffix("_projected")
     shapes = [*SHAPES, (300, 2, 5, 9), (9, 7, 130, 50)]
     for shape, option, threads in zip(shapes, itertools.cycle(OPTIONS), itertools.cycle([2, 1, 3]), strict=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,17 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recurrent_support import SHAPES, compare, draw, options, seed
-from support import CELLS, DTYPES, NATIVE, PROJECTED, flat, needs_native
+from support import CELLS, DTYPES, ISAS, NATIVE, PROJECTED, flat, needs_native
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_map
 
 import fastseq
-from fastseq import functional, ops
+from fastseq import functional
 from fastseq.backend import BackendError
 from fastseq.checks import ArgumentError
 
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 BOTH = ["reference", NATIVE]
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN": fastseq.nn.RNN,
@@ -34,22 +33,6 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "coupled": lambda *sizes, **more: fastseq.nn.LSTM(*sizes, input_forget=True, **more),
     "projected": lambda *sizes, **more: fastseq.nn.LSTM(*sizes, proj_size=sizes[1] // 2, **more),
 }
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if ops.NATIVE_MISSING is None:
-        torch.ops.fastseq.native_isa("auto")
-
-
-def use_isa(name: str) -> None:
-    try:
-        torch.ops.fastseq.native_isa(name)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
 
 
 def mask_of(*shape: int, dtype: torch.dtype = torch.float64, p: float = 0.4) -> Tensor:
@@ -161,12 +144,13 @@ def test_values_and_gradients_are_those_of_a_loop_over_cells(name: str, number: 
 
 @needs_native
 @pytest.mark.parametrize(
-    "isa", [pytest.param(isa, marks=pytest.mark.full) if isa in ("avx2", "avx512") else isa for isa in ISAS]
+    "isa",
+    [pytest.param(isa, marks=pytest.mark.full) if isa in ("avx2", "avx512") else isa for isa in ISAS],
+    indirect=True,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", [*CELLS, *PROJECTED])
 def test_the_native_kernels_are_as_near_the_truth_as_without(cell: str, dtype: torch.dtype, isa: str) -> None:
-    use_isa(isa)
     plain, options_of = cell.removesuffix("_projected"), itertools.cycle(["plain", "lengths+reset+reverse", "reset"])
     for shape, threads in zip([*SHAPES[1:], (40, 9, 5, 20)], itertools.cycle([2, 1, 3]), strict=False):
         seed(cell, dtype, shape)

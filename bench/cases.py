@@ -71,8 +71,9 @@ class Recurrent(Case):
 
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
-    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. dropout: masks of states are drawn,
-    with a probability so small that they drop nothing: the answer is the plain layer's.
+    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. option: ``recurrent-dropout`` and
+    ``zoneout`` draw with a probability so small that nothing is drawn; the answer of these and of ``recompute`` is the
+    plain layer's.
     """
 
     cell: str
@@ -84,7 +85,7 @@ class Recurrent(Case):
     weights: str = ""
     layers: int = 1
     directions: int = 1
-    dropout: bool = False
+    option: str = ""
 
     @property
     def beside(self) -> str:
@@ -107,7 +108,7 @@ class Recurrent(Case):
             return f"{self.mode}-{self.cell}-B{self.batch}-I{self.features}-H{self.hidden}{self._suffix()}"
         if self.stacked:
             shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
-        what = f"{'recurrent-dropout-' * self.dropout}{self.cell}{'_stack' * self.stacked}"
+        what = f"{self.option}{self.option and '-'}{self.cell}{'_stack' * self.stacked}"
         return f"{what}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
 
     def _weights(self, before: str) -> str:
@@ -116,11 +117,11 @@ class Recurrent(Case):
     @property
     def group(self) -> str:
         what = "cell training" if self.as_cell and self.training else f"{'stack ' * self.stacked}{self.mode}"
-        return f"{self.cell} {'dropout ' * self.dropout}{what} {DTYPES[self.dtype]}{self._weights(' ')}"
+        return f"{self.cell} {self.option}{self.option and ' '}{what} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
-        if self.mode not in MODES or self.as_cell or self.stacked or self.dropout or self.cell == "gru_reset_before":
+        if self.mode not in MODES or self.as_cell or self.stacked or self.option or self.cell == "gru_reset_before":
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -229,7 +230,8 @@ RECURRENT_GRID = (
 )  # fmt: skip
 """(T, B, I, H)"""
 
-DROPOUT_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
+OPTIONS = ("recurrent-dropout", "zoneout", "recompute")
+OPTIONS_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
 
 STEP_HIDDEN = (64, 128, 512)
 
@@ -301,8 +303,8 @@ def _all() -> Iterator[Case]:
             yield Recurrent(mode, dtype, cell, *shape)
         for cell, shape in product(("rnn", "gru", "lstm") if dtype == "float32" else (), RECURRENT_GRID):
             yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
-        for cell, shape in product(("rnn", "gru", "lstm"), DROPOUT_GRID):
-            yield Recurrent("training", dtype, cell, *shape, dropout=True)
+        for option, cell, shape in product(OPTIONS, ("rnn", "gru", "lstm"), OPTIONS_GRID):
+            yield Recurrent("training", dtype, cell, *shape, option=option)
         for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
             yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):

@@ -25,8 +25,8 @@ from bench.models import build
 Outputs = dict[str, Tensor]
 
 
-DROPPED = 1e-9
-"""The probability of cases with dropout: masks are drawn, of ones alone."""
+DRAWN = 1e-9
+"""The probability of what is drawn in cases with recurrent dropout or zoneout: nothing is, but it takes its time."""
 
 
 class Unavailable(Exception):
@@ -273,8 +273,8 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
-        if case.dropout:
-            layer.recurrent_dropout = DROPPED  # type: ignore[assignment]
+        if case.option:
+            setattr(layer, case.option.replace("-", "_"), True if case.option == "recompute" else DRAWN)
         yield streams_entrant(case, layer, inputs, "streams") if case.beside else layer_entrant(case, layer, inputs)
     elif isinstance(case, Model):
         yield model_entrant(case, inputs, "fastseq")
@@ -413,25 +413,31 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
 
 
 def layer_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """fastseq's layer in the place of fastseq.Streams, and without dropout."""
-    if not isinstance(case, Recurrent) or not (case.beside or case.dropout):
-        raise Unavailable("fastseq's layer is a peer of the cases of streams and of dropout")
+    """fastseq's layer in the place of fastseq.Streams, and without an option."""
+    if not isinstance(case, Recurrent) or not (case.beside or case.option):
+        raise Unavailable("fastseq's layer is a peer of the cases of streams and of options")
     yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
 
 
 def loop_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """Recurrent dropout as users write it: a loop over torch's cells, which read h times a mask."""
-    if not isinstance(case, Recurrent) or not case.dropout:
-        raise Unavailable("a loop over torch's cells is a peer of the cases of recurrent dropout")
+    """Recurrent dropout and zoneout as users write them: a loop over torch's cells, which read h times a mask, or whose
+    states are in part those before."""
+    if not isinstance(case, Recurrent) or case.option not in ("recurrent-dropout", "zoneout"):
+        raise Unavailable("a loop over torch's cells is a peer of the cases of recurrent dropout and zoneout")
     layer: Any = build_layer(nn, case, inputs.state, inputs.x.dtype)
     cell: Any = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}[case.cell]
 
     def forward(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mask, ys = F.dropout(torch.ones_like(inputs.h0[0]), DROPPED), []
+        mask = F.dropout(torch.ones_like(inputs.h0[0]), DRAWN) if case.option == "recurrent-dropout" else None
+        ys = []
         h, *c = (s[0] for s in (state if case.cell == "lstm" else [state]))
         for step in x:
-            found = cell(step, (mask * h, *c) if c else mask * h, *layer._flat_weights)
-            h, *c = found if c else [found]
+            read = h if mask is None else mask * h
+            found = cell(step, (read, *c) if c else read, *layer._flat_weights)
+            new = list(found) if c else [found]
+            if mask is None:
+                new = [torch.where(torch.rand_like(s) < DRAWN, s, n) for s, n in zip((h, *c), new, strict=True)]
+            h, *c = new
             ys.append(h)
         return torch.stack(ys), (h[None], c[0][None]) if c else h[None]
 

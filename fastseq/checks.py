@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,9 +62,11 @@ def check_nonlinearity(name: str) -> None:
 
 
 def check_probability(name: str, p: object) -> None:
-    """The part that a dropout of states or weights drops, as torch's layers check theirs; nothing is left at 1."""
+    """That of a dropout of states or weights, or of zoneout, as torch's layers check theirs; nothing is left at 1."""
     if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) < 1:
-        raise ArgumentError(f"{name} must be a number in [0, 1), the probability of an element being zeroed, got {p!r}")
+        raise ArgumentError(
+            f"{name} must be a number in [0, 1), the probability of an element being dropped, got {p!r}"
+        )
 
 
 def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:
@@ -112,7 +114,17 @@ def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) 
     check_like(name, state, x, "input is")
 
 
-def lstm_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+def zoneout_of(zoneout: Any, pair: bool = False) -> tuple[Any, Any]:
+    """Zoneout's probabilities of h and c, from one number or with ``pair`` two, not checked yet."""
+    if not isinstance(zoneout, (tuple, list)):
+        return zoneout, zoneout if pair else 0.0
+    if not pair or len(zoneout) != 2:
+        accepted = "a number in [0, 1)" + " or a pair of them, for h and c" * pair
+        raise ArgumentError(f"zoneout must be {accepted}, got {zoneout!r}")
+    return zoneout[0], zoneout[1]
+
+
+def lstm_state(hx: tuple[Tensor, Tensor] | None, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
     """h and c of an LSTM's ``hx``: both or neither."""
     if hx is None:
         return None, None
@@ -120,10 +132,10 @@ def lstm_state(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
     if not stacked and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
         got = f"one Tensor {sizes(hx)}" if isinstance(hx, Tensor) else type(hx).__name__
         got += f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
-        raise ArgumentError(f"hx of an LSTM must be a pair of tensors (h_0, c_0), got {got}; give both states")
+        raise ArgumentError(f"{name} of an LSTM must be a pair of tensors (h_0, c_0), got {got}; give both states")
     h, c = hx
     if (h is None) != (c is None):
-        raise ArgumentError("hx must be a pair of tensors (h_0, c_0), got one None")
+        raise ArgumentError(f"{name} must be a pair of tensors (h_0, c_0), got one None")
     return h, c
 
 

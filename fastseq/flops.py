@@ -60,7 +60,7 @@ def layers_forward(x: Tensor, weights: Sequence[Tensor], *rest: Any, out_val: An
 
 def layers_backward(*args: Any, out_val: Any = None) -> int:
     """The gradient through time, dx, and the gradients of the weights."""
-    x, weights, num_layers, bidirectional, with_dx, with_weights = (args[n] for n in (4, 5, 16, 17, 19, 20))
+    x, weights, num_layers, bidirectional, with_dx, with_weights = (args[n] for n in (4, 5, 20, 21, 23, 24))
     directions = 2 if bidirectional else 1
     width = len(weights) // (num_layers * directions)
     w_ih = weights[::width]

@@ -37,16 +37,22 @@ def options(name: str, steps: int, batch: int) -> tuple[Tensor | None, Tensor | 
     return lengths, reset, "reverse" in name
 
 
+def options_of(lengths=None, reset=None, mask=None):
+    """The operators' optional tensors after the initial states: without states to reset to, and without zoneout."""
+    return None, None, lengths, reset, mask, None, None
+
+
 def forward(inputs, lengths, reset, cell: str, reverse: bool, save=True, states=True, backend="native", mask=None):
     op = operator("scan_forward", backend)
-    return op(*inputs, lengths, reset, mask, ops.NUMBER[cell], reverse, save, states)
+    return op(*inputs, *options_of(lengths, reset, mask), ops.NUMBER[cell], reverse, save, states)
 
 
 def backward(grads, out, inputs, lengths, reset, cell: str, reverse: bool, backend="native", mask=None):
     y, _, _, states, tape = out
     _, _, w_hh, _, _, w_hr, h0, c0 = inputs
     op = operator("scan_backward", backend)
-    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, mask, ops.NUMBER[cell], reverse)
+    given = options_of(lengths, reset, mask)
+    return op(*grads, y, states, tape, w_hh, w_hr, h0, c0, *given, ops.NUMBER[cell], reverse)
 
 
 def whole_gradient(
@@ -58,10 +64,10 @@ def whole_gradient(
     x, *weights, h0, c0 = inputs
     given = [w for w in weights if w is not None]
     dh_n, dc_n, h0, c0, mask = (None if s is None else s.unsqueeze(0) for s in (dh_n, dc_n, h0, c0, mask))
-    dx, dh0, dc0, found = torch.ops.fastseq.layers_backward.native(
-        dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, lengths, reset, mask, None, [y],
-        [states] if ops.HAS_C[cell] else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False, reverse,
-        with_dx, with_weights,
+    dx, dh0, dc0, _, _, found = torch.ops.fastseq.layers_backward.native(
+        dy, dh_n, dc_n, [] if dstates is None else [dstates], x, given, h0, c0, *options_of(lengths, reset, mask), None,
+        [y], [states] if ops.HAS_C[cell] else [], [tape] if ops.TAPE[cell] else [], ops.NUMBER[cell], 1, False,
+        reverse, with_dx, with_weights,
     )  # fmt: skip
     own = iter(found or [x.new_empty(0) for _ in given])
     return [dx, *(None if w is None else next(own) for w in weights), dh0, dc0]
@@ -97,7 +103,9 @@ def step_on_sides(above: Tensor, reverse: bool, met: list[Tensor]) -> Callable[.
     """
     sides = iter(above.flip(0) if reverse else above)
 
-    def step(cell, gates_x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None, _: None = None, mask=None):
+    def step(
+        cell, gates_x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None, _: None = None, mask=None, *no
+    ):
         pre = gates_x + F.linear(h if mask is None else h * mask, w_hh, b_hh)
         met.append(pre.detach())
         line = pre * next(sides)
@@ -109,9 +117,8 @@ def step_on_sides(above: Tensor, reverse: bool, met: list[Tensor]) -> Callable[.
 def reference_gradients(inputs, grads, lengths, reset, cell, reverse, dtype, step=reference.step, mask=None):
     """The reference's results and the gradients of all inputs, computed from the same values in another dtype."""
     own: list[Any] = whole(dtype, inputs)
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = own
     with mock.patch.object(reference, "step", step):
-        given = (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, mask)
+        given = (*own, *options_of(lengths, reset, mask))
         out = reference.scan(*given, cell=cell, reverse=reverse)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t in own if t is not None]
@@ -123,7 +130,7 @@ def walked_gradients(inputs, grads, lengths, reset, cell, reverse, backend="nati
     """A backend's results, and the gradients they give; large products in float64: only the walk is judged."""
     out = forward(inputs, lengths, reset, cell, reverse, backend=backend, mask=mask)
     x, w_ih, w_hh, _, _, w_hr, h0, c0 = inputs
-    dgates, dhidden, dh0, dc0 = backward(grads, out, inputs, lengths, reset, cell, reverse, backend, mask)
+    dgates, dhidden, dh0, dc0, *_ = backward(grads, out, inputs, lengths, reset, cell, reverse, backend, mask)
     steps, hidden = x.shape[0], w_hh.shape[0] // ops.GATES[cell]
     live = torch.ones(x.shape[:2], dtype=torch.bool)
     if lengths is not None:
@@ -196,7 +203,7 @@ def assert_states_are_steps(ours, inputs, lengths, reset, cell, reverse, mask=No
         weights = [None if w is None else w.to(dtype) for w in (w_ih, w_hh, b_ih, b_hh, w_hr)]
         rows = [t.detach()[live].to(dtype) for t in (x, h_prev, c_prev)]
         own = None if mask is None else mask.expand(steps, batch, -1)[live].to(dtype)
-        return reference.scan(rows[0][None], *weights, *rows[1:], None, None, own, cell=cell)[3][0]
+        return reference.scan(rows[0][None], *weights, *rows[1:], *options_of(mask=own), cell=cell)[3][0]
 
     assert_within_budget(states[live], one_step(torch.float32), one_step(torch.float64), "states, step by step")
 

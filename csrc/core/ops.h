@@ -15,21 +15,29 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 scan_forward_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
                  const std::optional<torch::stable::Tensor>& b_ih, const std::optional<torch::stable::Tensor>& b_hh,
                  const std::optional<torch::stable::Tensor>& w_hr, const std::optional<torch::stable::Tensor>& h0,
-                 const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
-                 const std::optional<torch::stable::Tensor>& reset,
-                 const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool reverse, bool save,
+                 const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& reset_h,
+                 const std::optional<torch::stable::Tensor>& reset_c,
+                 const std::optional<torch::stable::Tensor>& lengths, const std::optional<torch::stable::Tensor>& reset,
+                 const std::optional<torch::stable::Tensor>& state_mask,
+                 const std::optional<torch::stable::Tensor>& zoneout_h,
+                 const std::optional<torch::stable::Tensor>& zoneout_c, int64_t cell, bool reverse, bool save,
                  bool states);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
 scan_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
                   const std::optional<torch::stable::Tensor>& dc_n,
                   const std::optional<torch::stable::Tensor>& dstates, const torch::stable::Tensor& y,
                   const std::optional<torch::stable::Tensor>& states,
                   const std::optional<torch::stable::Tensor>& tape, const torch::stable::Tensor& w_hh, const std::optional<torch::stable::Tensor>& w_hr,
                   const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
+                  const std::optional<torch::stable::Tensor>& reset_h,
+                  const std::optional<torch::stable::Tensor>& reset_c,
                   const std::optional<torch::stable::Tensor>& lengths,
                   const std::optional<torch::stable::Tensor>& reset,
-                  const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool reverse);
+                  const std::optional<torch::stable::Tensor>& state_mask,
+                  const std::optional<torch::stable::Tensor>& zoneout_h,
+                  const std::optional<torch::stable::Tensor>& zoneout_c, int64_t cell, bool reverse);
 
 torch::stable::Tensor pack_weights_cpu(const torch::stable::Tensor& w, int64_t gates, int64_t apart);
 
@@ -37,19 +45,28 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
            std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>>
 layers_forward_cpu(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
                    const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
+                   const std::optional<torch::stable::Tensor>& reset_h,
+                   const std::optional<torch::stable::Tensor>& reset_c,
                    const std::optional<torch::stable::Tensor>& lengths,
                    const std::optional<torch::stable::Tensor>& reset,
-                   const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, int64_t num_layers,
+                   const std::optional<torch::stable::Tensor>& state_mask,
+                   const std::optional<torch::stable::Tensor>& zoneout_h,
+                   const std::optional<torch::stable::Tensor>& zoneout_c, int64_t cell, int64_t num_layers,
                    bool bidirectional, bool reverse, bool save, bool states);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, std::vector<torch::stable::Tensor>>
 layers_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
                     const std::optional<torch::stable::Tensor>& dc_n, const std::vector<torch::stable::Tensor>& dstates,
                     const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
                     const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
+                    const std::optional<torch::stable::Tensor>& reset_h,
+                    const std::optional<torch::stable::Tensor>& reset_c,
                     const std::optional<torch::stable::Tensor>& lengths,
                     const std::optional<torch::stable::Tensor>& reset,
                     const std::optional<torch::stable::Tensor>& state_mask,
+                    const std::optional<torch::stable::Tensor>& zoneout_h,
+                    const std::optional<torch::stable::Tensor>& zoneout_c,
                     const std::optional<torch::stable::Tensor>& starts, const std::vector<torch::stable::Tensor>& ys,
                     const std::vector<torch::stable::Tensor>& states, const std::vector<torch::stable::Tensor>& tapes,
                     int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,

@@ -38,16 +38,21 @@ struct LstmGates {
   FASTSEQ_HD V o() const { return of[kCount - 1]; }
 };
 template <Cell kCell, class V>
+FASTSEQ_HD V lstm_state(const LstmGates<kCell, V>& s, V c_prev) {
+  if constexpr (kCell == Cell::lstm_coupled)
+    return (Scalar<V>(1) - s.of[0]) * c_prev + s.of[0] * s.of[1];
+  else
+    return s.of[1] * c_prev + s.of[0] * s.of[2];
+}
+template <Cell kCell, class V>
 FASTSEQ_HD LstmGates<kCell, V> lstm_forward(const LstmGates<kCell, V>& x, V c_prev, V& c) {
-  if constexpr (kCell == Cell::lstm_coupled) {
-    const V i = sigmoid(x.of[0]), g = tanh(x.of[1]), o = sigmoid(x.of[2]);
-    c = (Scalar<V>(1) - i) * c_prev + i * g;
-    return {{i, g, o}};
-  } else {
-    const V i = sigmoid(x.of[0]), f = sigmoid(x.of[1]), g = tanh(x.of[2]), o = sigmoid(x.of[3]);
-    c = f * c_prev + i * g;
-    return {{i, f, g, o}};
-  }
+  LstmGates<kCell, V> s;
+  if constexpr (kCell == Cell::lstm_coupled)
+    s = {{sigmoid(x.of[0]), tanh(x.of[1]), sigmoid(x.of[2])}};
+  else
+    s = {{sigmoid(x.of[0]), sigmoid(x.of[1]), tanh(x.of[2]), sigmoid(x.of[3])}};
+  c = lstm_state(s, c_prev);
+  return s;
 }
 template <class V>
 FASTSEQ_HD V lstm_hidden(V o, V c) {
@@ -74,7 +79,7 @@ FASTSEQ_HD LstmGates<kCell, V> lstm_backward(const LstmGates<kCell, V>& s, V c_p
   }
 }
 
-// GRU: h = z h_prev + (1 - z) n, with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after
+// GRU: h = z h_prev + (1 - z) n (and zoneout's blend, its share in z's place), with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after
 // the product) or n = tanh(x_n + W_hn q + b_hn), q = r h_prev (reset before it: x_n holds the product too).
 template <class V>
 FASTSEQ_HD V gru_blend(V z, V n, V h_prev) {

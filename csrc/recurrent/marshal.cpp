@@ -175,7 +175,7 @@ ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initialize
   out.data = data;
   out.e = want[rank - 1] == 1 ? 1 : strides[rank - 1];
   if (rank > 1) out.b = strides[rank - 2];
-  if (rank > 2) out.t = strides[0];
+  if (rank > 2) out.t = strides[rank - 3];
   return out;
 }
 

@@ -28,7 +28,7 @@ torch::stable::Tensor empty(const int64_t* sizes, const int64_t* strides, int64_
 // A CPU tensor, or a contiguous copy of it where it is not contiguous. Throws likewise.
 torch::stable::Tensor dense(const torch::stable::Tensor& x);
 
-// Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e]. No tensor: an empty view.
+// Checks a tensor and gives its view: of shape [t, b, e], [b, e] or [e], or the first of several. No tensor: an empty view.
 ScanView view(const char* name, AtenTensorHandle x, Dtype dtype, std::initializer_list<int64_t> sizes);
 template <class T>
 ScanView view(const char* name, const T& x, Dtype dtype, std::initializer_list<int64_t> sizes) {

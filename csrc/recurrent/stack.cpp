@@ -89,7 +89,11 @@ Stack::Stack(const StackCall& call) : call_(call) {
   scaled_ = p.weights == Dtype::i8;
   FASTSEQ_CHECK(call.scale_count == (scaled_ ? rows_ * (2 + projected_) : 0),
                 "scan: scales must be one [rows] of each int8 matrix, and none without these");
-  FASTSEQ_CHECK(lstm() || (!projected_ && !call.c0), "scan: only an LSTM has w_hr and c0");
+  FASTSEQ_CHECK(lstm() || (!projected_ && !call.c0 && !call.reset_c && !call.keep_c),
+                "scan: only an LSTM has w_hr, c0, reset_c and zoneout_c");
+  FASTSEQ_CHECK(!call.reset_h || call.reset, "scan: reset_h goes with reset");
+  FASTSEQ_CHECK(!call.reset_c || call.reset_h, "scan: reset_c goes with reset_h");
+  FASTSEQ_CHECK(!projected_ || !call.keep_c, "scan: there is no zoneout_c beside w_hr");
   const bool packed = p.weights != p.dtype;
   FASTSEQ_CHECK(packed == (call.hidden > 0 && call.outputs > 0),
                 "scan: hidden and outputs go with packed weights, and these with them");
@@ -160,6 +164,23 @@ Tensor Stack::new_states(int64_t n) const {
 
 ScanView Stack::row_of(const OptionalTensor& states, int64_t n, int64_t row) const {
   return states ? offset({states->data_ptr(), 0, n, 1}, row * p_.B * n, p_.dtype) : ScanView{};
+}
+
+ScanView Stack::keep_of(const char* name, AtenTensorHandle keep, int64_t n, int64_t row) const {
+  if (!keep) return {};
+  if (call_.layout == Layout::scan) return view(name, keep, p_.dtype, {p_.T, p_.B, n});
+  const ScanView first = view(name, keep, p_.dtype, {rows_, p_.T, p_.B, n});
+  int64_t* strides;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(keep, &strides));
+  return offset(first, row * strides[0], p_.dtype);
+}
+
+void Stack::set_options(ScanSizes& p, int64_t row) const {
+  p.mask = state_of("state_mask", call_.state_mask, p.P, row);
+  p.reset_h = state_of("reset_h", call_.reset_h, p.P, row);
+  p.reset_c = state_of("reset_c", call_.reset_c, p.H, row);
+  p.keep_h = keep_of("zoneout_h", call_.keep_h, p.P, row);
+  p.keep_c = keep_of("zoneout_c", call_.keep_c, p.H, row);
 }
 
 ScanView Stack::block_of(const char* name, AtenTensorHandle block, int64_t n, int64_t row) const {
@@ -235,7 +256,7 @@ StackResult Stack::run(bool save, bool states) {
       p.c_kept = block_of("c", call_.block.c, p.H, row);
       p.h0 = p.read ? p.h_kept : state_of("h0", call_.h0, p.P, row);
       p.c0 = p.read ? p.c_kept : state_of("c0", call_.c0, p.H, row);
-      p.mask = state_of("state_mask", call_.state_mask, p.P, row);
+      set_options(p, row);
       p.y = offset(target, direction * p.P, dtype);
       p.h_n = row_of(result.h_n, p.P, row);
       p.c_n = row_of(result.c_n, p.H, row);
@@ -284,6 +305,8 @@ StackInputGradients Stack::run_back(const StackGradient& given) {
   StackInputGradients result;
   if (given.with_starts && call_.h0) result.dh0 = new_states(P);
   if (given.with_starts && call_.c0) result.dc0 = new_states(H);
+  if (given.with_starts && call_.reset_h) result.dreset_h = new_states(P);
+  if (given.with_starts && call_.reset_c) result.dreset_c = new_states(H);
   result.weights.resize(given.with_weights ? size_t(call_.weight_count) : 0);
 
   ScanView from_above = steps_of("dy", given.dy, out);
@@ -316,7 +339,7 @@ StackInputGradients Stack::run_back(const StackGradient& given) {
       if (projected_) p.w_hr = view("w_hr", w[width_ - 1], dtype, {P, H});
       p.h0 = state_of("h0", call_.h0, P, int64_t(row));
       p.c0 = state_of("c0", call_.c0, H, int64_t(row));
-      p.mask = state_of("state_mask", call_.state_mask, P, int64_t(row));
+      set_options(p, int64_t(row));
       const int64_t beside = p.cell == Cell::gru ? H : projected_ ? P : 0;  // what dhidden holds a row
       const Tensor dgates = kept(gates, {T, B, N}, dtype, Workspace::kKept);
       const Tensor dhidden = kept(hidden, {T, B, beside}, dtype);
@@ -324,6 +347,8 @@ StackInputGradients Stack::run_back(const StackGradient& given) {
       if (beside) p.dhidden = whole(dhidden, B, beside);
       p.dh0 = row_of(result.dh0, P, int64_t(row));
       p.dc0 = row_of(result.dc0, H, int64_t(row));
+      p.dreset_h = row_of(result.dreset_h, P, int64_t(row));
+      p.dreset_c = row_of(result.dreset_c, H, int64_t(row));
       if (B > 0 && P > 0) {
         p.workspace = scratch().of(FASTSEQ_DISPATCH(scan_backward_workspace, p));
         FASTSEQ_DISPATCH(scan_backward, p);

@@ -36,6 +36,8 @@ struct StackCall {
   bool reverse = false;  // a lone direction walks from the last step to the first
   OptionalTensor lengths{}, reset{};
   AtenTensorHandle state_mask = nullptr;  // laid out as h0, or null
+  AtenTensorHandle reset_h = nullptr, reset_c = nullptr;  // as h0 and c0, or null: what resets put in the states' places
+  AtenTensorHandle keep_h = nullptr, keep_c = nullptr;    // [T,B,P] and [T,B,H] of a scan, else [rows,T,B,..]; or null
   const AtenTensorHandle* scales = nullptr;  // of int8 matrices, in their order; else none
   int64_t scale_count = 0;
   int64_t hidden = 0, outputs = 0;  // H and P where the matrices are packed, which do not tell them
@@ -61,7 +63,7 @@ struct StackGradient {
 };
 
 struct StackInputGradients {
-  OptionalTensor dx, dh0, dc0;
+  OptionalTensor dx, dh0, dc0, dreset_h, dreset_c;
   std::vector<torch::stable::Tensor> weights;
 };
 
@@ -92,6 +94,8 @@ class Stack {
   ScanView state_of(const char* name, AtenTensorHandle state, int64_t n, int64_t row) const;
   torch::stable::Tensor new_states(int64_t n) const;
   ScanView row_of(const OptionalTensor& states, int64_t n, int64_t row) const;
+  ScanView keep_of(const char* name, AtenTensorHandle keep, int64_t n, int64_t row) const;
+  void set_options(ScanSizes& p, int64_t row) const;  // what is there of each layer and direction beside its weights
   // Likewise of a block; and the numbers of rows in it, checked.
   ScanView block_of(const char* name, AtenTensorHandle block, int64_t n, int64_t row) const;
   const int64_t* places(const char* name, AtenTensorHandle rows) const;

@@ -119,11 +119,13 @@ def _wide(x: Value) -> Value:
 
 
 def _layers(
-    x: Value, weights: Sequence[Value], h0: Value, c0: Value, lengths: Value, reset: Value, state_mask: Value,
-    cell: int, num_layers: int, bidirectional: bool, reverse: bool, save: bool, states: bool,
+    x: Value, weights: Sequence[Value], h0: Value, c0: Value, reset_h: Value, reset_c: Value, lengths: Value,
+    reset: Value, state_mask: Value, zoneout_h: Value, zoneout_c: Value, cell: int, num_layers: int,
+    bidirectional: bool, reverse: bool, save: bool, states: bool,
 ) -> Sequence[Value]:  # fmt: skip
     """``layers_forward``: y, h_n and an LSTM's c_n; what training alone needs is left out."""
     _refuse(**{"reset=": reset is not None, "state_mask=": state_mask is not None})
+    _refuse(zoneout=zoneout_h is not None or zoneout_c is not None)
     _refuse(**{"return_all_states=True": states and not save})
     directions = 2 if bidirectional else 1
     dtype, rows = x.dtype, num_layers * directions
@@ -140,13 +142,15 @@ def _layers(
 
 
 def _scan(
-    x: Value, w_ih: Value, w_hh: Value, b_ih: Value, b_hh: Value, w_hr: Value, h0: Value, c0: Value,
-    lengths: Value, reset: Value, state_mask: Value, cell: int, reverse: bool, save: bool, states: bool,
+    x: Value, w_ih: Value, w_hh: Value, b_ih: Value, b_hh: Value, w_hr: Value, h0: Value, c0: Value, reset_h: Value,
+    reset_c: Value, lengths: Value, reset: Value, state_mask: Value, zoneout_h: Value, zoneout_c: Value, cell: int,
+    reverse: bool, save: bool, states: bool,
 ) -> Sequence[Value]:  # fmt: skip
     """``scan_forward``, likewise: one layer and direction."""
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     h0, c0 = (None if s is None else op.Unsqueeze(s, [0]) for s in (h0, c0))
-    y, *last = _layers(x, weights, h0, c0, lengths, reset, state_mask, cell, 1, False, reverse, save, states)
+    options = reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c
+    y, *last = _layers(x, weights, h0, c0, *options, cell, 1, False, reverse, save, states)
     return [y, *(op.Squeeze(s, [0]) for s in last)]
 
 

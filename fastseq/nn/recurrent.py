@@ -96,16 +96,25 @@ class _Recurrent(_Native, nn.RNNBase):
     _flat_weights: list[Tensor]  # type: ignore[assignment]
     recurrent_dropout: float = 0.0  # on the class, so that a torch.nn layer whose class is swapped needs nothing more
     weight_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    recompute: bool = False
 
-    def _set_dropouts(self, **given: float) -> None:
-        for name, p in given.items():
-            checks.check_probability(name, p)
-            if p:
-                setattr(self, name, p)
+    def _set_options(
+        self, recurrent_dropout: float, weight_dropout: float, zoneout: float | tuple[float, float], recompute: bool
+    ) -> None:
+        checks.check_probability("recurrent_dropout", recurrent_dropout)
+        checks.check_probability("weight_dropout", weight_dropout)
+        pair = checks.zoneout_of(zoneout, pair=self.mode == "LSTM")
+        for p in pair:
+            checks.check_probability("zoneout", p)
+        options = (recurrent_dropout, weight_dropout, zoneout if any(pair) else 0.0, bool(recompute))
+        for name, value in zip(_OPTIONS, options, strict=True):
+            if value:
+                setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        """Torch's, and the dropouts that torch does not have."""
-        own = (f", {name}={getattr(self, name)}" for name in _DROPOUTS if getattr(self, name))
+        """Torch's, and the options that torch does not have."""
+        own = (f", {name}={getattr(self, name)}" for name in _OPTIONS if getattr(self, name))
         return "".join((super().extra_repr(), *own))
 
     def _weights(self) -> list[Tensor]:
@@ -138,7 +147,9 @@ class _Recurrent(_Native, nn.RNNBase):
 
     def _stack(self, cell: str, x: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The layer in one native call, without ``lengths`` and ``reset``; else None."""
-        if self.training and (self.recurrent_dropout or self.weight_dropout):
+        if self.zoneout or (self.training and (self.recurrent_dropout or self.weight_dropout)):
+            return None
+        if self.recompute and torch.is_grad_enabled():
             return None
         layout = "batch_first" if self.batch_first else "layer"
         names = self._flat_weights_names
@@ -155,13 +166,15 @@ class _Recurrent(_Native, nn.RNNBase):
             "training": self.training,
             "bidirectional": self.bidirectional,
             "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": self.zoneout,
+            "recompute": self.recompute,
         }
 
     def _call_packed(
         self, packed: PackedSequence, hx: Hidden, lengths: Tensor | None, reset: Tensor | None, **extra: Any
     ) -> tuple:
         """A PackedSequence is data with batch_sizes; its states are sorted by length, as its sequences are."""
-        if lengths is not None or reset is not None:
+        if lengths is not None or reset is not None or "reset_state" in extra:
             raise checks.ArgumentError("lengths= and reset= go with a Tensor input; a PackedSequence has its lengths")
         data, batch_sizes, order, back = packed
         if order is not None and hx is not None:
@@ -183,7 +196,12 @@ class _Recurrent(_Native, nn.RNNBase):
         return self._call_packed(*args, **kwargs)
 
 
-_DROPOUTS = ("recurrent_dropout", "weight_dropout")
+_OPTIONS = ("recurrent_dropout", "weight_dropout", "zoneout", "recompute")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _permute(hx: Any, order: Tensor) -> Any:
@@ -200,8 +218,9 @@ class _OfOneState(_Recurrent):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
@@ -211,13 +230,14 @@ class _OfOneState(_Recurrent):
         hx: Tensor | None = None,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
     ) -> tuple:
         """Returns ``(output, h_n)``."""
-        if lengths is None and reset is None:
+        if lengths is None and reset is None and reset_state is None:
             done = self._stack(self._cell(), input, hx, None)
             if done is not None:
                 return done
-        return self._call(input, hx, lengths, reset)
+        return self._call(input, hx, lengths, reset, **_given(reset_state=reset_state))
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -227,13 +247,18 @@ class RNN(_OfOneState):
     """Elman RNN, drop-in for :class:`torch.nn.RNN`: same constructor, attributes, state_dict and call.
 
     Beyond torch, the call takes ``lengths`` (int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state
-    stands still) and ``reset`` (bool, shaped as the input's time and batch: the state is cleared before that step).
+    stands still) and ``reset`` (bool, shaped as the input's time and batch: the state is cleared before that step, or
+    with ``reset_state``, shaped as hx, becomes that, which may be learned).
 
     Two dropouts act on the recurrence, in training alone. ``recurrent_dropout=p`` (Gal and Ghahramani 2016) draws one
     mask for each sequence, layer and direction of a call, and applies it at every step to what the products read of
     h_{t-1}. ``weight_dropout=p`` (Merity et al. 2018) draws one mask of each ``weight_hh`` for a call; the gradient
     goes to the parameter, and the state_dict is unchanged. Both scale what they keep by 1 / (1 - p), and need
-    0 <= p < 1.
+    0 <= p < 1. ``zoneout=p`` (Krueger et al. 2017): in training each unit keeps its old value at a step with
+    probability p, in evaluation it moves by the expectation, h_t = p h_{t-1} + (1 - p) h_t.
+
+    ``recompute=True`` keeps the states at some steps of a training call only, and walks again from there in the
+    backward pass: less memory for more time (:func:`fastseq.functional.rnn`).
 
     Shapes: input ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``, ``[T, I]`` unbatched, or a PackedSequence);
     hx and h_n ``[num_layers * directions, B, H]``; output ``[T, B, directions * H]``, laid out as the input.
@@ -261,6 +286,8 @@ class RNN(_OfOneState):
         *,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recompute: bool = False,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
@@ -271,7 +298,7 @@ class RNN(_OfOneState):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
+        self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
@@ -286,8 +313,9 @@ class GRU(_OfOneState):
 
     ``reset_after=True`` (default) applies the reset gate after the recurrent product, as torch, cuDNN and Keras do;
     ``reset_after=False`` before it, as in Cho et al. 2014 and ONNX's default. The parameters are the same in both.
-    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does; ``recurrent_dropout``, ``weight_dropout`` and
-    shapes are the same too. What z carries on of h_{t-1} is not dropped.
+    The call takes ``lengths``, ``reset`` and ``reset_state`` as :class:`RNN`'s does; ``recurrent_dropout``,
+    ``weight_dropout``, ``zoneout``, ``recompute`` and shapes are the same too. What z carries on of h_{t-1} is not
+    dropped.
 
     Example:
         >>> import torch, fastseq
@@ -314,6 +342,8 @@ class GRU(_OfOneState):
         reset_after: bool = True,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recompute: bool = False,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
@@ -323,7 +353,7 @@ class GRU(_OfOneState):
         )  # fmt: skip
         if not reset_after:
             self.reset_after = False
-        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
+        self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
 
     def extra_repr(self) -> str:
         """Torch's, and reset_after where it differs from torch's form."""
@@ -344,9 +374,10 @@ class LSTM(_Recurrent):
     ``input_forget=True`` couples the gates, f = 1 - i, as ONNX's attribute of that name does and CIFG in Greff et al.
     2017. The weights then have three blocks, i, g, o (``weight_ih [3H, I]``), and a quarter of the products is saved.
 
-    The call takes ``lengths`` and ``reset`` as :class:`RNN`'s does, and ``return_all_states=True`` returns a third
-    value: every c_t of the last layer, ``[T, B, directions * H]``, laid out as the output. ``recurrent_dropout`` and
-    ``weight_dropout`` are :class:`RNN`'s; c is not dropped.
+    The call takes ``lengths``, ``reset`` and ``reset_state`` (a pair) as :class:`RNN`'s does, and
+    ``return_all_states=True`` returns a third value: every c_t of the last layer, ``[T, B, directions * H]``, laid out
+    as the output. ``recurrent_dropout``, ``weight_dropout`` and ``recompute`` are :class:`RNN`'s; c is not dropped.
+    ``zoneout`` is one probability for h and c, or a pair of theirs; h_t is made of the c_t that would be there without.
 
     Shapes: as :class:`RNN`; hx is ``(h_0, c_0)``, h with ``proj_size`` features where that is set.
 
@@ -376,6 +407,8 @@ class LSTM(_Recurrent):
         input_forget: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        recompute: bool = False,
     ) -> None:
         if input_forget:
             self.input_forget = True
@@ -385,7 +418,7 @@ class LSTM(_Recurrent):
             dtype,
         )  # fmt: skip
         self.mode = "LSTM"
-        self._set_dropouts(recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout)
+        self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
 
     def extra_repr(self) -> str:
         """Torch's, and input_forget where it differs from torch's form."""
@@ -405,12 +438,12 @@ class LSTM(_Recurrent):
     @overload
     def forward(
         self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-        return_all_states: Literal[False] = False,
+        return_all_states: Literal[False] = False, reset_state: Pair | None = None,
     ) -> tuple[Tensor, Pair]: ...  # fmt: skip
     @overload
     def forward(
         self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-        return_all_states: Literal[True],
+        return_all_states: Literal[True], reset_state: Pair | None = None,
     ) -> tuple[Tensor, Pair, Tensor]: ...  # fmt: skip
     @overload
     def forward(
@@ -428,15 +461,17 @@ class LSTM(_Recurrent):
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         return_all_states: bool = False,
+        reset_state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple:
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
         h0, c0 = checks.lstm_state(hx)
-        if lengths is None and reset is None and not return_all_states:
+        if lengths is None and reset is None and not return_all_states and reset_state is None:
             done = self._stack("lstm_coupled" if self.input_forget else "lstm", input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too
-        return self._call(input, pair, lengths, reset, return_all_states=return_all_states)
+        more = _given(reset_state=reset_state)
+        return self._call(input, pair, lengths, reset, return_all_states=return_all_states, **more)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -31,7 +31,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fake_scan_forward(
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, state_mask, cell, reverse, save, states
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c, cell,
+    reverse, save, states,
 ):  # fmt: skip
     steps, batch = x.shape[0], x.shape[1]
     kind = CELLS[cell]
@@ -47,7 +48,8 @@ def _fake_scan_forward(
 
 
 def _fake_scan_backward(
-    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, state_mask, cell, reverse
+    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, reset_h, reset_c, lengths, reset, state_mask,
+    zoneout_h, zoneout_c, cell, reverse,
 ):  # fmt: skip
     steps, batch = y.shape[0], y.shape[1]
     hidden = w_hh.shape[0] // CELLS[cell].gates
@@ -59,18 +61,22 @@ def _fake_scan_backward(
     return (
         y.new_empty(steps, batch, w_hh.shape[0]),
         dhidden,
-        y.new_empty((batch, w_hh.shape[1]) if h0 is not None else 0),
-        y.new_empty((batch, hidden) if c0 is not None else 0),
+        *(
+            y.new_empty((batch, size) if state is not None else 0)
+            for state, size in ((h0, w_hh.shape[1]), (c0, hidden), (reset_h, w_hh.shape[1]), (reset_c, hidden))
+        ),
     )
 
 
 define(
     "scan_forward", _fake_scan_forward,
-    lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 1, 0, *[None] * 4), (1, 0, 0, 1, 1)),
+    lambda op: fold_batch(op, (1, *[None] * 5, 0, 0, 0, 0, 0, 1, 0, 1, 1, *[None] * 4), (1, 0, 0, 1, 1)),
 )  # fmt: skip
 define(
     "scan_backward", _fake_scan_backward,
-    lambda op: fold_batch(op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 1, 0, None, None), (1, 1, 0, 0)),
+    lambda op: fold_batch(
+        op, (1, 0, 0, 1, 1, 1, 1, None, None, 0, 0, 0, 0, 0, 1, 0, 1, 1, None, None), (1, 1, 0, 0, 0, 0)
+    ),
 )  # fmt: skip
 define("layers_forward", fake_layers_forward, None, ("native",))
 define("layers_backward", fake_layers_backward, None, ("native",))

@@ -11,7 +11,8 @@ from fastseq.recurrent.cells import CELLS
 
 
 def fake_layers_forward(
-    x, weights, h0, c0, lengths, reset, state_mask, cell, num_layers, bidirectional, reverse, save, states
+    x, weights, h0, c0, reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c, cell, num_layers,
+    bidirectional, reverse, save, states,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of ``schemas.LAYERS_FORWARD``."""
     steps, batch, outputs = x.shape[0], x.shape[1], weights[1].shape[1]
@@ -33,14 +34,12 @@ def fake_layers_forward(
 
 
 def fake_layers_backward(
-    dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, state_mask, starts, ys, states, tapes, cell,
-    num_layers, bidirectional, reverse, with_dx, with_weights,
+    dy, dh_n, dc_n, dstates, x, weights, h0, c0, reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c,
+    starts, ys, states, tapes, cell, num_layers, bidirectional, reverse, with_dx, with_weights,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Shapes of ``schemas.LAYERS_BACKWARD``."""
-    absent = x.new_empty(0)
     return (
         x.new_empty(x.shape if with_dx else 0),
-        absent if h0 is None else x.new_empty(h0.shape),
-        x.new_empty(0) if c0 is None else x.new_empty(c0.shape),
+        *(x.new_empty(0 if state is None else state.shape) for state in (h0, c0, reset_h, reset_c)),
         [x.new_empty(w.shape) for w in weights] if with_weights else [],
     )

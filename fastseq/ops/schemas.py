@@ -13,15 +13,22 @@ from __future__ import annotations
 
 # One layer, one direction, all time steps.
 #   x [T,B,I], w_ih [G*H,I], w_hh [G*H,P], b_ih, b_hh [G*H], w_hr [P,H] (LSTM only), h0 [B,P], c0 [B,H] (LSTM only),
+#   reset_h [B,P], reset_c [B,H] (LSTM only): what takes a state's place at a reset, zeros where absent,
 #   lengths int64 [B], reset bool [T,B], state_mask [B,P]: multiplies what products read of h_{t-1} (not what a GRU
-#   carries on of it, nor c); a state that is absent starts from zeros
+#   carries on of it, nor c); a state that is absent starts from zeros; zoneout_h [T,B,P], zoneout_c [T,B,H] (LSTM
+#   without w_hr): the share of h_{t-1} and c_{t-1} that h_t and c_t keep, h_t being of the c_t that keeps none
 # -> y [T,B,P] contiguous, h_n [B,P], c_n [B,H] (empty unless LSTM),
 #    states [T,B,H]: c_t of each step in the accumulator's dtype (LSTM, where asked for by save or states; else empty),
 #    tape [T,B,TAPE*H] in x's dtype (where save is set; else empty); all outputs contiguous, 0 on the tape past lengths
 # From step lengths[b] on y is 0 and the state stands still; a reverse scan starts at lengths[b]-1.
+_OPTIONS = (
+    "Tensor? reset_h, Tensor? reset_c, Tensor? lengths, Tensor? reset, Tensor? state_mask, Tensor? zoneout_h, "
+    "Tensor? zoneout_c, "
+)
 SCAN_FORWARD = (
     "(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, bool reverse, bool save, bool states) "
+    + _OPTIONS
+    + "int cell, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape)"
 )
 
@@ -29,37 +36,41 @@ SCAN_FORWARD = (
 # -> dgates [T,B,G*H]: gradient of the gates' input-side pre-activations (0 at steps past lengths),
 #    dhidden: what the hidden side needs besides: GRU [T,B,H] gradient of W_hn h + b_hn; LSTM with w_hr [T,B,P] whole
 #    gradient that reaches h_t; else empty,
-#    dh0 [B,P], dc0 [B,H] (each empty where that state is absent). All contiguous, in x's dtype. "empty" is a tensor
-#    of shape [0]. states and tape: as the forward pass gave them, or None in place of an empty one.
+#    dh0 [B,P], dc0 [B,H], dreset_h [B,P], dreset_c [B,H] (each empty where that state is absent). All contiguous, in
+#    x's dtype. "empty" is a tensor of shape [0]. states and tape: as the forward pass gave them, or None in place of an
+#    empty one. Of an RNN zoneout_h must be 0 or 1: the output, which tells of its gate, is the new state or the old one.
 SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
-    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, "
-    "bool reverse) "
-    "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0)"
+    "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, " + _OPTIONS + "int cell, bool reverse) "
+    "-> (Tensor dgates, Tensor dhidden, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c)"
 )
 
 # A stack of layers in one call: above the scan, and made of it. On CUDA what is independent runs side by side: layers
 # in a wavefront over windows of time, both directions at once, and in backward gradients of weights beside the walks.
 # x [T,B,I], T, B and H above 0; weights flat, in torch's order (with w_hr on the CPU alone); h0 [L*D,B,P] and
-# c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; on the CPU alone state_mask [L*D,B,P], and
-# reverse: a lone direction walks from the last step to the first
+# c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; on the CPU alone reset_h and reset_c as h0 and
+# c0, state_mask [L*D,B,P], zoneout_h [L*D,T,B,P], zoneout_c [L*D,T,B,H], and reverse: a lone direction walks from the
+# last step to the first
 # -> y [T,B,D*P], h_n [L*D,B,P], c_n [L*D,B,H] (empty unless LSTM); with save: the outputs of the layers below the
 #    last; a layer and direction at a time, an LSTM's states and the tapes of a cell that has one, as SCAN_FORWARD has
 #    them. With states alone: the last layer's states.
 LAYERS_FORWARD = (
-    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? state_mask, "
-    "int cell, int num_layers, bool bidirectional, bool reverse, bool save, bool states) "
+    "(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
+    + _OPTIONS
+    + "int cell, int num_layers, bool bidirectional, bool reverse, bool save, bool states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] ys, Tensor[] states, Tensor[] tapes)"
 )
 
 # dstates: of the last layer's directions, or none; on CUDA x is 0 past the lengths, and starts int64 [1,B,1] tells
 # where the reverse direction begins, with lengths; ys: of all layers; states and tapes: as the forward pass gave them
-# -> dx, dh0, dc0 (each empty where unwanted or absent), the gradients of weights (none unless with_weights)
+# -> dx, dh0, dc0, dreset_h, dreset_c (each empty where unwanted or absent), the gradients of weights (none unless
+#    with_weights)
 LAYERS_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? reset, Tensor? state_mask, Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, "
+    + _OPTIONS
+    + "Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, "
     "int cell, int num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c, Tensor[] dweights)"
 )
 
 NATIVE_SCAN_SCHEDULE = (

@@ -32,9 +32,17 @@ class Inputs(NamedTuple):
     w_hr: Tensor | None = None
     h0: Tensor | None = None
     c0: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
     lengths: Tensor | None = None
     reset: Tensor | None = None
     state_mask: Tensor | None = None
+    zoneout_h: Tensor | None = None
+    zoneout_c: Tensor | None = None
+
+
+DIFFERENTIABLE = 10
+"""How many of :class:`Inputs` have gradients: the first ones."""
 
 
 class Kept(NamedTuple):
@@ -79,15 +87,15 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        cell, reverse, backend = args[11:]
-        y, h_n, c_n, states, tape = FORWARD[backend](*args[:11], ops.NUMBER[cell], reverse, True, True)
+        cell, reverse, backend = args[15:]
+        y, h_n, c_n, states, tape = FORWARD[backend](*args[:15], ops.NUMBER[cell], reverse, True, True)
         if ops.HAS_C[cell]:
             return y, h_n, c_n, states, tape
         return (y, h_n, tape) if ops.TAPE[cell] else (y, h_n)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, ctx.reverse, ctx.backend = inputs[11:]
+        ctx.cell, ctx.reverse, ctx.backend = inputs[15:]
         tape = output[-1] if len(output) > 2 else None
         if tape is not None:
             ctx.mark_non_differentiable(tape)
@@ -97,23 +105,23 @@ class Scan(torch.autograd.Function):
         if not (torch.compiler.is_compiling() or autograd.functorch_active()):
             need = ctx.needs_input_grad
             x, w_ih, w_hh, h0, kept_y = values_read(ctx.cell, bool(y.shape[0] == 1), *need[:3], need[6])
-            read = [x, w_ih, w_hh, False, False, True, h0, True, True, True, True, kept_y, True, True]
+            read = [x, w_ih, w_hh, False, False, True, h0, *8 * [True], kept_y, True, True]
             y = y if kept_y else y.detach()  # else the result would hold its own graph
-        autograd.save(ctx, (*inputs[:11], y, states, tape), read)
+        autograd.save(ctx, (*inputs[:15], y, states, tape), read)
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple:
         if autograd.all_absent(results):
-            return (None,) * 14
+            return (None,) * 18
         saved = autograd.saved(ctx)
-        inputs, kept = Inputs(*saved[:11]), Kept(*saved[11:])
+        inputs, kept = Inputs(*saved[:15]), Kept(*saved[15:])
         grads = results[:4] if ops.HAS_C[ctx.cell] else (*results[:2], None, None)
         walk = Walk(ctx.cell, ctx.reverse, ctx.backend)
-        return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:8]), *(None,) * 6)
+        return (*gradient(grads, inputs, kept, walk, ctx.needs_input_grad[:DIFFERENTIABLE]), *(None,) * 8)
 
 
 def gradient(grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of the first eight inputs, None where not needed; differentiable in grad mode."""
+    """Gradients of the first ten inputs, None where not needed; differentiable in grad mode."""
     if need[5] and grads[0] is None and grads[1] is None and kept.y.shape[0] == 1:
         need = (*need[:5], False, *need[6:])  # the c of one step does not depend on w_hr
     found: Sequence[Tensor | None]
@@ -133,21 +141,21 @@ def _differentiable_gradient(
 
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        return autograd.present(fused_gradient(t[:4], Inputs(*t[4:15]), Kept(*t[15:]), walk, need), need, t[4])
+        return autograd.present(fused_gradient(t[:4], Inputs(*t[4:19]), Kept(*t[19:]), walk, need), need, t[4])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
         return autograd.present(reference_gradient(t[:4], Inputs(*t[4:]), walk, need), need, t[4])
 
-    return autograd.apply(autograd.WithReference, kernel, None, by_reference, 12, 15, *grads, *inputs, *kept)
+    return autograd.apply(autograd.WithReference, kernel, None, by_reference, 14, 19, *grads, *inputs, *kept)
 
 
 def fused_gradient(
     grads: Grads, inputs: Inputs, kept: Kept, walk: Walk, need: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the first eight inputs by a backend; anything, or None, where not needed."""
-    w_hh, w_hr, h0, c0 = inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0
-    dgates, dhidden, dh0, dc0 = BACKWARD[walk.backend](
-        *grads, *kept, w_hh, w_hr, h0, c0, *inputs[8:], ops.NUMBER[walk.cell], walk.reverse
+    """Gradients of the first ten inputs by a backend; anything, or None, where not needed."""
+    w_hh, w_hr = inputs.w_hh, inputs.w_hr
+    dgates, dhidden, *dstarts = BACKWARD[walk.backend](
+        *grads, *kept, w_hh, w_hr, *inputs[6:], ops.NUMBER[walk.cell], walk.reverse
     )
     with_weights = need[1] or need[2] or need[3] or need[4]
     dx, dw_ih, dw_hh, db_ih, db_hh = torch_products(dgates, dhidden, inputs, kept, walk, need[0], with_weights)
@@ -156,17 +164,17 @@ def fused_gradient(
         assert kept.states is not None and kept.tape is not None  # noqa: PT018
         o = kept.tape[..., -kept.states.shape[-1] :]
         dw_hr = _rows(dhidden).t() @ _rows(o * torch.tanh(kept.states).to(o.dtype))
-    return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
+    return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *dstarts
 
 
 def reference_gradient(grads: Grads, inputs: Inputs, walk: Walk, need: Sequence[bool]) -> Sequence[Tensor | None]:
     """The same by the reference: slower, and differentiable itself."""
 
     def forward(*own: Any) -> tuple[Tensor | None, ...]:
-        given: Any = (*own, *inputs[8:])
+        given: Any = (*own, *inputs[DIFFERENTIABLE:])
         return reference.scan(*given, cell=walk.cell, reverse=walk.reverse)
 
-    return autograd.vjp(forward, inputs[:8], need, grads)
+    return autograd.vjp(forward, inputs[:DIFFERENTIABLE], need, grads)
 
 
 def torch_products(
@@ -195,16 +203,21 @@ def torch_products(
 def _dw_hh(dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk) -> Tensor:
     """dW_hh = sum over steps of dgates_tᵀ · (m * h_prev_t), without laying out h_prev: it is y, one step aside."""
     y, lengths, cell, mask = kept.y, inputs.lengths, walk.cell, inputs.state_mask
-    if inputs.reset is not None:  # a cleared state has no part in the product
-        keep = ~inputs.reset[:, :, None]
-        dgates = dgates * keep
-        dhidden = dhidden * keep if cell == "gru" else dhidden
-
     start = y.new_zeros(y.shape[1:]) if inputs.h0 is None else inputs.h0
     if mask is not None:
         y, start = y * mask, start * mask
 
     def product(d: Tensor) -> Tensor:
+        of_reset: Tensor | None = None
+        if inputs.reset is not None:  # the state before has no part in the product there
+            if inputs.reset_h is not None:
+                put_in = inputs.reset_h if mask is None else inputs.reset_h * mask
+                of_reset = (d * inputs.reset[:, :, None]).sum(0).t() @ put_in
+            d = d * ~inputs.reset[:, :, None]
+        found = without_resets(d)
+        return found if of_reset is None else found + of_reset
+
+    def without_resets(d: Tensor) -> Tensor:
         if walk.reverse:
             first = d[-1] if lengths is None else _at(d, (lengths - 1).clamp_min(0))
             later, before = d[:-1], y[1:]

@@ -39,11 +39,32 @@ class RecurrentCall:
     is_cell: bool = False
     state_mask: Tensor | None = None
     recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    recompute: bool = False
 
     @property
     def draws_mask(self) -> bool:
         """Whether the call draws its state_mask itself."""
         return self.training and self.recurrent_dropout > 0.0
+
+    @property
+    def draws(self) -> bool:
+        """Whether the call draws random numbers."""
+        return self.training and (self.dropout > 0.0 or self.recurrent_dropout > 0.0 or any(self.zoneout))
+
+    def zoneout_shares(self, steps: int, batch: int, *rows: int) -> tuple[Tensor | None, ...]:
+        """The shares of h_{t-1} and c_{t-1} that h_t and c_t keep, ``[*rows, steps, batch, P]`` and ``[.., H]``: 0 or 1
+        in training, drawn here, else the probability; None where it is 0."""
+        shares: list[Tensor | None] = []
+        for p, size in zip(self.zoneout, (self.weights[1].shape[1], self.hidden), strict=True):
+            shape = (*rows, steps, batch, size)
+            share = None
+            if p:
+                share = self.x.new_empty(shape).bernoulli_(p) if self.training else self.x.new_full((), p).expand(shape)
+            shares.append(share)
+        return tuple(shares)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,17 +15,16 @@ def run(call: RecurrentCall, run: Callable[[RecurrentCall], Result]) -> Result:
     batched = call.batch_sizes is None and call.x.dim() == 3
     steps = Axes(None if not batched else 0 if call.batch_first else 1)
     state, sequence = (Axes(dim if batched else None) for dim in (1, 0))
-    axes = {"input": steps, "h_0": state, "c_0": state, "lengths": sequence, "reset": steps, "state_mask": state}
-    tensors = call.x, call.h0, call.c0, call.lengths, call.reset, call.state_mask
-    given = dict(zip(axes, tensors, strict=True))
+    axes = {"x": steps, "lengths": sequence, "reset": steps}
+    axes |= dict.fromkeys(("h0", "c0", "reset_h", "reset_c", "state_mask"), state)
+    given = {name: getattr(call, name) for name in axes}
     weights = {f"weights[{n}]": w for n, w in enumerate(call.weights)}
     mesh = mesh_of(given | weights)
     roles = [role_of(n, [(call.x, steps)]) for n in range(mesh.ndim)]
     shards = Shards(mesh, roles, {} if steps.batch is None else {BATCH: call.x.shape[steps.batch]})
-    x, h0, c0, lengths, reset, mask = (shards.local(name, t, axes[name]) for name, t in given.items())
+    own = {name: shards.local(name, t, axes[name]) for name, t in given.items()}
     local = [shards.local(name, w) for name, w in weights.items()]
-    own = {"lengths": lengths, "reset": reset, "state_mask": mask, "weights": local}
-    shard = dataclasses.replace(call, x=x, h0=h0, c0=c0, **own)
-    with shards.drawing(call.draws_mask or (call.training and call.dropout > 0.0)):
+    shard = dataclasses.replace(call, weights=local, **own)
+    with shards.drawing(call.draws):
         y, h_n, c_n, states = run(shard)
     return shards.joined(y, steps), shards.joined(h_n, state), shards.joined(c_n, state), shards.joined(states, steps)

@@ -25,8 +25,11 @@ def rnn(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    recompute: bool = False,
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -40,11 +43,18 @@ def rnn(
         nonlinearity: phi, ``"tanh"`` or ``"relu"``.
         lengths: int ``[B]``: from step ``lengths[b]`` on the output is 0 and the state stands still.
         reset: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[T]`` unbatched): the state is cleared before a step.
+        reset_state: laid out as hx: what ``reset`` puts in the state's place, instead of zeros. It has a gradient: it
+            may be learned: a parameter ``[num_layers * directions, 1, H]``, expanded to the batch.
         state_mask: ``[num_layers * directions, B, H]`` (laid out as hx), of the input's dtype: what the products read
             of h_{t-1}, at every step, is multiplied by it. What a GRU carries on of h_{t-1}, and an LSTM's c, are not.
             A mask that requires a gradient runs on the reference backend.
         recurrent_dropout: with ``training`` the call draws a state_mask: 0 with this probability, else
             1 / (1 - recurrent_dropout), each sequence, layer and direction for itself (Gal and Ghahramani 2016).
+        zoneout: the probability that a unit keeps its old value at a step. With ``training`` the call draws which do,
+            each unit and step for itself; else h_t = zoneout * h_{t-1} + (1 - zoneout) * h_t (Krueger et al. 2017).
+        recompute: in training keep the states at some steps only, and walk again from there in the backward pass, which
+            takes one more forward pass. For the native kernels; torch.compile and transforms of torch.func keep
+            everything, and so does ``return_all_states``.
         batch_sizes: int64 ``[T]`` on the CPU, in place of lengths and reset: the input is packed, ``[rows, I]``, as the
             data of a ``PackedSequence`` with these batch_sizes, and so is the output.
         backend: overrides the choice of backend for this call.
@@ -67,7 +77,8 @@ def rnn(
     call = RecurrentCall(
         f"rnn_{nonlinearity}", input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout), reset_h=reset_state,
+        recompute=recompute,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -86,8 +97,11 @@ def gru(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    recompute: bool = False,
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -96,8 +110,8 @@ def gru(
     Args:
         reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
             n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
-        input, hx, weights, lengths, reset, state_mask, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih
-            ``[3H, I]``, w_hh ``[3H, H]``, blocks r, z, n.
+        input, hx, weights, lengths, reset, state_mask, zoneout, batch_sizes, backend and the rest: as :func:`rnn`, with
+            w_ih ``[3H, I]``, w_hh ``[3H, H]``, blocks r, z, n.
 
     Returns:
         The output ``[T, B, directions * H]`` and the last state.
@@ -109,7 +123,8 @@ def gru(
     call = RecurrentCall(
         cell, input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout), reset_h=reset_state,
+        recompute=recompute,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -129,8 +144,11 @@ def lstm(
     projected: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    recompute: bool = False,
     batch_sizes: Tensor | None = None,
     return_all_states: bool = False,
     backend: str | None = None,
@@ -145,7 +163,10 @@ def lstm(
             2017). There are three blocks then, i, g, o: w_ih ``[3H, I]``, w_hh ``[3H, P]``.
         projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
         return_all_states: also return every c_t of the last layer.
+        reset_state: as :func:`rnn`'s, a pair shaped as hx.
         state_mask: as :func:`rnn`'s, ``[num_layers * directions, B, P]``.
+        zoneout: as :func:`rnn`'s, one probability for h and c or a pair of theirs. h_t is made of the c_t that would be
+            there without.
         input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
             w_hh ``[4H, P]``, blocks i, f, g, o.
 
@@ -157,11 +178,13 @@ def lstm(
         ArgumentError, BackendError: as :func:`rnn`.
     """
     h0, c0 = checks.lstm_state(hx)
+    reset_h, reset_c = checks.lstm_state(reset_state, "reset_state")
     cell = "lstm_coupled" if input_forget else "lstm"
     call = RecurrentCall(
         cell, input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, projected, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout, pair=True), reset_h=reset_h,
+        reset_c=reset_c, recompute=recompute,
     )  # fmt: skip
     y, h_n, c_n, states = run(call, backend)
     assert c_n is not None

@@ -176,7 +176,7 @@ def stack(call: RecurrentCall) -> Result:
         if first and call.dropout and call.training:
             x = F.dropout(x, call.dropout, True)
         h, c = (None if s is None else s[rows] for s in (h0, c0))
-        if call.reset is None and call.state_mask is None and not call.want_states:
+        if call.reset is None and call.state_mask is None and not call.want_states and not any(call.zoneout):
             x, *last = layer(TorchOps, kind, weights[rows], x, h, c, call.lengths)
         else:
             walks = [_walk(call, first + n, x, h, c, weights[first + n]) for n in range(call.directions)]
@@ -200,7 +200,8 @@ def _walk(
     b_ih, b_hh = more[:2] if call.has_biases else (None, None)
     w_hr = more[-1] if call.projected else None
     mask = None if call.state_mask is None else call.state_mask[row].to(x.dtype)
-    own: Any = (w_hh, b_hh, w_hr, mask)
+    of_reset = [None if s is None else s[row].to(x.dtype) for s in (call.reset_h, call.reset_c)]
+    own: Any = (w_hh, b_hh, w_hr, mask, *of_reset)
     sizes = (w_hh.shape[1], call.hidden)[: 1 + ops.HAS_C[cell]]
     start = [
         x.new_zeros(x.shape[1], size) if s is None else s[direction] for s, size in zip((h0, c0), sizes, strict=False)
@@ -216,9 +217,15 @@ def _walk(
     def step(*flat: Tensor) -> list[Tensor]:
         before, at = flat[:count], dict(zip(names, flat[count:], strict=False))
         given = iter(flat[count + len(names) :])
-        used: Any = [None if w is None else next(given) for w in own]
-        kept = [torch.where(at["keep"], s, 0) for s in before] if "keep" in at else before
-        h, c = reference.step(cell, at["gates"], kept[0], kept[1] if count > 1 else None, *used)
+        *used, reset_h, reset_c = [None if w is None else next(given) for w in own]
+        kept: Any = before
+        if "keep" in at:
+            put_in = zip(before, (reset_h, reset_c), strict=False)
+            kept = [torch.where(at["keep"], s, 0 if r is None else r) for s, r in put_in]
+        # In training each step would have its own shares.
+        shares: Any = [p or None for p in call.zoneout]
+        given_c = kept[1] if count > 1 else None
+        h, c = reference.step(cell, at["gates"], kept[0], given_c, *used, *shares)  # type: ignore[arg-type]
         after, y = [h] if c is None else [h, c], h
         if "live" in at:
             y = torch.where(at["live"], y, 0)

@@ -18,8 +18,11 @@ FEW_ROWS = 256
 """Padding so many rows costs less than one more call."""
 
 State = Tensor | None
-Walk = Callable[[Tensor, Tensor | None, State, State], tuple[Tensor, Tensor, State, State]]
-"""One layer and direction of steps: x, lengths and the initial states to y, h_n, c_n and all c_t."""
+Uneven = tuple[Tensor | None, Tensor | None]
+"""Lengths and resets."""
+
+Walk = Callable[[Tensor, Uneven, State, State], tuple[Tensor, Tensor, State, State]]
+"""One layer and direction of steps: x, lengths and resets, and the initial states to y, h_n, c_n and all c_t."""
 
 
 class Part(NamedTuple):
@@ -99,7 +102,7 @@ def pad(parts: Sequence[Part], data: Tensor) -> list[tuple[Tensor, Tensor | None
 def chain(
     walk: Walk,
     xs: Sequence[Tensor],
-    lengths: Sequence[Tensor | None],
+    uneven: Sequence[Uneven],
     h0: State,
     c0: State,
     reverse: bool,
@@ -115,7 +118,7 @@ def chain(
             h, c = _grow(h, h0, batch), _grow(c, c0, batch)
         else:
             h, c = _shrink(h, batch, ended_h), _shrink(c, batch, ended_c)
-        y, h, c, all_c = walk(xs[n], lengths[n], h, c)
+        y, h, c, all_c = walk(xs[n], uneven[n], h, c)
         found.append((y, all_c))
     if reverse:
         found.reverse()

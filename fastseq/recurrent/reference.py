@@ -18,9 +18,13 @@ def scan(
     w_hr: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
     state_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
     *,
     cell: str,
     reverse: bool = False,
@@ -35,11 +39,14 @@ def scan(
         w_hr: projection ``[P, H]`` (LSTM only) or None, and then P = H.
         h0: ``[B, P]``, or None for zeros.
         c0: ``[B, H]`` for an LSTM, or None for zeros.
+        reset_h, reset_c: ``[B, P]`` and ``[B, H]``, or None for zeros: what takes the state's place at a reset.
         lengths: int ``[B]`` or None: from step ``lengths[b]`` on, y is 0 and the state stands still; a reverse scan
             of row b starts at ``lengths[b] - 1``.
-        reset: bool ``[T, B]`` or None: where set, the state is cleared before that step.
+        reset: bool ``[T, B]`` or None: where set, the state is replaced before that step.
         state_mask: ``[B, P]`` or None: what the products read of h_{t-1} is multiplied by it (Gal and Ghahramani 2016,
             https://arxiv.org/abs/1512.05287); what a GRU carries on of h_{t-1} is not, nor is c.
+        zoneout_h, zoneout_c: ``[T, B, P]`` and ``[T, B, H]``, or None: the share of h_{t-1} and c_{t-1} that h_t and
+            c_t keep (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
         cell: ``rnn_tanh``, ``rnn_relu``, ``lstm``, ``lstm_coupled`` (f = 1 - i, as Greff et al. 2017,
             https://arxiv.org/abs/1503.04069), ``gru`` (reset gate after the product, as torch and cuDNN) or
             ``gru_reset_before`` (before it, as Cho et al. 2014, https://arxiv.org/abs/1406.1078).
@@ -58,6 +65,10 @@ def scan(
     w_ih, w_hh, b_ih, b_hh, w_hr = (widen(w) for w in (w_ih, w_hh, b_ih, b_hh, w_hr))  # type: ignore[assignment]
     steps, batch = x.shape[:2]
     h, c, state_mask = widen(h0), widen(c0), widen(state_mask)
+    after_reset = [
+        torch.zeros((), dtype=compute, device=x.device) if s is None else widen(s) for s in (reset_h, reset_c)
+    ]
+    shares = widen(zoneout_h), widen(zoneout_c)
     if h is None:
         h = w_hh.new_zeros(batch, w_hh.shape[1])
     if c is None and cell.startswith("lstm"):
@@ -72,9 +83,10 @@ def scan(
         h_prev, c_prev = h, c
         if reset is not None:
             keep = ~reset[t][:, None]
-            h_prev = torch.where(keep, h_prev, 0)
-            c_prev = None if c_prev is None else torch.where(keep, c_prev, 0)
-        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr, state_mask)
+            h_prev = torch.where(keep, h_prev, after_reset[0])  # type: ignore[arg-type]
+            c_prev = None if c_prev is None else torch.where(keep, c_prev, after_reset[1])  # type: ignore[arg-type]
+        kept = (None if s is None else s[t] for s in shares)
+        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr, state_mask, *kept)
         y = h_new
         if lengths is not None:
             live = (t < lengths)[:, None]
@@ -103,8 +115,23 @@ def step(
     b_hh: Tensor | None,
     w_hr: Tensor | None = None,
     state_mask: Tensor | None = None,
+    zoneout_h: Tensor | float | None = None,
+    zoneout_c: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One time step from the input's share of the gates, ``gates_x [B, G*H]``; returns the new ``h`` and ``c``."""
+    """One time step from the input's share of the gates, ``gates_x [B, G*H]``; returns the new ``h`` and ``c``, of
+    which zoneout's shares are the old ones. The new h is of the c that keeps nothing."""
+    h_new, c_new = _step(cell, gates_x, h, c, w_hh, b_hh, w_hr, state_mask)
+    if zoneout_h is not None:
+        h_new = zoneout_h * h + (1 - zoneout_h) * h_new
+    if zoneout_c is not None and c is not None and c_new is not None:
+        c_new = zoneout_c * c + (1 - zoneout_c) * c_new
+    return h_new, c_new
+
+
+def _step(
+    cell: str, gates_x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None,
+    state_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     read = h if state_mask is None else h * state_mask  # by the products
     if cell in ("rnn_tanh", "rnn_relu"):
         pre = gates_x + F.linear(read, w_hh, b_hh)
@@ -140,21 +167,27 @@ def step(
     return z * h + (1 - z) * n, None
 
 
+def options_of(options: Sequence[Tensor | None], row: int) -> list[Tensor | None]:
+    """Of a stack's options those of one layer and direction."""
+    return [*options[:2], *(None if s is None else s[row] for s in options[2:])]
+
+
 def layers(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    state_mask: Tensor | None,
+    options: Sequence[Tensor | None],
     cell: str,
     num_layers: int,
     bidirectional: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, ...]:
     """y, h_n; an LSTM's c_n and every c_t of the last layer's directions. Weights are flat, in torch's order; states
-    have layers and directions in rows; ``reverse``: a lone direction walks from the last step to the first."""
+    have layers and directions in rows; ``options``: lengths and reset, then state_mask and zoneout's shares, which have
+    such rows too; ``reverse``: a lone direction walks from the last step to the first."""
     directions = 2 if bidirectional else 1
     width = len(weights) // (num_layers * directions)
     h_n, c_n, states = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -164,10 +197,10 @@ def layers(
             row = layer * directions + direction
             w_ih, w_hh, *more = weights[row * width : (row + 1) * width]
             b_ih, b_hh = more[:2] if width >= 4 else (None, None)
+            states_in = (None if s is None else s[row] for s in (h0, c0, reset_h, reset_c))
             y, h, c, all_c = scan(
-                x, w_ih, w_hh, b_ih, b_hh, more[-1] if width % 2 else None, None if h0 is None else h0[row],
-                None if c0 is None else c0[row], lengths, reset,
-                None if state_mask is None else state_mask[row], cell=cell, reverse=reverse or direction == 1,
+                x, w_ih, w_hh, b_ih, b_hh, more[-1] if width % 2 else None, *states_in, *options_of(options, row),
+                cell=cell, reverse=reverse or direction == 1,
             )  # fmt: skip
             outputs.append(y)
             h_n.append(h)

@@ -13,18 +13,18 @@ from torch import Tensor
 from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
 from fastseq.dtensor import any_dtensor, in_eager
-from fastseq.recurrent import dtensor, eager, onnx, packed, reference, stack
-from fastseq.recurrent.autograd import FORWARD, Scan, Walk
+from fastseq.recurrent import dtensor, eager, onnx, packed, recompute, reference, stack
+from fastseq.recurrent.autograd import DIFFERENTIABLE, FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result, shape_of
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
-    if any_dtensor((call.x, *call.weights, call.h0, call.c0, call.lengths, call.reset, call.state_mask)):
+    beside = call.h0, call.c0, call.reset_h, call.reset_c, call.state_mask, call.lengths, call.reset
+    if any_dtensor((call.x, *call.weights, *beside)):
         arguments: tuple = call, lambda shard: run(shard, backend)
-        draws = call.draws_mask or (call.training and call.dropout > 0.0)
-        return in_eager(dtensor.run, *arguments) if draws else dtensor.run(*arguments)
+        return in_eager(dtensor.run, *arguments) if call.draws else dtensor.run(*arguments)
     c_dtype = _cast_as_autocast(call)
     checks.check_input(call.x, call.weights[0], call.batch_first)
     # Packed data are laid out as a layer's already.
@@ -92,7 +92,13 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
     call.h0 = given("h_0" if ops.HAS_C[call.cell] else "hx", call.h0, call.weights[1].shape[1])
     call.c0 = given("c_0", call.c0, call.hidden)
     call.state_mask = given("state_mask", call.state_mask, call.weights[1].shape[1])
+    if call.reset_h is not None and call.reset is None:
+        raise checks.ArgumentError("reset_state is what reset puts in the state's place: give reset too")
+    call.reset_h = given("reset_state", call.reset_h, call.weights[1].shape[1])
+    call.reset_c = given("reset_state's c", call.reset_c, call.hidden)
     checks.check_probability("recurrent_dropout", call.recurrent_dropout)
+    for p in call.zoneout:
+        checks.check_probability("zoneout", p)
     if call.draws_mask and call.state_mask is not None:
         raise checks.ArgumentError("recurrent_dropout draws a state_mask in training: give one of the two alone")
     return steps, batch
@@ -104,7 +110,7 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
     if backends.exporting_onnx() and backends.forced(backend) is None and call.batch_sizes is None:
         return "onnx"
     usual = backend is None and x.is_cpu and x.dtype is not torch.bfloat16 and not backends.tracing()
-    usual = usual and not autograd.is_differentiated(call.state_mask)
+    usual = usual and _native_reason(call) is None
     served = _served(call) and backends.divided("scan")  # by smaller copies, which no other kernels read
     if usual and (backends.native_scan_in_general() or served):
         return "native"
@@ -121,11 +127,16 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         return None
     if name == "torch":
         return eager.torch_reason(call)
-    if call.state_mask is not None or call.draws_mask:
-        if name == "triton" or call.x.is_cuda:
-            return "the GPU kernels have no state_mask (recurrent_dropout)"
-        if autograd.is_differentiated(call.state_mask):
-            return "the native kernels compute no gradient of state_mask"
+    if name == "triton" or call.x.is_cuda:
+        given = {
+            "state_mask (recurrent_dropout)": call.state_mask is not None or call.draws_mask,
+            "zoneout": any(call.zoneout),
+            "reset_state": call.reset_h is not None,
+        }
+        if any(given.values()):
+            return f"the GPU kernels have no {' and no '.join(n for n, is_given in given.items() if is_given)}"
+    elif (reason := _native_reason(call)) is not None:
+        return reason
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
     if name == "native" and call.x.device.type == "cuda":
@@ -134,6 +145,17 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         if call.projected:
             return "the native CUDA kernels have no projection (proj_size): it needs a second exchange at each step"
     return backends.operator_reason(name, call.x.device.type)
+
+
+def _native_reason(call: RecurrentCall) -> str | None:
+    """Why the CPU kernels cannot run this call; None where they can."""
+    if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
+        return "the native kernels compute no gradient of state_mask"
+    if call.zoneout[1] and call.projected:
+        return "the native kernels have no zoneout of c beside a projection (proj_size)"
+    if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and torch.is_grad_enabled():
+        return "the native kernels compute no gradient of an RNN with zoneout in evaluation"
+    return None
 
 
 def _served(call: RecurrentCall) -> bool:
@@ -146,8 +168,8 @@ def _padded(name: str, call: RecurrentCall) -> Result:
     if name == "native" and _served(call) and (done := call.weights.infer(call)) is not None:  # type: ignore[attr-defined]
         return done
     if stack.suits(name, call.x):
-        return stack.run(call)
-    ys, h_n, c_n, states = _layers(name, call, [call.x], [call.lengths])
+        return recompute.run(call) if call.recompute and recompute.suits(call) else stack.run(call)
+    ys, h_n, c_n, states = _layers(name, call, [call.x], [(call.lengths, call.reset)])
     return ys[0], h_n, c_n, states[0]
 
 
@@ -155,7 +177,8 @@ def _packed(name: str, call: RecurrentCall) -> Result:
     """A stack over the data of a packed batch, in as few padded parts as its memory allows; y and c_t packed too."""
     assert call.batch_sizes is not None
     data = call.x
-    parts = packed.whole(data, call.batch_sizes) if _served(call) else packed.cut(data, call.batch_sizes)
+    whole = call.recompute or _served(call)
+    parts = packed.whole(data, call.batch_sizes) if whole else packed.cut(data, call.batch_sizes)
     xs, sizes = zip(*packed.pad(parts, data), strict=True)
     lengths = [None if n is None else n.to(data.device) for n in sizes]
     ys: Sequence[Tensor]
@@ -165,7 +188,7 @@ def _packed(name: str, call: RecurrentCall) -> Result:
         one, h_n, c_n, all_c = _padded(name, call)
         ys, states = [one], [all_c]
     else:
-        ys, h_n, c_n, states = _layers(name, call, xs, lengths)
+        ys, h_n, c_n, states = _layers(name, call, xs, [(n, None) for n in lengths])
 
     def pack(values: Sequence[Tensor | None]) -> Tensor | None:
         rows = [part.pack(v, n) for part, v, n in zip(parts, values, sizes, strict=True) if v is not None]
@@ -177,9 +200,10 @@ def _packed(name: str, call: RecurrentCall) -> Result:
 
 
 def _layers(
-    name: str, call: RecurrentCall, xs: Sequence[Tensor], lengths: Sequence[Tensor | None]
+    name: str, call: RecurrentCall, xs: Sequence[Tensor], uneven: Sequence[packed.Uneven]
 ) -> tuple[Sequence[Tensor], Tensor, Tensor | None, Sequence[Tensor | None]]:
-    """Layer after layer, both directions of each, dropout between layers; over the parts ``xs`` of a batch."""
+    """Layer after layer, both directions of each, dropout between layers; over the parts ``xs`` of a batch, of each of
+    which ``uneven`` has lengths and resets."""
     h_start, c_start = (call.rows * [None] if s is None else s.unbind(0) for s in (call.h0, call.c0))
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
@@ -191,7 +215,7 @@ def _layers(
         for direction in range(call.directions):
             index = layer * call.directions + direction
             walk = _walk(_WALKS[call.cell, direction == 1, name], call, index, call.want_states and last)
-            ys, h, c, all_c = packed.chain(walk, xs, lengths, h_start[index], c_start[index], direction == 1)
+            ys, h, c, all_c = packed.chain(walk, xs, uneven, h_start[index], c_start[index], direction == 1)
             outputs.append(ys)
             h_n.append(h)
             if c is not None:
@@ -210,12 +234,15 @@ def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> pac
     """The scan of one layer and direction, as :func:`packed.chain` calls it."""
     weights = call.weights_of(index)
 
-    def run(x: Tensor, lengths: Tensor | None, h: Tensor | None, c: Tensor | None) -> Result:
+    def run(x: Tensor, uneven: packed.Uneven, h: Tensor | None, c: Tensor | None) -> Result:
         # The sequences of a part of a packed batch are its first ones.
-        options = (lengths, call.reset, None if call.state_mask is None else call.state_mask[index, : x.shape[1]])
+        own = (call.reset_h, call.reset_c, call.state_mask)
+        reset_h, reset_c, mask = (None if s is None else s[index, : x.shape[1]] for s in own)
+        options = (*uneven, mask, *call.zoneout_shares(*x.shape[:2]))
         if x.is_cpu and stack.suits(walk.backend, x):
-            return stack.scan(walk, x, h, c, options, [w for w in weights if w is not None], want_states)
-        return scan(walk, (x, *weights, h, c, *options), want_states)
+            given = [w for w in weights if w is not None]
+            return stack.scan(walk, x, (h, c, reset_h, reset_c), options, given, want_states)
+        return scan(walk, (x, *weights, h, c, reset_h, reset_c, *options), want_states)
 
     return run
 
@@ -236,7 +263,7 @@ def scan(walk: Walk, inputs: Sequence[Any], want_states: bool = False) -> Result
     cell, reverse, backend = walk
     if backend == "reference" or autograd.needs_reference():
         return reference.scan(*inputs, cell=cell, reverse=reverse)
-    recorded = torch.is_grad_enabled() and autograd.wants_gradient(inputs[:8])
+    recorded = torch.is_grad_enabled() and autograd.wants_gradient(inputs[:DIFFERENTIABLE])
     # A trace holds no Function of Python's, and must be the same with gradients and without.
     if not backends.tracing() and (recorded or autograd.functorch_active()):
         found = autograd.apply(Scan, *inputs, *walk)

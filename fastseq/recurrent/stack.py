@@ -59,14 +59,14 @@ class Kind(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def values_read(kind: Kind, one_step: bool, need: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of which of x, h0, c0, lengths, reset, state_mask, y, the weights and what else is kept the gradient reads the
+    """Of which of x, h0, c0, reset_h, reset_c, the options, y, the weights and what else is kept the gradient reads the
     values. As with torch's layers, the others may be changed in place before the backward pass. ``need``: whose
     gradient is needed, by the place among the arguments of :class:`Layers`."""
-    own, cell = need[7:], kind.cell
+    own, cell = need[11:], kind.cell
     width = len(own) // kind.rows
     need_w_ih, need_w_hh = any(own[: kind.directions * width : width]), any(own[1::width])
     x, w_ih, w_hh, h0, y = values_a_scan_reads(cell, one_step, need[0], need_w_ih, need_w_hh, need[1])
-    read = [x, h0, True, True, True, True, y]
+    read = [x, h0, *8 * [True], y]
     for row in range(kind.rows):
         biases, projection = (False, False) * (width >= 4), (True,) * (width % 2)
         read += (w_ih or row >= kind.directions, w_hh, *biases, *projection)
@@ -84,12 +84,17 @@ class Layers(torch.autograd.Function):
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
         state_mask: Tensor | None,
+        zoneout_h: Tensor | None,
+        zoneout_c: Tensor | None,
         kind: Kind,
         *weights: Tensor,
     ) -> Any:
+        options = reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c
         cell, num_layers, bidirectional, _, want_states, layout, fast, checked = kind
         made: Any = None
         if fast:
@@ -97,9 +102,7 @@ class Layers(torch.autograd.Function):
         if made is not None:
             y, h_n, c_n, *rest = made
         elif checked:
-            y, h_n, c_n, ys, states, tapes = FORWARD(
-                x, weights, h0, c0, lengths, reset, state_mask, *kind.numbers(), True, True
-            )
+            y, h_n, c_n, ys, states, tapes = FORWARD(x, weights, h0, c0, *options, *kind.numbers(), True, True)
             c_n = c_n if ops.HAS_C[cell] else None
             rest = [*ys, *states, *tapes]
         else:
@@ -107,12 +110,12 @@ class Layers(torch.autograd.Function):
         ctx.kind, ctx.count = kind, len(weights)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
-            autograd.save(ctx, (x, h0, c0, lengths, reset, state_mask, y, *weights, *rest))
+            autograd.save(ctx, (x, h0, c0, *options, y, *weights, *rest))
         else:
             one_step = bool(has_one_step(layout, y))  # a size may be a symbol of a trace
             read = values_read(kind, one_step, ctx.needs_input_grad)
-            kept_y = y if read[6] else y.detach()  # else the result would hold its own graph
-            autograd.save(ctx, (x, h0, c0, lengths, reset, state_mask, kept_y, *weights, *rest), read)
+            kept_y = y if read[10] else y.detach()  # else the result would hold its own graph
+            autograd.save(ctx, (x, h0, c0, *options, kept_y, *weights, *rest), read)
         results = (y,) if h_n is None else (y, h_n)
         if c_n is None:
             return results
@@ -126,45 +129,46 @@ class Layers(torch.autograd.Function):
         kind, need = ctx.kind, ctx.needs_input_grad
         if autograd.all_absent(grads):
             return (None,) * len(need)
-        x, h0, c0, lengths, reset, state_mask, y, *rest = autograd.saved(ctx)
+        x, h0, c0, reset_h, reset_c, *rest = autograd.saved(ctx)
+        options, y, rest = tuple(rest[:5]), rest[5], rest[6:]
         weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
-        needed = (*need[:3], *need[7:])
+        needed = (*need[:5], *need[11:])
         is_cell, lstm = kind.layout == "cell", ops.HAS_C[kind.cell]
         dy, dh_n = grads[0], None if is_cell else grads[1]
         dc_n = grads[1 if is_cell else 2] if lstm else None
         more = grads[2 - is_cell + lstm :]
         compiling = torch.compiler.is_compiling()
-        batched = not compiling and _is_mapped(grads)
+        batched = not compiling and is_mapped(grads)
         found: Any = None
         recorded = torch.is_grad_enabled() and not compiling
         if kind.fast and not (compiling or recorded or batched or more):
             found = direct.layers_backward(
-                x, h0, c0, kind.cell, kind.layout, kind.num_layers, kind.bidirectional, weights, needed, dy, dh_n, dc_n,
-                (y, *made),
+                x, h0, c0, kind.cell, kind.layout, kind.num_layers, kind.bidirectional, weights,
+                (*need[:3], *need[11:]), dy, dh_n, dc_n, (y, *made),
             )  # fmt: skip
+            found = None if found is None else (*found[:3], None, None, *found[3:])
         if found is None:
             layout, rank = kind.layout, x.dim()
-            states = (state_in(layout, rank, s) for s in (dh_n, dc_n, h0, c0))
-            dh_n, dc_n, h0, c0 = states
-            inputs = (steps_in(layout, rank, x), h0, c0, *weights)
+            dh_n, dc_n, *starts = (state_in(layout, rank, s) for s in (dh_n, dc_n, h0, c0, reset_h, reset_c))
+            inputs = (steps_in(layout, rank, x), *starts, *weights)
             outputs = (steps_in(layout, rank, dy), dh_n, dc_n, *more)
             kept = (steps_in(layout, rank, y), *made)
             way = _differentiable_gradient if recorded else _gradient_by_scans if batched else fused_stack_gradient
-            made = way(kind, outputs, inputs, (lengths, reset, state_mask), kept, needed)
-            dx, *starts = (d if n else None for d, n in zip(made[:3], needed, strict=False))
-            found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[3:]]
+            made = way(kind, outputs, inputs, options, kept, needed)
+            dx, *starts = (d if n else None for d, n in zip(made[:5], needed, strict=False))
+            found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[5:]]
         found = [d if n else None for d, n in zip(found, needed, strict=True)]
         width = len(weights) // kind.rows
         if dy is None and dh_n is None and width % 2 and has_one_step(kind.layout, x):
             for row in range(kind.rows - kind.directions, kind.rows):
-                found[3 + (row + 1) * width - 1] = None  # c of one step does not depend on w_hr
-        return (*found[:3], None, None, None, None, *found[3:])
+                found[5 + (row + 1) * width - 1] = None  # c of one step does not depend on w_hr
+        return (*found[:5], *6 * (None,), *found[5:])
 
 
 _recorded = autograd.recorder(Layers)
 
 
-def _is_mapped(grads: Sequence[Tensor | None]) -> bool:
+def is_mapped(grads: Sequence[Tensor | None]) -> bool:
     """Whether a vmap goes over gradients, torch.func's or that of ``is_grads_batched``."""
     for d in grads:
         if d is not None and autograd.is_batched(d):
@@ -187,13 +191,13 @@ def parts_of(kind: Kind, kept: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequ
 def fused_stack_gradient(
     kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of x, h0, c0 and the weights by the operator; anything, or None, where not needed.
+    """Gradients of x, h0, c0, reset_h, reset_c and the weights by the operator; anything, or None, where not needed.
 
-    ``grads``: of y, h_n, c_n, and none or all of the last layer's states; ``options``: lengths, reset and state_mask;
-    ``kept``: y, the outputs of the layers below, states and tapes.
+    ``grads``: of y, h_n, c_n, and none or all of the last layer's states; ``options``: lengths, reset, state_mask and
+    zoneout's shares; ``kept``: y, the outputs of the layers below, states and tapes.
     """
-    x, h0, c0, *weights = inputs
-    lengths, reset, state_mask = options
+    x, *at_first, weights = *inputs[:5], inputs[5:]
+    lengths = options[0]
     ys, states, tapes = parts_of(kind, kept)
     starts = None
     if lengths is not None and x.is_cuda:
@@ -204,11 +208,11 @@ def fused_stack_gradient(
         dstates = [torch.zeros_like(s) if d is None else d for d, s in own]
     else:
         dstates = []
-    dx, dh0, dc0, dweights = BACKWARD(
-        dy, dh_n, dc_n, dstates, x, weights, h0, c0, lengths, reset, state_mask, starts, ys, states, tapes,
-        *kind.numbers(), needed[0], any(needed[3:]),
+    *found, dweights = BACKWARD(
+        dy, dh_n, dc_n, dstates, x, weights, *at_first, *options, starts, ys, states, tapes, *kind.numbers(), needed[0],
+        any(needed[5:]),
     )  # fmt: skip
-    return [dx, dh0, dc0, *(dweights or len(weights) * [None])]
+    return [*found, *(dweights or len(weights) * [None])]
 
 
 def with_lengths(x: Tensor, lengths: Tensor, bidirectional: bool) -> tuple[Tensor, Tensor | None]:
@@ -218,18 +222,30 @@ def with_lengths(x: Tensor, lengths: Tensor, bidirectional: bool) -> tuple[Tenso
     return x, (lengths - 1).clamp_min(0)[None, :, None] if bidirectional else None
 
 
+def whole_gradient(
+    kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same where nothing was kept of a forward pass, which is run again: a gradient that is differentiated, or
+    mapped over."""
+    with torch.no_grad():
+        plain = [None if t is None else t.detach() for t in (*inputs, *options)]
+        x, starts, own = plain[0], plain[1:5], plain[5 : len(inputs)]
+        y, _, _, ys, states, tapes = FORWARD(x, own, *starts, *plain[len(inputs) :], *kind.numbers(), True, True)
+    way = _differentiable_gradient if torch.is_grad_enabled() else _gradient_by_scans
+    return way(kind, (*grads, None)[:3], inputs, options, (y, *ys, *states, *tapes), needed)
+
+
 def _gradient_by_scans(
     kind: Kind, grads: Tensors, inputs: Tensors, options: Tensors, kept: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same, a layer and direction at a time: for a vmap over gradients, which knows no operator with lists."""
-    x, h0, c0, *weights = inputs
-    lengths, reset, state_mask = options
+    x, *at_first, weights = *inputs[:5], inputs[5:]
     d, dh_n, dc_n, *dstates = grads
     width, below, directions = len(weights) // kind.rows, kind.num_layers - 1, kind.directions
     ys, *all_rows = parts_of(kind, kept)
     states, tapes = (rows or kind.rows * (None,) for rows in all_rows)
     found: list[Any] = len(weights) * [None]
-    starts: list[list[Any]] = [kind.rows * [None], kind.rows * [None]]
+    starts: list[list[Any]] = [kind.rows * [None] for _ in at_first]
     for layer in reversed(range(kind.num_layers)):
         below_d: list[Tensor] = []
         for direction in range(directions):
@@ -245,24 +261,26 @@ def _gradient_by_scans(
             found_row = fused_gradient(
                 (None if d is None else d.narrow(-1, at, P), of_row(dh_n), of_row(dc_n),
                  dstates[direction] if dstates and layer == below else None),
-                Inputs(ys[layer - 1] if layer else x, w_ih, w_hh, b_ih, b_hh, w_hr, of_row(h0), of_row(c0), lengths,
-                       reset, of_row(state_mask)),
+                Inputs(ys[layer - 1] if layer else x, w_ih, w_hh, b_ih, b_hh, w_hr, *map(of_row, at_first),
+                       *reference.options_of(options, row)),
                 Kept(ys[layer].narrow(-1, at, P), states[row], tapes[row]),
                 Walk(kind.cell, kind.reverse or direction == 1, "native"),
-                (bool(layer) or needed[0], True, True, True, True, w_hr is not None, True, True),
+                (bool(layer) or needed[0], True, True, True, True, w_hr is not None, True, True, True, True),
             )  # fmt: skip
-            dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, starts[0][row], starts[1][row] = found_row
+            dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *dstarts = found_row
+            for of_rows, dstart in zip(starts, dstarts, strict=True):
+                of_rows[row] = dstart
             if dx is not None:
                 below_d.append(dx)
             found[row * width : (row + 1) * width] = [
                 dw_ih, dw_hh, *(db_ih, db_hh) * (width >= 4), *(dw_hr,) * (width % 2)
             ]  # fmt: skip
         d = below_d[0] if len(below_d) == 1 else below_d[0] + below_d[1] if below_d else None
-    dh0, dc0 = (
+    made = (
         None if s is None else torch.stack([t for t in of_rows if t is not None])
-        for s, of_rows in zip((h0, c0), starts, strict=True)
+        for s, of_rows in zip(at_first, starts, strict=True)
     )
-    return [d, dh0, dc0, *found]
+    return [d, *made, *found]
 
 
 def _differentiable_gradient(
@@ -273,16 +291,16 @@ def _differentiable_gradient(
 
     # Of tensors these use their arguments alone: in a transform those outside are of another level.
     def kernel(*t: Any) -> tuple[Tensor, ...]:
-        found = fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 3], t[m + 3 :], needed)
+        found = fused_stack_gradient(kind, t[:n], t[n:m], t[m : m + 5], t[m + 5 :], needed)
         return autograd.present(found, needed, t[n])
 
     def by_reference(*t: Any) -> tuple[Tensor, ...]:
-        return autograd.present(reference_gradient(kind, t[:n], t[n:m], t[m : m + 3], needed), needed, t[n])
+        return autograd.present(reference_gradient(kind, t[:n], t[n:m], t[m : m + 5], needed), needed, t[n])
 
     tensors = (*grads, *inputs, *options, *kept)
     if autograd.needs_reference():
         return list(by_reference(*tensors))
-    return list(autograd.apply(autograd.WithReference, kernel, None, by_reference, m, m + 3, *tensors))
+    return list(autograd.apply(autograd.WithReference, kernel, None, by_reference, m, m + 5, *tensors))
 
 
 def reference_gradient(
@@ -290,9 +308,9 @@ def reference_gradient(
 ) -> list[Tensor | None]:
     """The same by the reference: slower, and differentiable itself."""
 
-    def forward(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        lengths, reset, mask = options
-        return reference.layers(x, h0, c0, weights, lengths, reset, mask, *kind[:4])
+    def forward(*own: Any) -> tuple[Tensor, ...]:
+        x, h0, c0, reset_h, reset_c, *weights = own
+        return reference.layers(x, h0, c0, reset_h, reset_c, weights, options, *kind[:4])
 
     return autograd.vjp(forward, inputs, needed, grads)
 
@@ -310,7 +328,8 @@ def in_one_call(
     are in force."""
     if not isinstance(x, Tensor) or not direct.is_plain() or not autograd.wants_gradient((x, *weights, h0, c0)):
         return None
-    return _recorded(x, h0, c0, None, None, None, _unchecked(cell, layout, num_layers, bidirectional), *weights)
+    kind = _unchecked(cell, layout, num_layers, bidirectional)
+    return _recorded(x, h0, c0, None, None, None, None, None, None, None, kind, *weights)
 
 
 def suits(name: str, x: Tensor) -> bool:
@@ -331,9 +350,11 @@ def run(call: RecurrentCall) -> Result:
     found: list[Sequence[Tensor]] = []
     for n in range(last + 1):
         own = call.weights[n * rows * width : (n + 1) * rows * width]
-        h, c, mask = (None if s is None else s[n * rows : (n + 1) * rows] for s in (call.h0, call.c0, call.state_mask))
+        states_in = (call.h0, call.c0, call.reset_h, call.reset_c, call.state_mask)
+        *starts, mask = (None if s is None else s[n * rows : (n + 1) * rows] for s in states_in)
         kind = Kind(call.cell, together, call.bidirectional, want_states=call.want_states and n == last)
-        found.append(stack(kind, x, h, c, (call.lengths, call.reset, mask), own))
+        options = call.lengths, call.reset, mask, *call.zoneout_shares(*x.shape[:2], rows)
+        found.append(stack(kind, x, starts, options, own))
         x = found[-1][0]
         if dropout and n < last:
             x = F.dropout(x, dropout, True)
@@ -345,30 +366,26 @@ def run(call: RecurrentCall) -> Result:
     return x, h_n, c_n[0] if c_n else None, states
 
 
-def stack(
-    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, options: Tensors, weights: Sequence[Tensor]
-) -> Sequence[Tensor]:  # fmt: skip
-    """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions. ``options``: lengths, reset and
-    state_mask."""
-    learns = torch.is_grad_enabled() and autograd.wants_gradient((x, h0, c0, *weights))
+def stack(kind: Kind, x: Tensor, starts: Tensors, options: Tensors, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions. ``starts``: h0, c0, reset_h and
+    reset_c; ``options``: lengths, reset, state_mask and zoneout's shares."""
+    learns = torch.is_grad_enabled() and autograd.wants_gradient((x, *starts, *weights))
     # An exported program has no backward pass to keep anything for. To Dynamo every program is an exported one.
     if not learns or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
-        y, h_n, c_n, _, states, _ = FORWARD(x, weights, h0, c0, *options, *kind.numbers(), False, kind.want_states)
+        y, h_n, c_n, _, states, _ = FORWARD(x, weights, *starts, *options, *kind.numbers(), False, kind.want_states)
         return (y, h_n, c_n, *states) if ops.HAS_C[kind.cell] else (y, h_n)
     compiling = torch.compiler.is_compiling()
-    plain = not kind.reverse and options[0] is None and options[1] is None and options[2] is None
+    plain = not kind.reverse and all(option is None for option in options)
     if not compiling and x.is_cpu and plain and direct.is_plain():
-        return _recorded(x, h0, c0, *options, kind._replace(fast=True), *weights)
-    return autograd.apply(Layers, x, h0, c0, *options, kind, *weights)
+        return _recorded(x, *starts, *options, kind._replace(fast=True), *weights)
+    return autograd.apply(Layers, x, *starts, *options, kind, *weights)
 
 
 def scan(
-    walk: Walk, x: Tensor, h: Tensor | None, c: Tensor | None, options: Tensors, weights: Sequence[Tensor],
-    want_states: bool,
-) -> Result:  # fmt: skip
+    walk: Walk, x: Tensor, starts: Tensors, options: Tensors, weights: Sequence[Tensor], want_states: bool
+) -> Result:
     """A stack of one layer and direction; results as :func:`fastseq.recurrent.reference.scan`."""
     kind = Kind(walk.cell, reverse=walk.reverse, want_states=want_states)
-    lengths, reset, mask = options
-    h, c, mask = (None if s is None else s.unsqueeze(0) for s in (h, c, mask))
-    y, h_n, *more = stack(kind, x, h, c, (lengths, reset, mask), weights)
+    starts, shares = ([None if s is None else s.unsqueeze(0) for s in own] for own in (starts, options[2:]))
+    y, h_n, *more = stack(kind, x, starts, (*options[:2], *shares), weights)
     return y, h_n[0], more[0][0] if more else None, more[1] if len(more) > 1 else None

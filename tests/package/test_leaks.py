@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recurrent_support import options_of
 from support import cell_inputs
 
 import fastseq
@@ -57,13 +58,13 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
     x, w_ih, w_hh, _, _, _, h0, c0 = inputs
     weights = [w_ih, w_hh]
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
-    y, _, _, states, tape = forward(*inputs, None, None, None, number, False, True, True)
+    y, _, _, states, tape = forward(*inputs, *options_of(), number, False, True, True)
     grads = (torch.ones_like(y), None, None, None)
     calls: dict[str, Callable[[], object]] = {
-        "scan_forward": lambda: forward(*inputs, None, None, None, number, False, True, True),
-        "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, None, None, None, number, False),
+        "scan_forward": lambda: forward(*inputs, *options_of(), number, False, True, True),
+        "scan_backward": lambda: backward(*grads, y, states, tape, w_hh, None, h0, c0, *options_of(), number, False),
         "layers_forward": lambda: torch.ops.fastseq.layers_forward.native(
-            x, weights, None, None, None, None, None, number, 1, False, False, True, True
+            x, weights, None, None, *options_of(), number, 1, False, False, True, True
         ),
         "layers_backward": lambda: torch.ops.fastseq.layers_backward.native(
             y,
@@ -74,9 +75,7 @@ def test_an_operator_called_20_000_times_keeps_no_memory(cell: str) -> None:
             weights,
             None,
             None,
-            None,
-            None,
-            None,
+            *options_of(),
             None,
             [y],
             [states] * ops.HAS_C[cell],

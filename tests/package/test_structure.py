@@ -72,7 +72,7 @@ def counts() -> dict[str, object]:
 def test_the_middle_layer_stays_small() -> None:
     found = counts()
     assert len(found["operators with numerics"]) <= 7, found  # type: ignore[arg-type]
-    assert len(found["autograd Functions"]) <= 5, found  # type: ignore[arg-type]
+    assert len(found["autograd Functions"]) <= 6, found  # type: ignore[arg-type]
     assert found["lines past torch's dispatcher"] <= 1000, found  # type: ignore[operator]
     assert found["dtype enums of C++"] == ["Dtype"], found
     assert found["lines of bench, without its studies"] <= 5000, found  # type: ignore[operator]

@@ -13,14 +13,14 @@ import pytest
 import torch
 from cuda_recurrent_support import emulation_only, hook, library, machine, missing
 from emulation import build
-from recurrent_support import assert_within_budget, forward, options, seed
+from recurrent_support import assert_within_budget, forward, options, options_of, seed
 from support import CELLS
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from fastseq import ops
 from fastseq.ops import layers as ops_layers
-from fastseq.recurrent import reference, stack
+from fastseq.recurrent import recompute, reference, stack
 from fastseq.recurrent.call import RecurrentCall
 from fastseq.recurrent.stack import Kind, Layers
 
@@ -216,7 +216,7 @@ def test_a_stack_in_any_order_gives_what_its_layers_give_one_by_one(cell: str, b
         expected = layer_by_layer(kind, x, h0, c0, weights, lengths, reset)
     for (order, number), windows in itertools.product(SCHEDULES, (1, 3)):
         with machine(role, blocks, 64, seed=number, schedule=order, windows=windows, walkers=2 * (role != "step")):
-            found = stack.FORWARD(x, weights, h0, c0, lengths, reset, None, *kind.numbers(), False, False)
+            found = stack.FORWARD(x, weights, h0, c0, *options_of(lengths, reset), *kind.numbers(), False, False)
         for ours, wanted in zip(found, expected, strict=False):
             assert torch.allclose(ours, wanted, rtol=0, atol=8 * torch.finfo(dtype).eps), (order, number, windows)
 
@@ -229,11 +229,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "FORWARD", torch.ops.fastseq.layers_forward.emulated)
 
     def backward(*args: Any) -> Any:
-        x, lengths, bidirectional = args[4], args[8], args[17]
+        x, lengths, bidirectional = args[4], args[10], args[21]
         starts = None
         if lengths is not None:  # as on CUDA
             x, starts = stack.with_lengths(x, lengths, bidirectional)
-        return torch.ops.fastseq.layers_backward.emulated(*args[:4], x, *args[5:11], starts, *args[12:])
+        return torch.ops.fastseq.layers_backward.emulated(*args[:4], x, *args[5:15], starts, *args[16:])
 
     monkeypatch.setattr(stack, "BACKWARD", backward)
 
@@ -249,11 +249,11 @@ def gradients(function, kind: Kind, dtype: torch.dtype, x, h0, c0, weights, leng
 
 
 def by_reference(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
-    return reference.layers(x, h0, c0, weights, lengths, reset, None, *kind[:3])
+    return reference.layers(x, h0, c0, None, None, weights, options_of(lengths, reset)[2:], *kind[:3])
 
 
 def fused(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
-    return Layers.apply(x, h0, c0, lengths, reset, None, kind, *weights)
+    return Layers.apply(x, h0, c0, *options_of(lengths, reset), kind, *weights)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -277,6 +277,25 @@ def test_gradients_of_a_stack_match_the_reference(cell: str, bidirectional: bool
                 ours = gradients(fused, kind, dtype, *drawn, lengths, reset)
             for i, (a, b, c) in enumerate(zip(ours, peer, truth, strict=True)):
                 assert_within_budget(a, b, c, f"{i} of {dtype}, {windows} windows, order {order}", 16)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_gradients_of_a_stack_that_is_walked_again_match_the_reference(
+    cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompute, "FEWEST_ROWS", 4)
+    kind = stack_of(cell, 2, False)
+    drawn, (lengths, reset, _) = draw_stack(kind, 5, 6, 9, 7, torch.float32), options("lengths+reset", 7, 5)
+
+    def again(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
+        return recompute.Recomputed.apply(kind, x, h0, c0, *options_of(lengths, reset), *weights)
+
+    truth, peer = (gradients(by_reference, kind, d, *drawn, lengths, reset) for d in (torch.float64, torch.float32))
+    with machine("cluster", 1, 64):
+        ours = gradients(again, kind, torch.float32, *drawn, lengths, reset)
+    for i, (a, b, c) in enumerate(zip(ours, peer, truth, strict=True)):
+        assert_within_budget(a, b, c, str(i), 16)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -345,14 +364,14 @@ def test_results_have_the_shapes_that_are_promised(cell: str) -> None:
     for bidirectional, save, states in itertools.product((False, True), repeat=3):
         kind = stack_of(cell, 2, bidirectional)
         x, h0, c0, weights = draw_stack(kind, 3, 4, 5, 6, torch.bfloat16, save)
-        given = (x, weights, h0, None if states else c0, None, None, None, *kind.numbers(), save, states)
+        given = (x, weights, h0, None if states else c0, *options_of(), *kind.numbers(), save, states)
         with machine("cluster", 1, 64):
             y, h_n, _, ys, all_c, tapes = found = stack.FORWARD(*given)
             assert shapes(found) == shapes(ops_layers.fake_layers_forward(*given))
             if save:
                 dc = c0 if states and ops.HAS_C[cell] else None
                 last = [torch.randn_like(c) for c in all_c[-1 - bidirectional :]] if dc is not None else []
-                given = (y, h_n, dc, last, *given[:7], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
+                given = (y, h_n, dc, last, *given[:11], None, [*ys, y], all_c, tapes, *kind.numbers(), states, True)
                 assert shapes(stack.BACKWARD(*given)) == shapes(ops_layers.fake_layers_backward(*given))
 
 

@@ -16,6 +16,7 @@ from recurrent_support import (
     draw,
     forward,
     options,
+    options_of,
     seed,
     walked_gradients,
     whole_gradient,
@@ -249,7 +250,7 @@ def test_absent_states_are_zeros(cell: str, option: str) -> None:
             torch_products(
                 back[0],
                 back[1],
-                Inputs(x, w_ih, w_hh, None, None, w_hr, given[6], None, lengths, reset),
+                Inputs(x, w_ih, w_hh, None, None, w_hr, given[6], None, *options_of(lengths, reset)),
                 Kept(y, states, tape),
                 Walk(plain, reverse, "native"),
                 True,
@@ -299,4 +300,4 @@ def test_wrong_arguments_are_named() -> None:
         backward([None] * 4, (torch.zeros(4, 2, 6), *(None,) * 4), inputs, None, None, "gru", False)
     last = len(CELLS) - 1
     with pytest.raises(RuntimeError, match=rf"cell must be a number from 0 to {last} .*, not {last + 1}"):
-        torch.ops.fastseq.scan_forward.native(*inputs, None, None, None, last + 1, False, True, True)
+        torch.ops.fastseq.scan_forward.native(*inputs, *options_of(), last + 1, False, True, True)

@@ -26,7 +26,7 @@ def torch_scan(cell: str, inputs: list, reverse: bool) -> tuple:
 @pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_reference_is_torch_nn_in_value_and_gradient(cell, biases, reverse):
     inputs = cell_inputs(cell, 6, 3, 4, 5, biases=biases, requires_grad=True)
-    ours = [t for t in reference.scan(*inputs, None, None, cell=cell, reverse=reverse)[:3] if t is not None]
+    ours = [t for t in reference.scan(*inputs, None, None, None, None, cell=cell, reverse=reverse)[:3] if t is not None]
     theirs = torch_scan(cell, inputs, reverse)
     leaves = [t for t in inputs if t is not None]
     weights = [torch.randn_like(t) for t in ours]
@@ -39,7 +39,7 @@ def test_reference_is_torch_nn_in_value_and_gradient(cell, biases, reverse):
 
 def test_reference_is_torch_nn_with_a_projection():
     inputs = cell_inputs("lstm", 6, 3, 4, 5, projected=2)
-    y, h_n, c_n, _ = reference.scan(*inputs, None, None, cell="lstm")
+    y, h_n, c_n, _ = reference.scan(*inputs, None, None, None, None, cell="lstm")
     for a, b in zip((y, h_n, c_n), torch_scan("lstm", inputs, False), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -94,7 +94,7 @@ def onnx_scan(cell: str, inputs: list, reverse: bool) -> list:
 @pytest.mark.parametrize("cell", CELLS)
 def test_reference_is_onnx_runtime(cell, reverse):
     inputs = cell_inputs(cell, 6, 3, 4, 5)
-    ours = [t for t in reference.scan(*inputs, None, None, cell=cell, reverse=reverse)[:3] if t is not None]
+    ours = [t for t in reference.scan(*inputs, None, None, None, None, cell=cell, reverse=reverse)[:3] if t is not None]
     for a, b in zip(ours, onnx_scan(cell, inputs, reverse), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=1e-5, atol=1e-6)
 
@@ -104,7 +104,7 @@ def test_lengths_are_each_row_run_alone(cell):
     inputs = cell_inputs(cell, 6, 4, 3, 5)
     lengths = torch.tensor([6, 0, 1, 4])
     for reverse in (False, True):
-        y, h_n, c_n, states = reference.scan(*inputs, lengths, None, cell=cell, reverse=reverse)
+        y, h_n, c_n, states = reference.scan(*inputs, None, None, lengths, None, cell=cell, reverse=reverse)
         for b, n in enumerate(lengths.tolist()):
             assert not y[n:, b].any()
             if n == 0:
@@ -112,7 +112,7 @@ def test_lengths_are_each_row_run_alone(cell):
                 continue
             row = [inputs[0][:n, b : b + 1], *inputs[1:6], inputs[6][b : b + 1]]
             row.append(None if inputs[7] is None else inputs[7][b : b + 1])
-            alone = reference.scan(*row, None, None, cell=cell, reverse=reverse)
+            alone = reference.scan(*row, None, None, None, None, cell=cell, reverse=reverse)
             torch.testing.assert_close(y[:n, b], alone[0][:, 0])
             torch.testing.assert_close(h_n[b], alone[1][0])
             if ops.HAS_C[cell]:
@@ -125,9 +125,9 @@ def test_reset_is_two_sequences_laid_end_to_end(cell):
     inputs = cell_inputs(cell, 7, 1, 3, 5)
     reset = torch.zeros(7, 1, dtype=torch.bool)
     reset[4] = True
-    y, *_ = reference.scan(*inputs, None, reset, cell=cell)
+    y, *_ = reference.scan(*inputs, None, None, None, reset, cell=cell)
     zero = [torch.zeros_like(inputs[6]), None if inputs[7] is None else torch.zeros_like(inputs[7])]
-    second, *_ = reference.scan(inputs[0][4:], *inputs[1:6], *zero, None, None, cell=cell)
+    second, *_ = reference.scan(inputs[0][4:], *inputs[1:6], *zero, None, None, None, None, cell=cell)
     torch.testing.assert_close(y[4:], second)
 
 
@@ -137,7 +137,7 @@ def test_garbage_in_the_padding_has_no_influence():
     dirty = inputs[0].detach().clone()
     dirty[2:, 1] = float("nan")
     dirty.requires_grad_()
-    y, *_ = reference.scan(dirty, *inputs[1:], lengths, None, cell="gru")
+    y, *_ = reference.scan(dirty, *inputs[1:], None, None, lengths, None, cell="gru")
     grads = torch.autograd.grad(y.sum(), [dirty, inputs[1]])
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in grads)

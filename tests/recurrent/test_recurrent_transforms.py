@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recurrent_support import options_of
 from support import CELLS, NATIVE, cell_inputs, flat, needs_native
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,11 @@ IDS = [cell + "".join(f"-{k}" for k in kwargs) for cell, kwargs in CASES]
 
 
 def call(backend, inputs, cell, *, lengths=None, reset=None, reverse=False):
-    return tuple(t for t in scan(Walk(cell, reverse, backend), Inputs(*inputs, lengths, reset), True) if t is not None)
+    return tuple(
+        t
+        for t in scan(Walk(cell, reverse, backend), Inputs(*inputs, *options_of(lengths, reset)), True)
+        if t is not None
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])
@@ -237,7 +242,11 @@ def test_opcheck(cell, kwargs, dtype):
     mask = torch.rand(2, inputs[2].shape[1]).to(dtype)
     forward, backward = torch.ops.fastseq.scan_forward.native, torch.ops.fastseq.scan_backward.native
     number = ops.NUMBER[cell]
-    for options in ((None, None, None, number, False), (lengths, reset, mask, number, True)):
+    shares = [torch.randint(0, 2, (3, 2, n)).to(dtype) for n in (inputs[2].shape[1], 5)]
+    reset_h, reset_c = (None if s is None else torch.randn_like(s) for s in inputs[6:])
+    shares[1:] = [shares[1] if ops.HAS_C[cell] and inputs[5] is None else None]
+    every = (reset_h, reset_c, lengths, reset, mask, *shares)
+    for options in ((*options_of(), number, False), (*every, number, True)):
         for save, states in ((False, False), (False, True), (True, True)):
             torch.library.opcheck(forward, (*inputs, *options, save, states))
         y, h_n, _, states, tape = forward(*inputs, *options, True, True)
@@ -260,7 +269,8 @@ def test_opcheck_of_a_stack(cell, kwargs, dtype):
     forward, backward = torch.ops.fastseq.layers_forward.native, torch.ops.fastseq.layers_backward.native
     mask = torch.rand(2, 2, outputs).to(dtype)
     for layers, own, reverse, options in (
-        (1, one, True, (lengths, reset, None)), (2, two, False, (None, None, None)), (2, two, False, (None, None, mask))
+        (1, one, True, options_of(lengths, reset)), (2, two, False, options_of()),
+        (2, two, False, options_of(mask=mask)),
     ):  # fmt: skip
         h, c = (None if s is None else s.expand(layers, *s.shape) for s in (h0, c0))
         shape = (ops.NUMBER[cell], layers, False, reverse)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastseq.kernels.recurrent import launch as recurrent_launch
 from fastseq.kernels.recurrent import tuning
-from recurrent_support import OPTIONS, SHAPES, backward, compare, draw, forward, options, seed
+from recurrent_support import OPTIONS, SHAPES, backward, compare, draw, forward, options, options_of, seed
 from support import CELLS, PROJECTED
 from triton_support import needs_interpreter
 
@@ -297,7 +297,7 @@ def test_torch_func_sees_through(role: str) -> None:
 def test_opcheck(cell: str) -> None:
     inputs = inputs_of(cell, (2, 3, 4, 5), torch.float32)
     lengths, reset, _ = options("lengths+reset", 2, 3)
-    args = (*inputs, lengths, reset, None, ops.NUMBER[cell], False, True, True)
+    args = (*inputs, *options_of(lengths, reset), ops.NUMBER[cell], False, True, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastseq.scan_forward.triton, args, test_utils=tests)
     y, _, _, states, tape = torch.ops.fastseq.scan_forward.triton(*args)
@@ -305,7 +305,7 @@ def test_opcheck(cell: str) -> None:
     back = (dy, None, None, None, y, states if ops.HAS_C[cell] else None, tape if ops.TAPE[cell] else None)
     torch.library.opcheck(
         torch.ops.fastseq.scan_backward.triton,
-        (*back, inputs[2], None, inputs[6], inputs[7], lengths, reset, None, ops.NUMBER[cell], False),
+        (*back, inputs[2], None, inputs[6], inputs[7], *options_of(lengths, reset), ops.NUMBER[cell], False),
         test_utils=tests,
     )
 

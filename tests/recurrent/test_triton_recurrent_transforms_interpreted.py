@@ -9,6 +9,7 @@ import pytest
 import test_recurrent_transforms as transforms
 import torch
 from fastseq.kernels.recurrent import launch as recurrent_launch
+from recurrent_support import options_of
 from support import CELLS, cell_inputs
 from triton_recurrent_schedule import side_by_side
 from triton_support import needs_interpreter
@@ -99,7 +100,7 @@ def test_what_the_fake_kernels_promise_is_what_comes(projected: int) -> None:
             inputs = cell_inputs(cell, 3, 2, 4, 5, projected=projected, dtype=torch.float16)
             if absent:
                 inputs[6] = inputs[7] = None
-            args = (*inputs, None, None, None, ops.NUMBER[cell], False, save, states)
+            args = (*inputs, *options_of(), ops.NUMBER[cell], False, save, states)
             torch.library.opcheck(
                 torch.ops.fastseq.scan_forward.triton, args, test_utils=("test_schema", "test_faketensor")
             )
@@ -109,6 +110,6 @@ def test_what_the_fake_kernels_promise_is_what_comes(projected: int) -> None:
             kept = (y, all_c if ops.HAS_C[cell] else None, tape if tape.dim() > 1 else None)
             back = (torch.randn_like(y), None, None, None, *kept, inputs[2], inputs[5], inputs[6], inputs[7])
             torch.library.opcheck(
-                torch.ops.fastseq.scan_backward.triton, (*back, None, None, None, ops.NUMBER[cell], False),
+                torch.ops.fastseq.scan_backward.triton, (*back, *options_of(), ops.NUMBER[cell], False),
                 test_utils=("test_schema", "test_faketensor"),
             )  # fmt: skip

@@ -1,4 +1,5 @@
-// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, masks, strides, 1 to 4 threads.
+// Random calls of the recurrent scan, forward and backward: odd shapes, lengths, resets, masks, zoneout, strides, 1 to 4
+// threads.
 #include "recurrent/cpu/recurrent.h"
 
 #include "harness.h"
@@ -31,7 +32,7 @@ struct Problem {
   bool narrow = false;      // products multiply the type of the weights
   bool reverse, deterministic, batch_first, transposed, save, states;
   int threads;
-  Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, mask, dy, dh_n, dc_n, dstates;
+  Array x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, mask, reset_h, reset_c, keep_h, keep_c, dy, dh_n, dc_n, dstates;
   Array kinked_y;  // the walk back of rnn_relu takes this y: in its own, rounding decides on which side of 0 some are
   std::vector<int64_t> lengths;
   std::shared_ptr<bool[]> reset;
@@ -97,6 +98,15 @@ struct Problem {
       mask = Array(dtype, B * P);
       for (int64_t i = 0; i < B * P; ++i) mask.set(i, random.chance(0.5) ? 1.5 : 0);
     }
+    if (reset && random.chance(0.5)) {
+      reset_h = random.array(dtype, B * P, 1);
+      if (lstm()) reset_c = random.array(dtype, B * H, 1);
+    }
+    for (Array* keep : {&keep_h, &keep_c}) {  // as zoneout draws them
+      if (!random.chance(0.25) || (keep == &keep_c && (!lstm() || projected))) continue;
+      *keep = Array(dtype, T * B * P);
+      for (int64_t i = 0; i < keep->size(); ++i) keep->set(i, random.chance(0.3) ? 1 : 0);
+    }
     if (random.chance(0.3)) {  // as in inference: every second row of the block is for states that are read
       save = false;
       const int64_t turn = random.below(B);
@@ -106,10 +116,11 @@ struct Problem {
 
   std::string describe(uint64_t seed) const {
     char text[200];
-    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s of %s%s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s%s",
+    std::snprintf(text, sizeof text, "recurrent seed %lu: %s %s of %s%s T%ld B%ld I%ld H%ld P%ld threads %d%s%s%s%s%s%s%s%s",
                   (unsigned long)seed, fastseq::kCells[int(cell)].name, kDtypeNames[int(dtype)], kDtypeNames[int(weights)],
                   narrow ? " multiplied" : "", long(T), long(B), long(I), long(H), long(P), threads,
                   reverse ? " reverse" : "", lengths.empty() ? "" : " lengths", reset ? " reset" : "",
+                  reset_h.absent() ? "" : " to a state", keep_h.absent() ? "" : " h kept", keep_c.absent() ? "" : " c kept",
                   mask.absent() ? "" : " mask", transposed ? " transposed" : "");
     return text;
   }
@@ -125,6 +136,8 @@ struct Problem {
     p.reset = reset.get();
     p.reset_t = B, p.reset_b = 1;
     p.mask = rows(mask, B, P);
+    p.reset_h = rows(reset_h, B, P), p.reset_c = rows(reset_c, B, H);
+    p.keep_h = view(keep_h, T, B, P), p.keep_c = view(keep_c, T, B, H);
   }
 
   // Marks what may hold anything in an output [T,B,n]: the steps past each sequence's length.
@@ -139,8 +152,8 @@ struct Problem {
   Problem widened() const {
     Problem out = *this;
     out.dtype = Dtype::f64;
-    for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.mask, &out.dy,
-                     &out.dh_n, &out.dc_n, &out.dstates, &out.kinked_y})
+    for (Array* a : {&out.x, &out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr, &out.h0, &out.c0, &out.mask,
+                     &out.reset_h, &out.reset_c, &out.keep_h, &out.keep_c, &out.dy, &out.dh_n, &out.dc_n, &out.dstates, &out.kinked_y})
       *a = a->widened();
     if (weights == Dtype::i8) times_scales(out.w_ih, G * H, I), times_scales(out.w_hh, G * H, P), times_scales(out.w_hr, P, H);
     return out;
@@ -245,7 +258,8 @@ struct Problem {
     if (!saved.absent()) out.push_back({"tape", saved, false, past_lengths(tape * H)});
     if (!save) return out;
 
-    Array dgates(dtype, T * B * G * H), dhidden, dh0(dtype, B * P), dc0;
+    Array dgates(dtype, T * B * G * H), dhidden, dh0(dtype, B * P), dc0, dreset_h(dtype, reset_h.size()),
+        dreset_c(dtype, reset_c.size());
     int64_t hidden = cell == Cell::gru ? H : !w_hr.absent() ? P : 0;
     if (hidden) dhidden = Array(dtype, T * B * hidden);
     if (lstm()) dc0 = Array(dtype, B * H);
@@ -262,6 +276,8 @@ struct Problem {
     q.dhidden = view(dhidden, T, B, hidden);
     q.dh0 = rows(dh0, B, P);
     q.dc0 = rows(dc0, B, H);
+    if (!reset_h.absent()) q.dreset_h = rows(dreset_h, B, P);
+    if (!reset_c.absent()) q.dreset_c = rows(dreset_c, B, H);
     Array backward_space(Dtype::bf16, int64_t(FASTSEQ_DISPATCH(scan_backward_workspace, q) + 1) / 2, 64);
     q.workspace = backward_space.data();
     FASTSEQ_DISPATCH(scan_backward, q);
@@ -269,6 +285,8 @@ struct Problem {
     out.push_back({"dh0", dh0});
     if (hidden) out.push_back({"dhidden", dhidden});
     if (lstm()) out.push_back({"dc0", dc0});
+    if (!reset_h.absent()) out.push_back({"dreset_h", dreset_h});
+    if (!reset_c.absent()) out.push_back({"dreset_c", dreset_c});
 
     Array dx(dtype, x.size()), dw_ih(dtype, w_ih.size()), dw_hh(dtype, w_hh.size()), db_ih(dtype, G * H), db_hh(dtype, G * H);
     ScanProducts r{};

@@ -26,6 +26,7 @@ struct Backward {
   E* dh_all;                   // [B][Pp]: whole gradient of a projected h_t
   A* middle;                   // [B][Hp]: that of o tanh(c), or of r h_prev
   A* product;                  // [B][Pp]: dgates W_hh, before the mask
+  A *dreset_h, *dreset_c;      // [B][Pp], [B][Hp]: what has reached states that resets put in
   const E** pointers;          // [threads][2 B]
   A** targets;                 // [threads][B]
   size_t bytes;
@@ -50,6 +51,8 @@ struct Backward {
     dh_all = arena.take<E>(proj ? p.B * Pp : 0);
     middle = arena.take<A>(proj || p.cell == Cell::gru_reset_before ? p.B * Hp : 0);
     product = arena.take<A>(p.mask.data ? p.B * Pp : 0);
+    dreset_h = arena.take<A>(p.dreset_h.data ? p.B * Pp : 0);
+    dreset_c = arena.take<A>(p.dreset_c.data ? p.B * Hp : 0);
     pointers = arena.take<const E*>(threads * p.B * 2);
     targets = arena.take<A*>(threads * p.B);
     bytes = arena.used;
@@ -72,11 +75,12 @@ struct Backward {
     Share units, outputs;  // vectors of H and of P
     const E **from, **from_n;
     A** to;
+    const bool adds;  // what reaches the state before through products comes beside something else
     Weights<S> hidden, candidate, projection;
 
     Thread(const Backward& backward, const Team& team)
         : f(backward), p(f.p), part(team, f.p, unit_ways(f.p, team.size, sizeof(E)), f.barriers), units(part.share(f.Hv)),
-          outputs(part.share(f.Pv)) {
+          outputs(part.share(f.Pv)), adds(kGru || kBefore || backward.p.keep_h.data) {
       from = f.pointers + team.rank * p.B * 2;
       from_n = from + p.B;
       to = f.targets + team.rank * p.B;
@@ -115,7 +119,7 @@ struct Backward {
           }
           bool reset = cleared(p, t, b);
           for (long v = units.begin; v < units.end; ++v) cell(s, t, b, v, reset, dgates + b * f.K);
-          if (reset) {  // nothing flows to the state before
+          if (reset && !p.reset_h.data) {  // nothing flows to the state before
             for (long v = outputs.begin; v < outputs.end; ++v) store(f.dh + b * f.Pp + v * L, Vec<A>{});
             continue;
           }
@@ -124,15 +128,16 @@ struct Backward {
         }
         part.sync();
         if (kBefore) reset_back(s, t, n, dgates);
-        if (s == 0 && !p.dh0.data) break;  // nobody asks what reaches the state before
+        if (s == 0 && !p.dh0.data && !p.dreset_h.data) break;  // nobody asks what reaches the state before
         auto target = [&](long row, long v) { return to[row] + v * L; };
         if (p.mask.data)
           multiply_masked(n);
         else if (f.packed)
-          multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, kGru || kBefore, target,
+          multiply<1>(hidden, from, n, outputs.begin, outputs.end, nullptr, 0, adds, target,
                       [](long, int, long, int) {});
         else
-          multiply_columns<S>(p.w_hh, from, n, G * p.H, p.P, outputs.begin, outputs.end, kGru, target);
+          multiply_columns<S>(p.w_hh, from, n, G * p.H, p.P, outputs.begin, outputs.end, adds, target);
+        if (p.reset_h.data) give_to_reset(t);
       }
       for (long b = part.row0; b < part.row1; ++b) {
         if (p.dh0.data)
@@ -141,13 +146,17 @@ struct Backward {
         if (p.dc0.data)
           for (long v = units.begin; v < units.end; ++v)
             put(p.dc0, 0, b, v * L, load(f.dc + b * f.Hp + v * L), lanes(v, p.H));
+        for (long v = outputs.begin; p.dreset_h.data && v < outputs.end; ++v)
+          put(p.dreset_h, 0, b, v * L, load(f.dreset_h + b * f.Pp + v * L), lanes(v, p.P));
+        for (long v = units.begin; p.dreset_c.data && v < units.end; ++v)
+          put(p.dreset_c, 0, b, v * L, load(f.dreset_c + b * f.Hp + v * L), lanes(v, p.H));
       }
     }
 
     void prepare() {
       const Team& team = part.team;
       Share all = share_of(f.Pv, team.rank, team.size);
-      const bool multiplied = f.packed && (p.T > 1 || p.dh0.data || kBefore);
+      const bool multiplied = f.packed && (p.T > 1 || p.dh0.data || p.dreset_h.data || kBefore);
       for (long v = all.begin; multiplied && v < all.end; ++v)
         pack_columns<S>(f.w_hh + v * hidden.stride, p.w_hh, G * p.H, p.P, v);
       if (p.w_hr.data) {
@@ -163,6 +172,8 @@ struct Backward {
         if (kHasC)
           for (long v = units.begin; v < units.end; ++v)
             store(f.dc + b * f.Hp + v * L, get_or_zero<S>(p.dc_n, 0, b, v * L, lanes(v, p.H)));
+        for (long v = outputs.begin; p.dreset_h.data && v < outputs.end; ++v) store(f.dreset_h + b * f.Pp + v * L, Vec<A>{});
+        for (long v = units.begin; p.dreset_c.data && v < units.end; ++v) store(f.dreset_c + b * f.Hp + v * L, Vec<A>{});
       }
       team.sync();
     }
@@ -195,7 +206,20 @@ struct Backward {
         for (int g = 0; g < tape_of(kCell); ++g) ask(p.tape, g * p.H + unit, sizeof(S));
     }
 
+    // What has reached the states that this step's resets put in; nothing flows to those before.
+    void give_to_reset(long t) {
+      for (long b = part.row0; b < part.row1; ++b) {
+        if (!live(p, t, b) || !cleared(p, t, b)) continue;
+        for (long v = outputs.begin; v < outputs.end; ++v) {
+          A *dh = f.dh + b * f.Pp + v * L, *to_reset = f.dreset_h + b * f.Pp + v * L;
+          if (p.dreset_h.data) store(to_reset, load(to_reset) + load(dh));
+          store(dh, Vec<A>{});
+        }
+      }
+    }
+
     Vec<A> h_before(long t, long b, long v, int n) const {
+      if (cleared(p, t, b)) return get_or_zero<S>(p.reset_h, 0, b, v * L, n);
       long before = step_before(p, t, b);
       return before < 0 ? get_or_zero<S>(p.h0, 0, b, v * L, n) : get<S>(p.y, before, b, v * L, n);
     }
@@ -216,24 +240,32 @@ struct Backward {
         dh = load(f.middle + b * f.Hp + unit);
       else
         dh = load(carry) + get_or_zero<S>(p.dy, t, b, unit, n);
+      if (p.keep_h.data && !(kHasC && p.w_hr.data)) dh = pass_kept(t, b, v, carry, dh);
       if constexpr (kHasC) {
         LstmGates<kCell, Vec<A>> s;
         FASTSEQ_UNROLL for (int g = 0; g < G; ++g) s.of[g] = get<S>(p.tape, t, b, g * p.H + unit, n);
         long before = step_before(p, t, b);
-        Vec<A> c_prev{};
-        if (!reset)
-          c_prev = before < 0 ? get_or_zero<S>(p.c0, 0, b, unit, n) : get<A>(p.states, before, b, unit, n);
+        Vec<A> c_prev = reset        ? get_or_zero<S>(p.reset_c, 0, b, unit, n)
+                        : before < 0 ? get_or_zero<S>(p.c0, 0, b, unit, n)
+                                     : get<A>(p.states, before, b, unit, n);
         A* dc_at = f.dc + b * f.Hp + unit;
-        Vec<A> dc = load(dc_at) + get_or_zero<A>(p.dstates, t, b, unit, n);
-        const LstmGates<kCell, Vec<A>> d = lstm_backward(s, c_prev, get<A>(p.states, t, b, unit, n), dh, dc);
+        Vec<A> dc = load(dc_at) + get_or_zero<A>(p.dstates, t, b, unit, n), c = get<A>(p.states, t, b, unit, n), passed{};
+        if (p.keep_c.data) {
+          passed = dc * share_kept<S>(p.keep_c, t, b, unit, n);
+          dc -= passed, c = lstm_state(s, c_prev);
+        }
+        const LstmGates<kCell, Vec<A>> d = lstm_backward(s, c_prev, c, dh, dc);
+        if (p.keep_c.data) dc += passed;
         store(dc_at, reset ? Vec<A>{} : dc);
+        A* const to_reset = f.dreset_c + b * f.Hp + unit;
+        if (reset && p.dreset_c.data) store(to_reset, load(to_reset) + dc);
         FASTSEQ_UNROLL for (int g = 0; g < G; ++g) emit(g, d.of[g], d.of[g]);
       } else if constexpr (kGru || kBefore) {
         auto gate = [&](int g) { return get<S>(p.tape, t, b, (g * p.H + unit), n); };
         Vec<A> r = gate(0), z = gate(1), candidate = gate(2), q = gate(3), dz, dn;
-        Vec<A> h_prev = reset ? Vec<A>{} : h_before(t, b, v, n);
+        Vec<A> h_prev = h_before(t, b, v, n);
         gru_backward_blend(z, candidate, h_prev, dh, dz, dn);
-        store(carry, dh * z);
+        store(carry, p.keep_h.data ? load(carry) + dh * z : dh * z);
         emit(1, dz, dz);
         if constexpr (kGru) {
           Vec<A> dq = dn * r, dr = gru_backward_reset(r, q, dn);
@@ -241,12 +273,19 @@ struct Backward {
           put(p.dhidden, t, b, unit, dq, n);
         } else {
           emit(2, dn, dn);
-          if (reset) put(p.dgates, t, b, unit, Vec<A>{}, n);  // r had only zeros to act on
+          if (reset && !p.reset_h.data) put(p.dgates, t, b, unit, Vec<A>{}, n);  // r had only zeros to act on
         }
       } else {
         Vec<A> d = rnn_backward<kCell == Cell::rnn_relu>(get<S>(p.y, t, b, unit, n), dh);
         emit(0, d, d);
       }
+    }
+
+    // Of a state's gradient what reaches the one before as the share that was kept, which goes into carry; returns the rest.
+    FASTSEQ_INLINE Vec<A> pass_kept(long t, long b, long v, A* carry, Vec<A> dh) const {
+      const Vec<A> passed = dh * share_kept<S>(p.keep_h, t, b, v * L, lanes(v, p.P));
+      store(carry, passed);
+      return dh - passed;
     }
 
     // What reaches the state before through its products, which read it times the mask.
@@ -259,7 +298,7 @@ struct Backward {
                         A* carry = to[row] + v * L;
                         const long at_row = to[row] - f.dh;
                         const Vec<A> d = masked<S>(p, at_row / f.Pp, v * L, load(f.product + at_row + v * L), lanes(v, p.P));
-                        store(carry, kGru || kBefore ? load(carry) + d : d);
+                        store(carry, adds ? load(carry) + d : d);
                       }
                   });
     }
@@ -297,7 +336,9 @@ struct Backward {
         if (!live(p, t, b)) continue;
         for (long v = outputs.begin; v < outputs.end; ++v) {
           int some = lanes(v, p.P);
-          Vec<A> dh = load(f.dh + b * f.Pp + v * L) + get_or_zero<S>(p.dy, t, b, v * L, some);
+          A* carry = f.dh + b * f.Pp + v * L;
+          Vec<A> dh = load(carry) + get_or_zero<S>(p.dy, t, b, v * L, some);
+          if (p.keep_h.data) dh = pass_kept(t, b, v, carry, dh);
           store_activations(f.dh_all + b * f.Pp + v * L, dh, some);
           put(p.dhidden, t, b, v * L, dh, some);
         }

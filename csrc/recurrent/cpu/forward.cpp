@@ -193,13 +193,18 @@ struct Forward<S, W, E>::Thread {
     }
     if (team.rank == 0) copy_row<S>(f.zeros, nullptr, 1, f.Hp > f.Pp ? f.Hp : f.Pp);
     for (long b = part.row0 + part.member; b < part.row1; b += part.ways) {
-      const S* h0 = start_of(p.h0, b);
-      copy_row<S>(f.h[0].h + b * f.Pp, h0, p.h0.e, p.P);
-      if (kPairs) copy_row<S>(f.h[0].rows + b * f.Pp, h0, p.h0.e, p.P);
-      for (long v = 0; p.mask.data && v < f.Pv; ++v) lay_rows(f.h[0], b, v, load(f.h[0].h + b * f.Pp + v * L));
+      lay_state(f.h[0], b, start_of(p.h0, b), p.h0.e);
       if (kHasC) copy_row<S>(f.c + b * f.Hp, start_of(p.c0, b), p.c0.e, p.H);
+      if (p.reset_h.data) lay_state(f.after_reset, b, at<S>(p.reset_h, 0, b), p.reset_h.e);
+      if (kHasC && p.reset_c.data) copy_row<S>(f.c_after_reset + b * f.Hp, at<S>(p.reset_c, 0, b), p.reset_c.e, p.H);
     }
     team.sync();
+  }
+
+  void lay_state(State to, long b, const S* from, long stride) {
+    copy_row<S>(to.h + b * f.Pp, from, stride, p.P);
+    if (kPairs) copy_row<S>(to.rows + b * f.Pp, from, stride, p.P);
+    for (long v = 0; p.mask.data && v < f.Pv; ++v) lay_rows(to, b, v, load(to.h + b * f.Pp + v * L));
   }
 
   // Unit vector v of a panel in the workspace; one that was packed beforehand is ready.
@@ -238,10 +243,11 @@ struct Forward<S, W, E>::Thread {
         stand(t, b, h.h, next);
         continue;
       }
-      bool reset = cleared(p, t, b);
-      h_in[count] = reset ? f.zeros : h.h + b * f.Pp;
-      if (!kBytes) from[count] = reset ? reinterpret_cast<const E*>(f.zeros) : h.rows + b * f.Pp;
-      if (kHasC) c_in[count] = reset ? f.zeros : f.c + b * f.Hp;
+      const bool reset = cleared(p, t, b), to_zero = reset && !p.reset_h.data;
+      const State& start = reset ? f.after_reset : h;
+      h_in[count] = to_zero ? f.zeros : start.h + b * f.Pp;
+      if (!kBytes) from[count] = to_zero ? reinterpret_cast<const E*>(f.zeros) : start.rows + b * f.Pp;
+      if (kHasC) c_in[count] = !reset ? f.c + b * f.Hp : p.reset_c.data ? f.c_after_reset + b * f.Hp : f.zeros;
       rows[count++] = b;
     }
     if constexpr (kBytes) read_bytes(h_in, p.P);
@@ -283,6 +289,7 @@ struct Forward<S, W, E>::Thread {
             for (long row = row0; row < row0 + n; ++row)
               for (long v = v0; v < v0 + width; ++v) {
                 Vec<A> h_new = load(next.h + rows[row] * f.Pp + v * L);
+                if (p.keep_h.data) store(next.h + rows[row] * f.Pp + v * L, h_new = kept(t, row, v, h_new));
                 if (kPairs || p.mask.data) lay_rows(next, rows[row], v, h_new);
                 put(p.y, t, rows[row], v, p.P, h_new);
               }
@@ -355,8 +362,13 @@ struct Forward<S, W, E>::Thread {
       FASTSEQ_UNROLL for (int g = 0; g < G; ++g) made.of[g] = pre(g);
       Vec<A> c_new;
       const LstmGates<kCell, Vec<A>> s = lstm_forward(made, load(c_in[row] + at_v), c_new);
-      store(f.c + b * f.Hp + at_v, c_new);
       store(sums, s.o());
+      if (p.keep_c.data) {  // h is of the c that would have been without
+        store(sums, lstm_hidden(s.o(), c_new));
+        const Vec<A> share = share_kept<S>(p.keep_c, t, b, at_v, lanes(v, p.H));
+        c_new = gru_blend(share, c_new, load(c_in[row] + at_v));
+      }
+      store(f.c + b * f.Hp + at_v, c_new);
       if (p.states.data) keep_state(t, b, v, c_new);
       if (p.tape.data) {
         FASTSEQ_UNROLL for (int g = 0; g < G; ++g) keep(t, b, g, v, s.of[g]);
@@ -380,7 +392,7 @@ struct Forward<S, W, E>::Thread {
     long b = rows[row], at_v = v * L;
     Vec<A> h_new;
     if constexpr (kHasC) {
-      h_new = lstm_hidden(load(sums), load(f.c + b * f.Hp + at_v));
+      h_new = p.keep_c.data ? load(sums) : lstm_hidden(load(sums), load(f.c + b * f.Hp + at_v));
       if (p.w_hr.data) return store_activations(f.middle + b * f.Hp + at_v, h_new, lanes(v, p.H));
     } else if constexpr (kCell == Cell::gru) {
       Vec<A> n = tanh(load(sums + step));
@@ -389,6 +401,7 @@ struct Forward<S, W, E>::Thread {
     } else {
       h_new = rnn_forward<kCell == Cell::rnn_relu>(load(x + at_v) + load(sums));
     }
+    if (p.keep_h.data) h_new = kept(t, row, v, h_new);
     hand_on(next, b, v, h_new);
     put(p.y, t, b, v, p.H, h_new);
   }
@@ -399,8 +412,14 @@ struct Forward<S, W, E>::Thread {
     Vec<A> n = tanh(load(x + 2 * f.Hp + at_v) + sum);
     Vec<A> h_new = gru_blend(load(f.update + b * f.Hp + at_v), n, load(h_in[row] + at_v));
     if (p.tape.data) keep(t, b, 2, v, n);
+    if (p.keep_h.data) h_new = kept(t, row, v, h_new);
     hand_on(next, b, v, h_new);
     put(p.y, t, b, v, p.H, h_new);
+  }
+  // The new state of a row, of which a share is the one before.
+  Vec<A> kept(long t, long row, long v, Vec<A> h_new) const {
+    const Vec<A> share = share_kept<S>(p.keep_h, t, rows[row], v * L, lanes(v, p.P));
+    return gru_blend(share, h_new, load(h_in[row] + v * L));
   }
 };
 

@@ -47,6 +47,8 @@ struct Forward {
   A *c, *update;                    // [B][Hp]; z, or the one step's q
   Middle* middle;                   // [B][Hp]: o tanh(c) or r h_prev
   A* zeros;                         // [max(Hp, Pp)]
+  State after_reset;                // [B][Pp] of reset_h; c_after_reset [B][Hp]
+  A* c_after_reset;
   const A** pointers;               // a thread's lists of rows: [threads][2][list_length]
   const E** operands;               // the same, of parts of rows: [threads][list_length * parts]
   long* live_rows;                  // [threads][B]
@@ -68,7 +70,7 @@ struct Forward {
     convert = sizeof(S) != sizeof(E) || p.x.e != 1 || (packed_x && p.I % kTerm<E>);
     I = kBytes ? row_of_bytes(p.I) : whole_terms<E>(p.I);
     once = !kPrepared && p.T == 1 && !packed_x && !packed_h && !p.w_hr.data && p.cell != Cell::gru_reset_before &&
-           !p.lengths && !p.reset && !p.mask.data;
+           !p.lengths && !p.reset && !p.mask.data && !p.keep_h.data && !p.keep_c.data;
 
     int threads = threads_for(p, sizeof(Q), kCache), ways = unit_ways(p, threads, sizeof(Q), kCache);
     rows = (p.B + threads / ways - 1) / (threads / ways);
@@ -102,13 +104,16 @@ struct Forward {
     bias_h = arena.take<A>(Hp);
     gates = arena.take<A>(chunk * p.B * G * Hp);
     inputs = arena.take<E>(convert ? chunk * p.B * I * kParts<E> : 0);
-    for (State& state : h) {
-      state.h = arena.take<A>(p.B * Pp);
+    auto take_state = [&](State& state, long n) {
+      state.h = arena.take<A>(n * Pp);
       if constexpr (kPairs)
-        state.rows = arena.take<E>(p.B * Pp);
+        state.rows = arena.take<E>(n * Pp);
       else if constexpr (!kBytes)
-        state.rows = p.mask.data ? arena.take<A>(p.B * Pp) : state.h;
-    }
+        state.rows = p.mask.data ? arena.take<A>(n * Pp) : state.h;
+    };
+    for (State& state : h) take_state(state, p.B);
+    take_state(after_reset, p.reset_h.data ? p.B : 0);
+    c_after_reset = arena.take<A>(p.reset_c.data ? p.B * Hp : 0);
     c = arena.take<A>(has_c(p.cell) ? p.B * Hp : 0);
     middle = arena.take<Middle>(proj || blend ? p.B * Hp : 0);
     update = arena.take<A>(blend || (once && p.cell == Cell::gru) ? p.B * Hp : 0);

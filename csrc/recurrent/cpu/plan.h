@@ -92,6 +92,12 @@ template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> masked(const ScanSizes& s, long b, long e, Vec<Accumulator<S>> h, int n) {
   return h * load_strided(at<S>(s.mask, 0, b) + e * s.mask.e, s.mask.e, n);
 }
+// The state after a step, of which a share is the state before.
+template <class S>
+FASTSEQ_INLINE Vec<Accumulator<S>> share_kept(const ScanView& keep, long t, long b, long e, int n) {
+  const S* const share = at<S>(keep, t, b);
+  return keep.e ? load_strided(share + e * keep.e, keep.e, n) : splat(Accumulator<S>(widen(*share)));
+}
 inline bool cleared(const ScanSizes& s, long t, long b) { return s.reset && s.reset[t * s.reset_t + b * s.reset_b]; }
 
 }  // namespace FASTSEQ_ISA

@@ -271,7 +271,8 @@ struct Products {
     if (s == from_x) return stride = p.x.e, at<S>(p.x, t, b);
     if (s == from_q) return stride = p.tape.e, at<S>(p.tape, t, b) + 3 * p.H * p.tape.e;
     const long before = step_before(p, t, b);
-    if (cleared(p, t, b) || (before < 0 && !p.h0.data)) return nullptr;
+    if (cleared(p, t, b)) return stride = p.reset_h.e, p.reset_h.data ? at<S>(p.reset_h, 0, b) : nullptr;
+    if (before < 0 && !p.h0.data) return nullptr;
     stride = before < 0 ? p.h0.e : p.y.e;
     return before < 0 ? at<S>(p.h0, 0, b) : at<S>(p.y, before, b);
   }

@@ -26,9 +26,13 @@ struct ScanSizes {
   int threads;             // at most this many
   bool deterministic;      // the order of every sum of a row depends on the row alone, not on how many there are
   const int64_t* lengths;  // [B] or null; from step lengths[b] on, y is 0 and the state stands still
-  const bool* reset;       // [T,B] or null: the state is cleared before that step
+  const bool* reset;       // [T,B] or null: the state is replaced before that step
   int64_t reset_t, reset_b;
   ScanView mask;  // [B,P] or null: multiplies what products read of the state before, not what a GRU carries on of it
+  ScanView reset_h, reset_c;  // [B,P], [B,H] or null (zeros): what `reset` puts in the state's place
+  // [T,B,P], [T,B,H] or null: the share of the state before that the new one keeps. Backward takes those of an RNN for 0 or 1,
+  // and has none of c beside w_hr.
+  ScanView keep_h, keep_c;
 };
 
 // w_ih [G*H,I], w_hh [G*H,P], w_hr [P,H] or null are ScanViews with b for the row and e for the column; biases [G*H].
@@ -56,8 +60,8 @@ struct ScanBackward : ScanSizes {
   ScanView dy, dh_n, dc_n, dstates;              // any may be null: zero
   ScanView y, states, tape, w_hh, w_hr, h0, c0;  // w_hr null without a projection; h0, c0 null: zero
   // Outputs with e = 1. dhidden: gru [T,B,H] gradient of W_hn h + b_hn; with w_hr [T,B,P] gradient of h_t; else null.
-  // dh0 and dc0 are null where not wanted.
-  ScanView dgates, dhidden, dh0, dc0;
+  // dh0, dc0 and the gradients of reset_h and reset_c are null where not wanted.
+  ScanView dgates, dhidden, dh0, dc0, dreset_h, dreset_c;
   void* workspace;  // of scan_backward_workspace bytes, as above
 };
 

@@ -130,8 +130,8 @@ class Call {
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 inline Tensor rows_of(Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 0, from, count); }
 
-// Refuses what these kernels do not have, and states of cells that have none.
-void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, const Optional& state_mask);
+// Refuses what these kernels do not have (`without`, and w_hr), and states of cells that have none.
+void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, std::initializer_list<Optional> without);
 // The role `step`: launches and products in turn, on the current stream.
 void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh);
 void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh);

@@ -335,13 +335,14 @@ struct BackwardLayers : Layers {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cuda(
-    const Tensor& x, const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths,
-    const Optional& reset, const Optional& state_mask, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
+    const Tensor& x, const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& reset_h,
+    const Optional& reset_c, const Optional& lengths, const Optional& reset, const Optional& state_mask,
+    const Optional& zoneout_h, const Optional& zoneout_c, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
     bool save, bool with_states) {
   ForwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, tape = tape_of(a.call.cell);
   const bool lstm = has_c(a.call.cell);
-  check_cell(a.call.cell, std::nullopt, c0, state_mask);
+  check_cell(a.call.cell, std::nullopt, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
   a.divide(x, false);
   const bool as_it_lies = a.division.windows == 1 && transposed(x).is_contiguous();
   a.x = as_it_lies ? x : a.call.dense("x", x, {T, B, x.size(2)});
@@ -369,15 +370,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   return {a.y, a.h_n, a.c_n, below, a.states, a.tapes};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> layers_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensors& dstates, const Tensor& x,
-    const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const Optional& state_mask, const Optional& starts, const Tensors& ys, const Tensors& states, const Tensors& tapes,
-    int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) {
+    const Tensors& weights, const Optional& h0, const Optional& c0, const Optional& reset_h,
+    const Optional& reset_c, const Optional& lengths, const Optional& reset, const Optional& state_mask,
+    const Optional& zoneout_h, const Optional& zoneout_c, const Optional& starts, const Tensors& ys,
+    const Tensors& states, const Tensors& tapes, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
+    bool with_dx, bool with_weights) {
   BackwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H, tape = tape_of(a.call.cell);
   const bool lstm = has_c(a.call.cell), gru = a.call.cell == ScanCell::gru;
-  check_cell(a.call.cell, std::nullopt, c0, state_mask);
+  check_cell(a.call.cell, std::nullopt, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
   STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == (tape > 0 ? rows : 0) &&
                       int64_t(states.size()) == (lstm ? rows : 0) && (dstates.empty() || (lstm && int64_t(dstates.size()) == D)),
                   "scan: the backward pass needs what the forward pass saved, of every layer and direction");

@@ -59,18 +59,20 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
 
 // ---- The operators.
 
-void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, const Optional& state_mask) {
+void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, std::initializer_list<Optional> without) {
   STD_TORCH_CHECK(!w_hr, "scan: the native CUDA kernels have no projection (w_hr)");
-  STD_TORCH_CHECK(!state_mask, "scan: the native CUDA kernels have no state_mask");
+  for (const Optional& option : without)
+    STD_TORCH_CHECK(!option, "scan: the native CUDA kernels have no state_mask, zoneout or state to reset to");
   STD_TORCH_CHECK(has_c(cell) || !c0, "scan: only an LSTM has c0");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-    const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& lengths, const Optional& reset,
-    const Optional& state_mask, int64_t cell, bool reverse, bool save, bool states) {
+    const Optional& w_hr, const Optional& h0, const Optional& c0, const Optional& reset_h,
+    const Optional& reset_c, const Optional& lengths, const Optional& reset, const Optional& state_mask,
+    const Optional& zoneout_h, const Optional& zoneout_c, int64_t cell, bool reverse, bool save, bool states) {
   Call call(x, cell);
-  check_cell(call.cell, w_hr, c0, state_mask);
+  check_cell(call.cell, w_hr, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, H]");
@@ -111,13 +113,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
   return {y, h_n, c_n, c_all, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dstates, const Tensor& y,
     const Optional& states, const Optional& tape, const Tensor& w_hh, const Optional& w_hr, const Optional& h0,
-    const Optional& c0, const Optional& lengths, const Optional& reset, const Optional& state_mask, int64_t cell,
-    bool reverse) {
+    const Optional& c0, const Optional& reset_h, const Optional& reset_c, const Optional& lengths, const Optional& reset,
+    const Optional& state_mask, const Optional& zoneout_h, const Optional& zoneout_c, int64_t cell, bool reverse) {
   Call call(y, cell);
-  check_cell(call.cell, w_hr, c0, state_mask);
+  check_cell(call.cell, w_hr, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK((tape || tape_of(call.cell) == 0) && (states || !lstm),
@@ -128,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   Tensor dgates = call.empty({T, B, G * H});
   Tensor dhidden = call.cell == ScanCell::gru ? call.empty({T, B, H}) : call.empty({0});
   Tensor dh0 = h0 ? call.empty({B, H}) : call.empty({0}), dc0 = c0 ? call.empty({B, H}) : call.empty({0});
-  if (T == 0 || B == 0 || H == 0) return {dgates, dhidden, dh0, dc0};
+  if (T == 0 || B == 0 || H == 0) return {dgates, dhidden, dh0, dc0, call.empty({0}), call.empty({0})};
 
   ScanBackward a{};
   call.walk(a, T, B, H, reverse, lengths, reset);
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Tensor workspace = call.zeroes(plan.workspace);
     call.check(scan_backward(a, call.cell, call.number, plan, workspace.data_ptr(), call.stream()));
   }
-  return {dgates, dhidden, dh0, dc0};
+  return {dgates, dhidden, dh0, dc0, call.empty({0}), call.empty({0})};
 }
 
 static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier"};  // as ScanRole has them

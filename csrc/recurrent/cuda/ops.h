@@ -16,30 +16,38 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
            torch::stable::Tensor>
 scan_forward_cuda(const torch::stable::Tensor& x, const torch::stable::Tensor& w_ih, const torch::stable::Tensor& w_hh,
                   const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                  const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                  const OptionalTensor& reset, const OptionalTensor& state_mask, int64_t cell, bool reverse, bool save,
-                  bool states);
+                  const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& reset_h,
+                  const OptionalTensor& reset_c, const OptionalTensor& lengths, const OptionalTensor& reset,
+                  const OptionalTensor& state_mask, const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c,
+                  int64_t cell, bool reverse, bool save, bool states);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
 scan_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                    const OptionalTensor& dstates, const torch::stable::Tensor& y, const OptionalTensor& states,
                    const OptionalTensor& tape, const torch::stable::Tensor& w_hh, const OptionalTensor& w_hr,
-                   const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                   const OptionalTensor& reset, const OptionalTensor& state_mask, int64_t cell, bool reverse);
+                   const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& reset_h,
+                   const OptionalTensor& reset_c, const OptionalTensor& lengths, const OptionalTensor& reset,
+                   const OptionalTensor& state_mask, const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c,
+                   int64_t cell, bool reverse);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>,
            std::vector<torch::stable::Tensor>, std::vector<torch::stable::Tensor>>
 layers_forward_cuda(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& weights,
-                    const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
-                    const OptionalTensor& reset, const OptionalTensor& state_mask, int64_t cell, int64_t num_layers,
-                    bool bidirectional, bool reverse, bool save, bool with_states);
+                    const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& reset_h,
+                    const OptionalTensor& reset_c, const OptionalTensor& lengths, const OptionalTensor& reset,
+                    const OptionalTensor& state_mask, const OptionalTensor& zoneout_h,
+                    const OptionalTensor& zoneout_c, int64_t cell, int64_t num_layers, bool bidirectional,
+                    bool reverse, bool save, bool with_states);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>>
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, std::vector<torch::stable::Tensor>>
 layers_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                      const std::vector<torch::stable::Tensor>& dstates, const torch::stable::Tensor& x,
                      const std::vector<torch::stable::Tensor>& weights, const OptionalTensor& h0,
-                     const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
-                     const OptionalTensor& state_mask, const OptionalTensor& starts,
+                     const OptionalTensor& c0, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                     const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& state_mask,
+                     const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, const OptionalTensor& starts,
                      const std::vector<torch::stable::Tensor>& ys,
                      const std::vector<torch::stable::Tensor>& states, const std::vector<torch::stable::Tensor>& tapes,
                      int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,

@@ -9,6 +9,10 @@ from fastseq.dtensor import BATCH, Axes, Shards, mesh_of, role_of
 from fastseq.recurrent.call import RecurrentCall, Result
 
 
+_TITLES = {"x": "input", "h0": "h_0", "c0": "c_0", "reset_h": "reset_state", "reset_c": "reset_state's c"}
+"""What messages call the fields of a call."""
+
+
 def run(call: RecurrentCall, run: Callable[[RecurrentCall], Result]) -> Result:
     """``run`` of a call of DTensors, on each process's shard of the batch, with whole weights. Unbatched and packed
     sequences are whole in every process."""
@@ -17,12 +21,13 @@ def run(call: RecurrentCall, run: Callable[[RecurrentCall], Result]) -> Result:
     state, sequence = (Axes(dim if batched else None) for dim in (1, 0))
     axes = {"x": steps, "lengths": sequence, "reset": steps}
     axes |= dict.fromkeys(("h0", "c0", "reset_h", "reset_c", "state_mask"), state)
-    given = {name: getattr(call, name) for name in axes}
+    given = {_TITLES.get(field, field): getattr(call, field) for field in axes}
     weights = {f"weights[{n}]": w for n, w in enumerate(call.weights)}
     mesh = mesh_of(given | weights)
     roles = [role_of(n, [(call.x, steps)]) for n in range(mesh.ndim)]
     shards = Shards(mesh, roles, {} if steps.batch is None else {BATCH: call.x.shape[steps.batch]})
-    own = {name: shards.local(name, t, axes[name]) for name, t in given.items()}
+    locals_of = zip(axes.items(), given.items(), strict=True)
+    own = {field: shards.local(title, t, along) for (field, along), (title, t) in locals_of}
     local = [shards.local(name, w) for name, w in weights.items()]
     shard = dataclasses.replace(call, weights=local, **own)
     with shards.drawing(call.draws):

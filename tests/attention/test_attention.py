@@ -85,8 +85,10 @@ def test_odd_shapes(backend, queries, keys, features, values):
     inputs = qkv(2, 6, 2, queries, keys, features, values, torch.float32)
     for options in ({}, {"causal": True}):
         truth = run("reference", [x.double() for x in inputs], options)
+        # torch's own kernel sums in as many lanes as the chip has: with 8, sums of 512 products are not as near.
+        floor = 8 if backend == "torch" else 4
         for got, other, true in zip(run(backend, inputs, options), run("peer", inputs, options), truth, strict=True):
-            assert_within_budget(got, other, true)
+            assert_within_budget(got, other, true, floor_ulps=floor)
 
 
 @needs_native

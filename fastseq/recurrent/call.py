@@ -39,6 +39,8 @@ class RecurrentCall:
     is_cell: bool = False
     state_mask: Tensor | None = None
     recurrent_dropout: float = 0.0
+    norm: str | None = None
+    norm_weights: Sequence[Tensor] = ()
 
     @property
     def draws_mask(self) -> bool:

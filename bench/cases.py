@@ -73,7 +73,7 @@ class Recurrent(Case):
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
     patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. option: ``recurrent-dropout`` and
     ``zoneout`` draw with a probability so small that nothing is drawn; the answer of these and of ``recompute`` is the
-    plain layer's.
+    plain layer's. ``layer-norm``, ``joint-norm``: gains are 1.
     """
 
     cell: str
@@ -86,6 +86,11 @@ class Recurrent(Case):
     layers: int = 1
     directions: int = 1
     option: str = ""
+
+    @property
+    def norm(self) -> str:
+        """The form of its normalisation, or empty."""
+        return self.option.partition("-norm")[0] if self.option.endswith("-norm") else ""
 
     @property
     def beside(self) -> str:
@@ -230,6 +235,8 @@ RECURRENT_GRID = (
 )  # fmt: skip
 """(T, B, I, H)"""
 
+NORMS = (("rnn", "layer"), ("gru", "layer"), ("gru", "joint"), ("lstm", "layer"))
+NORM_GRID = ((100, 1, 128, 128), (50, 32, 128, 128), (100, 32, 256, 256))
 OPTIONS = ("recurrent-dropout", "zoneout", "recompute")
 OPTIONS_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
 
@@ -305,6 +312,8 @@ def _all() -> Iterator[Case]:
             yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
         for option, cell, shape in product(OPTIONS, ("rnn", "gru", "lstm"), OPTIONS_GRID):
             yield Recurrent("training", dtype, cell, *shape, option=option)
+        for (cell, form), mode, shape in product(NORMS, MODES, NORM_GRID):
+            yield Recurrent(mode, dtype, cell, *shape, option=f"{form}-norm")
         for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
             yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):

@@ -1,9 +1,9 @@
 """The truth of a case, and how far from it an answer may be.
 
-The truth is computed in float64 from the numbers that the contestants get: by torch's layer or attention, and for the
-GRU that resets before its product by the recurrence below. The error of a tensor is its largest difference from the
-truth over the truth's largest magnitude. It may be at most twice the error of torch in the contestants' data type, plus
-a floor for cases in which torch is nearly exact.
+The truth is computed in float64 from the numbers that the contestants get: by torch's layer or attention, for the GRU
+that resets before its product by the recurrence below, and for a normalised layer by a loop over its equations. The
+error of a tensor is its largest difference from the truth over the truth's largest magnitude. It may be at most twice
+the error of torch in the contestants' data type, plus a floor for cases in which torch is nearly exact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import AttentionInputs, Case, Inputs, LayerInputs, Recurrent
-from bench.peers import Outputs, layer_entrant, torch_entrants, torch_loop
+from bench.peers import Outputs, layer_entrant, loop_entrants, torch_entrants, torch_loop
 
 FLOOR = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 """8 units in the last place of float32, half of one of bfloat16, one of float16."""
@@ -54,6 +54,8 @@ def standard(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     if isinstance(case, Recurrent) and case.cell == "gru_reset_before":
         assert isinstance(inputs, LayerInputs)
         entrant = layer_entrant(case, ResetBeforeGRU(inputs.state, dtype), inputs)
+    elif isinstance(case, Recurrent) and case.norm:
+        entrant = next(loop_entrants(case, inputs, 1))
     elif getattr(case, "kind", "") == "varlen":
         assert isinstance(inputs, AttentionInputs)
         entrant = torch_loop(case, inputs)  # type: ignore[arg-type]

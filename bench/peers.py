@@ -113,10 +113,12 @@ def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], 
         options["nonlinearity"] = "relu"
     if case.stacked:
         options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
+    if case.norm:
+        options["norm"] = case.norm
     kind = case.cell.partition("_")[0].upper() + "Cell" * case.as_cell
     device = next(iter(state.values())).device
     layer: nn.Module = getattr(library, kind)(case.features, case.hidden, dtype=dtype, device=device, **options)
-    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()})
+    layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, strict=not case.norm)
     if device.type == "cuda" and isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
     return layer.train(case.training)
@@ -273,7 +275,7 @@ def fastseq_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]
         layer = build_layer(fastseq.nn, case, inputs.state, case.torch_dtype)
         if case.weights:
             fastseq.patch(layer, weights=case.weights)
-        if case.option:
+        if case.option and not case.norm:
             setattr(layer, case.option.replace("-", "_"), True if case.option == "recompute" else DRAWN)
         yield streams_entrant(case, layer, inputs, "streams") if case.beside else layer_entrant(case, layer, inputs)
     elif isinstance(case, Model):
@@ -293,6 +295,8 @@ def torch_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
     if isinstance(case, Recurrent):
         if case.cell == "gru_reset_before":
             raise Unavailable("torch has no GRU that resets before the product")
+        if case.norm:
+            raise Unavailable("torch has no layer normalisation within its recurrent layers")
         yield layer_entrant(case, build_layer(nn, case, inputs.state, inputs.x.dtype), inputs)
     elif isinstance(case, Model):
         yield model_entrant(case, inputs, "eager")
@@ -414,17 +418,54 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
 
 def layer_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
     """fastseq's layer in the place of fastseq.Streams, and without an option."""
-    if not isinstance(case, Recurrent) or not (case.beside or case.option):
+    if not isinstance(case, Recurrent) or not (case.beside or case.option) or case.norm:
         raise Unavailable("fastseq's layer is a peer of the cases of streams and of options")
     yield layer_entrant(case, build_layer(fastseq.nn, case, inputs.state, case.torch_dtype), inputs)
 
 
+def normed_loop(layer: Any, form: str, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """y and the last states of a normalised layer: what is of x alone for all steps at once, the rest step by step."""
+    w_ih, w_hh, b_ih, b_hh = layer._weights()
+    gains = layer._norm_weights()
+
+    def normed(a: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return F.layer_norm(a, a.shape[-1:], gain, shift, 1e-5)
+
+    of_x = F.linear(x, w_ih, b_ih + b_hh) if form == "joint" else normed(F.linear(x, w_ih), gains[0], b_ih)
+    h, *c = (s[0] for s in (state if isinstance(state, tuple) else [state]))
+    ys = []
+    for a in of_x:
+        product = F.linear(h, w_hh)
+        if form == "joint":
+            r, z, n = normed(a + product, *gains).chunk(3, -1)
+            z = z.sigmoid()
+            h = z * h + (1 - z) * torch.tanh(r.sigmoid() * n)
+        elif c:
+            i, f, g, o = (a + normed(product, gains[1], b_hh)).chunk(4, -1)
+            c = [f.sigmoid() * c[0] + i.sigmoid() * g.tanh()]
+            h = o.sigmoid() * normed(c[0], *gains[2:]).tanh()
+        elif layer.mode == "GRU":
+            (a_r, a_z, a_n), (u_r, u_z, u_n) = a.chunk(3, -1), normed(product, gains[1], b_hh).chunk(3, -1)
+            z = (a_z + u_z).sigmoid()
+            h = z * h + (1 - z) * torch.tanh(a_n + (a_r + u_r).sigmoid() * u_n)
+        else:
+            h = torch.tanh(a + normed(product, gains[1], b_hh))
+        ys.append(h)
+    return torch.stack(ys), (h[None], c[0][None]) if c else h[None]
+
+
 def loop_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
-    """Recurrent dropout and zoneout as users write them: a loop over torch's cells, which read h times a mask, or whose
-    states are in part those before."""
-    if not isinstance(case, Recurrent) or case.option not in ("recurrent-dropout", "zoneout"):
-        raise Unavailable("a loop over torch's cells is a peer of the cases of recurrent dropout and zoneout")
-    layer: Any = build_layer(nn, case, inputs.state, inputs.x.dtype)
+    """As users write it: recurrent dropout and zoneout as a loop over torch's cells, which read h times a mask, or
+    whose states are in part those before; a normalised layer as a loop over its equations."""
+    if not isinstance(case, Recurrent) or case.option in ("", "recompute"):
+        raise Unavailable("a loop is a peer of the cases of recurrent dropout, zoneout and normalisation")
+    layer: Any
+    if case.norm:
+        layer = build_layer(fastseq.nn, case, inputs.state, inputs.x.dtype)
+        layer.forward = partial(normed_loop, layer, case.norm)
+        yield layer_entrant(case, layer, inputs)
+        return
+    layer = build_layer(nn, case, inputs.state, inputs.x.dtype)
     cell: Any = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}[case.cell]
 
     def forward(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -449,7 +490,7 @@ OURS = Contestant("fastseq", "fastseq", fastseq_entrants)
 PEERS = {
     "torch": Contestant("torch", "torch", torch_entrants),
     "layer": Contestant("layer", "fastseq layer", layer_entrants),
-    "loop": Contestant("loop", "loop over cells", loop_entrants),
+    "loop": Contestant("loop", "loop over steps", loop_entrants),
     "ort": Contestant("ort", "ONNX RT", onnx_entrants, ("onnx", "onnxruntime"), alone=True),
 }
 

@@ -80,9 +80,21 @@ def scan_backward(*args: Any, out_val: Any = None) -> int:
     return _products(y, [w_hh, w_hr])
 
 
+def normed_forward(gates_x: Tensor, w_hh: Tensor, *rest: Any, out_val: Any = None) -> int:
+    """The recurrence: the product with x is torch's."""
+    return _products(gates_x, [w_hh])
+
+
+def normed_backward(*args: Any, out_val: Any = None) -> int:
+    """The gradient through time, as :func:`scan_backward`."""
+    y, w_hh = args[4], args[8]
+    return _products(y, [w_hh])
+
+
 def _register(counter: Any) -> None:
     for formula in (
-        attention_forward, attention_backward, layers_forward, layers_backward, scan_forward, scan_backward
+        attention_forward, attention_backward, layers_forward, layers_backward, scan_forward, scan_backward,
+        normed_forward, normed_backward,
     ):  # fmt: skip
         packet = getattr(torch.ops.fastseq, formula.__name__)
         if packet not in counter.flop_registry:

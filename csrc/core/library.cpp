@@ -28,6 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&fastseq::pack_weights_cpu));
   m.impl("layers_forward.native", TORCH_BOX(&fastseq::layers_forward_cpu));
   m.impl("layers_backward.native", TORCH_BOX(&fastseq::layers_backward_cpu));
+  m.impl("normed_forward.native", TORCH_BOX(&fastseq::normed_forward_cpu));
+  m.impl("normed_backward.native", TORCH_BOX(&fastseq::normed_backward_cpu));
   m.impl("attention_forward.native", TORCH_BOX(&fastseq::attention_forward_cpu));
   m.impl("attention_backward.native", TORCH_BOX(&fastseq::attention_backward_cpu));
   m.impl("feed_forward", TORCH_BOX(&fastseq::feed_forward_cpu));

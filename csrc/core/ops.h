@@ -72,6 +72,30 @@ layers_backward_cpu(const std::optional<torch::stable::Tensor>& dy, const std::o
                     int64_t cell, int64_t num_layers, bool bidirectional, bool reverse, bool with_dx,
                     bool with_weights);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+normed_forward_cpu(const torch::stable::Tensor& gates_x, const torch::stable::Tensor& w_hh,
+                   const torch::stable::Tensor& gain, const std::optional<torch::stable::Tensor>& shift,
+                   const std::optional<torch::stable::Tensor>& gain_c,
+                   const std::optional<torch::stable::Tensor>& shift_c, const std::optional<torch::stable::Tensor>& h0,
+                   const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& lengths,
+                   const std::optional<torch::stable::Tensor>& reset,
+                   const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool joint, bool reverse,
+                   bool save, bool states);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+normed_backward_cpu(
+    const std::optional<torch::stable::Tensor>& dy, const std::optional<torch::stable::Tensor>& dh_n,
+    const std::optional<torch::stable::Tensor>& dc_n, const std::optional<torch::stable::Tensor>& dstates,
+    const torch::stable::Tensor& y, const std::optional<torch::stable::Tensor>& states,
+    const torch::stable::Tensor& tape, const torch::stable::Tensor& stats, const torch::stable::Tensor& w_hh,
+    const torch::stable::Tensor& gain, const std::optional<torch::stable::Tensor>& shift,
+    const std::optional<torch::stable::Tensor>& gain_c, const std::optional<torch::stable::Tensor>& shift_c,
+    const std::optional<torch::stable::Tensor>& h0, const std::optional<torch::stable::Tensor>& c0,
+    const std::optional<torch::stable::Tensor>& lengths, const std::optional<torch::stable::Tensor>& reset,
+    const std::optional<torch::stable::Tensor>& state_mask, int64_t cell, bool joint, bool reverse);
+
 torch::stable::Tensor feed_forward_cpu(
     const torch::stable::Tensor& x, const torch::stable::Tensor& w1, const std::optional<torch::stable::Tensor>& b1,
     const std::optional<torch::stable::Tensor>& w2, const std::optional<torch::stable::Tensor>& b2,

@@ -58,29 +58,36 @@ template <class V>
 FASTSEQ_HD V lstm_hidden(V o, V c) {
   return o * tanh(c);
 }
-// dc comes in as the gradient of c_t from later steps and goes out as that of c_prev.
+// dc comes in as the gradient of c_t and goes out as that of c_prev; d_o is that of o, which is passed on.
 template <Cell kCell, class V>
-FASTSEQ_HD LstmGates<kCell, V> lstm_backward(const LstmGates<kCell, V>& s, V c_prev, V c, V dh, V& dc) {
+FASTSEQ_HD LstmGates<kCell, V> lstm_backward_gates(const LstmGates<kCell, V>& s, V c_prev, V d_o, V& dc) {
   using S = Scalar<V>;
-  const V i = s.of[0], o = s.o(), squashed = tanh(c);
-  dc = dc + dh * o * (S(1) - squashed * squashed);
+  const V i = s.of[0];
   if constexpr (kCell == Cell::lstm_coupled) {
     const V g = s.of[1];
-    const LstmGates<kCell, V> d{
-        {dc * (g - c_prev) * i * (S(1) - i), dc * i * (S(1) - g * g), dh * squashed * o * (S(1) - o)}};
+    const LstmGates<kCell, V> d{{dc * (g - c_prev) * i * (S(1) - i), dc * i * (S(1) - g * g), d_o}};
     dc = dc * (S(1) - i);
     return d;
   } else {
     const V f = s.of[1], g = s.of[2];
-    const LstmGates<kCell, V> d{{dc * g * i * (S(1) - i), dc * c_prev * f * (S(1) - f), dc * i * (S(1) - g * g),
-                                 dh * squashed * o * (S(1) - o)}};
+    const LstmGates<kCell, V> d{
+        {dc * g * i * (S(1) - i), dc * c_prev * f * (S(1) - f), dc * i * (S(1) - g * g), d_o}};
     dc = dc * f;
     return d;
   }
 }
+// dc comes in as the gradient of c_t from later steps and goes out as that of c_prev.
+template <Cell kCell, class V>
+FASTSEQ_HD LstmGates<kCell, V> lstm_backward(const LstmGates<kCell, V>& s, V c_prev, V c, V dh, V& dc) {
+  using S = Scalar<V>;
+  const V o = s.o(), squashed = tanh(c);
+  dc = dc + dh * o * (S(1) - squashed * squashed);
+  return lstm_backward_gates(s, c_prev, dh * squashed * o * (S(1) - o), dc);
+}
 
-// GRU: h = z h_prev + (1 - z) n (and zoneout's blend, its share in z's place), with r, z = sigmoid(x_*), and n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after
-// the product) or n = tanh(x_n + W_hn q + b_hn), q = r h_prev (reset before it: x_n holds the product too).
+// GRU: h = z h_prev + (1 - z) n (and zoneout's blend, its share in z's place), with r, z = sigmoid(x_*), and
+// n = tanh(x_n + r q), q = W_hn h_prev + b_hn (reset after the product) or n = tanh(x_n + W_hn q + b_hn), q = r h_prev
+// (reset before it: x_n holds the product too).
 template <class V>
 FASTSEQ_HD V gru_blend(V z, V n, V h_prev) {
   return z * h_prev + (Scalar<V>(1) - z) * n;

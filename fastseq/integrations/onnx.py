@@ -32,8 +32,8 @@ def translations() -> dict[Callable, Callable]:
     may hold, and the function that writes it in ONNX's.
 
     Number and order of the layers, directions, heads and options are those of the program; T and B may be dynamic.
-    Not translated: ``reset=``, ``state_mask=``, ``return_all_states=True``, dropout in attention, packed sequences and
-    pages (NotImplementedError).
+    Not translated: ``reset=``, ``state_mask=``, ``norm=``, ``return_all_states=True``, dropout in attention, packed
+    sequences and pages (NotImplementedError).
 
     Example:
         >>> import torch, fastseq, fastseq.integrations.onnx
@@ -44,6 +44,7 @@ def translations() -> dict[Callable, Callable]:
         True
     """
     table: dict[Callable, Callable] = {torch.ops.fastseq.layers_forward.native: _layers}
+    table[torch.ops.fastseq.normed_forward.native] = _normed
     for backend in ops.BACKENDS:
         table[getattr(torch.ops.fastseq.scan_forward, backend)] = _scan
         table[getattr(torch.ops.fastseq.attention_forward, backend)] = _attention
@@ -152,6 +153,12 @@ def _scan(
     options = reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c
     y, *last = _layers(x, weights, h0, c0, *options, cell, 1, False, reverse, save, states)
     return [y, *(op.Squeeze(s, [0]) for s in last)]
+
+
+def _normed(*arguments: Any) -> Sequence[Value]:
+    """``normed_forward``: ``torch.onnx.export`` of the model itself writes such a layer."""
+    _refuse(**{"norm=": True})
+    return ()
 
 
 def _refuse(**what: bool) -> None:

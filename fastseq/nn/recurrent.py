@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backend, checks, direct, functional
 from fastseq.nn.compressed import CompressedWeights, Served
+from fastseq.nn.normed import NormedLayer
 from fastseq.recurrent import divided, sessions
+from fastseq.recurrent.normed import check_form
 from fastseq.recurrent.stack import in_one_call
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -87,7 +89,7 @@ class _Native(nn.Module):
             self._compressed.forget()
 
 
-class _Recurrent(_Native, nn.RNNBase):
+class _Recurrent(_Native, NormedLayer):
     """What the three layers share: how a call is unpacked, and how its results are laid out again.
 
     ``forward`` takes its options by position too: torch.onnx's exporter without dynamo hands all over so.
@@ -114,14 +116,17 @@ class _Recurrent(_Native, nn.RNNBase):
 
     def extra_repr(self) -> str:
         """Torch's, and the options that torch does not have."""
-        own = (f", {name}={getattr(self, name)}" for name in _OPTIONS if getattr(self, name))
+        own = (f", {name}={getattr(self, name)!r}" for name in (*_OPTIONS, "norm") if getattr(self, name))
         return "".join((super().extra_repr(), *own))
 
     def _weights(self) -> list[Tensor]:
         """The weights in their flat order, as they are now: torch.func.functional_call swaps them behind our back."""
-        if list(self._parameters) == self._flat_weights_names:
+        own, names = list(self._parameters), self._flat_weights_names
+        if own == names:
             return list(self._parameters.values())  # type: ignore[arg-type]
-        self._update_flat_weights()  # parametrised, pruned, or with a parameter more
+        if own[: len(names)] == names:  # those of normalisations come after
+            return list(self._parameters.values())[: len(names)]  # type: ignore[return-value]
+        self._update_flat_weights()  # parametrised or pruned
         return self._flat_weights
 
     def _call_weights(self) -> list[Tensor]:
@@ -147,7 +152,9 @@ class _Recurrent(_Native, nn.RNNBase):
 
     def _stack(self, cell: str, x: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The layer in one native call, without ``lengths`` and ``reset``; else None."""
-        if self.zoneout or (self.training and (self.recurrent_dropout or self.weight_dropout)):
+        if self.norm is not None or self.zoneout:
+            return None
+        if self.training and (self.recurrent_dropout or self.weight_dropout):
             return None
         if self.recompute and torch.is_grad_enabled():
             return None
@@ -168,6 +175,8 @@ class _Recurrent(_Native, nn.RNNBase):
             "recurrent_dropout": self.recurrent_dropout,
             "zoneout": self.zoneout,
             "recompute": self.recompute,
+            "norm": self.norm,
+            "norm_weights": self._norm_weights(),
         }
 
     def _call_packed(
@@ -213,9 +222,6 @@ def _permute(hx: Any, order: Tensor) -> Any:
 class _OfOneState(_Recurrent):
     """The call of RNN and GRU, whose state is h alone."""
 
-    def _cell(self) -> str:
-        raise NotImplementedError
-
     @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
@@ -260,6 +266,9 @@ class RNN(_OfOneState):
     ``recompute=True`` keeps the states at some steps of a training call only, and walks again from there in the
     backward pass: less memory for more time (:func:`fastseq.functional.rnn`).
 
+    ``norm="layer"`` normalises W_ih x and W_hh h at every step (Ba et al. 2016). Each layer and direction then has the
+    gains ``norm_ih_l{k}`` and ``norm_hh_l{k}`` too, which start at 1.
+
     Shapes: input ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``, ``[T, I]`` unbatched, or a PackedSequence);
     hx and h_n ``[num_layers * directions, B, H]``; output ``[T, B, directions * H]``, laid out as the input.
 
@@ -288,17 +297,20 @@ class RNN(_OfOneState):
         weight_dropout: float = 0.0,
         zoneout: float = 0.0,
         recompute: bool = False,
+        norm: Literal["layer"] | None = None,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
         self.nonlinearity = nonlinearity
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        check_form(norm, f"rnn_{nonlinearity}")
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
+        self._set_norm(norm)
 
     def _function(self, input: Tensor, hx: Any, **kwargs: Any) -> tuple:
         nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
@@ -315,7 +327,9 @@ class GRU(_OfOneState):
     ``reset_after=False`` before it, as in Cho et al. 2014 and ONNX's default. The parameters are the same in both.
     The call takes ``lengths``, ``reset`` and ``reset_state`` as :class:`RNN`'s does; ``recurrent_dropout``,
     ``weight_dropout``, ``zoneout``, ``recompute`` and shapes are the same too. What z carries on of h_{t-1} is not
-    dropped.
+    dropped. ``norm="layer"`` is :class:`RNN`'s, over all gates; ``norm="joint"`` normalises their sum, as Dreamer's
+    cell does (Hafner et al. 2020), with the parameters ``norm_l{k}`` and ``norm_bias_l{k}``. Both need
+    ``reset_after=True``.
 
     Example:
         >>> import torch, fastseq
@@ -344,9 +358,11 @@ class GRU(_OfOneState):
         weight_dropout: float = 0.0,
         zoneout: float = 0.0,
         recompute: bool = False,
+        norm: Literal["layer", "joint"] | None = None,
         **unknown: NoReturn,
     ) -> None:
         _refuse(self, unknown)
+        check_form(norm, "gru" if reset_after else "gru_reset_before")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device,
             dtype=dtype,
@@ -354,6 +370,7 @@ class GRU(_OfOneState):
         if not reset_after:
             self.reset_after = False
         self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
+        self._set_norm(norm)
 
     def extra_repr(self) -> str:
         """Torch's, and reset_after where it differs from torch's form."""
@@ -378,6 +395,8 @@ class LSTM(_Recurrent):
     ``return_all_states=True`` returns a third value: every c_t of the last layer, ``[T, B, directions * H]``, laid out
     as the output. ``recurrent_dropout``, ``weight_dropout`` and ``recompute`` are :class:`RNN`'s; c is not dropped.
     ``zoneout`` is one probability for h and c, or a pair of theirs; h_t is made of the c_t that would be there without.
+    ``norm="layer"`` is :class:`RNN`'s too, over all gates, and h = o * tanh(LN(c)), with the gain ``norm_c_l{k}`` and
+    the shift ``norm_c_bias_l{k}``; c is carried on as it is.
 
     Shapes: as :class:`RNN`; hx is ``(h_0, c_0)``, h with ``proj_size`` features where that is set.
 
@@ -409,7 +428,9 @@ class LSTM(_Recurrent):
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         recompute: bool = False,
+        norm: Literal["layer"] | None = None,
     ) -> None:
+        check_form(norm, "lstm", proj_size > 0)
         if input_forget:
             self.input_forget = True
         mode = "GRU" if input_forget else "LSTM"  # whose weights have three blocks, or four
@@ -419,6 +440,7 @@ class LSTM(_Recurrent):
         )  # fmt: skip
         self.mode = "LSTM"
         self._set_options(recurrent_dropout, weight_dropout, zoneout, recompute)
+        self._set_norm(norm)
 
     def extra_repr(self) -> str:
         """Torch's, and input_forget where it differs from torch's form."""
@@ -434,6 +456,9 @@ class LSTM(_Recurrent):
         return functional.lstm(
             input, hx, self._call_weights(), input_forget=input_forget, projected=projected, **self._options(), **kwargs
         )  # fmt: skip
+
+    def _cell(self) -> str:
+        return "lstm_coupled" if self.input_forget else "lstm"
 
     @overload
     def forward(
@@ -466,7 +491,7 @@ class LSTM(_Recurrent):
         """Returns ``(output, (h_n, c_n))``, and all c_t as a third value where asked for."""
         h0, c0 = checks.lstm_state(hx)
         if lengths is None and reset is None and not return_all_states and reset_state is None:
-            done = self._stack("lstm_coupled" if self.input_forget else "lstm", input, h0, c0)
+            done = self._stack(self._cell(), input, h0, c0)
             if done is not None:
                 return done[0], done[1:]
         pair: Any = None if hx is None else (h0, c0)  # torch takes a list too

@@ -17,6 +17,7 @@ from fastseq.ops.define import BACKENDS as BACKENDS
 from fastseq.ops.define import SCHEMAS as SCHEMAS
 from fastseq.ops.define import define, fold_batch
 from fastseq.ops.layers import fake_layers_backward, fake_layers_forward
+from fastseq.ops.normed import fake_normed_backward, fake_normed_forward
 from fastseq.recurrent.cells import CELLS
 from fastseq.recurrent.cells import GATES as GATES
 from fastseq.recurrent.cells import HAS_C as HAS_C
@@ -80,6 +81,8 @@ define(
 )  # fmt: skip
 define("layers_forward", fake_layers_forward, None, ("native",))
 define("layers_backward", fake_layers_backward, None, ("native",))
+define("normed_forward", fake_normed_forward, None, ("native",))
+define("normed_backward", fake_normed_backward, None, ("native",))
 define("attention_forward", fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", schemas.NATIVE_ISA)

@@ -38,7 +38,7 @@ SCAN_FORWARD = (
 #    gradient that reaches h_t; else empty,
 #    dh0 [B,P], dc0 [B,H], dreset_h [B,P], dreset_c [B,H] (each empty where that state is absent). All contiguous, in
 #    x's dtype. "empty" is a tensor of shape [0]. states and tape: as the forward pass gave them, or None in place of an
-#    empty one. Of an RNN zoneout_h must be 0 or 1: the output, which tells of its gate, is the new state or the old one.
+#    empty one. Of an RNN zoneout_h must be 0 or 1: the output, which tells of its gate, is the new state or the old.
 SCAN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor? tape, "
     "Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, " + _OPTIONS + "int cell, bool reverse) "
@@ -71,6 +71,32 @@ LAYERS_BACKWARD = (
     + "Tensor? starts, Tensor[] ys, Tensor[] states, Tensor[] tapes, "
     "int cell, int num_layers, bool bidirectional, bool reverse, bool with_dx, bool with_weights) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c, Tensor[] dweights)"
+)
+
+# The recurrence of one layer and direction with layer normalisation, from the input's share of the gates, which torch
+# makes of all steps at once (fastseq/recurrent/normed.py). u = gain * LN(product) + shift, LN over the G*H gates of a
+# row, product = W_hh h_{t-1}, or with joint (GRU alone) gates_x + W_hh h_{t-1}; of an LSTM
+# h = o * tanh(gain_c * LN(c) + shift_c).
+#   gates_x [T,B,G*H], w_hh [G*H,H], gain, shift [G*H], gain_c, shift_c [H] (LSTM only), the rest as SCAN_FORWARD has
+#   it; no gru_reset_before
+# -> y, h_n, c_n, states as SCAN_FORWARD's; where save is set, else empty: tape [T,B,N*H] in x's dtype, the activated
+#    gates (LSTM i,f,g,o, coupled i,g,o, GRU r,z,n, RNN none), then the G blocks of LN(product); stats [T,B,1 or LSTM 3]
+#    in the accumulator's dtype: 1/std of the product, the mean of c, 1/std of c. All of it 0 past lengths.
+NORMED_FORWARD = (
+    "(Tensor gates_x, Tensor w_hh, Tensor gain, Tensor? shift, Tensor? gain_c, Tensor? shift_c, Tensor? h0, "
+    "Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, bool joint, bool reverse, bool save, "
+    "bool states) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states, Tensor tape, Tensor stats)"
+)
+
+# -> dgates_x [T,B,G*H] (empty with joint: it is dproduct), dproduct [T,B,G*H]: gradient of W_hh h_{t-1}, of which dW_hh
+#    is torch's product; dgain, dshift, dgain_c, dshift_c, dh0, dc0, each empty where that argument is absent
+NORMED_BACKWARD = (
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dstates, Tensor y, Tensor? states, Tensor tape, Tensor stats, "
+    "Tensor w_hh, Tensor gain, Tensor? shift, Tensor? gain_c, Tensor? shift_c, Tensor? h0, Tensor? c0, "
+    "Tensor? lengths, Tensor? reset, Tensor? state_mask, int cell, bool joint, bool reverse) "
+    "-> (Tensor dgates_x, Tensor dproduct, Tensor dgain, Tensor dshift, Tensor dgain_c, Tensor dshift_c, Tensor dh0, "
+    "Tensor dc0)"
 )
 
 NATIVE_SCAN_SCHEDULE = (
@@ -144,6 +170,8 @@ def of_the_cpu(options: str) -> dict[str, str]:
         "scan_backward.native": SCAN_BACKWARD,
         "layers_forward.native": LAYERS_FORWARD,
         "layers_backward.native": LAYERS_BACKWARD,
+        "normed_forward.native": NORMED_FORWARD,
+        "normed_backward.native": NORMED_BACKWARD,
         "attention_forward.native": ATTENTION_FORWARD.format(options=options),
         "attention_backward.native": ATTENTION_BACKWARD.format(options=options),
         "pack_weights": PACK_WEIGHTS,

@@ -43,6 +43,8 @@ class RecurrentCall:
     reset_h: Tensor | None = None
     reset_c: Tensor | None = None
     recompute: bool = False
+    norm: str | None = None
+    norm_weights: Sequence[Tensor] = ()
 
     @property
     def draws_mask(self) -> bool:

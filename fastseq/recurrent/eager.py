@@ -20,6 +20,8 @@ def torch_reason(call: RecurrentCall) -> str | None:
         return "torch has no state_mask (recurrent_dropout)"
     if any(call.zoneout):
         return "torch has no zoneout"
+    if call.norm is not None:
+        return "torch has no layer normalisation within its recurrent layers (norm=)"
     if call.want_states:
         return "torch does not return every c_t (return_all_states=True)"
     ends = call.lengths if call.batch_sizes is None else call.batch_sizes
@@ -86,6 +88,7 @@ def autocast(call: RecurrentCall) -> None:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     call.x, call.weights = cast(call.x), [cast(w) for w in call.weights]
+    call.norm_weights = [cast(w) for w in call.norm_weights]
     for name in ("h0", "c0", "reset_h", "reset_c", "state_mask"):
         state = getattr(call, name)
         setattr(call, name, None if state is None else cast(state))

@@ -30,6 +30,8 @@ def rnn(
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
     recompute: bool = False,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,9 @@ def rnn(
         recompute: in training keep the states at some steps only, and walk again from there in the backward pass, which
             takes one more forward pass. For the native kernels; torch.compile and transforms of torch.func keep
             everything, and so does ``return_all_states``.
+        norm: ``"layer"`` (Ba et al. 2016): h_t = phi(g_ih LN(W_ih x_t) + b_ih + g_hh LN(W_hh h_{t-1}) + b_hh), LN being
+            a row's layer normalisation with eps = 1e-5, without parameters of its own.
+        norm_weights: with ``norm``, flat, a layer and direction at a time: g_ih, g_hh ``[H]``.
         batch_sizes: int64 ``[T]`` on the CPU, in place of lengths and reset: the input is packed, ``[rows, I]``, as the
             data of a ``PackedSequence`` with these batch_sizes, and so is the output.
         backend: overrides the choice of backend for this call.
@@ -78,7 +83,7 @@ def rnn(
         f"rnn_{nonlinearity}", input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
         recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout), reset_h=reset_state,
-        recompute=recompute,
+        recompute=recompute, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -102,6 +107,8 @@ def gru(
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
     recompute: bool = False,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -110,6 +117,9 @@ def gru(
     Args:
         reset_after: True: n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), torch's and cuDNN's form; False:
             n = tanh(W_in x + b_in + W_hn (r * h) + b_hn), the form of the paper and ONNX's default.
+        norm: ``"layer"``: W_ih x and W_hh h are normalised as :func:`rnn`'s, over all 3H gates together; ``"joint"``
+            (Hafner et al. 2020): a = g LN(W_ih x + b_ih + W_hh h + b_hh) + b, n = tanh(r * a_n). reset_after is True.
+        norm_weights: ``"layer"``: g_ih, g_hh ``[3H]``; ``"joint"``: g, b ``[3H]``.
         input, hx, weights, lengths, reset, state_mask, zoneout, batch_sizes, backend and the rest: as :func:`rnn`, with
             w_ih ``[3H, I]``, w_hh ``[3H, H]``, blocks r, z, n.
 
@@ -124,7 +134,7 @@ def gru(
         cell, input, hx, None, weights, lengths, reset, batch_sizes, False,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, state_mask=state_mask,
         recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout), reset_h=reset_state,
-        recompute=recompute,
+        recompute=recompute, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     return run(call, backend)[:2]
 
@@ -149,6 +159,8 @@ def lstm(
     recurrent_dropout: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
     recompute: bool = False,
+    norm: str | None = None,
+    norm_weights: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     return_all_states: bool = False,
     backend: str | None = None,
@@ -167,6 +179,9 @@ def lstm(
         state_mask: as :func:`rnn`'s, ``[num_layers * directions, B, P]``.
         zoneout: as :func:`rnn`'s, one probability for h and c or a pair of theirs. h_t is made of the c_t that would be
             there without.
+        norm: ``"layer"``: W_ih x and W_hh h are normalised as :func:`rnn`'s, over all gates together, and
+            h_t = o * tanh(g_c LN(c_t) + b_c); c itself is carried on as it is. Without a projection.
+        norm_weights: g_ih, g_hh ``[4H]`` (``[3H]``), g_c, b_c ``[H]``.
         input, weights, lengths, reset, batch_sizes, backend and the rest: as :func:`rnn`, with w_ih ``[4H, I]``,
             w_hh ``[4H, P]``, blocks i, f, g, o.
 
@@ -184,7 +199,7 @@ def lstm(
         cell, input, h0, c0, weights, lengths, reset, batch_sizes, return_all_states,
         num_layers, has_biases, dropout, training, bidirectional, batch_first, projected, state_mask=state_mask,
         recurrent_dropout=recurrent_dropout, zoneout=checks.zoneout_of(zoneout, pair=True), reset_h=reset_h,
-        reset_c=reset_c, recompute=recompute,
+        reset_c=reset_c, recompute=recompute, norm=norm, norm_weights=norm_weights,
     )  # fmt: skip
     y, h_n, c_n, states = run(call, backend)
     assert c_n is not None

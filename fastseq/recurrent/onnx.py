@@ -8,6 +8,7 @@ class with the same methods there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import ops
-from fastseq.recurrent import reference
+from fastseq.recurrent import normed, normed_reference, reference
 from fastseq.recurrent.call import RecurrentCall, Result
 
 BLOCKS = {
@@ -176,7 +177,8 @@ def stack(call: RecurrentCall) -> Result:
         if first and call.dropout and call.training:
             x = F.dropout(x, call.dropout, True)
         h, c = (None if s is None else s[rows] for s in (h0, c0))
-        if call.reset is None and call.state_mask is None and not call.want_states and not any(call.zoneout):
+        plain = call.reset is None and call.state_mask is None and call.norm is None and not any(call.zoneout)
+        if plain and not call.want_states:
             x, *last = layer(TorchOps, kind, weights[rows], x, h, c, call.lengths)
         else:
             walks = [_walk(call, first + n, x, h, c, weights[first + n]) for n in range(call.directions)]
@@ -201,6 +203,7 @@ def _walk(
     w_hr = more[-1] if call.projected else None
     mask = None if call.state_mask is None else call.state_mask[row].to(x.dtype)
     of_reset = [None if s is None else s[row].to(x.dtype) for s in (call.reset_h, call.reset_c)]
+    of_step: Any = functools.partial(reference.step, cell)
     own: Any = (w_hh, b_hh, w_hr, mask, *of_reset)
     sizes = (w_hh.shape[1], call.hidden)[: 1 + ops.HAS_C[cell]]
     start = [
@@ -209,7 +212,13 @@ def _walk(
     live = None
     if call.lengths is not None:
         live = (torch.arange(x.shape[0], device=x.device)[:, None] < call.lengths)[:, :, None]
-    steps = {"gates": F.linear(x, w_ih, b_ih), "live": live}
+    if call.norm is None:
+        gates = F.linear(x, w_ih, b_ih)
+    else:
+        norms = [w.to(x.dtype) for w in normed.weights_of(call, row)]
+        gates, *parameters = normed_reference.sides(x, w_ih, b_ih, b_hh, norms, call.norm)
+        of_step, own = functools.partial(normed_reference.step, cell, call.norm), (w_hh, *parameters, mask, *of_reset)
+    steps = {"gates": gates, "live": live}
     steps["keep"] = None if call.reset is None else ~call.reset[:, :, None]
     names = [name for name, s in steps.items() if s is not None]
     count = len(start)
@@ -223,9 +232,8 @@ def _walk(
             put_in = zip(before, (reset_h, reset_c), strict=False)
             kept = [torch.where(at["keep"], s, 0 if r is None else r) for s, r in put_in]
         # In training each step would have its own shares.
-        shares: Any = [p or None for p in call.zoneout]
-        given_c = kept[1] if count > 1 else None
-        h, c = reference.step(cell, at["gates"], kept[0], given_c, *used, *shares)  # type: ignore[arg-type]
+        shares = [p or None for p in call.zoneout]
+        h, c = of_step(at["gates"], kept[0], kept[1] if count > 1 else None, *used, *shares)
         after, y = [h] if c is None else [h, c], h
         if "live" in at:
             y = torch.where(at["live"], y, 0)

@@ -121,11 +121,12 @@ def step(
     """One time step from the input's share of the gates, ``gates_x [B, G*H]``; returns the new ``h`` and ``c``, of
     which zoneout's shares are the old ones. The new h is of the c that keeps nothing."""
     h_new, c_new = _step(cell, gates_x, h, c, w_hh, b_hh, w_hr, state_mask)
-    if zoneout_h is not None:
-        h_new = zoneout_h * h + (1 - zoneout_h) * h_new
-    if zoneout_c is not None and c is not None and c_new is not None:
-        c_new = zoneout_c * c + (1 - zoneout_c) * c_new
-    return h_new, c_new
+    return kept(h, h_new, zoneout_h), None if c is None or c_new is None else kept(c, c_new, zoneout_c)
+
+
+def kept(old: Tensor, new: Tensor, share: Tensor | float | None) -> Tensor:
+    """A state after zoneout: the new one, with a share of the old."""
+    return new if share is None else share * old + (1 - share) * new
 
 
 def _step(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq import auto, autograd, checks, ops
 from fastseq import backend as backends
 from fastseq.dtensor import any_dtensor, in_eager
-from fastseq.recurrent import dtensor, eager, onnx, packed, recompute, reference, stack
+from fastseq.recurrent import dtensor, eager, normed, onnx, packed, recompute, reference, stack
 from fastseq.recurrent.autograd import DIFFERENTIABLE, FORWARD, Scan, Walk
 from fastseq.recurrent.call import RecurrentCall, Result, shape_of
 from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
@@ -22,7 +22,7 @@ from fastseq.recurrent.layout import state_in, state_out, steps_in, steps_out
 def run(call: RecurrentCall, backend: str | None) -> Result:
     """Check the arguments, choose the backend, run the stack; results are laid out as the input. Changes ``call``."""
     beside = call.h0, call.c0, call.reset_h, call.reset_c, call.state_mask, call.lengths, call.reset
-    if any_dtensor((call.x, *call.weights, *beside)):
+    if any_dtensor((call.x, *call.weights, *call.norm_weights, *beside)):
         arguments: tuple = call, lambda shard: run(shard, backend)
         return in_eager(dtensor.run, *arguments) if call.draws else dtensor.run(*arguments)
     c_dtype = _cast_as_autocast(call)
@@ -67,6 +67,7 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
     """Checks all but the input, and lays the call's tensors out as ``[T, B, I]``; returns T and B."""
     checks.check_weights(call.weights, call.names, call.x)
     checks.check_layers(call.num_layers, call.directions, call.weights, call.names)
+    normed.check(call)
     if call.reset is not None:
         checks.check_reset(call.reset, call.x)
     unbatched = rank == 2
@@ -132,6 +133,7 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
             "state_mask (recurrent_dropout)": call.state_mask is not None or call.draws_mask,
             "zoneout": any(call.zoneout),
             "reset_state": call.reset_h is not None,
+            "layer normalisation (norm=)": call.norm is not None,
         }
         if any(given.values()):
             return f"the GPU kernels have no {' and no '.join(n for n, is_given in given.items() if is_given)}"
@@ -151,6 +153,8 @@ def _native_reason(call: RecurrentCall) -> str | None:
     """Why the CPU kernels cannot run this call; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
         return "the native kernels compute no gradient of state_mask"
+    if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):
+        return "the native kernels have no zoneout and no reset_state beside norm="
     if call.zoneout[1] and call.projected:
         return "the native kernels have no zoneout of c beside a projection (proj_size)"
     if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and torch.is_grad_enabled():
@@ -160,14 +164,16 @@ def _native_reason(call: RecurrentCall) -> str | None:
 
 def _served(call: RecurrentCall) -> bool:
     """Whether smaller copies of the weights may serve a call (:class:`fastseq.nn.compressed.Served`)."""
-    return hasattr(call.weights, "infer") and not torch.is_grad_enabled() and not backends.tracing()
+    return (
+        call.norm is None and hasattr(call.weights, "infer") and not torch.is_grad_enabled() and not backends.tracing()
+    )
 
 
 def _padded(name: str, call: RecurrentCall) -> Result:
     """A stack over x ``[T, B, I]``: in one call where the backend takes it whole, else layer after layer."""
     if name == "native" and _served(call) and (done := call.weights.infer(call)) is not None:  # type: ignore[attr-defined]
         return done
-    if stack.suits(name, call.x):
+    if call.norm is None and stack.suits(name, call.x):
         return recompute.run(call) if call.recompute and recompute.suits(call) else stack.run(call)
     ys, h_n, c_n, states = _layers(name, call, [call.x], [(call.lengths, call.reset)])
     return ys[0], h_n, c_n, states[0]
@@ -238,7 +244,11 @@ def _walk(walk: Walk, call: RecurrentCall, index: int, want_states: bool) -> pac
         # The sequences of a part of a packed batch are its first ones.
         own = (call.reset_h, call.reset_c, call.state_mask)
         reset_h, reset_c, mask = (None if s is None else s[index, : x.shape[1]] for s in own)
-        options = (*uneven, mask, *call.zoneout_shares(*x.shape[:2]))
+        shares = call.zoneout_shares(*x.shape[:2])
+        if call.norm is not None:
+            state = (h, c, *uneven, mask, reset_h, reset_c, *shares)
+            return normed.scan(walk, call.norm, x, weights, normed.weights_of(call, index), state, want_states)
+        options = (*uneven, mask, *shares)
         if x.is_cpu and stack.suits(walk.backend, x):
             given = [w for w in weights if w is not None]
             return stack.scan(walk, x, (h, c, reset_h, reset_c), options, given, want_states)

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "calibration.file",
         "calibration.chosen",
         "recurrent.reference",
+        "recurrent.normed_reference",
         "attn.reference",
         "attn.random",
         "kernels",
@@ -36,7 +37,7 @@ LAYERS: list[set[str]] = [
     {"fastseq"},
     {"calibration.measure", "calibration.command", "doctor", "demo", "__main__"},
 ]
-REFERENCE = {"recurrent.reference", "attn.reference", "attn.random"}
+REFERENCE = {"recurrent.reference", "recurrent.normed_reference", "attn.reference", "attn.random"}
 ALONE = REFERENCE | {"kernels"}
 THIRD_PARTY = {**{name: {"torch"} for name in REFERENCE}, "kernels": {"torch", "triton"}}
 

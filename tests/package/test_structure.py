@@ -71,11 +71,13 @@ def counts() -> dict[str, object]:
 
 def test_the_middle_layer_stays_small() -> None:
     found = counts()
-    assert len(found["operators with numerics"]) <= 7, found  # type: ignore[arg-type]
-    assert len(found["autograd Functions"]) <= 6, found  # type: ignore[arg-type]
+    # With layer normalisation a step needs a row's statistics before any of its gates: another walk than the scan's.
+    assert len(found["operators with numerics"]) <= 9, found  # type: ignore[arg-type]
+    assert len(found["autograd Functions"]) <= 7, found  # type: ignore[arg-type]
     assert found["lines past torch's dispatcher"] <= 1000, found  # type: ignore[operator]
     assert found["dtype enums of C++"] == ["Dtype"], found
-    assert found["lines of bench, without its studies"] <= 5000, found  # type: ignore[operator]
+    # The loop over the equations of normalised layers is the truth of their cases, and a peer.
+    assert found["lines of bench, without its studies"] <= 5060, found  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md"])

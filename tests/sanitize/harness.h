@@ -178,6 +178,7 @@ inline double rounding(Dtype dtype, double terms, double steps) {
 
 // Draws one case from `seed`, runs it, returns the number of failures.
 int recurrent_case(uint64_t seed);
+int normed_case(uint64_t seed);
 int attention_case(uint64_t seed);
 int encoder_case(uint64_t seed);
 

@@ -46,7 +46,7 @@ _HALF: dict[str, Table] = {
     "sm_80": {
         "forward": (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1, 255)),
         "backward_keys": (Tile(32, 32, 4, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, 255)),
-        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 16, 8, 3), Tile(32, 32, 8, 1), Tile(16, 16, 8, 2, 255)),
+        "backward_queries": (Tile(128, 64, 8, 3), Tile(128, 16, 8, 3), Tile(32, 32, 8, 1), Tile(16, 16, 8, 2, 255)),
         "decode": (Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1, 255)),
     },
     "sm_90": {

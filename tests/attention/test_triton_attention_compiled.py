@@ -261,7 +261,7 @@ def test_tiles_of_queries_that_see_all_keys_have_a_loop_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("dropout", r"\bmul\.hi\.u32\b"), ("softcap", r"\b(?:rcp|div)\.\S*f32\b"), ("alibi", r"\babs\.s32\b")],
+    [("dropout", r"\bmul\.hi\.u32\b"), ("softcap", r"\b(?:rcp|div)\.\S*f32\b"), ("alibi", r"\bcvt\.rn\.f32\.[su]32\b")],
     ids=["Philox", "the quotient of tanh", "a distance"],
 )
 def test_a_feature_that_is_off_is_no_code(name: str, what: str) -> None:

@@ -71,9 +71,8 @@ class Recurrent(Case):
 
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
-    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. option: ``recurrent-dropout`` and
-    ``zoneout`` draw with a probability so small that nothing is drawn; the answer of these and of ``recompute`` is the
-    plain layer's. ``layer-norm``, ``joint-norm``: gains are 1.
+    patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. option: of :data:`OPTIONS`; what is
+    drawn has a probability so small that it changes nothing, and gains of norms are 1.
     """
 
     cell: str
@@ -89,8 +88,7 @@ class Recurrent(Case):
 
     @property
     def norm(self) -> str:
-        """The form of its normalisation, or empty."""
-        return self.option.partition("-norm")[0] if self.option.endswith("-norm") else ""
+        return self.option.replace("-norm", "") if "-norm" in self.option else ""
 
     @property
     def beside(self) -> str:
@@ -113,8 +111,8 @@ class Recurrent(Case):
             return f"{self.mode}-{self.cell}-B{self.batch}-I{self.features}-H{self.hidden}{self._suffix()}"
         if self.stacked:
             shape += f"-L{self.layers}" + "-bi" * (self.directions - 1)
-        what = f"{self.option}{self.option and '-'}{self.cell}{'_stack' * self.stacked}"
-        return f"{what}-{self.mode}-{shape}{self._suffix()}{self._weights('-')}"
+        what = f"{self.option}{self.option and '-'}{self.cell}{'_stack' * self.stacked}-{self.mode}"
+        return f"{what}-{shape}{self._suffix()}{self._weights('-')}"
 
     def _weights(self, before: str) -> str:
         return f"{before}{DTYPES[self.weights]}{before}weights" if self.weights else ""
@@ -235,13 +233,10 @@ RECURRENT_GRID = (
 )  # fmt: skip
 """(T, B, I, H)"""
 
-NORMS = (("rnn", "layer"), ("gru", "layer"), ("gru", "joint"), ("lstm", "layer"))
-NORM_GRID = ((100, 1, 128, 128), (50, 32, 128, 128), (100, 32, 256, 256))
-OPTIONS = ("recurrent-dropout", "zoneout", "recompute")
-OPTIONS_GRID = ((50, 32, 128, 128), (200, 8, 256, 256), (100, 32, 128, 128))
+OPTIONS = ("recurrent-dropout", "zoneout", "recompute", "layer-norm", "joint-norm")
+OPTIONS_GRID = ((100, 1, 128, 128), (50, 32, 128, 128), (200, 8, 256, 256))
 
 STEP_HIDDEN = (64, 128, 512)
-
 STREAMS_GRID = (("lstm", 256, 64, 128), ("lstm", 16, 64, 128), ("gru", 256, 64, 128), ("gru", 64, 128, 256))
 """(cell, B, I, H)"""
 
@@ -310,10 +305,9 @@ def _all() -> Iterator[Case]:
             yield Recurrent(mode, dtype, cell, *shape)
         for cell, shape in product(("rnn", "gru", "lstm") if dtype == "float32" else (), RECURRENT_GRID):
             yield Recurrent("inference", dtype, cell, *shape, weights="bfloat16")
-        for option, cell, shape in product(OPTIONS, ("rnn", "gru", "lstm"), OPTIONS_GRID):
-            yield Recurrent("training", dtype, cell, *shape, option=option)
-        for (cell, form), mode, shape in product(NORMS, MODES, NORM_GRID):
-            yield Recurrent(mode, dtype, cell, *shape, option=f"{form}-norm")
+        for option, cell, mode, shape in product(OPTIONS, ("rnn", "gru", "lstm"), MODES, OPTIONS_GRID):
+            if (mode == "training" or "norm" in option) and (cell == "gru" or option != "joint-norm"):
+                yield Recurrent(mode, dtype, cell, *shape, option=option)
         for cell, as_cell, hidden in product(("gru", "lstm"), (False, True), STEP_HIDDEN):
             yield Recurrent("step", dtype, cell, 1, 1, hidden, hidden, as_cell)
         for (cell, b, i, h), mode in product(STREAMS_GRID, ("streams-each", "streams-batch")):

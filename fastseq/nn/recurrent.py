@@ -109,10 +109,8 @@ class _Recurrent(_Native, NormedLayer):
         pair = checks.zoneout_of(zoneout, pair=self.mode == "LSTM")
         for p in pair:
             checks.check_probability("zoneout", p)
-        options = (recurrent_dropout, weight_dropout, zoneout if any(pair) else 0.0, bool(recompute))
-        for name, value in zip(_OPTIONS, options, strict=True):
-            if value:
-                setattr(self, name, value)
+        options = recurrent_dropout, weight_dropout, zoneout if any(pair) else 0.0, bool(recompute)
+        vars(self).update({name: value for name, value in zip(_OPTIONS, options, strict=True) if value})
 
     def extra_repr(self) -> str:
         """Torch's, and the options that torch does not have."""
@@ -152,11 +150,9 @@ class _Recurrent(_Native, NormedLayer):
 
     def _stack(self, cell: str, x: Any, h0: Tensor | None, c0: Tensor | None) -> tuple | None:
         """The layer in one native call, without ``lengths`` and ``reset``; else None."""
-        if self.norm is not None or self.zoneout:
+        if self.norm is not None or self.zoneout or (self.recompute and torch.is_grad_enabled()):
             return None
         if self.training and (self.recurrent_dropout or self.weight_dropout):
-            return None
-        if self.recompute and torch.is_grad_enabled():
             return None
         layout = "batch_first" if self.batch_first else "layer"
         names = self._flat_weights_names

@@ -425,3 +425,33 @@ def test_copies_keep_the_options() -> None:
     assert [left.reason for left in report.left] == ["zoneout=(0.1, 0.0): torch.nn.LSTM has no such option"]
     for zoneout, recompute in itertools.product((0.0, (0.0, 0.0)), (False,)):
         assert repr(fastseq.nn.LSTM(3, 4, zoneout=zoneout, recompute=recompute)) == "LSTM(3, 4)"
+
+
+@needs_native
+@pytest.mark.parametrize(("name", "form"), [("RNN", "layer"), ("GRU", "layer"), ("GRU", "joint"), ("LSTM", "layer")])
+def test_a_normalised_layer_has_zoneout_and_states_to_reset_to_on_the_reference(name: str, form: str) -> None:
+    torch.manual_seed(11)
+    layer = LAYERS[name](3, 6, norm=form, dtype=torch.float64)
+    x, reset = torch.randn(7, 2, 3, dtype=torch.float64), torch.zeros(7, 2, dtype=torch.bool)
+    reset[4] = True
+    states = [torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+    state: Any = tuple(states) if len(states) > 1 else states[0]
+    y, last = layer(x, reset=reset, reset_state=state)
+    want, end = layer(x[4:], state)
+    torch.testing.assert_close(y[4:], want)
+    for a, b in zip(flat(last), flat(end), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(
+        torch.autograd.grad(y[4:].square().sum(), [*states, *layer.parameters()]),
+        torch.autograd.grad(want.square().sum(), [*states, *layer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    layer.zoneout = 0.9
+    layer.eval()
+    plain = LAYERS[name](3, 6, norm=form, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    (moved, _), (whole, _) = layer(x[:1], state), plain(x[:1], state)
+    torch.testing.assert_close(moved[0], 0.9 * states[0][0] + 0.1 * whole[0])
+    with fastseq.use_backend("native"), pytest.raises(BackendError, match="no zoneout and no reset_state beside norm="):
+        layer(x)

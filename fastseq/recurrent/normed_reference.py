@@ -91,7 +91,6 @@ def walk(
     given = (gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask)
     wide: Any = [None if t is None else t.to(compute) for t in given]
     gates_x, *own, h0, c0, state_mask = wide
-    own.append(state_mask)
     h = gates_x.new_zeros(batch, hidden) if h0 is None else h0
     c = gates_x.new_zeros(batch, hidden) if c0 is None and cell.startswith("lstm") else c0
     outputs: list[Tensor] = []
@@ -102,7 +101,7 @@ def walk(
             keep = ~reset[t][:, None]
             h_prev = torch.where(keep, h_prev, 0)
             c_prev = None if c_prev is None else torch.where(keep, c_prev, 0)
-        y, c_new = step(cell, form, gates_x[t], h_prev, c_prev, *own)
+        y, c_new = step(cell, form, gates_x[t], h_prev, c_prev, *own, state_mask)
         h_new = y
         if lengths is not None:
             live = (t < lengths)[:, None]

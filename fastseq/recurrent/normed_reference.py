@@ -90,7 +90,7 @@ def walk(
     compute = torch.promote_types(dtype, torch.float32)
     given = (gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask)
     wide: Any = [None if t is None else t.to(compute) for t in given]
-    gates_x, *own, h0, c0, state_mask = wide
+    gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask = wide
     h = gates_x.new_zeros(batch, hidden) if h0 is None else h0
     c = gates_x.new_zeros(batch, hidden) if c0 is None and cell.startswith("lstm") else c0
     outputs: list[Tensor] = []
@@ -101,7 +101,7 @@ def walk(
             keep = ~reset[t][:, None]
             h_prev = torch.where(keep, h_prev, 0)
             c_prev = None if c_prev is None else torch.where(keep, c_prev, 0)
-        y, c_new = step(cell, form, gates_x[t], h_prev, c_prev, *own, state_mask)
+        y, c_new = step(cell, form, gates_x[t], h_prev, c_prev, w_hh, gain, shift, gain_c, shift_c, state_mask)
         h_new = y
         if lengths is not None:
             live = (t < lengths)[:, None]

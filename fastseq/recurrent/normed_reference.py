@@ -97,8 +97,7 @@ def walk(
     compute = torch.promote_types(dtype, torch.float32)
     given = (gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask)
     wide: Any = [None if t is None else t.to(compute) for t in given]
-    gates_x, *own, h0, c0, state_mask = wide
-    own.append(state_mask)
+    gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask = wide
     zero = torch.zeros((), dtype=compute, device=gates_x.device)
     put_in = [zero if s is None else s.to(compute) for s in (reset_h, reset_c)]
     h = gates_x.new_zeros(batch, hidden) if h0 is None else h0
@@ -111,8 +110,10 @@ def walk(
             keep = ~reset[t][:, None]
             h_prev = torch.where(keep, h_prev, put_in[0])
             c_prev = None if c_prev is None else torch.where(keep, c_prev, put_in[1])
-        shares = (None if s is None else s[t].to(compute) for s in (zoneout_h, zoneout_c))
-        y, c_new = step(cell, form, gates_x[t], h_prev, c_prev, *own, *shares)
+        kept_h, kept_c = (None if s is None else s[t].to(compute) for s in (zoneout_h, zoneout_c))
+        y, c_new = step(
+            cell, form, gates_x[t], h_prev, c_prev, w_hh, gain, shift, gain_c, shift_c, state_mask, kept_h, kept_c
+        )
         h_new = y
         if lengths is not None:
             live = (t < lengths)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -221,7 +221,7 @@ def test_the_native_kernels_are_as_near_the_truth_as_the_reference(name: str, dt
 @names
 def test_derivatives_of_both_orders(name: str, backend: str) -> None:
     torch.manual_seed(1)
-    layer = LAYERS[name](2, 3, bidirectional=True, dtype=torch.float64)
+    layer = LAYERS[name](2, 3, dtype=torch.float64)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     reset, lengths = torch.tensor([[False, False]] * 2 + [[True, False]]), torch.tensor([3, 2])
 
@@ -409,34 +409,65 @@ def test_a_number_that_all_gates_have_more_has_no_influence(name: str, backend: 
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def drawn_arguments(cell: str, joint: bool, dtype: torch.dtype, *sizes: int) -> tuple[list[Any], Tensor]:
+    """What the operators take from gates_x to state_mask, of T, B and H, and lengths beside a reset and a mask."""
+    steps, batch, hidden = sizes
+    gates, lstm = ops.GATES[cell] * hidden, ops.HAS_C[cell]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    of_c = [normal(hidden), normal(hidden)] if lstm else [None, None]
+    state = [normal(batch, hidden), normal(batch, hidden) if lstm else None]
+    lengths, reset = torch.randint(1, steps + 1, (batch,)), torch.rand(steps, batch) < 0.2
+    mask = F.dropout(torch.ones(batch, hidden), 0.5, True).to(dtype)
+    own = [normal(steps, batch, gates), normal(gates, hidden), normal(gates), normal(gates), *of_c]
+    return [*own, *state, lengths, reset, mask], normal(steps, batch, hidden)
+
+
+FORMS = [
+    ("rnn_tanh", False),
+    ("rnn_relu", False),
+    ("lstm", False),
+    ("lstm_coupled", False),
+    ("gru", False),
+    ("gru", True),
+]
+
+
+def walked(arguments: list[Any], dy: Any, cell: str, joint: bool) -> list[Tensor]:
+    """Of every sequence, [B, ..]: all results forward, and of the gradients those that are of a sequence."""
+    numbers = ops.NUMBER[cell], joint, False
+    made = torch.ops.fastseq.normed_forward.native(*arguments, *numbers, True, True)
+    y, h_n, c_n, states, tape, stats = made
+    kept = y, states if ops.HAS_C[cell] else None, tape, stats
+    found = torch.ops.fastseq.normed_backward.native(dy, None, None, None, *kept, *arguments[1:], *numbers)
+    of_steps, of_state = [y, states, tape, stats, *found[:2]], [h_n, c_n, *found[6:]]
+    return [t.transpose(0, 1) for t in of_steps if t.numel()] + [t for t in of_state if t.numel()]
 
 
 @needs_native
-@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@names
+@pytest.mark.parametrize(("cell", "joint"), FORMS)
 def test_a_sequence_has_the_bits_of_the_sequence_alone_under_deterministic_algorithms(
-    name: str, dtype: torch.dtype
+    cell: str, joint: bool, dtype: torch.dtype
 ) -> None:
-    """In the recurrence. The product with x is torch's, whose bits may depend on the batch unless x has one feature."""
-    for hidden, steps, batch, threads in ((34, 9, 13, 2), (34, 1, 3, 1), (130, 3, 2, 3), (200, 2, 1, 2)):
-        torch.manual_seed(hidden)
-        layer = LAYERS[name](1, hidden, dtype=dtype)
-        x = torch.randn(steps, batch, 1).to(dtype).requires_grad_()
-        torch.set_num_threads(threads)
-        found = call(layer, x)
-        dx = torch.autograd.grad(found[0].square().sum(), x)[0]
-        torch.set_num_threads(1)
-        for b in range(min(batch, 3)):
-            leaf = x[:, b : b + 1].detach().requires_grad_()
-            alone = call(layer, leaf)
-            assert all(torch.equal(a[:, b : b + 1], o) for a, o in zip(found, alone, strict=True))
-            assert torch.equal(torch.autograd.grad(alone[0].square().sum(), leaf)[0], dx[:, b : b + 1])
+    """In the recurrence, on any number of threads. The products with x are torch's."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for steps, batch, hidden, threads in ((9, 13, 34, 2), (1, 3, 34, 1), (3, 2, 130, 3), (2, 1, 200, 2)):
+            arguments, dy = drawn_arguments(cell, joint, dtype, steps, batch, hidden)
+            gates_x, *parameters, h0, c0, lengths, reset, mask = arguments
+            torch.set_num_threads(threads)
+            together = walked(arguments, dy, cell, joint)
+            torch.set_num_threads(1)
+            for b in range(min(batch, 3)):
+                own = [None if t is None else t[b : b + 1] for t in (h0, c0, lengths)]
+                alone = [gates_x[:, b : b + 1], *parameters, *own, reset[:, b : b + 1], mask[b : b + 1]]
+                for a, o in zip(together, walked(alone, dy[:, b : b + 1], cell, joint), strict=True):
+                    assert torch.equal(a[b : b + 1], o)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # --- Modules.
@@ -522,27 +553,17 @@ def test_patch_makes_no_smaller_copies_of_a_layer_with_a_norm() -> None:
 
 
 @needs_native
-def test_the_operators_pass_opcheck() -> None:
-    for cell, joint in (("rnn_tanh", False), ("lstm", False), ("lstm_coupled", False), ("gru", False), ("gru", True)):
-        gates, lstm = ops.GATES[cell], ops.HAS_C[cell]
-        gates_x, w_hh, gain, shift = (
-            torch.randn(4, 3, 5 * gates),
-            torch.randn(5 * gates, 5),
-            torch.randn(5 * gates),
-            None,
-        )
-        of_c = (torch.randn(5), torch.randn(5)) if lstm else (None, None)
-        c0 = torch.randn(3, 5) if lstm else None
-        state = torch.randn(3, 5), c0, torch.tensor([4, 2, 0]), torch.rand(4, 3) < 0.5, None
-        op, back = torch.ops.fastseq.normed_forward.native, torch.ops.fastseq.normed_backward.native
-        tests = ("test_schema", "test_faketensor")
-        numbers = ops.NUMBER[cell], joint, True
-        torch.library.opcheck(op, (gates_x, w_hh, gain, shift, *of_c, *state, *numbers, False, False), test_utils=tests)
-        arguments = (gates_x, w_hh, gain, gain, *of_c, *state)
-        torch.library.opcheck(op, (*arguments, *numbers, True, True), test_utils=tests)
-        y, _, _, states, tape, stats = op(*arguments, *numbers, True, True)
-        kept = (y, states if lstm else None, tape, stats)
-        torch.library.opcheck(back, (y, None, None, None, *kept, *arguments[1:], *numbers), test_utils=tests)
+@pytest.mark.parametrize(("cell", "joint"), FORMS)
+def test_the_operators_pass_opcheck(cell: str, joint: bool) -> None:
+    arguments, dy = drawn_arguments(cell, joint, torch.float32, 4, 3, 5)
+    op, back = torch.ops.fastseq.normed_forward.native, torch.ops.fastseq.normed_backward.native
+    tests, numbers = ("test_schema", "test_faketensor"), (ops.NUMBER[cell], joint, True)
+    few = [*arguments[:3], None, *arguments[4:6], *5 * [None]]
+    torch.library.opcheck(op, (*few, *numbers, False, False), test_utils=tests)
+    torch.library.opcheck(op, (*arguments, *numbers, True, True), test_utils=tests)
+    y, _, _, states, tape, stats = op(*arguments, *numbers, True, True)
+    kept = (y, states if ops.HAS_C[cell] else None, tape, stats)
+    torch.library.opcheck(back, (dy, None, None, None, *kept, *arguments[1:], *numbers), test_utils=tests)
 
 
 @backends
@@ -576,8 +597,9 @@ def test_exports(name: str, backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_the_operator() -> None:
     layer, x = LAYERS["LSTM"](4, 6).eval(), torch.randn(5, 3, 4)
-    traced = torch.jit.trace(lambda x: layer(x)[0], (x,), check_trace=False)
-    torch.testing.assert_close(traced(x), layer(x)[0])
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    torch.testing.assert_close(traced(x)[0], layer(x)[0])
+    assert "normed_forward" in str(traced.inlined_graph)
 
 
 @backends
@@ -617,12 +639,11 @@ def test_streams_are_steps_of_the_layer(name: str) -> None:
             self.layer = layer
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)[0]
+            return self.layer(x[None])[0][0]
 
     streams = fastseq.Streams(Model().eval(), capacity=3)
     ids = [streams.open(), streams.open()]
-    steps = [streams.step(x[t : t + 1], ids) for t in range(6)]
-    torch.testing.assert_close(torch.cat(steps), want)
+    torch.testing.assert_close(torch.stack([streams.step(step, ids) for step in x]), want)
 
 
 @needs_native

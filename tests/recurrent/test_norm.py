@@ -569,6 +569,7 @@ def test_the_operators_pass_opcheck(cell: str, joint: bool) -> None:
 @backends
 @names
 def test_compiles_whole_and_trains(name: str, backend: str) -> None:
+    torch._dynamo.reset()  # the layers share a forward, which is compiled for each of them
     torch.manual_seed(7)
     layer = LAYERS[name](4, 6, bidirectional=True, dtype=torch.float64)
     x = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)

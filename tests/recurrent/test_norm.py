@@ -213,8 +213,8 @@ def test_the_native_kernels_are_as_near_the_truth_as_the_reference(name: str, dt
             assert a.dtype == peer.dtype
             truth = truth.detach()
             scale = max(1.0, float(truth.abs().max()))
-            limit = 2 * float((peer.double() - truth).abs().max()) + floor * torch.finfo(dtype).eps * scale
-            assert float((a.double() - truth).abs().max()) <= limit, (steps, batch, hidden, threads)
+            limit = 2 * float((peer.detach().double() - truth).abs().max()) + floor * torch.finfo(dtype).eps * scale
+            assert float((a.detach().double() - truth).abs().max()) <= limit, (steps, batch, hidden, threads)
 
 
 @backends

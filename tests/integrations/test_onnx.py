@@ -180,6 +180,14 @@ def test_a_mask_of_states_is_a_scan(kind):
         assert_equal(proto, model, *inputs(T, lengths))
 
 
+@pytest.mark.parametrize(("name", "norm"), [("LSTM", "layer"), ("GRU", "joint")])
+def test_a_normalised_layer_is_a_scan(name, norm):
+    layer = getattr(fastseq.nn, name)(4, 6, norm=norm, bidirectional=True)
+    proto = exported(layer, (torch.randn(5, 3, 4),), {"input": {0: ANY, 1: ANY}})
+    assert operators(proto).count("Scan") == 2
+    assert_equal(proto, layer, torch.randn(9, 2, 4))
+
+
 def test_dropouts_of_the_recurrence_leave_no_trace_in_evaluation():
     plain = fastseq.nn.GRU(4, 6, 2, bidirectional=True)
     layer = fastseq.nn.GRU(4, 6, 2, bidirectional=True, recurrent_dropout=0.5, weight_dropout=0.5)
@@ -335,6 +343,8 @@ def test_what_cannot_be_translated_is_named():
         translated(model, inputs, None)
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"ONNX has no operator for state_mask="):
         translated(Masked(model.layer), (torch.randn(5, 3, 4), torch.ones(1, 3, 6)), None)
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"ONNX has no operator for norm="):
+        translated(fastseq.nn.GRU(4, 6, norm="layer"), inputs[:1], None)
 
 
 def test_a_backend_that_was_named_is_kept():

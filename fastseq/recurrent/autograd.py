@@ -191,7 +191,7 @@ def torch_products(
             steps = torch.arange(x.shape[0], device=x.device)
             x = x.masked_fill((steps[:, None] >= lengths)[:, :, None], 0)
         dw_ih = flat.t() @ _rows(x)
-        dw_hh = _dw_hh(dgates, dhidden, inputs, kept, walk)
+        dw_hh = dw_hh_of(dgates, dhidden, inputs, kept, walk)
         db_ih = flat.sum(0)
         if walk.cell != "gru":
             db_hh = db_ih.clone()  # the caller may scale each in place
@@ -200,7 +200,7 @@ def torch_products(
     return dx, dw_ih, dw_hh, db_ih, db_hh
 
 
-def _dw_hh(dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk) -> Tensor:
+def dw_hh_of(dgates: Tensor, dhidden: Tensor, inputs: Inputs, kept: Kept, walk: Walk) -> Tensor:
     """dW_hh = sum over steps of dgates_tᵀ · (m * h_prev_t), without laying out h_prev: it is y, one step aside."""
     y, lengths, cell, mask = kept.y, inputs.lengths, walk.cell, inputs.state_mask
     start = y.new_zeros(y.shape[1:]) if inputs.h0 is None else inputs.h0

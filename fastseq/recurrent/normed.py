@@ -16,7 +16,7 @@ from fastseq import autograd, ops
 from fastseq import backend as backends
 from fastseq.checks import ArgumentError, check_like, check_tensor, sizes
 from fastseq.recurrent import normed_reference as reference
-from fastseq.recurrent.autograd import Inputs, Kept, Walk, _dw_hh
+from fastseq.recurrent.autograd import Inputs, Kept, Walk, dw_hh_of
 from fastseq.recurrent.call import RecurrentCall, Result
 
 FORWARD = torch.ops.fastseq.normed_forward.native
@@ -167,7 +167,7 @@ def fused_gradient(
     if need[1]:
         read = Inputs(gates_x, w_hh, w_hh, None, None, None, h0, None, None, None, *options)
         one_product = Walk("rnn_tanh", kind.reverse, "native")  # of all gates with the same h
-        dw_hh = _dw_hh(dproduct, dproduct, read, Kept(kept[0], None, None), one_product)
+        dw_hh = dw_hh_of(dproduct, dproduct, read, Kept(kept[0], None, None), one_product)
     return (dproduct if kind.form == "joint" else dgates_x, dw_hh, *more)
 
 

@@ -434,7 +434,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> layers_backward_cuda
     }
   }
   a.run();
-  return {with_dx ? torch::stable::view(a.dx, {T, B, x.size(2)}) : a.dx, a.dh0, a.dc0, a.dweights};
+  const Tensor dx = with_dx ? torch::stable::view(a.dx, {T, B, x.size(2)}) : a.dx;
+  return {dx, a.dh0, a.dc0, a.call.empty({0}), a.call.empty({0}), a.dweights};
 }
 
 std::string native_scan_schedule(bool backward, int64_t steps, int64_t layers, int64_t directions, int64_t beside,

@@ -267,6 +267,12 @@ def tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def keeps_a_tape() -> bool:
+    """Whether a backward pass may come. An exported program has none; to Dynamo every program is an exported one."""
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.is_grad_enabled() and not exporting
+
+
 def exporting_onnx() -> bool:
     """Whether ``torch.onnx.export`` captures this call for its graph."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

@@ -64,9 +64,14 @@ def check_nonlinearity(name: str) -> None:
 def check_probability(name: str, p: object) -> None:
     """That of a dropout of states or weights, or of zoneout, as torch's layers check theirs; nothing is left at 1."""
     if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) < 1:
-        raise ArgumentError(
-            f"{name} must be a number in [0, 1), the probability of an element being dropped, got {p!r}"
-        )
+        what = "a unit keeping its old value" if "zoneout" in name else "an element being zeroed"
+        raise ArgumentError(f"{name} must be a number in [0, 1), the probability of {what}, got {p!r}")
+
+
+def check_zoneout(zoneout: tuple[object, object]) -> None:
+    """The probabilities of h and c."""
+    for of, p in zip(("", "'s second, that of c,"), zoneout, strict=True):
+        check_probability(f"zoneout{of}", p)
 
 
 def check_input(x: Tensor, w_ih: Tensor, batch_first: bool) -> None:
@@ -108,6 +113,7 @@ def check_cell_input(x: Tensor, w_ih: Tensor) -> None:
 def check_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
     """An initial state of exactly this shape."""
     check_tensor(name, state)
+    check_dense(name, state)
     if tuple(state.shape) != expected:
         what = "[num_layers * directions, batch, size] = " if len(expected) == 3 else ""
         raise ArgumentError(f"{name} must be {what}{list(expected)} for this input, got {sizes(state)}")

@@ -313,7 +313,7 @@ def _compress(model: nn.Module, kind: str, compute: bool) -> str:
     for module in model.modules():
         if isinstance(module, _RECURRENT):
             matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2 and p.dtype is torch.float32]
-            if matrices and getattr(module, "norm", None) is None:
+            if matrices and not any(getattr(module, option, None) for option in ("norm", "zoneout")):
                 module._compressed = CompressedWeights(kind, compute)
                 elements += sum(matrix.numel() for matrix in matrices)
                 count += 1
@@ -321,7 +321,7 @@ def _compress(model: nn.Module, kind: str, compute: bool) -> str:
                 others += 1
     what = f"that multiply {kind}" if compute else f"with {kind} weights"
     note = f"{_count(count)} {what} in inference"
-    note += f"; {_count(others)} not, having no float32 weights, or a norm" if others else ""
+    note += f"; {_count(others)} not, having no float32 weights, a norm or zoneout" if others else ""
     kept = elements * getattr(torch, kind).itemsize
     return f"{note}; the copies take {kept / 1e6:,.1f} MB beside {4 * elements / 1e6:,.1f} MB of float32"
 

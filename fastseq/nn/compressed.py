@@ -54,6 +54,8 @@ class Served(list[Tensor]):
         """The results of a call, its tensors laid out as ``[T, B, I]``; None where the copies do not serve it."""
         if torch.is_grad_enabled() or call.want_states or call.state_mask is not None:
             return None
+        if call.reset_h is not None or any(call.zoneout):
+            return None
         done = self.layer._compressed.infer(
             self.layer, call.x, call.h0, call.c0, call.cell, "layer", call.num_layers, call.bidirectional,
             lengths=call.lengths, reset=call.reset,

@@ -107,9 +107,11 @@ class _Recurrent(_Native, NormedLayer):
         checks.check_probability("recurrent_dropout", recurrent_dropout)
         checks.check_probability("weight_dropout", weight_dropout)
         pair = checks.zoneout_of(zoneout, pair=self.mode == "LSTM")
-        for p in pair:
-            checks.check_probability("zoneout", p)
-        options = recurrent_dropout, weight_dropout, zoneout if any(pair) else 0.0, bool(recompute)
+        checks.check_zoneout(pair)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute must be True or False, got {recompute!r}")
+        own = pair if isinstance(zoneout, (tuple, list)) else zoneout
+        options = recurrent_dropout, weight_dropout, own if any(pair) else 0.0, recompute
         vars(self).update({name: value for name, value in zip(_OPTIONS, options, strict=True) if value})
 
     def extra_repr(self) -> str:

@@ -52,6 +52,8 @@ def weight_sizes(cell: str, norm: str, hidden: int) -> dict[str, int]:
 def check(call: RecurrentCall) -> None:
     """The normalisation of a call, and its parameters."""
     check_form(call.norm, call.cell, call.projected)
+    if not isinstance(call.norm_weights, (tuple, list)):
+        raise TypeError(f"norm_weights must be a sequence of Tensors, got {type(call.norm_weights).__name__}")
     if call.norm is None:
         if len(call.norm_weights):
             raise ArgumentError(f"there are {len(call.norm_weights)} norm_weights but norm is None: name the form")
@@ -112,8 +114,7 @@ def scan(
     tensors = (gates_x, w_hh, *parameters, *state)
     kind = Kind(cell, form, reverse)
     recorded = torch.is_grad_enabled() and autograd.wants_gradient(tensors[:8]) and not backends.tracing()
-    # An exported program has no backward pass to keep anything for. To Dynamo every program is an exported one.
-    if recorded and not (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
+    if recorded and backends.keeps_a_tape():
         found = autograd.apply(Normed, *tensors, kind)
     else:
         found = FORWARD(*tensors, *kind.numbers(), False, want_states)

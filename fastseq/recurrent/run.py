@@ -98,8 +98,7 @@ def _check_and_lay_out(call: RecurrentCall, layout: str, rank: int) -> tuple[int
     call.reset_h = given("reset_state", call.reset_h, call.weights[1].shape[1])
     call.reset_c = given("reset_state's c", call.reset_c, call.hidden)
     checks.check_probability("recurrent_dropout", call.recurrent_dropout)
-    for p in call.zoneout:
-        checks.check_probability("zoneout", p)
+    checks.check_zoneout(call.zoneout)
     if call.draws_mask and call.state_mask is not None:
         raise checks.ArgumentError("recurrent_dropout draws a state_mask in training: give one of the two alone")
     return steps, batch
@@ -157,7 +156,7 @@ def _native_reason(call: RecurrentCall) -> str | None:
         return "the native kernels have no zoneout and no reset_state beside norm="
     if call.zoneout[1] and call.projected:
         return "the native kernels have no zoneout of c beside a projection (proj_size)"
-    if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and torch.is_grad_enabled():
+    if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and backends.keeps_a_tape():
         return "the native kernels compute no gradient of an RNN with zoneout in evaluation"
     return None
 

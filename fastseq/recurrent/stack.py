@@ -370,8 +370,7 @@ def stack(kind: Kind, x: Tensor, starts: Tensors, options: Tensors, weights: Seq
     """y, h_n, an LSTM's c_n, and where wanted every c_t of the last layer's directions. ``starts``: h0, c0, reset_h and
     reset_c; ``options``: lengths, reset, state_mask and zoneout's shares."""
     learns = torch.is_grad_enabled() and autograd.wants_gradient((x, *starts, *weights))
-    # An exported program has no backward pass to keep anything for. To Dynamo every program is an exported one.
-    if not learns or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
+    if not learns or not backends.keeps_a_tape():
         y, h_n, c_n, _, states, _ = FORWARD(x, weights, *starts, *options, *kind.numbers(), False, kind.want_states)
         return (y, h_n, c_n, *states) if ops.HAS_C[kind.cell] else (y, h_n)
     compiling = torch.compiler.is_compiling()

@@ -349,6 +349,33 @@ def test_a_sequence_has_the_bits_of_the_sequence_alone_under_deterministic_algor
         torch.use_deterministic_algorithms(False)
 
 
+@needs_native
+def test_smaller_copies_serve_no_call_that_they_do_not_have() -> None:
+    torch.manual_seed(12)
+    x, reset = torch.randn(5, 3, 4), torch.rand(5, 3) < 0.4
+    state = torch.randn(1, 3, 6)
+    for options in ({"weights": "int8"}, {"compute": "bfloat16"}):
+        plain, kept = fastseq.nn.GRU(4, 6), fastseq.nn.GRU(4, 6, zoneout=0.3).eval()
+        report = fastseq.patch(nn.Sequential(kept), **options)
+        assert "1 layer not, having no float32 weights, a norm or zoneout" in str(report)
+        with torch.no_grad():
+            want, moved = plain(x, reset=reset, reset_state=state), kept(x)
+            fastseq.patch(nn.Sequential(plain), **options)
+            for a, b in zip(plain(x, reset=reset, reset_state=state), want, strict=True):
+                assert torch.equal(a, b)
+            plain.zoneout = 0.3  # after it was patched
+            plain.load_state_dict(kept.state_dict())
+            assert torch.equal(plain.eval()(x)[0], moved[0])
+
+
+def test_an_rnn_with_zoneout_is_exported_for_any_length() -> None:
+    layer, x = fastseq.nn.RNN(4, 6, zoneout=0.1).eval(), torch.randn(6, 2, 4)
+    steps = torch.export.Dim("steps", min=2, max=100)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: steps}})
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x.repeat(2, 1, 1))[0], layer(x.repeat(2, 1, 1))[0])
+
+
 def test_a_stream_steps_with_zoneout() -> None:
     torch.manual_seed(10)
     layer = fastseq.nn.LSTM(4, 6, num_layers=2, zoneout=P).eval()
@@ -383,13 +410,15 @@ def test_what_the_native_kernels_do_not_have_runs_on_the_reference() -> None:
 @pytest.mark.parametrize("bad", [1, -0.1, float("nan"), True, "0.5", None, (0.1, 0.2, 0.3), (0.1, 1.0)])
 def test_a_probability_out_of_range_is_refused(bad: Any) -> None:
     for make in (fastseq.nn.RNN, fastseq.nn.GRU, fastseq.nn.LSTM):
-        with pytest.raises(ArgumentError, match="zoneout must be a number in"):
+        with pytest.raises(ArgumentError, match=r"zoneout.* must be a number in"):
             make(3, 4, zoneout=bad)
+    with pytest.raises(TypeError, match="recompute must be True or False"):
+        fastseq.nn.GRU(3, 4, recompute=bad and str(bad))  # type: ignore[arg-type]
     layer = fastseq.nn.LSTM(3, 4)
     layer.zoneout = bad
     if not bad:
         return
-    with pytest.raises(ArgumentError, match="zoneout must be a number in"):
+    with pytest.raises(ArgumentError, match=r"zoneout.* must be a number in"):
         layer(torch.randn(2, 2, 3))
 
 
@@ -406,6 +435,7 @@ def test_wrong_states_are_named() -> None:
     for call, message in (
         (lambda: gru(x, reset_state=state), "reset_state is what reset puts in the state's place: give reset too"),
         (lambda: gru(x, reset=reset, reset_state=state[0]), r"reset_state must be .*\[1, 3, 6\] .* got \[3, 6\]"),
+        (lambda: gru(x, reset=reset, reset_state=state.to_sparse()), "reset_state must be a dense Tensor"),
         (lambda: gru(x, reset=reset, reset_state=state.double()), "reset_state is torch.float64 but input is"),
         (lambda: lstm(x, reset=reset, reset_state=state), "reset_state of an LSTM must be a pair"),
         (lambda: lstm(x, reset=reset, reset_state=(state, None)), "reset_state must be a pair"),

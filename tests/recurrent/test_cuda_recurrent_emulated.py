@@ -142,7 +142,7 @@ def test_float32_is_one_product_of_tf32_where_torch_allows_it_and_exact_elsewher
         torch.backends.cuda.matmul.fp32_precision = setting
         with machine(role, 2, 96):
             out = forward(inputs, None, None, cell, False, backend="emulated")
-            dgates, _, dh0, _ = backward([dy, None, None, None], out, inputs, None, None, cell, False, "emulated")
+            dgates, _, dh0, *_ = backward([dy, None, None, None], out, inputs, None, None, cell, False, "emulated")
         for name, factor in (("tf32", as_tf32), ("ieee", lambda t: t)):
             x, w_ih, w_hh, b_ih, b_hh, _, h0, c0 = inputs
             exact: list[Any] = [x, w_ih, factor(w_hh), b_ih, b_hh, None, factor(h0), c0]

@@ -291,7 +291,10 @@ def test_gradients_of_a_stack_that_is_walked_again_match_the_reference(
     def again(kind: Kind, x, h0, c0, lengths, reset, weights) -> tuple[Tensor, ...]:
         return recompute.Recomputed.apply(kind, x, h0, c0, *options_of(lengths, reset), *weights)
 
-    truth, peer = (gradients(by_reference, kind, d, *drawn, lengths, reset) for d in (torch.float64, torch.float32))
+    def without_states(*args) -> tuple[Tensor, ...]:
+        return by_reference(*args)[: 2 + ops.HAS_C[cell]]
+
+    truth, peer = (gradients(without_states, kind, d, *drawn, lengths, reset) for d in (torch.float64, torch.float32))
     with machine("cluster", 1, 64):
         ours = gradients(again, kind, torch.float32, *drawn, lengths, reset)
     for i, (a, b, c) in enumerate(zip(ours, peer, truth, strict=True)):
@@ -417,12 +420,12 @@ def test_a_walk_in_windows_has_the_bits_of_a_whole_one(cell: str, role: str) -> 
     found = []
     for windows in (1, 2, 7):
         with machine(role, 2, 64, windows=windows):
-            out = stack.FORWARD(x, weights, h0, c0, lengths, reset, None, *kind.numbers(), True, True)
+            out = stack.FORWARD(x, weights, h0, c0, *options_of(lengths, reset), *kind.numbers(), True, True)
             y, h_n, c_n, _, states, tapes = out
             dc = torch.ones_like(c_n) if ops.HAS_C[cell] else None
-            given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, lengths, reset, None)
+            given = (torch.ones_like(y), torch.ones_like(h_n), dc, [], x, weights, h0, c0, *options_of(lengths, reset))
             back = stack.BACKWARD(*given, None, [y], states, tapes, *kind.numbers(), False, True)
-        found.append([*tree_flatten(out)[0], *back[:3], back[3][0]])
+        found.append([*tree_flatten(out)[0], *back[:3], back[-1][0]])
     for other in found[1:]:
         for ours, whole in zip(other, found[0], strict=True):
             assert torch.equal(ours, whole)

@@ -43,7 +43,7 @@ class Walk:
         with machine(role, 2, 96, 8):
             out = forward(inputs, lengths, reset, cell, True, backend="emulated")
             grads = [dy, dh_n, dc_n if lstm else None, None]
-            dgates, _, dh0, dc0 = backward(grads, out, inputs, lengths, reset, cell, True, "emulated")
+            dgates, _, dh0, dc0, *_ = backward(grads, out, inputs, lengths, reset, cell, True, "emulated")
         y, h_n, c_n, states, tape = out
         gates_x = torch.nn.functional.linear(x, w_ih, b_ih)
         self.calls = {

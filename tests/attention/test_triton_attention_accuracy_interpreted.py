@@ -17,7 +17,10 @@ SHAPE = (1, 2, 1, 35, 70, 24, 17)  # several tiles in both directions, none of t
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_large_scores_do_not_spoil_gradients(causal: bool) -> None:
-    assert_as_good_as(math_path, lambda: with_large_scores(SHAPE, torch.float32), {"causal": causal}, "triton")
+    # The interpreter's products are numpy's, and on a chip with 8 lanes less near the truth than the peer's, which are
+    # torch's. Large scores multiply that.
+    draw = functools.partial(with_large_scores, SHAPE, torch.float32)
+    assert_as_good_as(math_path, draw, {"causal": causal}, "triton", times=3)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)

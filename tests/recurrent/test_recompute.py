@@ -136,17 +136,24 @@ def test_other_forms_of_a_call(backend: str, parts: list[int]) -> None:
         found += both(layers, x)
         for a, b in zip(found[0] + found[2], found[1] + found[3], strict=True):
             torch.testing.assert_close(a, b)
-        compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), layers[0](x))
-        torch.testing.assert_close(
-            torch.func.grad(lambda x: layers[1](x)[0].sum())(x), torch.func.grad(lambda x: layers[0](x)[0].sum())(x)
-        )
         lstm = fastseq.nn.LSTM(4, 6, recompute=True)
         assert lstm(x, return_all_states=True)[2].grad_fn is not None
         with torch.no_grad():
             parts.clear()
             lstm(x)
             assert parts == []
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_compiled_or_transformed_it_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "FEWEST_ROWS", 4)
+    layers, x = pair("GRU", 4, 6, bidirectional=True), torch.randn(20, 2, 4, requires_grad=True)
+    with fastseq.use_backend(backend):
+        compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layers[0](x))
+        torch.testing.assert_close(
+            torch.func.grad(lambda x: layers[1](x)[0].sum())(x), torch.func.grad(lambda x: layers[0](x)[0].sum())(x)
+        )
 
 
 def test_weights_that_need_no_gradient_get_none(parts: list[int]) -> None:

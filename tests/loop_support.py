@@ -56,21 +56,28 @@ def one_step(layer: nn.RNNBase, x: Tensor, h: Tensor, c: Tensor | None, m: Tenso
 
 def by_loop(
     layer: nn.RNNBase, x: Tensor, hx: Any, lengths: Any, reset: Any, mask: Any, reset_state: Any = None,
-    shares: Sequence[Tensor | None] = (None, None),
+    shares: Sequence[Tensor | None] = (None, None), step: Callable[..., list[Tensor]] = one_step,
+    norms: Sequence[Tensor] = (), with_c: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """y and the last states of a layer with biases, on x [T,B,I], a step at a time; ``shares`` of h and c
-    [rows,T,B,..]: what zoneout keeps of the states before."""
+    """y and the last states of a layer, and ``with_c`` every c_t of its last layer, on x [T,B,I], a step at a time.
+
+    ``shares`` of h and c [rows,T,B,..]: what zoneout keeps of the states before. ``step`` makes a step, of the plain
+    layer with biases, or of a row's weights and ``norms``.
+    """
     states = hx if isinstance(hx, tuple) else (hx,)
     put_in = reset_state if isinstance(reset_state, tuple) else len(states) * (reset_state,)
     directions = 1 + layer.bidirectional
-    width = len(layer._flat_weights) // (layer.num_layers * directions)
+    rows = layer.num_layers * directions
+    width, norm_width = len(layer._flat_weights) // rows, len(norms) // rows
     lengths = torch.full((x.shape[1],), x.shape[0]) if lengths is None else lengths
     last: list[list[Tensor]] = []
+    all_c: list[Tensor] = []
     for number in range(layer.num_layers):
-        beside = []
+        beside, all_c = [], []
         for row in range(number * directions, (number + 1) * directions):
             own: Any = layer._flat_weights[row * width : (row + 1) * width]
-            now, ys = [s[row] for s in states], [torch.empty(0)] * x.shape[0]
+            more = [norms[row * norm_width : (row + 1) * norm_width]] if norms else []
+            now, ys, cs = [s[row] for s in states], [torch.empty(0)] * x.shape[0], [torch.empty(0)] * x.shape[0]
             for t in reversed(range(x.shape[0])) if row % directions else range(x.shape[0]):
                 live = (t < lengths)[:, None]
                 started = now
@@ -78,16 +85,19 @@ def by_loop(
                     cleared = [torch.zeros(()).to(x) if s is None else s[row] for s in put_in]
                     started = [torch.where(reset[t][:, None], r, s) for r, s in zip(cleared, now, strict=True)]
                 m = torch.ones_like(now[0]) if mask is None else mask[row]
-                new = one_step(layer, x[t], started[0], started[1] if len(now) == 2 else None, m, own)
+                x_t = torch.where(live, x[t], 0)
+                new = step(layer, x_t, started[0], started[1] if len(now) == 2 else None, m, own, *more)
                 kept = [None if s is None else s[row, t] for s in shares]
                 pairs = zip(new, started, kept, strict=False)
                 new = [a if k is None else k * b + (1 - k) * a for a, b, k in pairs]
                 ys[t] = torch.where(live, new[0], 0)
                 now = [torch.where(live, a, b) for a, b in zip(new, now, strict=True)]
+                cs[t] = now[-1]
             beside.append(torch.stack(ys))
+            all_c.append(torch.stack(cs))
             last.append(now)
         x = torch.cat(beside, -1)
-    return [x, *(torch.stack(s) for s in zip(*last, strict=True))]
+    return [x, *(torch.stack(s) for s in zip(*last, strict=True)), *([torch.cat(all_c, -1)] if with_c else [])]
 
 
 def function_of(layer: nn.RNNBase) -> Callable[..., Any]:
@@ -115,6 +125,23 @@ def drawn(name: str, number: int) -> tuple[Any, Tensor, Any, Any, Any, Tensor]:
     lengths = torch.randint(0, steps + 1, (batch,)) if pick.random() < 0.5 else None
     reset = torch.rand(steps, batch) < 0.3 if pick.random() < 0.5 else None
     return layer, x, hx, lengths, reset, mask_of(rows, batch, outputs)
+
+
+def assert_as_near(ours: Tensor, peer: Tensor, truth: Tensor) -> None:
+    """At most twice as far from the truth as the peer in its dtype, and 24 roundings of numbers of about 1."""
+    truth = truth.detach()
+    scale = max(1.0, float(truth.abs().max()))
+    limit = 2 * float((peer.double() - truth).abs().max()) + 24 * torch.finfo(peer.dtype).eps * scale
+    assert float((ours.double() - truth).abs().max()) <= limit
+
+
+def assert_gradients_of_many_are_those_of_each(y: Tensor, leaves: list[Tensor]) -> None:
+    """``is_grads_batched=True``, for three draws of y's gradient."""
+    grads = torch.randn(3, *y.shape, dtype=y.dtype)
+    found = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
+    want = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in grads]
+    for d, each in zip(found, zip(*want, strict=True), strict=True):
+        torch.testing.assert_close(d, torch.stack(each))
 
 
 def gradients(results: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:

@@ -32,8 +32,8 @@ def translations() -> dict[Callable, Callable]:
     may hold, and the function that writes it in ONNX's.
 
     Number and order of the layers, directions, heads and options are those of the program; T and B may be dynamic.
-    Not translated: ``reset=``, ``state_mask=``, ``norm=``, ``return_all_states=True``, dropout in attention, packed
-    sequences and pages (NotImplementedError).
+    Not translated: ``reset=``, ``state_mask=``, ``zoneout=``, ``norm=``, ``return_all_states=True``, dropout in
+    attention, packed sequences and pages (NotImplementedError).
 
     Example:
         >>> import torch, fastseq, fastseq.integrations.onnx
@@ -126,7 +126,7 @@ def _layers(
 ) -> Sequence[Value]:  # fmt: skip
     """``layers_forward``: y, h_n and an LSTM's c_n; what training alone needs is left out."""
     _refuse(**{"reset=": reset is not None, "state_mask=": state_mask is not None})
-    _refuse(zoneout=zoneout_h is not None or zoneout_c is not None)
+    _refuse(**{"zoneout=": zoneout_h is not None or zoneout_c is not None})
     _refuse(**{"return_all_states=True": states and not save})
     directions = 2 if bidirectional else 1
     dtype, rows = x.dtype, num_layers * directions

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.recurrent.reference import kept
+from fastseq.recurrent.reference import kept, loop
 
 EPS = 1e-5
 """What is added to a variance, as ``torch.nn.LayerNorm`` does."""
@@ -98,39 +98,15 @@ def walk(
     given = (gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask)
     wide: Any = [None if t is None else t.to(compute) for t in given]
     gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, state_mask = wide
-    zero = torch.zeros((), dtype=compute, device=gates_x.device)
-    put_in = [zero if s is None else s.to(compute) for s in (reset_h, reset_c)]
     h = gates_x.new_zeros(batch, hidden) if h0 is None else h0
     c = gates_x.new_zeros(batch, hidden) if c0 is None and cell.startswith("lstm") else c0
-    outputs: list[Tensor] = []
-    states: list[Tensor] = []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        h_prev, c_prev = h, c
-        if reset is not None:
-            keep = ~reset[t][:, None]
-            h_prev = torch.where(keep, h_prev, put_in[0])
-            c_prev = None if c_prev is None else torch.where(keep, c_prev, put_in[1])
+    put_in = [None if s is None else s.to(compute) for s in (reset_h, reset_c)]
+
+    def advance(t: int, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         kept_h, kept_c = (None if s is None else s[t].to(compute) for s in (zoneout_h, zoneout_c))
-        y, c_new = step(
-            cell, form, gates_x[t], h_prev, c_prev, w_hh, gain, shift, gain_c, shift_c, state_mask, kept_h, kept_c
-        )
-        h_new = y
-        if lengths is not None:
-            live = (t < lengths)[:, None]
-            y = torch.where(live, h_new, 0)
-            h_new = torch.where(live, h_new, h)
-            c_new = None if c_new is None or c is None else torch.where(live, c_new, c)
-        h, c = h_new, c_new
-        outputs.append(y)
-        if c is not None:
-            states.append(c)
-    if reverse:
-        outputs.reverse()
-        states.reverse()
-    y = torch.stack(outputs).to(dtype)
-    if c is None:
-        return y, h.to(dtype), None, None
-    return y, h.to(dtype), c.to(dtype), torch.stack(states)
+        return step(cell, form, gates_x[t], h, c, w_hh, gain, shift, gain_c, shift_c, state_mask, kept_h, kept_c)
+
+    return loop(advance, steps, h, c, put_in, lengths, reset, reverse, dtype)
 
 
 def step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,6 @@ def scan(
     w_ih, w_hh, b_ih, b_hh, w_hr = (widen(w) for w in (w_ih, w_hh, b_ih, b_hh, w_hr))  # type: ignore[assignment]
     steps, batch = x.shape[:2]
     h, c, state_mask = widen(h0), widen(c0), widen(state_mask)
-    after_reset = [
-        torch.zeros((), dtype=compute, device=x.device) if s is None else widen(s) for s in (reset_h, reset_c)
-    ]
     shares = widen(zoneout_h), widen(zoneout_c)
     if h is None:
         h = w_hh.new_zeros(batch, w_hh.shape[1])
@@ -77,22 +74,44 @@ def scan(
         x = x.masked_fill((torch.arange(steps, device=x.device)[:, None] >= lengths)[:, :, None], 0)
     gates_x = F.linear(x.to(compute), w_ih, b_ih)
 
+    def advance(t: int, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kept_h, kept_c = (None if s is None else s[t] for s in shares)
+        return step(cell, gates_x[t], h, c, w_hh, b_hh, w_hr, state_mask, kept_h, kept_c)
+
+    after_reset = widen(reset_h), widen(reset_c)
+    return loop(advance, steps, h, c, after_reset, lengths, reset, reverse, dtype)
+
+
+def loop(
+    advance: Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    steps: int,
+    h: Tensor,
+    c: Tensor | None,
+    after_reset: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The results of :func:`scan`, y and last states in ``dtype``, from ``advance``, which makes the states of step t
+    from those before. ``after_reset``: h and c, or None for zeros."""
+    zero = torch.zeros((), dtype=h.dtype, device=h.device)
+    put_in = [zero if s is None else s for s in after_reset]
     outputs: list[Tensor] = []
     states: list[Tensor] = []
     for t in reversed(range(steps)) if reverse else range(steps):
         h_prev, c_prev = h, c
         if reset is not None:
             keep = ~reset[t][:, None]
-            h_prev = torch.where(keep, h_prev, after_reset[0])  # type: ignore[arg-type]
-            c_prev = None if c_prev is None else torch.where(keep, c_prev, after_reset[1])  # type: ignore[arg-type]
-        kept = (None if s is None else s[t] for s in shares)
-        h_new, c_new = step(cell, gates_x[t], h_prev, c_prev, w_hh, b_hh, w_hr, state_mask, *kept)
+            h_prev = torch.where(keep, h_prev, put_in[0])
+            c_prev = None if c_prev is None else torch.where(keep, c_prev, put_in[1])
+        h_new, c_new = advance(t, h_prev, c_prev)
         y = h_new
         if lengths is not None:
             live = (t < lengths)[:, None]
             y = torch.where(live, h_new, 0)
             h_new = torch.where(live, h_new, h)
-            c_new = None if c_new is None else torch.where(live, c_new, c)  # type: ignore[arg-type]
+            c_new = None if c_new is None or c is None else torch.where(live, c_new, c)
         h, c = h_new, c_new
         outputs.append(y)
         if c is not None:

@@ -8,9 +8,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import loop_support
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_support import assert_gradients_of_many_are_those_of_each, gradients
+from recurrent_support import assert_within_budget
 from support import DTYPES, ISAS, NATIVE, flat, needs_native
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
@@ -83,38 +86,11 @@ def by_loop(
     layer: Any, x: Tensor, hx: Any = None, lengths: Any = None, reset: Any = None, mask: Any = None
 ) -> list[Tensor]:
     """y, the last states, and an LSTM's c_t of the last layer, on x [T,B,I], a step at a time."""
-    directions, steps, batch, hidden = 1 + layer.bidirectional, *x.shape[:2], layer.hidden_size
-    rows = layer.num_layers * directions
     if hx is None:
-        zeros = x.new_zeros(rows, batch, hidden)
+        zeros = x.new_zeros(layer.num_layers * (1 + layer.bidirectional), x.shape[1], layer.hidden_size)
         hx = (zeros, zeros) if isinstance(layer, fastseq.nn.LSTM) else zeros
-    states = hx if isinstance(hx, tuple) else (hx,)
-    mask = x.new_ones(rows, batch, hidden) if mask is None else mask
-    weights, norms = layer._flat_weights, layer._norm_weights()
-    width, norm_width = len(weights) // rows, len(norms) // rows
-    lengths = torch.full((batch,), steps) if lengths is None else lengths
-    last: list[list[Tensor]] = []
-    beside: list[Tensor] = []
-    all_c: list[Tensor] = []
-    for number in range(layer.num_layers):
-        beside, all_c = [], []
-        for row in range(number * directions, (number + 1) * directions):
-            own, own_norms = weights[row * width : (row + 1) * width], norms[row * norm_width : (row + 1) * norm_width]
-            now, ys, cs = [s[row] for s in states], [torch.empty(0)] * steps, [torch.empty(0)] * steps
-            for t in reversed(range(steps)) if row % directions else range(steps):
-                live = (t < lengths)[:, None]
-                started = [s if reset is None else torch.where(reset[t][:, None], 0, s) for s in now]
-                x_t = torch.where(live, x[t], 0)
-                new = one_step(layer, x_t, started[0], started[-1], mask[row], own, own_norms)
-                ys[t] = torch.where(live, new[0], 0)
-                now = [torch.where(live, a, b) for a, b in zip(new, now, strict=True)]
-                cs[t] = now[-1]
-            beside.append(torch.stack(ys))
-            all_c.append(torch.stack(cs))
-            last.append(now)
-        x = torch.cat(beside, -1)
-    more = [torch.cat(all_c, -1)] if isinstance(layer, fastseq.nn.LSTM) else []
-    return [x, *(torch.stack(s) for s in zip(*last, strict=True)), *more]
+    norms, lstm = layer._norm_weights(), isinstance(layer, fastseq.nn.LSTM)
+    return loop_support.by_loop(layer, x, hx, lengths, reset, mask, step=one_step, norms=norms, with_c=lstm)
 
 
 def call(layer: Any, x: Tensor, hx: Any = None, **more: Any) -> list[Tensor]:
@@ -122,11 +98,6 @@ def call(layer: Any, x: Tensor, hx: Any = None, **more: Any) -> list[Tensor]:
     if isinstance(layer, fastseq.nn.LSTM):
         more["return_all_states"] = True
     return flat(layer._function(x, hx, batch_first=layer.batch_first, **more))
-
-
-def gradients(results: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    weighed = sum((r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in results)
-    return torch.autograd.grad(weighed, leaves, materialize_grads=True)  # type: ignore[arg-type]
 
 
 def drawn(name: str, number: int) -> tuple[Any, Tensor, Any, dict[str, Any]]:
@@ -210,11 +181,7 @@ def test_the_native_kernels_are_as_near_the_truth_as_the_reference(name: str, dt
 
         ways = found(dtype, "native"), found(dtype, "reference"), found(torch.float64, "reference")
         for a, peer, truth in zip(ways[0], ways[1], ways[2][: len(ways[0])], strict=True):
-            assert a.dtype == peer.dtype
-            truth = truth.detach()
-            scale = max(1.0, float(truth.abs().max()))
-            limit = 2 * float((peer.detach().double() - truth).abs().max()) + floor * torch.finfo(dtype).eps * scale
-            assert float((a.detach().double() - truth).abs().max()) <= limit, (steps, batch, hidden, threads)
+            assert_within_budget(a, peer, truth, str((steps, batch, hidden, threads)), floor)
 
 
 @backends
@@ -622,11 +589,7 @@ def test_transforms(name: str, backend: str) -> None:
         leaf = xs[0].clone().requires_grad_()
         torch.testing.assert_close(tangent, torch.autograd.grad(run(own, leaf), leaf)[0].sum())
         y = layer(leaf)[0]
-        grads, leaves = torch.randn(3, *y.shape, dtype=torch.float64), list(layer.parameters())
-        batched = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
-        each = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in grads]
-    for d, alone in zip(batched, zip(*each, strict=True), strict=True):
-        torch.testing.assert_close(d, torch.stack(alone))
+        assert_gradients_of_many_are_those_of_each(y, list(layer.parameters()))
 
 
 @names

@@ -10,7 +10,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from loop_support import LAYERS, by_loop, drawn, function_of, gradients, mask_of
+from loop_support import (
+    LAYERS,
+    assert_as_near,
+    assert_gradients_of_many_are_those_of_each,
+    by_loop,
+    drawn,
+    function_of,
+    gradients,
+    mask_of,
+)  # fmt: skip
 from recurrent_support import SHAPES, compare, draw, options, seed
 from support import CELLS, DTYPES, ISAS, NATIVE, PROJECTED, flat, needs_native
 from torch import Tensor, nn
@@ -82,11 +91,8 @@ def test_the_gradients_of_a_stack_are_near_the_truth(name: str, dtype: torch.dty
             return [*flat(results), *gradients(results, [leaf, *own.parameters()])]
 
     ways = found(dtype, "native"), found(dtype, "reference"), found(torch.float64, "reference")
-    for a, peer, truth in zip(*ways, strict=True):
-        truth = truth.detach()
-        scale = max(1.0, float(truth.abs().max()))
-        limit = 2 * float((peer.double() - truth).abs().max()) + 24 * torch.finfo(dtype).eps * scale
-        assert float((a.double() - truth).abs().max()) <= limit
+    for each in zip(*ways, strict=True):
+        assert_as_near(*each)
 
 
 # --- Masks that the layers draw.
@@ -317,11 +323,7 @@ def test_gradients_of_many_outputs_at_once_are_those_of_each(name: str, backend:
     mask = mask_of(4, 2, getattr(layer, "proj_size", 0) or 4, dtype=torch.float32)
     with fastseq.use_backend(backend):
         y = function_of(layer)(x, None, state_mask=mask)[0]
-        grads = torch.randn(3, *y.shape)
-        found = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
-        want = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in grads]
-    for d, each in zip(found, zip(*want, strict=True), strict=True):
-        torch.testing.assert_close(d, torch.stack(each))
+        assert_gradients_of_many_are_those_of_each(y, leaves)
 
 
 def test_a_transform_finds_the_gradient_of_a_mask() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from loop_support import LAYERS, by_loop, drawn, function_of, gradients
+from loop_support import (
+    LAYERS,
+    assert_as_near,
+    assert_gradients_of_many_are_those_of_each,
+    by_loop,
+    drawn,
+    function_of,
+    gradients,
+)  # fmt: skip
 from support import DTYPES, ISAS, NATIVE, flat, needs_native
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
@@ -113,10 +121,8 @@ def test_the_native_kernels_are_as_near_the_truth_as_the_reference(
                 return [t.detach() for t in every]
 
         ways = found(dtype, "native"), found(dtype, "reference"), found(torch.float64, "reference")
-        for a, peer, truth in zip(*ways, strict=True):
-            scale = max(1.0, float(truth.abs().max()))
-            limit = 2 * float((peer.double() - truth).abs().max()) + 24 * torch.finfo(dtype).eps * scale
-            assert float((a.double() - truth).abs().max()) <= limit
+        for each in zip(*ways, strict=True):
+            assert_as_near(*each)
 
 
 def fixed_shares(call: RecurrentCall, steps: int, batch: int, *rows: int) -> tuple[Tensor | None, ...]:
@@ -312,11 +318,7 @@ def test_gradients_of_many_outputs_at_once_are_those_of_each(name: str, backend:
     with fastseq.use_backend(backend):
         state: Any = tuple(put_in) if len(put_in) > 1 else put_in[0]
         y = layer(torch.randn(5, 2, 3), reset=torch.rand(5, 2) < 0.3, reset_state=state)[0]
-        grads = torch.randn(3, *y.shape)
-        found = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
-        want = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in grads]
-    for d, each in zip(found, zip(*want, strict=True), strict=True):
-        torch.testing.assert_close(d, torch.stack(each))
+        assert_gradients_of_many_are_those_of_each(y, leaves)
 
 
 @needs_native

@@ -92,7 +92,7 @@ template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> masked(const ScanSizes& s, long b, long e, Vec<Accumulator<S>> h, int n) {
   return h * load_strided(at<S>(s.mask, 0, b) + e * s.mask.e, s.mask.e, n);
 }
-// The state after a step, of which a share is the state before.
+// Of n units from e on, the share of the state before that the state after step t keeps.
 template <class S>
 FASTSEQ_INLINE Vec<Accumulator<S>> share_kept(const ScanView& keep, long t, long b, long e, int n) {
   const S* const share = at<S>(keep, t, b);

@@ -72,7 +72,7 @@ class Recurrent(Case):
     cell: ``rnn`` (tanh), ``rnn_relu``, ``gru``, ``gru_reset_before`` or ``lstm``. as_cell: use RNNCell, GRUCell or
     LSTMCell. weights: all values of the matrices are exact in this smaller type, for every contestant; fastseq is
     patched to use it (``fastseq.patch(weights=)``), the peers read them as float32. option: of :data:`OPTIONS`; what is
-    drawn has a probability so small that it changes nothing, and gains of norms are 1.
+    drawn has so small a probability that it changes nothing; gains of norms are 0.3, with which roundings do not grow.
     """
 
     cell: str

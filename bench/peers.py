@@ -28,6 +28,9 @@ Outputs = dict[str, Tensor]
 DRAWN = 1e-9
 """The probability of what is drawn in cases with recurrent dropout or zoneout: nothing is, but it takes its time."""
 
+GAIN = 0.3
+"""The gains of normalised layers."""
+
 
 class Unavailable(Exception):
     """The contestant cannot run this case; the message says why."""
@@ -119,6 +122,9 @@ def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], 
     device = next(iter(state.values())).device
     layer: nn.Module = getattr(library, kind)(case.features, case.hidden, dtype=dtype, device=device, **options)
     layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, strict=not case.norm)
+    for name, weight in layer.named_parameters():
+        if name.startswith("norm_") and "_bias_" not in name:
+            nn.init.constant_(weight, GAIN)
     if device.type == "cuda" and isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
     return layer.train(case.training)
@@ -381,8 +387,8 @@ def onnx_entrants(case: Case, inputs: Any, threads: int) -> Iterator[Entrant]:
     spinning workers, which is the default, and without if there are workers."""
     if not isinstance(case, Recurrent):
         raise Unavailable("ONNX Runtime is a peer of the recurrent cases")
-    if case.training or case.beside:
-        raise Unavailable("ONNX Runtime does inference only, and keeps no sessions")
+    if case.training or case.beside or case.norm:
+        raise Unavailable("ONNX Runtime does inference only, keeps no sessions and has no normalised layers")
     if case.dtype != "float32":
         raise Unavailable(f"ONNX Runtime's {case.cell} takes float32 only on a CPU")
     import onnxruntime

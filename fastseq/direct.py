@@ -6,30 +6,22 @@ take, and so for every call where this fast path is off (:data:`MISSING`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq import ops
-
-
-def _questions() -> tuple[Callable[[], object], ...]:
-    """What must all be false or None for a tensor to be no more than its numbers, first whether gradients are on. The
-    extension asks at each call."""
-    return (
-        torch.is_grad_enabled,
-        torch._C._functorch.peek_interpreter_stack,  # torch.func's transforms
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._is_any_autocast_enabled,
-        torch._C._is_tracing,
-        torch.autograd._profiler_enabled,
-    )
 
 
 def _offset(samples: Sequence[Tensor], words: int, address: Callable[[Tensor], int], value: Callable) -> int | None:
@@ -60,15 +52,74 @@ def _plain_keys() -> tuple[int, int]:
     return _keys(torch.empty(1)), _keys(inside)
 
 
+def _autocast_keys() -> int:
+    """The dispatch keys of autocast on all devices."""
+    keys = (key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+    return functools.reduce(int.__or__, (torch._C.DispatchKeySet(key).raw_repr() for key in keys), 0)
+
+
+@contextlib.contextmanager
+def _profiled() -> Iterator[None]:
+    profiler._run_on_profiler_start()
+    try:
+        yield
+    finally:
+        profiler._run_on_profiler_stop()
+
+
+@contextlib.contextmanager
+def _transform() -> Iterator[None]:
+    torch._C._functorch._vmap_increment_nesting(1, "error")
+    try:
+        yield
+    finally:
+        torch._C._functorch._vmap_decrement_nesting()
+
+
+def _modes() -> tuple[tuple[str, contextlib.AbstractContextManager], ...]:
+    """Torch's modes that change what a tensor means, but tracing."""
+    return (
+        ("autocast", torch.autocast("cpu")), ("a profile", _profiled()), ("a transform", _transform()),
+        ("a dispatch mode", TorchDispatchMode()), ("a function mode", TorchFunctionMode()),
+    )  # fmt: skip
+
+
+def _unnoticed(is_plain: Callable[[], bool]) -> str | None:
+    """The first of torch's modes under which ``is_plain()`` is true all the same."""
+    for name, mode in _modes():
+        with mode:
+            if is_plain():
+                return name
+    found: list[bool] = []
+
+    def traced(x: Tensor) -> Tensor:
+        found.append(is_plain())
+        return x
+
+    if not torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(traced, torch.ones(1), check_trace=False)
+    return "a trace" if any(found) else None
+
+
+def _in_a_new_thread(ask: Callable[[], Any]) -> Any:
+    """What ``ask()`` returns where no mode is on."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(ask()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def _bind() -> str | None:
     """Tries what the extension assumes beyond torch's stable interface; None, or the first that does not hold."""
     if ops.NATIVE_MISSING is not None:
         return "the native kernels are missing"
     import fastseq._native as native  # type: ignore[import-not-found]
 
-    missing = [name for name in ("_dispatch_keys", "_is_any_autocast_enabled") if not hasattr(torch._C, name)]
-    if missing:
-        return f"torch._C.{missing[0]} is missing"
+    if not hasattr(torch._C, "_dispatch_keys"):
+        return "torch._C._dispatch_keys is missing"
     samples = _samples()
     impl_offset = _offset(samples, torch.Tensor.__basicsize__ // 8, id, lambda x: x._cdata)
     keys_offset = _offset(samples, _IMPL_WORDS, lambda x: x._cdata, _keys)
@@ -76,8 +127,12 @@ def _bind() -> str | None:
         return "the address of a tensor's implementation is not found in its memory"
     if keys_offset is None:
         return "a tensor's dispatch keys are not found in its implementation's memory"
-    plain = torch.Tensor, torch.nn.Parameter, _questions(), vars(forward_ad)
-    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys()):
+    if _in_a_new_thread(native.modes) != (0, 0):
+        return "a thread's dispatch keys are not found"
+    with torch.inference_mode():
+        own = native.modes()[0], _autocast_keys()
+    plain = torch.Tensor, torch.nn.Parameter, torch._C._len_torch_function_stack, vars(forward_ad), vars(profiler)
+    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys(), *own):
         return "torch does not export THPVariable_Wrap"
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     for other in (torch._neg_view(trial), torch.empty(2, device="meta"), torch._efficientzerotensor(4)[1:]):
@@ -88,7 +143,8 @@ def _bind() -> str | None:
         return "a tensor's address and shape are not found"
     if type(made) is not torch.Tensor or (made.data_ptr(), made.shape, made.dtype) != (its, shape, trial.dtype):
         return "a new tensor is not what it should be"
-    return None
+    unnoticed = _unnoticed(native.is_plain)
+    return None if unnoticed is None else f"{unnoticed} is not noticed"
 
 
 _IMPL_WORDS = 26

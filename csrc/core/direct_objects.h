@@ -2,6 +2,9 @@
 // into Python objects, and the question whether a tensor is no more than its numbers.
 #pragma once
 #include <Python.h>
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 #include <cstring>
 #include <exception>
@@ -12,15 +15,21 @@ namespace fastseq {
 
 constexpr int64_t kAlone = int64_t(1) << 18;  // more multiplications than this: let other threads run meanwhile
 
-// Set once by bind(): the exact types of ordinary tensors, and questions that must all be answered with something false.
-// They run no Python code: an interrupt would be raised there, and lost. The names of the module
-// torch.autograd.forward_ad. Interned names of attributes and parameters.
-inline PyObject *tensor_type, *parameter_type, *questions, *forward_ad, *level_name;
+// Set once by bind(): the exact types of ordinary tensors, and a question whose answer must be something false. It runs no
+// Python code: an interrupt would be raised there, and lost. The names of the modules torch.autograd.forward_ad and
+// torch.autograd.profiler. Interned names in these.
+inline PyObject *tensor_type, *parameter_type, *question, *forward_ad, *profiler, *level_name, *profiled_name;
 
 // Also set by bind(): where a Python Tensor has the address of its TensorImpl, where that has its set of dispatch keys,
 // and this set of an ordinary CPU tensor, made outside and inside of inference mode.
 inline int64_t impl_offset, keys_offset;
 inline uint64_t plain_keys[2];
+
+// Dispatch keys that may differ from a new thread's: of those included what inference mode changes, of those excluded all
+// but autocast's, whose are excluded where it is off. Where torch keeps them, by the name of a thread's own variable.
+inline uint64_t inference_keys, autocast_keys;
+inline void* keys_library;
+constexpr char kKeysName[] = "_ZN3c104impl26raw_local_dispatch_key_setE";
 
 using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
 inline Wrap wrap;
@@ -86,15 +95,33 @@ inline bool in_forward_mode() {
   return !level || PyLong_AsLong(level) >= 0;
 }
 
-// with_gradients: but for the first question, whether gradients are on.
+// What has changed of this thread's dispatch keys, those included and those excluded; null where torch has them elsewhere.
+inline const uint64_t* changed_keys() {
+#if defined(__linux__)
+  const auto find = [] {  // the address of the thread's own
+    static void* const library = dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? dlsym(library, "_ZN3c104impl26raw_local_dispatch_key_setE") : nullptr;
+  };
+  static thread_local const void* const keys = find();
+  return static_cast<const uint64_t*>(keys);
+#else
+  return nullptr;
+#endif
+}
+
+// Transforms, dispatch modes and tracing include keys of their own; autocast no longer excludes its own.
+inline bool has_plain_modes() {
+  const uint64_t* changed = changed_keys();
+  return changed && !(changed[0] & ~inference_keys) && !(changed[1] & autocast_keys);
+}
+
+// with_gradients: whether gradients may be on.
 inline bool is_plain_call(bool with_gradients = false) {
-  if (!questions || in_forward_mode()) return false;
-  const Py_ssize_t count = PyTuple_Size(questions);
-  for (Py_ssize_t i = with_gradients; i < count; ++i) {
-    Object answer(PyObject_CallNoArgs(PyTuple_GetItem(questions, i)));
-    if (!answer.get() || PyObject_IsTrue(answer.get()) != 0) return false;
-  }
-  return true;
+  if (!question || !has_plain_modes() || in_forward_mode()) return false;
+  if (!with_gradients && aoti_torch_grad_mode_is_enabled()) return false;
+  if (PyDict_GetItem(profiler, profiled_name) != Py_False) return false;
+  Object answer(PyObject_CallNoArgs(question));
+  return answer.get() && PyObject_IsTrue(answer.get()) == 0;
 }
 
 inline PyObject* wrapped(const torch::stable::Tensor& tensor) {

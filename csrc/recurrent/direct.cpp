@@ -3,10 +3,12 @@
 // what has an influence here. They return None for a call that they do not take; the caller then takes the operator, which
 // has the checks and the messages.
 //
-// Three assumptions beyond torch's stable interface. A Python Tensor has the address of its TensorImpl at a fixed place,
+// Five assumptions beyond torch's stable interface. A Python Tensor has the address of its TensorImpl at a fixed place,
 // and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch
 // keys at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
-// of an at::TensorBase. fastseq/direct.py tries each at import.
+// of an at::TensorBase. A thread's changes of the dispatch keys lie in a variable whose name libc10 exports, two sets, 0
+// where there are none. The module torch.autograd.profiler says whether a profile is on. fastseq/direct.py tries each at
+// import.
 #include <algorithm>
 #include <cstring>
 #if defined(__linux__)
@@ -169,6 +171,8 @@ PyObject* layers_backward(PyObject* const* args, Py_ssize_t count) {
   std::vector<OptionalTensor> results{r.dx, need[1] ? r.dh0 : OptionalTensor(), need[2] ? r.dc0 : OptionalTensor()};
   results.insert(results.end(), r.weights.begin(), r.weights.end());
   results.resize(size_t(3 + W));
+  for (size_t i = 3; i < results.size(); ++i)
+    if (!need[i]) results[i].reset();
   return tuple_of(results.data(), results.size());
 }
 
@@ -192,18 +196,26 @@ PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
-// bind(Tensor, Parameter, questions, forward_ad: dict, impl_offset, keys_offset, plain_keys: pair of int)
-// -> bool: False where torch has no THPVariable_Wrap as we know it.
+// modes() -> this thread's changed_keys(), those included and those excluded; None where they are not found.
+PyObject* modes(PyObject*, PyObject*) {
+  const uint64_t* changed = changed_keys();
+  if (!changed) return decline();
+  return Py_BuildValue("KK", static_cast<unsigned long long>(changed[0]), static_cast<unsigned long long>(changed[1]));
+}
+
+// bind(Tensor, Parameter, question, forward_ad, profiler: dicts, impl_offset, keys_offset, plain_keys: pair of int,
+// inference_keys, autocast_keys) -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject* const* args, Py_ssize_t count) {
-  if (count != 7 || !PyTuple_Check(args[2]) || !PyDict_Check(args[3]) || !PyTuple_Check(args[6])) {
+  if (count != 10 || !PyDict_Check(args[3]) || !PyDict_Check(args[4]) || !PyTuple_Check(args[7])) {
     PyErr_SetString(PyExc_TypeError,
-                    "bind(Tensor, Parameter, questions: tuple, forward_ad: dict, impl_offset, keys_offset, "
-                    "plain_keys: tuple)");
+                    "bind(Tensor, Parameter, question, forward_ad, profiler: dicts, impl_offset, keys_offset, "
+                    "plain_keys: tuple, inference_keys, autocast_keys)");
     return nullptr;
   }
-  impl_offset = PyLong_AsLongLong(args[4]);
-  keys_offset = PyLong_AsLongLong(args[5]);
-  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[6], i));
+  impl_offset = PyLong_AsLongLong(args[5]);
+  keys_offset = PyLong_AsLongLong(args[6]);
+  for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[7], i));
+  inference_keys = PyLong_AsUnsignedLongLong(args[8]), autocast_keys = PyLong_AsUnsignedLongLong(args[9]);
   if (PyErr_Occurred()) return nullptr;
 #if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
@@ -212,9 +224,10 @@ PyObject* bind(PyObject* const* args, Py_ssize_t count) {
   if (!wrap) Py_RETURN_FALSE;
   if (!version_name) version_name = PyUnicode_InternFromString("_version");
   if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
+  if (!profiled_name) profiled_name = PyUnicode_InternFromString("_is_profiler_enabled");
   bind_multihead();
-  for (Py_ssize_t i = 0; i < 4; ++i) Py_INCREF(args[i]);  // for as long as the process lives
-  tensor_type = args[0], parameter_type = args[1], questions = args[2], forward_ad = args[3];
+  for (Py_ssize_t i = 0; i < 5; ++i) Py_INCREF(args[i]);  // for as long as the process lives
+  tensor_type = args[0], parameter_type = args[1], question = args[2], forward_ad = args[3], profiler = args[4];
   Py_RETURN_TRUE;
 }
 
@@ -238,6 +251,7 @@ PyObject* described(PyObject* const* args, Py_ssize_t count) {
 PyMethodDef direct_methods[] = {method<infer>("infer"),
                                 method<unchanged>("unchanged"),
                                 {"is_plain", is_plain, METH_NOARGS, nullptr},
+                                {"modes", modes, METH_NOARGS, nullptr},
                                 method<layers_forward>("layers_forward"),
                                 method<layers_backward>("layers_backward"),
                                 method<attend>("attend"),

@@ -54,8 +54,7 @@ class _Native(nn.Module):
         """The whole stack, or cell. Nothing is checked before; None where the native call does not take it."""
         if torch.compiler.is_compiling():
             return None
-        step = sessions.current.get()
-        if step is not None:
+        if sessions.used and (step := sessions.current.get()) is not None:
             return step.in_one_call(self, names, (x, h0, c0, cell, layout, num_layers, bidirectional))
         if not backend.native_scan() and not self._divided(x, cell, layout, num_layers, bidirectional):
             return None

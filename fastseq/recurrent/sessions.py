@@ -15,6 +15,9 @@ from fastseq.checks import ArgumentError, sizes
 current: ContextVar[Step | None] = ContextVar("fastseq.streams", default=None)
 """The step in which this thread, or task, calls layers; None: calls are ordinary ones."""
 
+used = False
+"""Whether there has been any step: where there was none, no call needs to ask for ``current``."""
+
 
 class Block:
     """The states of all sessions in one layer or cell, ``h [L, rows, P]`` and an LSTM's ``c [L, rows, H]``.
@@ -64,6 +67,8 @@ class Step:
         Raises:
             ArgumentError: a layer was called in a way that does not fit, or was not called.
         """
+        global used
+        used = True
         token = current.set(self)
         try:
             y = forward(x)

@@ -8,7 +8,7 @@ the reference's, computed anew.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,39 +130,47 @@ class Layers(torch.autograd.Function):
         if autograd.all_absent(grads):
             return (None,) * len(need)
         x, h0, c0, reset_h, reset_c, *rest = autograd.saved(ctx)
-        options, y, rest = tuple(rest[:5]), rest[5], rest[6:]
-        weights, made = tuple(rest[: ctx.count]), rest[ctx.count :]
-        needed = (*need[:5], *need[11:])
+        y, weights, made = rest[5], tuple(rest[6 : 6 + ctx.count]), rest[6 + ctx.count :]
         is_cell, lstm = kind.layout == "cell", ops.HAS_C[kind.cell]
         dy, dh_n = grads[0], None if is_cell else grads[1]
         dc_n = grads[1 if is_cell else 2] if lstm else None
         more = grads[2 - is_cell + lstm :]
-        compiling = torch.compiler.is_compiling()
-        batched = not compiling and is_mapped(grads)
         found: Any = None
-        recorded = torch.is_grad_enabled() and not compiling
-        if kind.fast and not (compiling or recorded or batched or more):
+        if kind.fast and not more and not torch.compiler.is_compiling():
             found = direct.layers_backward(
                 x, h0, c0, kind.cell, kind.layout, kind.num_layers, kind.bidirectional, weights,
                 (*need[:3], *need[11:]), dy, dh_n, dc_n, (y, *made),
             )  # fmt: skip
-            found = None if found is None else (*found[:3], None, None, *found[3:])
-        if found is None:
+        if found is not None:
+            found = [*found[:3], None, None, *found[3:]]
+        else:
             layout, rank = kind.layout, x.dim()
             dh_n, dc_n, *starts = (state_in(layout, rank, s) for s in (dh_n, dc_n, h0, c0, reset_h, reset_c))
             inputs = (steps_in(layout, rank, x), *starts, *weights)
             outputs = (steps_in(layout, rank, dy), dh_n, dc_n, *more)
-            kept = (steps_in(layout, rank, y), *made)
-            way = _differentiable_gradient if recorded else _gradient_by_scans if batched else fused_stack_gradient
-            made = way(kind, outputs, inputs, options, kept, needed)
-            dx, *starts = (d if n else None for d, n in zip(made[:5], needed, strict=False))
-            found = [steps_out(layout, rank, dx), *(state_out(layout, rank, s) for s in starts), *made[5:]]
-        found = [d if n else None for d, n in zip(found, needed, strict=True)]
+            kept, needed = (steps_in(layout, rank, y), *made), (*need[:5], *need[11:])
+            way = _way(grads)
+            dx, *others = way(kind, outputs, inputs, tuple(rest[:5]), kept, needed)
+            starts, own = others[:4], others[4:]
+            found = [
+                steps_out(layout, rank, dx if need[0] else None),
+                *(state_out(layout, rank, d if n else None) for d, n in zip(starts, need[1:5], strict=True)),
+                *(d if n else None for d, n in zip(own, need[11:], strict=True)),
+            ]
         width = len(weights) // kind.rows
         if dy is None and dh_n is None and width % 2 and has_one_step(kind.layout, x):
             for row in range(kind.rows - kind.directions, kind.rows):
                 found[5 + (row + 1) * width - 1] = None  # c of one step does not depend on w_hr
         return (*found[:5], *6 * (None,), *found[5:])
+
+
+def _way(grads: Sequence[Tensor | None]) -> Callable[..., list[Tensor | None]]:
+    """Which of the ways below to the gradients, given those of the results."""
+    if torch.compiler.is_compiling():
+        return fused_stack_gradient
+    if torch.is_grad_enabled():
+        return _differentiable_gradient
+    return _gradient_by_scans if is_mapped(grads) else fused_stack_gradient
 
 
 _recorded = autograd.recorder(Layers)

@@ -13,7 +13,8 @@ import warnings
 import pytest
 import torch
 from support import flat, needs_native
-from torch.autograd import forward_ad
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, profiler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,9 +82,36 @@ def by_operator(args):
 
 
 def test_no_question_runs_python():
-    assert all(isinstance(question, types.BuiltinFunctionType) for question in direct._questions()), (
+    assert isinstance(torch._C._len_torch_function_stack, types.BuiltinFunctionType), (
         "an interrupt would be raised in it, and lost"
     )
+
+
+def test_every_mode_is_noticed_in_every_thread():
+    def plain_and_not():
+        assert direct.is_plain()
+        for name, mode in direct._modes():
+            with mode:
+                assert not direct.is_plain(), name
+        for mode in (torch.no_grad(), torch.inference_mode(), torch.set_grad_enabled(True)):
+            with mode:
+                assert direct.is_plain()
+        with forward_ad.dual_level():
+            assert not direct.is_plain()
+        inside = []
+        torch.func.vmap(lambda x: (inside.append(direct.is_plain()), x)[1])(torch.ones(2))
+        torch.func.functionalize(lambda x: (inside.append(direct.is_plain()), x)[1])(torch.ones(2))
+        with FakeTensorMode():
+            inside.append(direct.is_plain())
+        torch.set_autocast_enabled("cuda", True)  # no call of ours on the CPU changes, but it is asked as torch asks
+        inside.append(direct.is_plain())
+        torch.set_autocast_enabled("cuda", False)
+        assert inside == [False] * 4
+        assert direct.is_plain()
+        return True
+
+    assert plain_and_not()
+    assert direct._in_a_new_thread(plain_and_not)
 
 
 def test_it_is_on_with_this_torch():
@@ -93,8 +121,17 @@ def test_it_is_on_with_this_torch():
 def test_a_trial_that_fails_turns_it_off_and_says_which(monkeypatch):
     assert direct.MISSING is None
     with monkeypatch.context() as patched:
-        patched.delattr(torch._C, "_is_any_autocast_enabled")
-        assert "_is_any_autocast_enabled" in direct._bind()
+        patched.delattr(torch._C, "_dispatch_keys")
+        assert "_dispatch_keys" in direct._bind()
+    with monkeypatch.context() as patched:
+        patched.setattr(direct, "_in_a_new_thread", lambda ask: (1, 0))
+        assert "a thread's dispatch keys" in direct._bind()
+    with monkeypatch.context() as patched:
+        patched.setattr(direct, "_autocast_keys", lambda: 0)
+        assert "autocast is not noticed" in direct._bind()
+    with monkeypatch.context() as patched:
+        patched.setattr(profiler, "_run_on_profiler_start", lambda: None)
+        assert "a profile is not noticed" in direct._bind()
     with monkeypatch.context() as patched:
         patched.setattr(direct, "_samples", lambda: ())
         assert "address of a tensor" in direct._bind()

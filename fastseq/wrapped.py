@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -28,7 +29,7 @@ def written_from_outside(model: nn.Module) -> dict[int, str]:
     That module keeps the weights as parameters of its own, ``weight_hh_l0_raw``. fastai writes into the layer's
     ``_parameters``, so that the layer alone does not show it."""
     found = {}
-    for module in model.modules():
+    for _, module in _readable(model):
         for raw in filter(_RAW.fullmatch, module._parameters):
             for child in module.children():
                 if hasattr(child, raw.removesuffix("_raw")):
@@ -37,12 +38,17 @@ def written_from_outside(model: nn.Module) -> dict[int, str]:
     return found
 
 
+def _readable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, but those that are scripted, whose parts are not read as of others."""
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
+
+
 def hints(model: nn.Module) -> list[str]:
     """A line for each kind of such module in ``model``: the names of those there are, and the argument that serves."""
     groups: dict[tuple[str, str], list[str]] = {}
     covered: set[int] = set()
     recurrent = _holds(model, (nn.RNNBase, nn.RNNCellBase))
-    for name, module in model.named_modules():
+    for name, module in _readable(model):
         if isinstance(module, _OURS) or id(module) in covered:
             continue
         options = list(_options(module))

@@ -13,6 +13,7 @@ is written at once; the same command continues an interrupted run.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def _loss(model: Recurrent, text: Tensor, length: int) -> float:
 
 def label(option: str) -> str:
     """As it is written in a call: ``zoneout=(0.05, 0.25)``."""
-    return ", ".join(f"{name}={value!r}" for name, value in OPTIONS.get(option, {}).items()) or option
+    written = (f"{name}={json.dumps(v) if isinstance(v, str) else v}" for name, v in OPTIONS.get(option, {}).items())
+    return ", ".join(written) or option
 
 
 def studied(document: Document) -> dict[str, list[dict[str, Any]]]:
@@ -142,7 +144,7 @@ def studied(document: Document) -> dict[str, list[dict[str, Any]]]:
 def goal(document: Document) -> float:
     """A loss that every run reached: the greatest of their lowest, rounded up to a tenth."""
     lowest = [min(result["held_out"]) for results in studied(document).values() for result in results]
-    return math.ceil(max(lowest) * 10) / 10
+    return math.ceil(round(max(lowest) * 10, 6)) / 10
 
 
 def steps_to(document: Document, result: dict[str, Any], loss: float) -> int:
@@ -165,29 +167,37 @@ def below_plain(document: Document, of: str) -> dict[str, list[float]]:
 
 def facts(document: Document) -> dict[str, Any]:
     """What docs/choosing.md tells of a run."""
-    protocol, results = document["protocol"], studied(document)
-    looks = [result for each in results.values() for result in each]
-
-    def compared(of: str) -> dict[str, str]:
-        """Options whose loss is lower than plain's with every seed, those that are higher with every seed, others."""
-        said: dict[str, list[str]] = {"lower": [], "higher": [], "mixed": []}
-        for option, by in below_plain(document, of).items():
-            how = "lower" if min(by) > 0 else "higher" if max(by) < 0 else "mixed"
-            said[how].append(f"`{label(option)}` ({-statistics.fmean(by):+.3f})")
-        return {how: ", ".join(options) for how, options in said.items()}
-
-    steps = {o: [steps_to(document, r, goal(document)) for r in each] for o, each in results.items()}
+    protocol, plain = document["protocol"], studied(document)[PLAIN]
     return {
-        "lowest": compared("lowest"),
-        "last": compared("last"),
-        "goal": f"{goal(document):.1f}",
-        "steps_to": {option: f"{statistics.fmean(found):.0f}" for option, found in steps.items()},
-        "plain_rises": f"{statistics.fmean(r['held_out'][-1] - min(r['held_out']) for r in results[PLAIN]):.2f}",
-        "seeds": len(results[PLAIN]),
-        "parameters": (min(r["parameters"] for r in looks), max(r["parameters"] for r in looks)),
+        "said": " ".join([_compared(document, "lowest"), _compared(document, "last"), _sooner(document)]),
+        "plain_rises": f"{statistics.fmean(r['held_out'][-1] - min(r['held_out']) for r in plain):.2f}",
+        "seeds": len(plain),
         "epochs": f"{protocol['steps'] * protocol['batch'] * protocol['length'] / protocol['characters']:.0f}",
         "rates": ", ".join(f"{rate:g}" for rate in protocol["rates"]),
     }
+
+
+def _compared(document: Document, of: str) -> str:
+    """A sentence or more: which options are better than plain with every seed, and which are not."""
+    groups: dict[str, list[str]] = {
+        "lower with every seed": [],
+        "higher with every seed": [],
+        "lower with some seeds": [],
+    }
+    better, worse, mixed = groups.values()
+    for option, by in below_plain(document, of).items():
+        group = better if min(by) > 0 else worse if max(by) < 0 else mixed
+        group.append(f"`{label(option)}` ({-statistics.fmean(by):+.3f} nats)")
+    what = "lowest loss" if of == "lowest" else "loss at the end"
+    parts = [f"{how}: {', '.join(options)}" for how, options in groups.items() if options]
+    return f"Compared with the plain layer, the {what} is {'; '.join(parts)}."
+
+
+def _sooner(document: Document) -> str:
+    """A sentence: how many steps a loss that all reached took, with layer normalisation and without."""
+    found = {o: [steps_to(document, r, goal(document)) for r in each] for o, each in studied(document).items()}
+    normed, plain = (statistics.fmean(found[option]) for option in ("norm", PLAIN))
+    return f"A loss of {goal(document):.1f} took {normed:.0f} steps with `{label('norm')}`, and {plain:.0f} without."
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ COMMANDS = {
     "auto": "bench.gpu.auto",
     "tune": "bench.gpu.tune",
     "memory": "bench.studies.memory",
+    "regularise": "bench.studies.regularise",
     "cost": "bench.studies.cost",
     "parallel": "bench.studies.parallel",
     "weights": "bench.studies.weights",

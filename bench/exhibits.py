@@ -39,13 +39,15 @@ class Results:
     memory: dict[str, Document] = field(default_factory=dict)
     cost: dict[str, Document] = field(default_factory=dict)
     parallel: dict[str, Document] = field(default_factory=dict)
+    regularise: dict[str, Document] = field(default_factory=dict)
     weights: dict[str, Document] = field(default_factory=dict)
     tests: dict[str, Document] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> dict[str, Document]:
-        return self.speed | self.memory | self.cost | self.parallel | self.weights | self.tests
+        studies = self.memory | self.cost | self.parallel | self.regularise
+        return self.speed | studies | self.weights | self.tests
 
 
 def measured(document: Document) -> int:
@@ -87,14 +89,14 @@ def by_backend(name: str, document: Document) -> dict[str, Document]:
 
 
 def kind_of(document: Any) -> str:
-    """speed, memory, cost, parallel, weights or tests.
+    """speed, memory, cost, parallel, regularise, weights or tests.
 
     Raises:
         ValueError: none of them.
     """
     if not isinstance(document, dict) or not isinstance(document.get("environment"), dict):
         raise ValueError("not a result file: it has no environment")
-    command = re.match(rf"{PLAIN_COMMAND} (memory|cost|parallel)\b", str(document.get("command", "")))
+    command = re.match(rf"{PLAIN_COMMAND} (memory|cost|parallel|regularise)\b", str(document.get("command", "")))
     if command and "results" in document:
         return command[1]
     for key, kind in (("cases", "speed"), ("models", "weights"), ("kernels", "tests")):

@@ -79,6 +79,8 @@ def sections(results: Results) -> list[Section]:
         each("study", "What layers remember", name, document, figures.memory(document))
     for name, document in fullest(results.cost):
         each("cost", "What length costs", name, document, figures.cost(document))
+    for name, document in fullest(results.regularise):
+        each("options", "Dropout, zoneout and normalisation", name, document, [figures.regularise(document)])
     add("weights", "Smaller weights", [figures.weights(document, name) for name, document in results.weights.items()])
     add("environment", "Where each file was measured", [_environments(results)])
     return made

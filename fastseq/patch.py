@@ -20,6 +20,7 @@ from fastseq.dtensor import is_dtensor
 from fastseq.nn.compressed import KINDS, CompressedWeights
 from fastseq.swapped import own_class, swapped
 from fastseq.torch_calls import calls_torch, is_redirected, redirected, runs_later
+from fastseq.wrapped import hints, written_from_outside
 
 TO_FASTSEQ: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: fast.RNN,
@@ -116,8 +117,9 @@ def patch(
 
     Layers are found wherever they are, the model itself included, also under ``DataParallel`` and ``torch.compile``.
     Only exact ``torch.nn`` classes are swapped. Left as they are, with the reason in the report: subclasses, layers
-    whose ``forward`` was replaced, scripted, parametrized, weight-normed, pruned and quantized ones. Calling it again
-    changes nothing.
+    whose ``forward`` was replaced, scripted, parametrized, weight-normed, pruned and quantized ones, and those of which
+    another module writes the weights. Where modules of the model drop recurrent weights, or normalise or keep states,
+    the report's notes name the argument of fastseq's layers that serves. Calling it again changes nothing.
 
     Args:
         model: any module.
@@ -170,19 +172,22 @@ def patch(
         )
     report = Report("patch")
     done: set[int] = set()
-    for name, module in _modules(model, "patch"):
+    modules = list(_modules(model, "patch"))
+    written = written_from_outside(model)
+    for name, module in modules:
         target = _target(module, keep_class)
         if target is None:
             if isinstance(module, tuple(TO_TORCH)):
                 report.already.append(name)
             elif reason := _why_not_exact(module, keep_class):
                 report.left.append(Left(name, _class_name(_unsharded(type(module))), reason))
-        elif reason := _why_not_patch(module):
+        elif reason := written.get(id(module)) or _why_not_patch(module):
             report.left.append(Left(name, _class_name(_unsharded(type(module))), reason))
         elif _swap(report, name, module, target):
             done.add(id(module))
     _redirect(report, model, functional)
     report.notes += _transformers_note(model)
+    report.notes += hints(model)
     report.notes += _class_note(report, keep_class)
     report.notes += _fast_path_note(model, done)
     for name, kind in asked.items():

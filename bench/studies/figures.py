@@ -10,6 +10,7 @@ from bench.exhibits import Document, Exhibit, command_of
 from bench.formats import duration, mebibytes, number
 from bench.speed_figures import slug
 from bench.studies import findings
+from bench.studies import regularise as options
 from bench.studies.cost import KINDS as COST_KINDS
 from bench.studies.cost import MODES, RECURRENT, SHORT, WHOLE
 from bench.studies.findings import COST_LABELS, label
@@ -269,6 +270,64 @@ def _peaks(document: Document, mode: str) -> Exhibit:
         draw=lambda: _panel(curves, lengths, "peak, MiB"),
         note="Above what weights and inputs take. Attention keeps no matrix of scores, so its memory grows with T and "
         "not with T².",
+    )
+
+
+SHADES = {
+    options.PLAIN: "",
+    "recurrent_dropout": "rnn",
+    "weight_dropout": "gru",
+    "zoneout": "lstm",
+    "norm": "attention",
+}
+"""Of each option the layer whose colour its line has."""
+
+
+def regularise(document: Document) -> Exhibit | None:
+    """The loss on held-out text over the steps, with each option; None if there is no result of it yet."""
+    studied, protocol = options.studied(document), document["protocol"]
+    if not studied:
+        return None
+    goal, every = options.goal(document), protocol["every"]
+    lowest = {option: [min(r["held_out"]) for r in results] for option, results in studied.items()}
+
+    def draw() -> Any:
+        figure = plots.figure(5.6, 3.6)
+        axis = figure.subplots()
+        curves = []
+        for option, results in studied.items():
+            looks = list(zip(*(r["held_out"] for r in results), strict=True))
+            steps = [every * n for n in range(1, len(looks) + 1)]
+            middle, low, high = ([f(seeds) for seeds in looks] for f in (statistics.fmean, min, max))
+            name = options.label(option)
+            curves.append(Curve(SHADES.get(option, ""), name, steps, middle, low, high, marked=False))
+        plots.draw_curves(axis, curves)
+        axis.set_xlabel("training steps")
+        axis.set_ylabel("held-out loss, nats a character")
+        least = min(min(found) for found in lowest.values())
+        axis.set_ylim(least - 0.05, least + 0.9)
+        _legend(figure, axis, 2)
+        return figure
+
+    rows = []
+    for option, results in studied.items():
+        last, first = [r["held_out"][-1] for r in results], [options.steps_to(document, r, goal) for r in results]
+        rates = " ".join(dict.fromkeys(f"{r['rate']:g}" for r in results))
+        cells = [mean_range(lowest[option], 3), mean_range(last, 3), mean_range(first, 0)]
+        rows.append([options.label(option), rates, *cells])
+    looks, size = ["lowest held-out loss", "held-out loss at the end"], f"{protocol['batch']} x {protocol['length']}"
+    told = "; ".join(f"{options.label(option)} {findings.mean(found):.2f}" for option, found in lowest.items())
+    return Exhibit(
+        name="regularise",
+        title="Options of the recurrence on little text",
+        alt=f"Lines of held-out loss over training steps, with each option. The lowest, mean over seeds: {told}",
+        header=["option", "learning rate", *looks, f"steps to a loss of {goal:.1f}"],
+        rows=rows,
+        command=command_of(document),
+        draw=draw,
+        note=f"An LSTM, {protocol['width']} wide, trained on {protocol['characters']:,} characters for "
+        f"{protocol['steps']:,} steps of {size}; judged every {every} steps. Bands and brackets from the least to the "
+        f"greatest of {max(map(len, studied.values()))} seeds.",
     )
 
 

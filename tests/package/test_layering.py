@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"direct"},
     {"recurrent", "attn"},
     {"functional"},
-    {"nn", "patch", "flops", "streams", "swapped", "torch_calls", "integrations", "calibration"},
+    {"nn", "patch", "flops", "streams", "swapped", "torch_calls", "wrapped", "integrations", "calibration"},
     {"fastseq"},
     {"calibration.measure", "calibration.command", "doctor", "demo", "__main__"},
 ]

@@ -24,6 +24,12 @@ from triton_support import SHARED_LIMIT, Compiled, compile_for
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
 _LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}
 _WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
+# What few calls have, with what the launches make of it; None where it is absent.
+_OPTIONS = {
+    "mask": ("state_mask", "read_in", "read_out"),
+    "zoneout": ("zoneout_h", "zoneout_c"),
+    "state": ("reset_h", "reset_c", "put_in", "dreset_h", "dreset_c"),
+}
 _NUMBERS = {"T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b", "I", "H", "P"}
 
 
@@ -42,13 +48,14 @@ class Variant:
     final: bool = False
     aligned: bool = True
     precision: str = ""
+    options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         t = self.tiles
         wide = "" if self.aligned else "-odd"
         shape = f"H{t.units}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
         flags = [n for n in ("save", "fused", "projected", "final") if getattr(self, n)]
-        parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])]
+        parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else []), *self.options]
         return "-".join(parts) + wide + (f"-{self.precision}" if self.precision else "")
 
     def compile(self, target: str) -> Compiled:
@@ -84,9 +91,27 @@ class Variant:
         names = kernel.arg_names
         if self.fused or tuning.GATES[self.cell] == 1:  # nothing is carried in float32 to a later step
             constants["carry_out"] = None
+        constants |= dict.fromkeys(self._absent())
         constants = {name: value for name, value in constants.items() if name in names}
         types = {name: self._type(name) for name in names if name not in constants}
         return kernel, types, constants, options
+
+    def _absent(self) -> Iterator[str]:
+        """Which arguments of options are None."""
+        for option, names in _OPTIONS.items():
+            yield from names if option not in self.options else ()
+        if self.fused:
+            yield "read_out"
+        if self.kernel == "forward_projection" and "zoneout" not in self.options:
+            yield "reset"
+        if self.projected and self.kernel == "forward_step":
+            yield "read_out"
+        if self.projected or not tuning.HAS_C[self.cell]:
+            yield "zoneout_c"
+        if not tuning.HAS_C[self.cell]:
+            yield from ("reset_c", "dreset_c")
+        if self.kernel == "backward_state" and not self.projected:
+            yield "zoneout_h"
 
     def _type(self, name: str) -> str:
         if name in _NUMBERS:
@@ -94,6 +119,7 @@ class Variant:
         if name in _LONG:
             return _LONG[name] + ":16"
         wide = name in _WIDE and not (self.fused and name == "carry_in")
+        wide = wide or (name.startswith("dreset") and not isinstance(self.tiles, tuning.Sequence | tuning.Persistent))
         return ("*fp32" if wide else f"*{self.dtype}") + ":16"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastseq.kernels.recurrent import (
@@ -25,7 +25,7 @@ from triton_support import SHARED_LIMIT, Compiled, compile_for
 _LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}
 _WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
 # What few calls have, with what the launches make of it; None where it is absent.
-_OPTIONS = {
+OPTIONS = {
     "mask": ("state_mask", "read_in", "read_out"),
     "zoneout": ("zoneout_h", "zoneout_c"),
     "state": ("reset_h", "reset_c", "put_in", "dreset_h", "dreset_c"),
@@ -98,12 +98,12 @@ class Variant:
 
     def _absent(self) -> Iterator[str]:
         """Which arguments of options are None."""
-        for option, names in _OPTIONS.items():
+        for option, names in OPTIONS.items():
             yield from names if option not in self.options else ()
         if self.fused:
             yield "read_out"
         if self.kernel == "forward_projection" and "zoneout" not in self.options:
-            yield "reset"
+            yield from ("reset", "reset_t", "reset_b")
         if self.projected and self.kernel == "forward_step":
             yield "read_out"
         if self.projected or not tuning.HAS_C[self.cell]:
@@ -128,16 +128,28 @@ def kernel_named(name: str) -> Any:
     return next(getattr(m, name) for m in modules if hasattr(m, name))
 
 
-def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
-    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16."""
+def shares_of(cell: str, options: Sequence[str]) -> int | None:
+    """How many of zoneout's shares a step reads, as the tables of tiles have it."""
+    return (1 + tuning.HAS_C[cell]) * ("zoneout" in options) if options else None
+
+
+def variants(
+    target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32"), options: tuple[str, ...] = ()
+) -> Iterator[Variant]:
+    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16, with some
+    of OPTIONS."""
+    yield from (replace(v, options=options) for v in _variants(target, dtypes, options))
+
+
+def _variants(target: str, dtypes: Sequence[str], options: tuple[str, ...]) -> Iterator[Variant]:
     shared = SHARED_LIMIT[target]
     for dtype in dtypes:
         for cell in tuning.GATES:
-            gated = tuning.GATES[cell] > 1
-            for tile in tuning.sequence_tiles(cell, dtype, shared, False):
+            gated, shares = tuning.GATES[cell] > 1, shares_of(cell, options)
+            for tile in tuning.sequence_tiles(cell, dtype, shared, False, shares):
                 for save in (True, False) if gated else (False,):
                     yield Variant("forward_sequence", cell, dtype, tile, save)
-            for tile in tuning.sequence_tiles(cell, dtype, shared, True):
+            for tile in tuning.sequence_tiles(cell, dtype, shared, True, shares):
                 yield Variant("backward_sequence", cell, dtype, tile)
             for tile in tuning.persistent_tiles(dtype) if not target.startswith("gfx") else ():
                 for save in (True, False) if gated else (False,):

@@ -302,12 +302,11 @@ def state_gradient(
     # Rows of W_hh that meet h itself with dgates: of a GRU those of r and z.
     DIRECT: tl.constexpr = 2 if is_gru(CELL) else G
     has_later = (given & LATER) != 0
-    state = rows.to(tl.int64)[:, None] * P + units[None, :]
-    cut = cleared(reset, later, rows, B, given, reset_t, reset_b)
-    known = (rows < B) & has_later
     if dreset_h is None:
-        known = known & ~cut
-    beside = load(carry + state, mask & ((given & CARRY) != 0))
+        known = (rows < B) & has_later & ~cleared(reset, later, rows, B, given, reset_t, reset_b)
+    else:
+        known = (rows < B) & has_later
+    beside = load(carry + rows.to(tl.int64)[:, None] * P + units[None, :], mask & ((given & CARRY) != 0))
     if state_mask is None:
         dh = beside
     else:
@@ -322,10 +321,12 @@ def state_gradient(
             dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * P, units, H * has_later, P, BLOCK_K, PRECISION,
             UPCAST, "",
         )
+    state = rows.to(tl.int64)[:, None] * P + units[None, :]
     if state_mask is not None:
         dh = beside + dh * scale_of(state_mask, state, mask)
     if dreset_h is not None:
         length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=later + 1)
+        cut = cleared(reset, later, rows, B, given, reset_t, reset_b)
         given_up = (cut & has_later & (later < length))[:, None]
         add_to(dreset_h, state, dh, mask & given_up)
         dh = tl.where(given_up, 0.0, dh)
@@ -437,6 +438,8 @@ def backward_step(
         if zoneout_h is not None and not PROJECTED:  # of a projected h it acts in backward_state
             beside = total * share_of(zoneout_h, at, mask, given & SHARES_H)
             total -= beside
+            if reset_h is None:
+                beside = tl.where(clear, 0.0, beside)
         if has_c(CELL):
             dc = load(dc_carry + state, mask & ((given & DC) != 0))
             dc += load(dstates + at, mask & ((given & DSTATES) != 0))
@@ -455,15 +458,16 @@ def backward_step(
                 tl.store(dhidden + at, tl.where(live, dn * r, 0.0).to(dtype), mask=mask)
                 dr = gru_backward_reset(r, load(kept + 3 * H, mask), dn)
                 tl.store(out, tl.where(live, dr, 0.0).to(dtype), mask=mask)
+            direct = total * z
+            if CELL == "gru" and reset_h is None:  # else the second launch, or the step before, clears it
+                direct = tl.where(clear, 0.0, direct)
             if zoneout_h is None:
-                beside = total * z
+                beside = direct
             else:
-                beside += total * z
+                beside += direct
             tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
             tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)
         else:
             rnn_gradient(y + at, out, total, live, mask, CELL == "rnn_relu")
-        if reset_h is None and CELL != "gru_reset_before":  # whose second launch adds to it
-            beside = tl.where(clear, 0.0, beside)
         if not PROJECTED:
             tl.store(carry + state, tl.where(live, beside, dh), mask=mask)

@@ -342,10 +342,9 @@ def forward_step(
     clear = tl.load(
         reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
     ).to(tl.int1)
-    read = (h_in if state_mask is None else read_in) + (wide * P)[:, None]  # what the products read
-    known = (rows < B) & ((given & H0) != 0) & ~clear
-    if reset_h is not None:
-        read = tl.where(clear[:, None], put_in + (wide * P)[:, None], read)
+    if reset_h is None:
+        known = (rows < B) & ((given & H0) != 0) & ~clear
+    else:
         known = (rows < B) & (((given & H0) != 0) | clear)
     clear = clear[:, None]
     has_bias = (given & BIAS) != 0
@@ -371,6 +370,12 @@ def forward_step(
             p, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
     else:
+        if state_mask is None:
+            read = h_in + (wide * P)[:, None]
+        else:
+            read = read_in + (wide * P)[:, None]
+        if reset_h is not None:
+            read = tl.where(clear, put_in + (wide * P)[:, None], read)
         p = products(
             p, read, known, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
@@ -441,8 +446,8 @@ def forward_step(
 @triton.jit(do_not_specialize=VARYING)
 def forward_projection(
     m, w_hr, h_in, lengths, y, h_out,  # o * tanh(c) [B,H], [P,H], h_{t-1} [B,P], [B], y [T,B,P], h_t [B,P]
-    reset, state_mask, zoneout_h, reset_h, read_out,  # as forward_step; reset for zoneout alone, else None
-    t, B, given, reset_t, reset_b, H, P,  # the strides too
+    reset, reset_t, reset_b, state_mask, zoneout_h, reset_h, read_out,  # as forward_step; resets for zoneout, or None
+    t, B, given, H, P,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):

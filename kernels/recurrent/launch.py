@@ -52,7 +52,7 @@ def persistent_first(device: torch.device) -> bool:
 
 
 def tile(
-    cell: str, x: Tensor, hidden: int, projected: bool, backward: bool, options: Options | None = None
+    cell: str, x: Tensor, hidden: int, projected: bool, backward: bool, shares: int | None = None
 ) -> tuple[Any, str | None]:
     """The tile of the role that a call gets, and why it is not the sequence role (None where it is).
 
@@ -70,7 +70,7 @@ def tile(
         reasons.append("asked for")
     else:
         if role != "persistent":
-            found: Any = tuning.sequence(cell, name, hidden, shared, backward)
+            found: Any = tuning.sequence(cell, name, hidden, shared, backward, shares)
             if not isinstance(found, str):
                 return found, None
             reasons.append(found)
@@ -163,6 +163,13 @@ class Options(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:5]
+
+    @property
+    def shares(self) -> int | None:
+        """How many of zoneout's shares a step reads, as the tables of tiles have it; None where nothing is there."""
+        if all(t is None for t in self.tensors):
+            return None
+        return sum(t is not None for t in (self.zoneout_h, self.zoneout_c))
 
 
 def options_of(
@@ -293,7 +300,7 @@ def scan_forward(
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(x, reverse)
-    tiles, _ = tile(cell, x, hidden, w_hr is not None, False, own)
+    tiles, _ = tile(cell, x, hidden, w_hr is not None, False, own.shares)
     shared = {"CELL": cell, "SAVE": save_tape, **common(tiles, x)}
     states_or = there(all_c if with_states else None, torch.float32)
     tape_or = there(tape if save_tape else None)
@@ -349,9 +356,10 @@ def scan_forward(
                 None if projected else read_out, put_in, y, h_out, carry_out, c_n, states_or, tape_or, scratch, update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
             )  # fmt: skip
         if projected:
+            resets = (None, None, None) if own.zoneout_h is None else (reset, reset_t, reset_b)
             projection(
-                scratch, w_hr, h_in, lengths, y, h_out, None if own.zoneout_h is None else reset, own.state_mask,
-                own.zoneout_h, own.reset_h, read_out, t, batch, given, reset_t, reset_b, hidden, state,
+                scratch, w_hr, h_in, lengths, y, h_out, *resets,
+                None if read_out is None else own.state_mask, own.zoneout_h, own.reset_h, read_out, t, batch, given, hidden, state,
             )  # fmt: skip
         h_in, given = h_out, given | H0 | C0
         read_in = read_out if is_masked else None
@@ -412,7 +420,7 @@ def scan_backward(
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(y, reverse)
-    tiles, _ = tile(cell, y, hidden, projected, True, own)
+    tiles, _ = tile(cell, y, hidden, projected, True, own.shares)
     shared = {"CELL": cell, **common(tiles, y)}
     saved = (there(states, torch.float32), there(tape))
     dstates = there(dstates, torch.float32)
@@ -449,17 +457,16 @@ def scan_backward(
     projection = Repeated(backward_state, state_grid, FINAL=False, **shared)
     dy, w_hr, start = there(dy), there(w_hr), (there(h0), there(c0))
 
-    def state_gradient(launch: Callable[..., None], t: int, later: int) -> None:
+    def state_gradient(launch: Callable[..., None], zoneout: Tensor | None, t: int, later: int) -> None:
         launch(
-            dy, w_hh, lengths, reset, own.state_mask, own.zoneout_h if projected else None, dgates, dhidden, carry, dh0,
-            to_resets[0], t, later, batch, given, x_t, x_b, reset_t, reset_b, hidden, state,
+            dy, w_hh, lengths, reset, own.state_mask, zoneout, dgates, dhidden, carry, dh0, to_resets[0], t, later, batch, given, x_t, x_b, reset_t, reset_b, hidden, state,
         )  # fmt: skip
 
     for step in reversed(range(steps)):
         t = first + step * direction
         later = t + direction
         if projected:
-            state_gradient(projection, t, later)
+            state_gradient(projection, own.zoneout_h, t, later)
         for launch in phases:
             launch(
                 dy, dstates, y, *saved, w_hh, w_hr, *start, lengths, reset, *own.tensors, dgates, dhidden, carry, dc,
@@ -467,7 +474,7 @@ def scan_backward(
             )  # fmt: skip
         given |= CARRY | DC | LATER
     if h0 is not None:
-        state_gradient(Repeated(backward_state, state_grid, FINAL=True, **shared), first, first)
+        state_gradient(Repeated(backward_state, state_grid, FINAL=True, **shared), None, first, first)
     if c0 is not None:
         dc0 = dc.to(y.dtype)
     return found(*to_resets)

@@ -109,10 +109,9 @@ def forward_persistent(
         clear = tl.load(
             reset + t * reset_t + wide * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
         ).to(tl.int1)
-        read = exchange + (step % 2) * place + all_units
-        known = (rows < B) & ~clear
-        if reset_h is not None:
-            read = tl.where(clear[:, None], put_in + all_units, read)
+        if reset_h is None:
+            known = (rows < B) & ~clear
+        else:
             known = rows < B
         clear = clear[:, None]
         live = (t < length)[:, None]
@@ -134,6 +133,9 @@ def forward_persistent(
             candidate = (p[2],)
             p = (p[0], p[1])
         wait(arrived, programs * (1 + step * MEETINGS))
+        read = exchange + (step % 2) * place + all_units
+        if reset_h is not None:
+            read = tl.where(clear, put_in + all_units, read)
         p = products(
             p, read, known, w_hh, 0, units, H, H,
             BLOCK_K, PRECISION, UPCAST, ".cg",

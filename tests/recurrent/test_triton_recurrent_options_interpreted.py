@@ -146,3 +146,109 @@ class Case:
 )
 def test_values_and_gradients_match_the_reference(number: int) -> None:
     Case(number).check()
+
+
+LAYERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "LSTM": (fastseq.nn.LSTM, {}),
+    "GRU": (fastseq.nn.GRU, {}),
+    "before": (fastseq.nn.GRU, {"reset_after": False}),
+    "projected": (fastseq.nn.LSTM, {"proj_size": 3}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("LSTM", "recurrent_dropout"), ("GRU", "zoneout"), ("before", "reset_state"), ("projected", "recurrent_dropout")],
+)
+def test_stacks_reach_the_kernels(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of two directions: y, the last states, and the gradients of everything."""
+    kind, kwargs = LAYERS[name]
+    if option != "reset_state":
+        kwargs = {**kwargs, option: 0.4}
+    torch.manual_seed(3)
+    layer = kind(4, 6, 2, bidirectional=True, **kwargs)
+    x, reset = torch.randn(3, 2, 4, requires_grad=True), torch.rand(3, 2) < 0.4
+    start = torch.randn(4, 2, 6, requires_grad=True)
+    more = {"reset": reset, "reset_state": start} if option == "reset_state" else {}
+    leaves = [x, *layer.parameters(), *([start] if more else [])]
+    shares = torch.empty(3, 2, 6).bernoulli_(0.4)
+    monkeypatch.setattr(RecurrentCall, "zoneout_shares", lambda call, *_: (shares if any(call.zoneout) else None, None))
+    found = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(4)
+        with fastseq.use_backend(backend), torch.profiler.profile() as profile:
+            results = flat(layer(x, **more))
+            total = sum(t.sin().sum() for t in results)
+            found.append([*results, *torch.autograd.grad(total, leaves)])
+        ran = {event.key for event in profile.key_averages()} & {"fastseq::scan_forward", "fastseq::scan_backward"}
+        assert len(ran) == (2 if backend == "triton" else 0)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_evaluation_keeps_one_number_of_every_unit(name: str) -> None:
+    """And so do an RNN without a gradient, packed sequences, and a cell's step."""
+    torch.manual_seed(5)
+    layer = LAYERS[name][0](4, 6, zoneout=0.3).eval()
+    rnn = fastseq.nn.RNN(4, 6, zoneout=0.3).eval()
+    x, packed = torch.randn(3, 2, 4), torch.nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (3, 1)])
+    found = []
+    for backend in ("reference", "triton"):
+        with fastseq.use_backend(backend):
+            y, state = layer(x)
+            own = [y, *flat(state), *torch.autograd.grad(y.sin().sum(), list(layer.parameters())), layer(packed)[0].data]
+            with torch.no_grad():
+                own += [rnn(x)[0], rnn(x[:1])[0]]
+            found.append(own)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_reasons_are_true() -> None:
+    """What the kernels have no gradient of is refused, and explained."""
+    x = torch.randn(3, 2, 4)
+    with fastseq.use_backend("triton"):
+        with pytest.raises(fastseq.BackendError, match="the Triton kernels have no layer normalisation"):
+            fastseq.nn.GRU(4, 6, norm="layer")(x)
+        with pytest.raises(fastseq.BackendError, match="no gradient of an RNN with zoneout in evaluation"):
+            fastseq.nn.RNN(4, 6, zoneout=0.3).eval()(x)
+        with pytest.raises(fastseq.BackendError, match="no zoneout of c beside a projection"):
+            fastseq.nn.LSTM(4, 6, proj_size=3, zoneout=(0.1, 0.1))(x)
+        layer = fastseq.nn.GRU(4, 6, recurrent_dropout=0.5, zoneout=0.5)
+        assert "the Triton kernels have no" not in fastseq.explain(layer, x)
+    reason = launch.tile("lstm", torch.empty(9, 1, 1, dtype=torch.float16), 160, False, False, 2)[1]
+    assert reason is not None
+    assert reason.endswith("above 128, the most units of a lstm in fp16 that one SM holds beside a mask, zoneout or a state "
+                           "to reset to")  # fmt: skip
+
+
+def test_states_to_reset_to_that_nothing_resets_to_have_no_gradient() -> None:
+    inputs = cell_inputs("lstm", 3, 2, 4, 5, dtype=torch.float32)
+    put_in = [torch.randn(2, 5), torch.randn(2, 5)]
+    number = ops.NUMBER["lstm"]
+    beside = (*put_in, None, None, None, None, None)
+    y, _, _, states, tape = torch.ops.fastseq.scan_forward.triton(*inputs, *beside, number, False, True, True)
+    assert torch.equal(y, torch.ops.fastseq.scan_forward.triton(*inputs, *7 * [None], number, False, True, True)[0])
+    found = torch.ops.fastseq.scan_backward.triton(
+        y, None, None, None, y, states, tape, inputs[2], None, inputs[6], inputs[7], *beside, number, False
+    )
+    assert [d.shape for d in found[4:]] == [(2, 5), (2, 5)]
+    assert not any(d.any() for d in found[4:])
+    with pytest.raises(RuntimeError, match="no zoneout of c beside a projection"):
+        projected = cell_inputs("lstm", 3, 2, 4, 5, projected=3, dtype=torch.float32)
+        torch.ops.fastseq.scan_forward.triton(
+            *projected, *6 * [None], torch.zeros(3, 2, 5), number, False, False, False
+        )
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_what_the_fake_kernels_promise_is_what_comes(cell: str) -> None:
+    case = Case(next(n for n in itertools.count() if WAYS[n % len(WAYS)] == (cell, "step")))
+    args = (*case.inputs, ops.NUMBER[cell], case.reverse, True, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastseq.scan_forward.triton, args, test_utils=tests)
+    y, _, _, states, tape = torch.ops.fastseq.scan_forward.triton(*args)
+    kept = (y, states if ops.HAS_C[cell] else None, tape)
+    back = (torch.randn_like(y), None, None, None, *kept, case.inputs.w_hh, *case.inputs[5:], *args[-4:-2])
+    torch.library.opcheck(torch.ops.fastseq.scan_backward.triton, back, test_utils=tests)

@@ -66,6 +66,16 @@ def lstm_forward(x, c_prev, CELL: tl.constexpr):
 
 
 @triton.jit
+def lstm_state(gates, c_prev, CELL: tl.constexpr):
+    """The c of these gates, as :func:`lstm_forward` made it."""
+    if CELL == "lstm_coupled":
+        c = (1.0 - gates[0]) * c_prev + gates[0] * gates[1]
+    else:
+        c = gates[1] * c_prev + gates[0] * gates[2]
+    return c
+
+
+@triton.jit
 def lstm_backward(gates, c_prev, c, dh, dc, CELL: tl.constexpr):
     """``dc`` comes in as the gradient of c_t from later steps; the last result is that of c_prev."""
     if CELL == "lstm_coupled":
@@ -103,3 +113,9 @@ def gru_backward_blend(z, n, h_prev, dh):
 def gru_backward_reset(r, other, dproduct):
     """dr from the gradient of what r multiplies: ``other`` is q (reset after) or h_prev (before)."""
     return dproduct * other * r * (1.0 - r)
+
+
+# Zoneout: of a new state and the old one; a share of 1 or 0 gives one of them exactly.
+@triton.jit
+def zoneout(old, new, share):
+    return share * old + (1.0 - share) * new

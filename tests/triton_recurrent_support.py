@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastseq.kernels.recurrent import (
@@ -24,6 +24,12 @@ from triton_support import SHARED_LIMIT, Compiled, compile_for
 # What every argument points at, or is: "x" the dtype of x, "w" what widens to fp32.
 _LONG = {"lengths": "*i64", "reset": "*u1", "arrived": "*i32"}
 _WIDE = {"states", "dstates", "dh_n", "dc_n", "carry", "dc_carry", "carry_in", "carry_out", "z"}
+# What few calls have, with what the launches make of it; None where it is absent.
+OPTIONS = {
+    "mask": ("state_mask", "read_in", "read_out"),
+    "zoneout": ("zoneout_h", "zoneout_c"),
+    "state": ("reset_h", "reset_c", "put_in", "dreset_h", "dreset_c"),
+}
 _NUMBERS = {"T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b", "I", "H", "P"}
 
 
@@ -42,13 +48,14 @@ class Variant:
     final: bool = False
     aligned: bool = True
     precision: str = ""
+    options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         t = self.tiles
         wide = "" if self.aligned else "-odd"
         shape = f"H{t.units}s{t.stages}" if isinstance(t, tuning.Sequence) else f"{t.block_b}x{t.block_n}x{t.block_k}"
         flags = [n for n in ("save", "fused", "projected", "final") if getattr(self, n)]
-        parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else [])]
+        parts = [self.kernel, self.cell, self.dtype, shape, *flags, *(["phase1"] if self.phase else []), *self.options]
         return "-".join(parts) + wide + (f"-{self.precision}" if self.precision else "")
 
     def compile(self, target: str) -> Compiled:
@@ -84,9 +91,27 @@ class Variant:
         names = kernel.arg_names
         if self.fused or tuning.GATES[self.cell] == 1:  # nothing is carried in float32 to a later step
             constants["carry_out"] = None
+        constants |= dict.fromkeys(self._absent())
         constants = {name: value for name, value in constants.items() if name in names}
         types = {name: self._type(name) for name in names if name not in constants}
         return kernel, types, constants, options
+
+    def _absent(self) -> Iterator[str]:
+        """Which arguments of options are None."""
+        for option, names in OPTIONS.items():
+            yield from names if option not in self.options else ()
+        if self.fused:
+            yield "read_out"
+        if self.kernel == "forward_projection" and "zoneout" not in self.options:
+            yield from ("reset", "reset_t", "reset_b")
+        if self.projected and self.kernel == "forward_step":
+            yield "read_out"
+        if self.projected or not tuning.HAS_C[self.cell]:
+            yield "zoneout_c"
+        if not tuning.HAS_C[self.cell]:
+            yield from ("reset_c", "dreset_c")
+        if self.kernel == "backward_state" and not self.projected:
+            yield "zoneout_h"
 
     def _type(self, name: str) -> str:
         if name in _NUMBERS:
@@ -94,6 +119,7 @@ class Variant:
         if name in _LONG:
             return _LONG[name] + ":16"
         wide = name in _WIDE and not (self.fused and name == "carry_in")
+        wide = wide or (name.startswith("dreset") and not isinstance(self.tiles, tuning.Sequence | tuning.Persistent))
         return ("*fp32" if wide else f"*{self.dtype}") + ":16"
 
 
@@ -102,16 +128,28 @@ def kernel_named(name: str) -> Any:
     return next(getattr(m, name) for m in modules if hasattr(m, name))
 
 
-def variants(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
-    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16."""
+def shares_of(cell: str, options: Sequence[str]) -> int | None:
+    """How many of zoneout's shares a step reads, as the tables of tiles have it."""
+    return (1 + tuning.HAS_C[cell]) * ("zoneout" in options) if options else None
+
+
+def variants(
+    target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32"), options: tuple[str, ...] = ()
+) -> Iterator[Variant]:
+    """Every variant that the tables can ask for on a target, of layers whose H, P and I are multiples of 16, with some
+    of OPTIONS."""
+    yield from (replace(v, options=options) for v in _variants(target, dtypes, options))
+
+
+def _variants(target: str, dtypes: Sequence[str], options: tuple[str, ...]) -> Iterator[Variant]:
     shared = SHARED_LIMIT[target]
     for dtype in dtypes:
         for cell in tuning.GATES:
-            gated = tuning.GATES[cell] > 1
-            for tile in tuning.sequence_tiles(cell, dtype, shared, False):
+            gated, shares = tuning.GATES[cell] > 1, shares_of(cell, options)
+            for tile in tuning.sequence_tiles(cell, dtype, shared, False, shares):
                 for save in (True, False) if gated else (False,):
                     yield Variant("forward_sequence", cell, dtype, tile, save)
-            for tile in tuning.sequence_tiles(cell, dtype, shared, True):
+            for tile in tuning.sequence_tiles(cell, dtype, shared, True, shares):
                 yield Variant("backward_sequence", cell, dtype, tile)
             for tile in tuning.persistent_tiles(dtype) if not target.startswith("gfx") else ():
                 for save in (True, False) if gated else (False,):

@@ -45,26 +45,18 @@ def attention_reason(q: Tensor, v: Tensor) -> str | None:
     return attention_launch.unsupported(q.dtype, q.shape[-1], v.shape[-1])
 
 
-def _refuse(*options: Tensor | None) -> None:
-    if any(option is not None for option in options):
-        raise RuntimeError("scan: the Triton kernels have no state_mask, zoneout or state to reset to")
-
-
 def _scan_forward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.recurrent import launch as recurrent_launch
 
-    *tensors, reset_h, reset_c, lengths, reset, mask, zoneout_h, zoneout_c, cell, reverse, save, states = args
-    _refuse(mask, reset_h, reset_c, zoneout_h, zoneout_c)
-    return recurrent_launch.scan_forward(*tensors, lengths, reset, CELLS[cell].name, reverse, save, states)
+    *tensors, cell, reverse, save, states = args
+    return recurrent_launch.scan_forward(*tensors, CELLS[cell].name, reverse, save, states)
 
 
 def _scan_backward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.recurrent import launch as recurrent_launch
 
-    *tensors, reset_h, reset_c, lengths, reset, mask, zoneout_h, zoneout_c, cell, reverse = args
-    _refuse(mask, reset_h, reset_c, zoneout_h, zoneout_c)
-    made = recurrent_launch.scan_backward(*tensors, lengths, reset, CELLS[cell].name, reverse)
-    return (*made, made[0].new_empty(0), made[0].new_empty(0))  # no gradients of what is not there
+    *tensors, cell, reverse = args
+    return recurrent_launch.scan_backward(*tensors, CELLS[cell].name, reverse)
 
 
 def _attention_forward(*args: Any) -> tuple[Tensor, ...]:

@@ -134,9 +134,10 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
             "reset_state": call.reset_h is not None,
             "layer normalisation (norm=)": call.norm is not None,
         }
-        if any(given.values()):
-            return f"the GPU kernels have no {' and no '.join(n for n, is_given in given.items() if is_given)}"
-    elif (reason := _native_reason(call)) is not None:
+        lacking = [option for option, is_given in given.items() if is_given and option in _NOT_ON_A_GPU[name]]
+        if lacking:
+            return f"{_GPU_KERNELS[name]} have no {' and no '.join(lacking)}"
+    if (reason := _native_reason(call)) is not None:
         return reason
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
@@ -148,8 +149,16 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
     return backends.operator_reason(name, call.x.device.type)
 
 
+_GPU_KERNELS = {"native": "the native CUDA kernels", "triton": "the Triton kernels"}
+_NOT_ON_A_GPU = {
+    "native": ("state_mask (recurrent_dropout)", "zoneout", "reset_state", "layer normalisation (norm=)"),
+    "triton": ("layer normalisation (norm=)",),
+}
+"""Options that a backend has no GPU kernels for."""
+
+
 def _native_reason(call: RecurrentCall) -> str | None:
-    """Why the CPU kernels cannot run this call; None where they can."""
+    """Why no kernels of ours, on the CPU or a GPU, can run this call; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
         return "the native kernels compute no gradient of state_mask"
     if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):

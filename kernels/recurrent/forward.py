@@ -10,7 +10,8 @@ there a step takes two launches.
 gates_x = W_ih x + b_ih is one product for all steps, made before; a single step (FUSE_X) makes it itself.
 What varies from call to call (T, B, the direction, which optional tensors are there) is a run-time number, so that
 neither another T nor another B compiles anything. An absent tensor's pointer is never followed: its loads are masked
-off by a bit of ``given``.
+off by a bit of ``given``. The options of few calls (state_mask, zoneout, a state to reset to) are None where they are
+absent, constants to the compiler, and no code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
+from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh, zoneout
 from . import tuning
 
 # fmt: off
@@ -27,6 +28,8 @@ from . import tuning
 
 # Bits of `given`: which optional tensors there are.
 BIAS, H0, C0, LENGTHS, RESET, STATES, LAST = (tl.constexpr(1 << bit) for bit in range(7))
+# Zoneout has a share for each unit of h, of c; else one number for all. (The bits between are those of backward.py.)
+SHARES_H, SHARES_C = (tl.constexpr(1 << bit) for bit in (12, 13))
 
 # Numbers that are never compiled in; H, P and I are, where they are 1, and as multiples of 16.
 VARYING = ["T", "B", "t", "later", "given", "first", "direction", "x_t", "x_b", "reset_t", "reset_b"]
@@ -91,6 +94,49 @@ def keep(tape, H, live, mask, blocks):
 
 
 @triton.jit
+def put_in_of(reset_state, at, mask):
+    """What a reset puts in a state's place: zeros where ``reset_state`` is None."""
+    if reset_state is None:
+        found = 0.0
+    else:
+        found = tl.load(reset_state + at, mask=mask, other=0.0)
+    return found
+
+
+@triton.jit
+def scale_of(state_mask, at, mask):
+    """What the products read a state times: 1 where ``state_mask`` is None."""
+    if state_mask is None:
+        found = 1.0
+    else:
+        found = tl.load(state_mask + at, mask=mask, other=0.0)
+    return found
+
+
+@triton.jit
+def share_of(shares, at, mask, has_shares):
+    """The share of a state that zoneout keeps, at some units; or the one number that stands for all of them."""
+    number = tl.load(shares, mask=has_shares == 0, other=0.0)
+    return tl.load(shares + at, mask=mask & (has_shares != 0), other=number).to(tl.float32)
+
+
+@triton.jit
+def kept_of(old, new, shares, at, mask, has_shares):
+    """A state after zoneout, where there is any."""
+    if shares is not None:
+        new = zoneout(old, new, share_of(shares, at, mask, has_shares))
+    return new
+
+
+@triton.jit
+def leave_read(read_out, state_mask, state, h, mask):
+    """h_t times the mask, which the products of the next step read, where there is a mask."""
+    if read_out is not None:
+        scale = scale_of(state_mask, state, mask)
+        tl.store(read_out + state, (h.to(tl.float32) * scale).to(read_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def parts_of(BLOCK_H: tl.constexpr, TAIL: tl.constexpr):
     """The units: BLOCK_H of them, and TAIL more where that is not 0."""
     if TAIL:
@@ -129,6 +175,7 @@ def keep_state(states, c, t, B, units, H, wanted, BLOCK_B: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def forward_sequence(
     gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # [T,B,G*H] by rows x_t, x_b; [G*H,H]; [G*H]; [B,H] twice; [B]; [T,B]
+    state_mask, zoneout_h, zoneout_c, reset_h, reset_c,  # [B,H]; [T,B,H] or one number, twice; [B,H] twice; or None
     y, h_n, c_n, states, tape,  # [T,B,H], [B,H] twice, [T,B,H], [T,B,TAPE*H]
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
     CELL: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr,
@@ -143,12 +190,16 @@ def forward_sequence(
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
     has_bias = (given & BIAS) != 0
     mask, state, h, c, w, b = (), (), (), (), (), ()  # w by part of h_t, gate and part of h_{t-1}; b by part and gate
+    scale, put_in_h, put_in_c = (), (), ()
     for p in tl.static_range(PARTS):
         mask += ((rows < B)[:, None] & (units[p] < H)[None, :],)
         state += (wide[:, None] * H + units[p][None, :],)  # [BLOCK_B, BLOCK_H or TAIL]
         h += (tl.load(h0 + state[p], mask=mask[p] & ((given & H0) != 0), other=0.0).to(tl.float32),)
         if has_c(CELL):
             c += (tl.load(c0 + state[p], mask=mask[p] & ((given & C0) != 0), other=0.0).to(tl.float32),)
+            put_in_c += (put_in_of(reset_c, state[p], mask[p]),)
+        put_in_h += (put_in_of(reset_h, state[p], mask[p]),)
+        scale += (scale_of(state_mask, state[p], mask[p]),)
         w_p, b_p = (), ()
         for gate in tl.static_range(G):
             w_g = ()
@@ -170,15 +221,15 @@ def forward_sequence(
         kept = tape + row[:, None] * (tape_of(CELL) * H)
         h_prev, a, h_next, c_next = (), (), (), ()
         for p in tl.static_range(PARTS):
-            h_prev += (tl.where(clear, 0.0, h[p]),)
-            a += (h_prev[p].to(dtype),)
+            h_prev += (tl.where(clear, put_in_h[p], h[p]),)
+            a += ((h_prev[p] * scale[p]).to(dtype),)
         if CELL == "gru_reset_before":  # the candidate needs r * h_prev of all units
             z, r_h = (), ()
             for p in tl.static_range(PARTS):
                 r = sigmoid(through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST))
                 update = through(a, w[p][1], given_gate(x, 1, units[p], H, mask[p]) + b[p][1], PRECISION, UPCAST)
                 z += (sigmoid(update),)
-                q = r * h_prev[p]
+                q = r * h_prev[p] * scale[p]
                 r_h += (q.to(dtype),)
                 if SAVE:
                     keep(kept + units[p][None, :], H, live, mask[p], (r, z[p]))
@@ -189,7 +240,10 @@ def forward_sequence(
                 for gate in tl.static_range(G):
                     x_g = given_gate(x, gate, units[p], H, mask[p]) + b[p][gate]
                     made += (through(a, w[p][gate], x_g, PRECISION, UPCAST),)
-                gates, c_new, h_new = lstm_forward(made, tl.where(clear, 0.0, c[p]), CELL)
+                c_prev = tl.where(clear, put_in_c[p], c[p])
+                gates, c_new, h_new = lstm_forward(made, c_prev, CELL)
+                own = row[:, None] * H + units[p][None, :]
+                c_new = kept_of(c_prev, c_new, zoneout_c, own, mask[p], given & SHARES_C)
                 c_next += (tl.where(live, c_new, c[p]),)
                 if PARTS > 1:
                     keep_state(states, c_next[p], t, B, units[p], H, (given & STATES) != 0, BLOCK_B)
@@ -214,6 +268,8 @@ def forward_sequence(
             else:
                 made = through(a, w[p][0], given_gate(x, 0, units[p], H, mask[p]) + b[p][0], PRECISION, UPCAST)
                 h_new = rnn_forward(made, CELL == "rnn_relu")
+            own = row[:, None] * H + units[p][None, :]
+            h_new = kept_of(h_prev[p], h_new, zoneout_h, own, mask[p], given & SHARES_H)
             h_next += (tl.where(live, h_new, h[p]),)
             at = y + row[:, None] * H + units[p][None, :]
             tl.store(at, tl.where(live, h_new, 0.0).to(dtype), mask=mask[p])
@@ -261,6 +317,8 @@ def add_biases(p, b, gate, units, H, mask):
 def forward_step(
     x, w_ih, b_ih,  # gates_x [T,B,G*H] by rows x_t, x_b; with FUSE_X x [1,B,I], w_ih, b_ih
     h_in, carry_in, w_hh, b_hh, lengths, reset,  # h_{t-1} [B,P]; its fp32 self (GRU) or c (LSTM) [B,H]; the weights
+    state_mask, zoneout_h, zoneout_c, reset_h, reset_c,  # as forward_sequence
+    read_in, read_out, put_in,  # [B,P]: h_{t-1} and h_t times the mask, for the products; what they read after a reset
     y, h_out, carry_out, c_n, states, tape,  # carry_out: absent where only the last step matters
     q, z,  # [B,H]: what the first launch of two leaves for the second: r * h_prev and z; o * tanh(c)
     t, B, given, x_t, x_b, reset_t, reset_b, I, H, P,
@@ -284,7 +342,10 @@ def forward_step(
     clear = tl.load(
         reset + t * reset_t + rows.to(tl.int64) * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
     ).to(tl.int1)
-    known = (rows < B) & ((given & H0) != 0) & ~clear
+    if reset_h is None:
+        known = (rows < B) & ((given & H0) != 0) & ~clear
+    else:
+        known = (rows < B) & (((given & H0) != 0) | clear)
     clear = clear[:, None]
     has_bias = (given & BIAS) != 0
 
@@ -309,15 +370,23 @@ def forward_step(
             p, q + (wide * H)[:, None], rows < B, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
     else:
+        if state_mask is None:
+            read = h_in + (wide * P)[:, None]
+        else:
+            read = read_in + (wide * P)[:, None]
+        if reset_h is not None:
+            read = tl.where(clear, put_in + (wide * P)[:, None], read)
         p = products(
-            p, h_in + (wide * P)[:, None], known, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
+            p, read, known, w_hh, FROM, units, H, P, BLOCK_K, PRECISION, UPCAST, "",
         )
 
     row = t * B + wide
     kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
     if has_c(CELL):
         c = tl.load(carry_in + state, mask=mask & ((given & C0) != 0), other=0.0).to(tl.float32)
-        gates, c_new, h_new = lstm_forward(p, tl.where(clear, 0.0, c), CELL)
+        c_prev = tl.where(clear, put_in_of(reset_c, state, mask), c)
+        gates, c_new, h_new = lstm_forward(p, c_prev, CELL)
+        c_new = kept_of(c_prev, c_new, zoneout_c, row[:, None] * H + units[None, :], mask, given & SHARES_C)
         c = tl.where(live, c_new, c)
         if carry_out is not None:
             tl.store(carry_out + state, c, mask=mask)
@@ -329,18 +398,21 @@ def forward_step(
             tl.store(q + state, h_new.to(dtype), mask=mask)
         else:
             h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+            h_prev = tl.where(clear, put_in_of(reset_h, state, mask), h)
+            h_new = kept_of(h_prev, h_new, zoneout_h, row[:, None] * H + units[None, :], mask, given & SHARES_H)
             tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
+            leave_read(read_out, state_mask, state, tl.where(live, h_new, h), mask)
             tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
     elif is_gru(CELL):
         h = tl.load(carry_in + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
-        h_prev = tl.where(clear, 0.0, h)
+        h_prev = tl.where(clear, put_in_of(reset_h, state, mask), h)
         if PHASE == 0:
             r, update = sigmoid(p[0]), sigmoid(p[1])
             if CELL == "gru":
                 product = p[2]
                 n = tanh(x_n + r * product)
             else:
-                product = r * h_prev
+                product = r * h_prev * scale_of(state_mask, state, mask)
                 tl.store(q + state, product.to(dtype), mask=mask)
                 tl.store(z + state, update, mask=mask)
             if SAVE:
@@ -354,21 +426,27 @@ def forward_step(
             if SAVE:
                 tl.store(kept + 2 * H, tl.where(live, n, 0.0).to(dtype), mask=mask)
             h_new = gru_blend(update, n, h_prev)
+            h_new = kept_of(h_prev, h_new, zoneout_h, row[:, None] * H + units[None, :], mask, given & SHARES_H)
             h = tl.where(live, h_new, h)
             if carry_out is not None:
                 tl.store(carry_out + state, h, mask=mask)
             tl.store(h_out + state, h.to(dtype), mask=mask)
+            leave_read(read_out, state_mask, state, h, mask)
             tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
     else:
         h_new = rnn_forward(p[0], CELL == "rnn_relu")
         h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+        h_prev = tl.where(clear, put_in_of(reset_h, state, mask), h)
+        h_new = kept_of(h_prev, h_new, zoneout_h, row[:, None] * H + units[None, :], mask, given & SHARES_H)
         tl.store(h_out + state, tl.where(live, h_new.to(dtype), h), mask=mask)
+        leave_read(read_out, state_mask, state, tl.where(live, h_new, h), mask)
         tl.store(y + row[:, None] * H + units[None, :], tl.where(live, h_new, 0.0).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_projection(
     m, w_hr, h_in, lengths, y, h_out,  # o * tanh(c) [B,H], [P,H], h_{t-1} [B,P], [B], y [T,B,P], h_t [B,P]
+    reset, reset_t, reset_b, state_mask, zoneout_h, reset_h, read_out,  # as forward_step; resets for zoneout, or None
     t, B, given, H, P,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -387,5 +465,12 @@ def forward_projection(
     made = products(made, m + (wide * H)[:, None], rows < B, w_hr, 0, units, P, H, BLOCK_K, PRECISION, UPCAST, "")
     p = made[0]
     h = tl.load(h_in + state, mask=mask & ((given & H0) != 0), other=0.0)
+    if zoneout_h is not None:
+        clear = tl.load(
+            reset + t * reset_t + wide * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
+        ).to(tl.int1)[:, None]
+        h_prev = tl.where(clear, put_in_of(reset_h, state, mask), h)
+        p = kept_of(h_prev, p, zoneout_h, (t * B + wide)[:, None] * P + units[None, :], mask, given & SHARES_H)
     tl.store(h_out + state, tl.where(live, p.to(dtype), h), mask=mask)
+    leave_read(read_out, state_mask, state, tl.where(live, p, h), mask)
     tl.store(y + (t * B + wide)[:, None] * P + units[None, :], tl.where(live, p, 0.0).to(dtype), mask=mask)

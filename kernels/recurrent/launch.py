@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,9 @@ from .persistent_backward import backward_persistent
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Bits of `given`, as the kernels have them.
-BIAS, H0, C0, LENGTHS, RESET, STATES, LAST, DY, DSTATES, CARRY, DC, LATER = (1 << bit for bit in range(12))
+BIAS, H0, C0, LENGTHS, RESET, STATES, LAST, DY, DSTATES, CARRY, DC, LATER, SHARES_H, SHARES_C = (
+    1 << bit for bit in range(14)
+)
 
 role: str | None = None
 """For tests and measurements: ``"sequence"``, ``"persistent"`` or ``"step"``, not what :func:`tile` would choose."""
@@ -49,7 +51,9 @@ def persistent_first(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in tuning.PERSISTENT_FIRST
 
 
-def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> tuple[Any, str | None]:
+def tile(
+    cell: str, x: Tensor, hidden: int, projected: bool, backward: bool, shares: int | None = None
+) -> tuple[Any, str | None]:
     """The tile of the role that a call gets, and why it is not the sequence role (None where it is).
 
     Raises:
@@ -66,7 +70,7 @@ def tile(cell: str, x: Tensor, hidden: int, projected: bool, backward: bool) -> 
         reasons.append("asked for")
     else:
         if role != "persistent":
-            found: Any = tuning.sequence(cell, name, hidden, shared, backward)
+            found: Any = tuning.sequence(cell, name, hidden, shared, backward, shares)
             if not isinstance(found, str):
                 return found, None
             reasons.append(found)
@@ -145,6 +149,60 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+class Options(NamedTuple):
+    """What few calls have, as the kernels take it, None where it is not there; of the schemas' arguments."""
+
+    state_mask: Tensor | None = None
+    zoneout_h: Tensor | None = None
+    zoneout_c: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    given: int = 0
+    """Bits: of which state zoneout has a share for each unit."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+    @property
+    def shares(self) -> int | None:
+        """How many of zoneout's shares a step reads, as the tables of tiles have it; None where nothing is there."""
+        if all(t is None for t in self.tensors):
+            return None
+        return sum(t is not None for t in (self.zoneout_h, self.zoneout_c))
+
+
+def options_of(
+    x: Tensor, hidden: int, lstm: bool, w_hr: Tensor | None, reset_h: Tensor | None, reset_c: Tensor | None,
+    reset: Tensor | None, state_mask: Tensor | None, zoneout_h: Tensor | None, zoneout_c: Tensor | None,
+) -> Options:  # fmt: skip
+    """Of a call over x ``[T, B, _]``; of an LSTM each option is there for h and c, or for neither, so that fewer variants
+    are compiled."""
+    if zoneout_c is not None and w_hr is not None:
+        raise RuntimeError("scan: the Triton kernels have no zoneout of c beside a projection")
+    batch, given = x.shape[1], 0
+    if reset is None:
+        reset_h = reset_c = None
+    if lstm and (reset_h is None) != (reset_c is None):
+        width = hidden if w_hr is None else w_hr.shape[0]
+        reset_h = x.new_zeros(batch, width) if reset_h is None else reset_h
+        reset_c = x.new_zeros(batch, hidden) if reset_c is None else reset_c
+    if lstm and w_hr is None and (zoneout_h is None) != (zoneout_c is None):
+        nothing = x.new_zeros(()).expand(x.shape[0], batch, hidden)
+        zoneout_h, zoneout_c = (nothing if s is None else s for s in (zoneout_h, zoneout_c))
+    shares: list[Tensor | None] = []
+    for share, bit in ((zoneout_h, SHARES_H), (zoneout_c, SHARES_C)):
+        if share is not None and any(share.stride()):  # else one number, expanded
+            share, given = share.contiguous(), given | bit
+        shares.append(share)
+    return Options(dense(state_mask), *shares, dense(reset_h), dense(reset_c), given)
+
+
+def times(state: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What the products read of a state."""
+    return state if state is None or mask is None else state * mask
+
+
 def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Triton launches on the current device: make it that of the tensors."""
 
@@ -159,7 +217,7 @@ def on_its_device(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tu
     return wrapped
 
 
-CHANGING = frozenset({"h_in", "carry_in", "h_out", "t", "later", "given"})
+CHANGING = frozenset({"h_in", "carry_in", "h_out", "read_in", "read_out", "t", "later", "given"})
 """The arguments that a step's launch may get other values for than the step before."""
 
 
@@ -210,7 +268,8 @@ def address(value: Any) -> Any:
 
 @on_its_device
 def scan_forward(
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reset, cell, reverse, save, states
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, reset_h, reset_c, lengths, reset, state_mask, zoneout_h, zoneout_c, cell,
+    reverse, save, states,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``fastseq::scan_forward.triton``."""
     steps, batch, _ = x.shape
@@ -232,14 +291,16 @@ def scan_forward(
         b_hh = torch.zeros_like(b_ih)
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
-    given = (
+    own = options_of(x, hidden, lstm, w_hr, reset_h, reset_c, reset, state_mask, zoneout_h, zoneout_c)
+    put_in = times(own.reset_h, own.state_mask)
+    given = own.given | (
         BIAS * (b_hh is not None) | H0 * (h0 is not None) | C0 * (c0 is not None)
         | LENGTHS * (lengths is not None) | RESET * (reset is not None) | STATES * with_states
     )  # fmt: skip
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(x, reverse)
-    tiles, _ = tile(cell, x, hidden, w_hr is not None, False)
+    tiles, _ = tile(cell, x, hidden, w_hr is not None, False, own.shares)
     shared = {"CELL": cell, "SAVE": save_tape, **common(tiles, x)}
     states_or = there(all_c if with_states else None, torch.float32)
     tape_or = there(tape if save_tape else None)
@@ -251,11 +312,13 @@ def scan_forward(
         if isinstance(tiles, tuning.Persistent):
             exchange = x.new_empty(3 if cell == "gru_reset_before" else 2, batch, hidden)
             meeting = (exchange, x.new_zeros(over_batch, 32, dtype=torch.int32))
+            beside: tuple[Tensor | None, ...] = (*own.tensors, put_in)
             launch = forward_persistent[(triton.cdiv(hidden, tiles.block_n), over_batch)]
         else:
+            beside = own.tensors
             launch = forward_sequence[(over_batch,)]
         launch(
-            gates_x, w_hh, there(b_hh), there(h0), there(c0), lengths, reset, y, h_n, c_n, states_or, tape_or,
+            gates_x, w_hh, there(b_hh), there(h0), there(c0), lengths, reset, *beside, y, h_n, c_n, states_or, tape_or,
             *meeting, steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
         )  # fmt: skip
         return y, h_n, c_n, all_c, tape
@@ -271,6 +334,9 @@ def scan_forward(
     scratch = x.new_empty(batch, hidden) if two or projected else absent(x.dtype, x.device)
     update = x.new_empty(batch, hidden, dtype=torch.float32) if two else absent(torch.float32, x.device)
     between = [x.new_empty(batch, state) for _ in range(min(2, steps - 1))]
+    is_masked = own.state_mask is not None
+    between_read = [x.new_empty(batch, state) if is_masked and not fused else None for _ in range(2)]
+    read_in = there(times(h0, own.state_mask)) if is_masked else None
     grid = (triton.cdiv(hidden, tiles.block_n), triton.cdiv(batch, tiles.block_b))
     phases = [
         Repeated(forward_step, grid, PHASE=phase, FUSE_X=fused, PROJECTED=projected, **shared)
@@ -282,23 +348,29 @@ def scan_forward(
     for step in range(steps):
         t = first + step * direction
         last = step == steps - 1
-        h_out = h_n if last else between[step % 2]
+        h_out, read_out = h_n if last else between[step % 2], between_read[step % 2]
         given |= LAST * last
         for launch in phases:
             launch(
-                source, w_ih, b_ih, h_in, carry_in, w_hh, b_hh, lengths, reset, y, h_out, carry_out, c_n, states_or,
-                tape_or, scratch, update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
+                source, w_ih, b_ih, h_in, carry_in, w_hh, b_hh, lengths, reset, *own.tensors, read_in,
+                None if projected else read_out, put_in, y, h_out, carry_out, c_n, states_or, tape_or, scratch, update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
             )  # fmt: skip
         if projected:
-            projection(scratch, w_hr, h_in, lengths, y, h_out, t, batch, given, hidden, state)
+            resets = (None, None, None) if own.zoneout_h is None else (reset, reset_t, reset_b)
+            projection(
+                scratch, w_hr, h_in, lengths, y, h_out, *resets,
+                None if read_out is None else own.state_mask, own.zoneout_h, own.reset_h, read_out, t, batch, given, hidden, state,
+            )  # fmt: skip
         h_in, given = h_out, given | H0 | C0
+        read_in = read_out if is_masked else None
         carry_in = carry_in if carry_out is None else carry_out
     return y, h_n, c_n, all_c, tape
 
 
 @on_its_device
 def scan_backward(
-    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, lengths, reset, cell, reverse
+    dy, dh_n, dc_n, dstates, y, states, tape, w_hh, w_hr, h0, c0, reset_h, reset_c, lengths, reset, state_mask,
+    zoneout_h, zoneout_c, cell, reverse,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``fastseq::scan_backward.triton``."""
     steps, batch, state = y.shape
@@ -310,8 +382,24 @@ def scan_backward(
     dhidden = y.new_empty((steps, batch, state if projected else hidden) if projected or cell == "gru" else 0)
     dh0 = y.new_empty((batch, state) if h0 is not None else 0)
     dc0 = y.new_empty((batch, hidden) if c0 is not None else 0)
+    resets = [s is not None for s in (reset_h, reset_c)]
+    own = options_of(y, hidden, lstm, w_hr, reset_h, reset_c, reset, state_mask, zoneout_h, zoneout_c)
+
+    def found(*to_resets: Tensor | None) -> tuple[Tensor, ...]:
+        """The results, with a gradient for each state to reset to that the caller gave."""
+        sums = []
+        for d, is_given, width in zip(to_resets, resets, (state, hidden), strict=True):
+            if is_given:
+                sums.append(y.new_zeros(batch, width) if d is None else d.to(y.dtype))
+            else:
+                sums.append(y.new_empty(0))
+        return dgates, dhidden, dh0 if has_h0 else y.new_empty(0), dc0, *sums
+
+    has_h0 = h0 is not None
     if batch == 0:
-        return dgates, dhidden, dh0, dc0
+        return found(None, None)
+    if own.reset_h is not None and h0 is None:  # the kernels end with the product that reaches the first state
+        h0, dh0 = y.new_zeros(batch, state), y.new_empty(batch, state)
 
     def there(t: Tensor | None, dtype: torch.dtype = y.dtype) -> Tensor:
         return absent(dtype, y.device) if t is None else t
@@ -324,7 +412,7 @@ def scan_backward(
     dstates, states, tape, w_hr, h0, c0, lengths = (
         dense(t) for t in (dstates, states, tape, w_hr, h0, c0, lengths)
     )  # fmt: skip
-    given = (
+    given = own.given | (
         H0 * (h0 is not None) | C0 * (c0 is not None) | LENGTHS * (lengths is not None) | RESET * (reset is not None)
         | DY * (dy is not None) | DSTATES * (dstates is not None)
         | CARRY * (dh_n is not None) | DC * (dc_n is not None)
@@ -332,13 +420,14 @@ def scan_backward(
     reset_t, reset_b = (0, 0) if reset is None else reset.stride()
     lengths, reset = there(lengths, torch.int64), there(reset, torch.bool)
     first, direction = walk(y, reverse)
-    tiles, _ = tile(cell, y, hidden, projected, True)
+    tiles, _ = tile(cell, y, hidden, projected, True, own.shares)
     shared = {"CELL": cell, **common(tiles, y)}
     saved = (there(states, torch.float32), there(tape))
     dstates = there(dstates, torch.float32)
 
     if not isinstance(tiles, tuning.Step) or isinstance(tiles, tuning.Persistent):  # one launch for all steps
         over_batch = triton.cdiv(batch, tiles.block_b)
+        to_resets = [None if s is None else torch.empty_like(s) for s in (own.reset_h, own.reset_c)]
         meeting: tuple[Tensor, ...] = ()
         if isinstance(tiles, tuning.Persistent):
             meeting = (y.new_zeros(over_batch, 32, dtype=torch.int32),)
@@ -347,16 +436,17 @@ def scan_backward(
             launch = backward_sequence[(over_batch,)]
         launch(
             there(dy), there(wide(dh_n), torch.float32), there(wide(dc_n), torch.float32), dstates,
-            y, *saved, w_hh, there(h0), there(c0), lengths, reset, dgates, dhidden, dh0, dc0, *meeting,
-            steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
+            y, *saved, w_hh, there(h0), there(c0), lengths, reset, *own.tensors, dgates, dhidden, dh0, dc0, *to_resets,
+            *meeting, steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **shared,
         )  # fmt: skip
-        return dgates, dhidden, dh0, dc0
+        return found(*to_resets)
 
     def carried(t: Tensor | None, width: int) -> Tensor:
         return y.new_empty(batch, width, dtype=torch.float32) if t is None else t.to(torch.float32, copy=True)
 
     carry = carried(dense(dh_n), state)
     dc = carried(dense(dc_n), hidden) if lstm else absent(torch.float32, y.device)
+    to_resets = [None if s is None else s.new_zeros(s.shape, dtype=torch.float32) for s in (own.reset_h, own.reset_c)]
     two = cell == "gru_reset_before"
     grid, state_grid = (
         (triton.cdiv(n, tiles.block_n), triton.cdiv(batch, tiles.block_b)) for n in (hidden, state)
@@ -367,23 +457,24 @@ def scan_backward(
     projection = Repeated(backward_state, state_grid, FINAL=False, **shared)
     dy, w_hr, start = there(dy), there(w_hr), (there(h0), there(c0))
 
-    def state_gradient(launch: Callable[..., None], t: int, later: int) -> None:
+    def state_gradient(launch: Callable[..., None], zoneout: Tensor | None, t: int, later: int) -> None:
         launch(
-            dy, w_hh, lengths, reset, dgates, dhidden, carry, dh0, t, later, batch, given, x_t, x_b,
-            reset_t, reset_b, hidden, state,
+            dy, w_hh, lengths, reset, own.state_mask, zoneout, dgates, dhidden, carry, dh0, to_resets[0], t, later, batch, given, x_t, x_b, reset_t, reset_b, hidden, state,
         )  # fmt: skip
 
     for step in reversed(range(steps)):
         t = first + step * direction
         later = t + direction
         if projected:
-            state_gradient(projection, t, later)
+            state_gradient(projection, own.zoneout_h, t, later)
         for launch in phases:
             launch(
-                dy, dstates, y, *saved, w_hh, w_hr, *start, lengths, reset, dgates, dhidden, carry, dc, t, later,
-                batch, given, first, direction, x_t, x_b, reset_t, reset_b, steps, hidden, state,
+                dy, dstates, y, *saved, w_hh, w_hr, *start, lengths, reset, *own.tensors, dgates, dhidden, carry, dc,
+                *to_resets, t, later, batch, given, first, direction, x_t, x_b, reset_t, reset_b, steps, hidden, state,
             )  # fmt: skip
         given |= CARRY | DC | LATER
     if h0 is not None:
-        state_gradient(Repeated(backward_state, state_grid, FINAL=True, **shared), first, first)
-    return dgates, dhidden, dh0, dc.to(y.dtype) if c0 is not None else dc0
+        state_gradient(Repeated(backward_state, state_grid, FINAL=True, **shared), None, first, first)
+    if c0 is not None:
+        dc0 = dc.to(y.dtype)
+    return found(*to_resets)

@@ -15,13 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh
+from ..gates import gru_blend, lstm_forward, rnn_forward, sigmoid, tanh, zoneout
 from .forward import (
     BIAS,
     C0,
     H0,
     LENGTHS,
     RESET,
+    SHARES_C,
+    SHARES_H,
     STATES,
     VARYING,
     bias,
@@ -30,6 +32,9 @@ from .forward import (
     is_gru,
     keep,
     products,
+    put_in_of,
+    scale_of,
+    share_of,
     tape_of,
 )
 
@@ -65,6 +70,7 @@ def read_gates(gates_x, t, wide, x_t, x_b, units, H, mask, G: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def forward_persistent(
     gates_x, w_hh, b_hh, h0, c0, lengths, reset,  # as forward_sequence
+    state_mask, zoneout_h, zoneout_c, reset_h, reset_c, put_in,  # put_in [B,H]: reset_h times the mask, or None
     y, h_n, c_n, states, tape,
     exchange, arrived,  # x's dtype [3,B,H]; int32 [tiles of the batch, 32], zeros: one count a line of the cache
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
@@ -86,7 +92,9 @@ def forward_persistent(
     place = tl.cast(B, tl.int64) * H  # what one place of the exchange takes
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
     h = tl.load(h0 + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
-    tl.store(exchange + state, h.to(dtype), mask=mask)
+    put_in_h, put_in_c = put_in_of(reset_h, state, mask), put_in_of(reset_c, state, mask)
+    scale = scale_of(state_mask, state, mask)
+    tl.store(exchange + state, (h * scale).to(dtype), mask=mask)
     arrive(arrived)
     has_bias = (given & BIAS) != 0
     b = ()
@@ -101,11 +109,19 @@ def forward_persistent(
         clear = tl.load(
             reset + t * reset_t + wide * reset_b, mask=(rows < B) & ((given & RESET) != 0), other=0
         ).to(tl.int1)
-        known = (rows < B) & ~clear
+        if reset_h is None:
+            known = (rows < B) & ~clear
+        else:
+            known = rows < B
         clear = clear[:, None]
         live = (t < length)[:, None]
-        h_prev = tl.where(clear, 0.0, h)
+        h_prev = tl.where(clear, put_in_h, h)
         row = t * B + wide
+        own = row[:, None] * H + units[None, :]
+        if zoneout_h is not None:
+            share_h = share_of(zoneout_h, own, mask, given & SHARES_H)
+        if zoneout_c is not None:
+            share_c = share_of(zoneout_c, own, mask, given & SHARES_C)
         kept = tape + row[:, None] * (tape_of(CELL) * H) + units[None, :]
         p = ()
         for g in tl.static_range(G):
@@ -117,12 +133,18 @@ def forward_persistent(
             candidate = (p[2],)
             p = (p[0], p[1])
         wait(arrived, programs * (1 + step * MEETINGS))
+        read = exchange + (step % 2) * place + all_units
+        if reset_h is not None:
+            read = tl.where(clear, put_in + all_units, read)
         p = products(
-            p, exchange + (step % 2) * place + all_units, known, w_hh, 0, units, H, H,
+            p, read, known, w_hh, 0, units, H, H,
             BLOCK_K, PRECISION, UPCAST, ".cg",
         )
         if has_c(CELL):
-            gates, c_new, h_new = lstm_forward(p, tl.where(clear, 0.0, c), CELL)
+            c_prev = tl.where(clear, put_in_c, c)
+            gates, c_new, h_new = lstm_forward(p, c_prev, CELL)
+            if zoneout_c is not None:
+                c_new = zoneout(c_prev, c_new, share_c)
             c = tl.where(live, c_new, c)
         elif is_gru(CELL):
             r, z = sigmoid(p[0]), sigmoid(p[1])
@@ -130,7 +152,7 @@ def forward_persistent(
                 q = p[2]
                 n = tanh(x[2].to(tl.float32) + r * q)
             else:
-                q = r * h_prev
+                q = r * h_prev * scale
                 tl.store(exchange + 2 * place + state, q.to(dtype), mask=mask)
                 arrive(arrived)
                 wait(arrived, programs * (2 + step * MEETINGS))
@@ -142,8 +164,10 @@ def forward_persistent(
             h_new = gru_blend(z, n, h_prev)
         else:
             h_new = rnn_forward(p[0], CELL == "rnn_relu")
+        if zoneout_h is not None:
+            h_new = zoneout(h_prev, h_new, share_h)
         h = tl.where(live, h_new, h)
-        tl.store(exchange + ((step + 1) % 2) * place + state, h.to(dtype), mask=mask)
+        tl.store(exchange + ((step + 1) % 2) * place + state, (h * scale).to(dtype), mask=mask)
         arrive(arrived)
 
         # All below, and the loads of the next step's gates, pass while the others arrive.

@@ -8,9 +8,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, rnn_backward
+from ..gates import gru_backward_blend, gru_backward_reset, lstm_backward, lstm_state, rnn_backward
 from .backward import CARRY, DC, DSTATES, DY, cleared, load, product_of
-from .forward import C0, H0, LENGTHS, VARYING, gates_of, has_c, is_gru, tape_of
+from .forward import (
+    C0,
+    H0,
+    LENGTHS,
+    SHARES_C,
+    SHARES_H,
+    VARYING,
+    gates_of,
+    has_c,
+    is_gru,
+    put_in_of,
+    scale_of,
+    share_of,
+    tape_of,
+)
 from .persistent import arrive, wait
 
 # fmt: off
@@ -20,11 +34,16 @@ from .persistent import arrive, wait
 
 @triton.jit
 def through_w_hh(
-    dh, dgates, dhidden, row, known, w_hh, units, H,
+    beside, dgates, dhidden, row, known, w_hh, units, H, state_mask, scale,
     CELL: tl.constexpr, DIRECT: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dh += dgates · W_hh of the rows ``row``, where ``known``; DIRECT: gates that met h itself, of a GRU r and z."""
+    """beside + dgates · W_hh of the rows ``row``, where ``known``, times the mask; DIRECT: gates that met h itself, of a
+    GRU r and z."""
+    if state_mask is None:
+        dh = beside
+    else:
+        dh = tl.zeros_like(beside)
     dh = product_of(
         dh, dgates + (row * (G * H))[:, None], known, w_hh, units, DIRECT * H, H, BLOCK_K, PRECISION, UPCAST, ".cg"
     )
@@ -32,6 +51,8 @@ def through_w_hh(
         dh = product_of(
             dh, dhidden + (row * H)[:, None], known, w_hh + 2 * H * H, units, H, H, BLOCK_K, PRECISION, UPCAST, ".cg"
         )
+    if state_mask is not None:
+        dh = beside + dh * scale
     return dh
 
 
@@ -65,7 +86,8 @@ def read_step(
 def backward_persistent(
     dy, dh_n, dc_n, dstates,  # as backward_sequence
     y, states, tape, w_hh, h0, c0, lengths, reset,
-    dgates, dhidden, dh0, dc0,
+    state_mask, zoneout_h, zoneout_c, reset_h, reset_c,
+    dgates, dhidden, dh0, dc0, dreset_h, dreset_c,
     arrived,  # int32 [tiles of the batch, 32], zeros
     T, B, given, first, direction, x_t, x_b, reset_t, reset_b, H,
     CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,6 +107,11 @@ def backward_persistent(
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
     begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
     dh = load(dh_n + state, mask & ((given & CARRY) != 0))
+    scale = scale_of(state_mask, state, mask)
+    put_in_h, put_in_c = put_in_of(reset_h, state, mask), put_in_of(reset_c, state, mask)
+    if reset_h is not None:
+        to_reset_h, to_reset_c = tl.zeros_like(dh), tl.zeros_like(dh)
+        given_up = rows < 0  # rows whose state before the step walked before was one that a reset put in
     last = (first + (T - 1) * direction).to(tl.int64)
     if is_gru(CELL):
         h_start = load(h0 + state, mask & ((given & H0) != 0))
@@ -107,31 +134,52 @@ def backward_persistent(
         out = dgates + row[:, None] * (G * H) + units[None, :]
         if has_c(CELL):
             dc += load(dstates + at, mask & ((given & DSTATES) != 0))
+        if zoneout_h is not None:
+            share_h = share_of(zoneout_h, at, mask, given & SHARES_H)
+        if zoneout_c is not None:
+            share_c = share_of(zoneout_c, at, mask, given & SHARES_C)
 
         wait(arrived, programs * step * MEETINGS)
         dh = through_w_hh(
-            dh, dgates, dhidden, (t + direction) * B + wide, known, w_hh, units, H,
+            dh, dgates, dhidden, (t + direction) * B + wide, known, w_hh, units, H, state_mask, scale,
             CELL, DIRECT, G, BLOCK_K, PRECISION, UPCAST,
         )
+        if reset_h is not None:
+            to_reset_h += tl.where(given_up[:, None], dh, 0.0)
+            dh = tl.where(given_up[:, None], 0.0, dh)
         total = dh + dy_t.to(tl.float32)
         beside = tl.zeros_like(dh)
+        if zoneout_h is not None:
+            beside = total * share_h
+            total -= beside
         if has_c(CELL):
             c_before = tl.where(step < T - 1, kept_state, c_start)
             gates = ()
             for g in tl.static_range(G):
                 gates += (kept[g].to(tl.float32),)
-            d, dc_prev = lstm_backward(gates, tl.where(clear, 0.0, c_before), c_t, total, dc, CELL)
+            c_prev = tl.where(clear, put_in_c, c_before)
+            if zoneout_c is None:
+                d, dc_prev = lstm_backward(gates, c_prev, c_t, total, dc, CELL)
+            else:  # h was made of the c that keeps nothing
+                passed = dc * share_c
+                d, dc_prev = lstm_backward(gates, c_prev, lstm_state(gates, c_prev, CELL), total, dc - passed, CELL)
+                dc_prev += passed
+            if reset_c is not None:
+                to_reset_c += tl.where(live & clear, dc_prev, 0.0)
             c_t = c_before
             for g in tl.static_range(G):
                 tl.store(out + g * H, tl.where(live, d[g], 0.0).to(dtype), mask=mask)
             dc = tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
         elif is_gru(CELL):
             r, z, n = kept[0].to(tl.float32), kept[1].to(tl.float32), kept[2].to(tl.float32)
-            h_prev = tl.where(clear, 0.0, tl.where(t == begin, h_start, kept_state.to(tl.float32)))
+            h_prev = tl.where(clear, put_in_h, tl.where(t == begin, h_start, kept_state.to(tl.float32)))
             dz, dn = gru_backward_blend(z, n, h_prev, total)
             tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
             tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)
-            beside = total * z
+            if zoneout_h is None:
+                beside = total * z
+            else:
+                beside += total * z
             if CELL == "gru":
                 tl.store(dhidden + at, tl.where(live, dn * r, 0.0).to(dtype), mask=mask)
                 dr = gru_backward_reset(r, kept[3].to(tl.float32), dn)
@@ -141,7 +189,7 @@ def backward_persistent(
                 dq = product_of(
                     tl.zeros_like(dh), dgates + (row * (G * H) + 2 * H)[:, None], rows < B, w_hh + 2 * H * H, units,
                     H, H, BLOCK_K, PRECISION, UPCAST, ".cg",
-                )
+                ) * scale
                 dr = gru_backward_reset(r, h_prev, dq)
                 beside += dq * r
             tl.store(out, tl.where(live, dr, 0.0).to(dtype), mask=mask)
@@ -151,8 +199,13 @@ def backward_persistent(
         arrive(arrived)
 
         # The next step's own reads pass while the others arrive.
-        dh = tl.where(live, tl.where(clear, 0.0, beside), dh)
-        known = (rows < B) & ~cut
+        if reset_h is None:
+            dh = tl.where(live, tl.where(clear, 0.0, beside), dh)
+            known = (rows < B) & ~cut
+        else:
+            dh = tl.where(live, beside, dh)
+            known = rows < B
+            given_up = cut & (t < length)
         after = (first + tl.maximum(T - 2 - step, 0) * direction).to(tl.int64)
         dy_t, kept, kept_state = read_step(
             dy, tape, y, states, after, wide, units, length, begin, step + 2 < T, mask, B, given, direction,
@@ -162,9 +215,14 @@ def backward_persistent(
     if (given & H0) != 0:
         wait(arrived, programs * T * MEETINGS)
         dh = through_w_hh(
-            dh, dgates, dhidden, tl.cast(first, tl.int64) * B + wide, known, w_hh, units, H,
+            dh, dgates, dhidden, tl.cast(first, tl.int64) * B + wide, known, w_hh, units, H, state_mask, scale,
             CELL, DIRECT, G, BLOCK_K, PRECISION, UPCAST,
         )
+        if reset_h is not None:  # with which the launch gives an h0 in any case
+            tl.store(dreset_h + state, (to_reset_h + tl.where(given_up[:, None], dh, 0.0)).to(dtype), mask=mask)
+            dh = tl.where(given_up[:, None], 0.0, dh)
         tl.store(dh0 + state, dh.to(dtype), mask=mask)
     if has_c(CELL):
         tl.store(dc0 + state, dc.to(dtype), mask=mask & ((given & C0) != 0))
+        if reset_c is not None:
+            tl.store(dreset_c + state, to_reset_c.to(dtype), mask=mask)

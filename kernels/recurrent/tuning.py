@@ -87,11 +87,14 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
-def parts(cell: str, dtype: str, hidden: int, backward: bool) -> list[tuple[int, int]]:
-    """The tiles that hold so many units and do not spill, as (block_h, tail), the one to be tried first first."""
+def parts(cell: str, dtype: str, hidden: int, backward: bool, shares: int | None = None) -> list[tuple[int, int]]:
+    """The tiles that hold so many units and do not spill, as (block_h, tail), the one to be tried first first; in one
+    part where the call has options (``shares`` as :func:`sequence` has it), which find no room beside two."""
     one, two = _LARGEST[cell, BYTES[dtype]]
     if backward and cell == "lstm" and BYTES[dtype] == 4:
         one = two = 32
+    if shares is not None:
+        two = one
     whole = padded(hidden)
     found = [(whole, 0)] if whole <= one else []
     half = whole // 2
@@ -101,9 +104,9 @@ def parts(cell: str, dtype: str, hidden: int, backward: bool) -> list[tuple[int,
     return found
 
 
-def largest_sequence(cell: str, dtype: str, backward: bool) -> int:
+def largest_sequence(cell: str, dtype: str, backward: bool, shares: int | None = None) -> int:
     """Most units of the sequence role whose kernel does not spill."""
-    return max(h for h in range(16, 513, 16) if parts(cell, dtype, h, backward))
+    return max(h for h in range(16, 513, 16) if parts(cell, dtype, h, backward, shares))
 
 
 def read_back(cell: str) -> tuple[int, int]:
@@ -113,7 +116,7 @@ def read_back(cell: str) -> tuple[int, int]:
     return (narrow, 3) if HAS_C[cell] else (narrow + 1, 0)
 
 
-def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int:
+def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool, shares: int | None = None) -> int:
     """Shared memory that the sequence role asks for, at most.
 
     W_hh (twice in fp32: its TF32 part and the rest), the tiles that the pipeline loads ahead, and room in which warps
@@ -122,6 +125,7 @@ def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int
     size, gates = BYTES[dtype], GATES[cell]
     weights = gates * tile.units**2 * (2 if size == 2 else 8)
     narrow, wide = read_back(cell) if backward else (gates, 0)
+    narrow += shares or 0
     ahead = (tile.stages - 1) * (narrow * size + wide * 4) * tile.units
     exchanged = (8 if size == 4 else 2 * (gates + 1) if backward else 4) * tile.units
     if tile.tail and not backward:  # h, and what is turned beside it: gates that no pipeline loads, or r * h
@@ -130,25 +134,30 @@ def sequence_bytes(cell: str, dtype: str, tile: Sequence, backward: bool) -> int
     return weights + tile.block_b * (ahead + exchanged)
 
 
-def sequence(cell: str, dtype: str, hidden: int, shared: int, backward: bool) -> Sequence | str:
+def sequence(
+    cell: str, dtype: str, hidden: int, shared: int, backward: bool, shares: int | None = None
+) -> Sequence | str:
     """The tile of the sequence role, or why this device cannot run it.
 
     Args:
         dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shared: bytes of shared memory that a program may have.
         backward: of the walk back, which reads more a step.
+        shares: of a call with a mask, zoneout or a state to reset to, how many of zoneout's shares a step reads; else
+            None.
     """
     least = 0
-    for block_h, tail in parts(cell, dtype, hidden, backward):
+    for block_h, tail in parts(cell, dtype, hidden, backward, shares):
         for stages in (2, 1):
             tile = Sequence(BLOCK_B, block_h, _WARPS[BYTES[dtype]][block_h], stages, tail)
-            needed = sequence_bytes(cell, dtype, tile, backward)
+            needed = sequence_bytes(cell, dtype, tile, backward, shares)
             if needed <= shared:
                 return tile
             least = min(least or needed, needed)
     if least == 0:
-        largest = largest_sequence(cell, dtype, backward)
-        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds"
+        largest = largest_sequence(cell, dtype, backward, shares)
+        beside = "" if shares is None else " beside a mask, zoneout or a state to reset to"
+        return f"H = {hidden} is above {largest}, the most units of a {cell} in {dtype} that one SM holds{beside}"
     return f"H = {hidden} ({cell}, {dtype}) needs {least} bytes of shared memory a program; this device has {shared}"
 
 
@@ -194,9 +203,11 @@ def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persiste
     return f"B = {batch}, H = {hidden} takes {programs} programs at once; this device has {processors} processors"
 
 
-def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterator[Sequence]:
+def sequence_tiles(
+    cell: str, dtype: str, shared: int, backward: bool, shares: int | None = None
+) -> Iterator[Sequence]:
     """Every tile of the sequence role that a device with so much shared memory may be given, the narrow ones first."""
-    tiles = (sequence(cell, dtype, hidden, shared, backward) for hidden in range(16, 513, 16))
+    tiles = (sequence(cell, dtype, hidden, shared, backward, shares) for hidden in range(16, 513, 16))
     yield from dict.fromkeys(tile for tile in tiles if isinstance(tile, Sequence))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from fastseq.kernels.recurrent import backward as recurrent_backward
 from fastseq.kernels.recurrent import forward as recurrent
 from fastseq.kernels.recurrent import tuning
-from triton_recurrent_support import Variant, variants
+from triton_recurrent_support import OPTIONS, Variant, shares_of, variants
 from triton_support import NVIDIA, TARGETS, needs_compiler
 
 from bench.studies.model import BARRIERS
@@ -39,7 +40,8 @@ def check(target: str, chosen: list[Variant]) -> None:
             made.check(tensor_cores=True)
             if isinstance(tiles, tuning.Sequence) and not target.startswith("gfx"):
                 backward = "backward" in variant.kernel
-                room = tuning.sequence_bytes(variant.cell, variant.dtype, tiles, backward)
+                shares = shares_of(variant.cell, variant.options)
+                room = tuning.sequence_bytes(variant.cell, variant.dtype, tiles, backward, shares)
                 assert made.shared <= room, f"{target}: {made.shared} bytes of shared memory, {room} foreseen"
         except AssertionError as error:
             wrong.append(f"{variant}: {error}")
@@ -100,6 +102,46 @@ def test_parts_fit_where_there_is_little_shared_memory(dtype: str) -> None:
         ("rnn_tanh", 160), ("rnn_tanh", 192), ("rnn_relu", 160), ("rnn_relu", 192),
     }  # fmt: skip
     check("sm_89", chosen)
+
+
+EVERY = tuple(OPTIONS)
+
+
+def widest_with_options(cell: str, kernel: str) -> Variant:
+    tiles = [v for v in variants("sm_90", ["bf16"], EVERY) if v.cell == cell and v.kernel == kernel and v.save]
+    return next(v for v in reversed(tiles) if not (v.fused or v.projected))
+
+
+@pytest.mark.parametrize("kernel", ["forward_sequence", "backward_sequence"])
+def test_a_mask_zoneout_and_a_state_to_reset_to_find_registers(kernel: str) -> None:
+    """All of them together, beside the most units that the sequence role has with them."""
+    variant = widest_with_options("lstm", kernel)
+    assert variant.tiles.units == 128
+    check("sm_90", [variant])
+
+
+@pytest.mark.tiles
+@pytest.mark.parametrize("options", [("mask",), ("zoneout",), ("state",), EVERY], ids="+".join)
+@pytest.mark.parametrize("cell", tuning.GATES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_all_variants_with_options_do_not_spill_fit_and_use_tensor_cores(
+    target: str, dtype: str, cell: str, options: tuple[str, ...]
+) -> None:
+    check(target, [v for v in variants(target, [dtype], options) if v.cell == cell])
+
+
+@pytest.mark.parametrize("kernel", ["forward_step", "backward_step"])
+def test_an_option_that_is_off_is_no_code(kernel: str) -> None:
+    """Its pointers are no parameters of the kernel."""
+    counts = []
+    for options in ((), EVERY):
+        variant = replace(widest_with_options("rnn_tanh", kernel), options=options)
+        _, types, _, _ = variant.source("sm_90")
+        found = len(re.findall(rf"{kernel}_param_\d+[,\n]", variant.compile("sm_90").text))
+        assert found == len(types) + 2, "Triton's own two pointers come last"
+        counts.append(found)
+    assert counts[1] - counts[0] == {"forward_step": 6, "backward_step": 4}[kernel]
 
 
 def walk_between_meetings(target: str, kernel: str, cell: str, dtype: str, large: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ import triton
 from fastseq.kernels.recurrent import launch, tuning
 from support import CELLS, PROJECTED, cell_inputs
 from triton_recurrent_driver import Launch, Log, Made, Operations, device
-from triton_recurrent_support import Variant, variants
+from triton_recurrent_support import OPTIONS, Variant, variants
 from triton_support import needs_compiler
 
 pytestmark = needs_compiler
@@ -30,22 +30,31 @@ def restored() -> Iterator[None]:
 
 def there_and_back(
     cell: str, steps: int, batch: int, hidden: int, dtype=torch.bfloat16, features: int = 32, *, options: bool = False,
-    reverse: bool = False, save: bool = True, absent: bool = False, projected: int = 0,
+    reverse: bool = False, save: bool = True, absent: bool = False, projected: int = 0, more: tuple[str, ...] = (),
 ):  # fmt: skip
     """One scan forward and one back; whatever they return holds nothing."""
     inputs = cell_inputs(cell, steps, batch, features, hidden, projected=projected, dtype=dtype)
     if absent:
         inputs[6] = inputs[7] = None
     lengths = torch.full((batch,), steps) if options else None
-    reset = torch.zeros(steps, batch, dtype=torch.bool) if options else None
-    out = launch.scan_forward(*inputs, lengths, reset, cell, reverse, save, save)
+    reset = torch.zeros(steps, batch, dtype=torch.bool) if options or "state" in more else None
+    lstm, state = tuning.HAS_C[cell], projected or hidden
+    h, c = torch.empty(batch, state, dtype=dtype), torch.empty(batch, hidden, dtype=dtype) if lstm else None
+    put_in = (h, c) if "state" in more else (None, None)
+    mask = h if "mask" in more else None
+    shares = [None, None]
+    if "zoneout" in more:
+        sizes = (state, hidden if lstm and not projected else 0)
+        shares = [torch.empty(steps, batch, n, dtype=dtype) if n else None for n in sizes]
+    given = (*put_in, lengths, reset, mask, *shares)
+    out = launch.scan_forward(*inputs, *given, cell, reverse, save, save)
     if save:
         y, h_n, c_n, states, tape = out
-        lstm, gated = tuning.HAS_C[cell], tuning.GATES[cell] > 1
+        gated = tuning.GATES[cell] > 1
         grads = [torch.empty_like(y), torch.empty_like(h_n), torch.empty_like(c_n) if options and lstm else None, None]
         launch.scan_backward(
             *grads, y, states if lstm else None, tape if gated else None, inputs[2], inputs[5], inputs[6], inputs[7],
-            lengths, reset, cell, reverse,
+            *given, cell, reverse,
         )  # fmt: skip
     return out
 
@@ -104,6 +113,36 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(cell: str, role: str
         unknown = [found(made) for made in log.made if found(made) not in known]
         assert not unknown, unknown[:2]
         assert log.made
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_launched_with_options_is_what_is_compiled_ahead_of_time(cell: str, role: str) -> None:
+    """One variant for each set of options, whichever of a state's two parts they are of."""
+    sets = [some for n in (1, 2, 3) for some in itertools.combinations(OPTIONS, n)]
+    known = [expected(v) for some in [(), *sets] for v in variants("sm_90", ["bf16"], some) if v.cell == cell]
+    launch.role = role
+    with device() as log:
+        for some in sets:
+            for steps, save in ((1, True), (5, True), (5, False)) if role == "step" else ((5, True), (5, False)):
+                there_and_back(cell, steps, 16, 64, save=save, more=some)
+                if tuning.HAS_C[cell] and role == "step":
+                    there_and_back(cell, steps, 16, 64, save=save, more=some, projected=32)
+        unknown = [found(made) for made in log.made if found(made) not in known]
+        assert not unknown, unknown[:2]
+
+
+def test_one_number_for_all_units_or_a_share_of_one_state_alone_compile_nothing_else() -> None:
+    launch.role = "sequence"
+    inputs = cell_inputs("lstm", 3, 2, 16, 32, dtype=torch.bfloat16)
+    share, number = torch.empty(3, 2, 32, dtype=torch.bfloat16), torch.empty((), dtype=torch.bfloat16).expand(3, 2, 32)
+    with device() as log:
+        for shares in ((share, share), (number, number), (share, None), (None, number), (number, share)):
+            launch.scan_forward(*inputs, *5 * [None], *shares, "lstm", False, True, True)
+        assert len(log.made) == 1
+        bits = [at.arguments["given"] & (launch.SHARES_H | launch.SHARES_C) for at in log.launches]
+        at = [launch.SHARES_H | launch.SHARES_C, 0, launch.SHARES_H, 0, launch.SHARES_C]
+        assert bits == at
 
 
 def test_a_step_of_a_cell_is_one_launch() -> None:
@@ -182,7 +221,7 @@ def test_what_a_step_is_launched_with_is_what_it_was_asked_for(cell: str, monkey
         with device() as log:
             there_and_back(
                 cell.removesuffix("_projected"), 7, 5, 48, options=options, absent=absent, reverse=reverse,
-                projected=32 if cell.endswith("_projected") else 0,
+                projected=32 if cell.endswith("_projected") else 0, more=tuple(OPTIONS) if absent else (),
             )  # fmt: skip
         assert len(asked) == len(log.launches) >= 14
         for args, at in zip(asked, log.launches, strict=True):
@@ -240,12 +279,12 @@ def test_strides_that_a_stack_makes_are_read_where_they_lie() -> None:
             with device() as log, Operations() as operations:
                 if x.shape[0] == 1 and role == "step":
                     continue  # whose product is part of the step, and takes x as it is asked for: in whole rows
-                y, _, _, _, tape = launch.scan_forward(*inputs, None, None, "gru", False, True, True)
+                y, _, _, _, tape = launch.scan_forward(*inputs, *7 * [None], "gru", False, True, True)
                 assert not copies(operations)
                 for dy in (both[: x.shape[0], :batch, 32:], first.transpose(0, 1)[: x.shape[0], :batch, :32]):
                     operations.seen.clear()
                     launch.scan_backward(
-                        dy, None, None, None, y, None, tape, inputs[2], None, inputs[6], None, None, None, "gru", False
+                        dy, None, None, None, y, None, tape, inputs[2], None, inputs[6], *8 * [None], "gru", False
                     )
                     assert not copies(operations)
                     at = log.launches[-1] if role != "step" else walked(log, "backward_step")[-1]

@@ -127,16 +127,17 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         return None
     if name == "torch":
         return eager.torch_reason(call)
-    if name == "triton" or call.x.is_cuda:
-        given = {
+    lacking = {"layer normalisation (norm=)": call.norm is not None}
+    if name == "triton":
+        lacking = {
             "state_mask (recurrent_dropout)": call.state_mask is not None or call.draws_mask,
             "zoneout": any(call.zoneout),
             "reset_state": call.reset_h is not None,
-            "layer normalisation (norm=)": call.norm is not None,
+            **lacking,
         }
-        if any(given.values()):
-            return f"the GPU kernels have no {' and no '.join(n for n, is_given in given.items() if is_given)}"
-    elif (reason := _native_reason(call)) is not None:
+    if (name == "triton" or call.x.is_cuda) and any(lacking.values()):
+        return f"the GPU kernels have no {' and no '.join(n for n, is_given in lacking.items() if is_given)}"
+    if name == "native" and (reason := _native_reason(call)) is not None:
         return reason
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
@@ -149,7 +150,7 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
 
 
 def _native_reason(call: RecurrentCall) -> str | None:
-    """Why the CPU kernels cannot run this call; None where they can."""
+    """Why the native kernels, of the CPU and of CUDA, cannot run this call; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
         return "the native kernels compute no gradient of state_mask"
     if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):

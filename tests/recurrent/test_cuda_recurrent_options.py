@@ -211,3 +211,157 @@ def test_wrong_options_are_named() -> None:
         options[place] = bad
         with pytest.raises(RuntimeError, match=message):
             op(*gru, *options, ops.NUMBER["gru"], False, False, False)
+
+
+# ---- Planted faults
+
+
+T, B, H = 5, 5, 19
+WALKS = {"lstm": 2, "gru": 3, "gru_reset_before": 4}
+ENTRIES = build.HERE / "recurrent_options_entries.cpp"
+
+
+class Walk:
+    """One draw of a cell with all options, what the right kernels give, and walks of others to hold to it. Without h0,
+    so that nothing but the states to reset to asks for the last step's product."""
+
+    def __init__(self, cell: str) -> None:
+        torch.manual_seed(5)
+        lstm, number = ops.HAS_C[cell], ops.NUMBER[cell]
+        self.numbers = [T, B, H, False, WALKS[cell], 1, 2, 96, 8]
+        inputs = draw(cell, T, B, 3, H, dtype=torch.bfloat16)
+        x, w_ih, w_hh, b_ih, b_hh = inputs[:5]
+        lengths, reset = torch.tensor([5, 3, 0, 5, 4]), torch.rand(T, B) < 0.4
+        reset[0, :2] = True
+        put_in = [torch.randn(B, H).bfloat16(), torch.randn(B, H).bfloat16() if lstm else None]
+        mask, shares = torch.rand(B, H).bfloat16(), [torch.rand(T, B, H).bfloat16(), None]
+        if lstm:
+            shares[1] = torch.rand(T, B, H).bfloat16()
+        options = (*put_in, lengths, reset, mask, *shares, number, False)
+        dy, dh_n, dc_n = torch.ones(T, B, H).bfloat16(), *torch.ones(2, B, H).bfloat16()
+        with machine("grid", 2, 96, 8):
+            out = operator("scan_forward", "emulated")(*inputs[:6], None, None, *options, True, True)
+            y, h_n, c_n, states, tape = out
+            c_n, states, dc_n = (t if lstm else None for t in (c_n, states, dc_n))
+            found = operator("scan_backward", "emulated")(
+                dy, dh_n, dc_n, None, y, states, tape, w_hh, None, None, None, *options
+            )
+        dgates, dhidden, _, _, dreset_h, dreset_c = found
+        beside = [mask, *put_in, *shares]
+        self.calls = {
+            "walk_options_forward": (
+                [torch.nn.functional.linear(x, w_ih, b_ih), w_hh, b_hh, lengths, reset, *beside],
+                [y, h_n, c_n, states, tape],
+            ),
+            "walk_options_backward": (
+                [dy, dh_n, dc_n, y, tape, w_hh, states, lengths, reset, *beside],
+                [dgates, dhidden if cell == "gru" else None, dreset_h, dreset_c if lstm else None],
+            ),
+        }
+
+    def fault(self, kernels: build.Library) -> str | None:
+        """What is wrong with the walks of these kernels, or None."""
+        for name, (given, expected) in self.calls.items():
+            results = [None if t is None else torch.zeros_like(t) for t in expected]
+            sums = [None if t is None else t.float() for t in results[2:]]
+            made = [*results[:2], *sums] if name.endswith("backward") else results
+            if (error := kernels.call(name, [*given, *made], self.numbers)) is not None:
+                return error
+            for ours, wanted in zip(made, expected, strict=True):
+                if wanted is not None and not torch.equal(ours.to(wanted.dtype), wanted):
+                    return "other bits"
+        return None
+
+
+# file, what stands there, what is put in its place
+FAULTS = {
+    "no mask": ("cell", "a.options.mask ? v * read<T>(a.options.mask, element(a, at)) : v", "v"),
+    "zeros in place of a state to reset to": ("cell", "if (clear && put_in)", "if (false)"),
+    "zoneout's shares swapped": ("cell", "(to_float(share), made, old)", "(to_float(share), old, made)"),
+    "h of the c that zoneout kept": ("cell", "lstm_hidden(s.o(), c_new)", "lstm_hidden(s.o(), c_now)"),
+    "what zoneout passes on counted twice": ("cell", "  d -= passed;\n", ""),
+    "what zoneout of h passes on lost": ("cell", "  if constexpr (kOptions) beside += passed;\n", ""),
+    "what zoneout of c passes on lost": ("cell", "      dc_prev += passed_c;\n", ""),
+    "tanh of the c that zoneout kept": (
+        "cell", "      if (a.options.zoneout_c.data) c = baseline::lstm_state(gates, s.c_prev);\n", "",
+    ),
+    "h before a reset in the gradient": ("cell", "if (clear) s.h = start_of(a.options.reset_h)", ""),
+    "c before a reset in the gradient": ("cell", "if (clear) s.c_prev = to_float(start_of(a.options.reset_c))", ""),
+    "no gradient of reset_h": ("cell", "if (a.options.dreset_h) a.options", "if (false) a.options"),
+    "no gradient of reset_c": ("cell", "if (live && clear && a.options.dreset_c)", "if (false)"),
+    "a gradient that crosses a reset": ("cell", "+= dh;\n    dh = 0.0f;\n", "+= dh;\n"),
+    "no product for reset_h": ("cell", "!clear || (kOptions && a.options.reset_h)", "!clear"),
+    "no mask in the gradient through r * h": ("cell", "dq = masked<T>(a, at, dq)", ""),
+    "no product after the last step": ("resident", " || (kOptions && a.options.dreset_h)", ""),
+    "resets of another step in backward": ("resident", "uint32_t replaced = clear;", "uint32_t replaced = 0;"),
+    "resets of another step in forward": ("resident", "kOptions>(a, own.at[e], clear_next >>", "kOptions>(a, own.at[e], clear >>"),
+    "shares of the first step alone": (
+        "resident", "x[e]);\n          read_extras<C>(a, t, own.at[e], extras[e]);\n", "x[e]);\n",
+    ),
+}  # fmt: skip
+
+
+def mutated(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc with a fault in it; returns the folder of the scan's kernels."""
+    shutil.copytree(build.ROOT / "csrc", folder / "csrc")
+    target = folder / "csrc" / CUDA.relative_to(build.ROOT / "csrc") / file
+    text = target.read_text()
+    assert old in text, "the fault has no place any more"
+    target.write_text(text.replace(old, new))
+    return target.parent
+
+
+@emulation_only
+@pytest.mark.full
+@pytest.mark.parametrize("name", [None, *FAULTS])
+def test_a_planted_fault_is_found(name: str | None, tmp_path: Path) -> None:
+    """And none in the kernels as they are."""
+    folder, quote = CUDA, []
+    if name is not None:
+        file, old, new = FAULTS[name]
+        folder, quote = mutated(tmp_path, f"{file}.cuh", old, new), [tmp_path, tmp_path / "csrc"]
+    kernels = build.Library([ENTRIES, folder / "plan.cpp"], quote=quote)
+    assert any(Walk(cell).fault(kernels) for cell in WALKS) == (name is not None)
+
+
+# file, what stands there, what is put in its place, and which test must fail
+OF_OPERATORS = {
+    "no mask of h before": ("layers", "? masked(rows_of(y, at * B, whole * B), i)", "? rows_of(y, at * B, whole * B)", "layers"),
+    "no mask of h0": ("layers", "masked(torch::stable::select(*h0_tensor, 0, i), i)", "torch::stable::select(*h0_tensor, 0, i)", "layers"),
+    "no mask of reset_h": ("layers", "masked(torch::stable::select(*reset_h, 0, i), i)", "torch::stable::select(*reset_h, 0, i)", "layers"),
+    "no reset_h in a gradient of W_hh": ("layers", "if (resets && reset_h)", "if (false)", "layers"),
+    "no q of a reset in a gradient of W_hn": (
+        "layers", "columns_of(d, 2 * H, H)), q", "columns_of(kept, 2 * H, H)), q", "layers",
+    ),
+    "options of the first layer in all": ("layers", "a.options = options[p.layer * D + p.direction]", "a.options = options[0]", "layers"),
+    "gradients of reset_h of the first layer": ("layers", "dreset_h->from(i * B * H)", "dreset_h->from(0)", "layers"),
+    "no last product in the role step": (
+        "ops", "if (s.step + 1 < a.T || a.dh0 || a.options.dreset_h)", "if (s.step + 1 < a.T || a.dh0)", "options",
+    ),
+    "no last launch in the role step": ("ops", "if (a.dh0 || a.dc0 || a.options.dreset_h)", "if (a.dh0 || a.dc0)", "options"),
+}  # fmt: skip
+
+RUN = """
+import sys
+from pathlib import Path
+import pytest
+sys.path.insert(0, "tests")
+import cuda_recurrent_support
+cuda_recurrent_support.CUDA = Path(sys.argv[1])
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+@emulation_only
+@pytest.mark.full
+@pytest.mark.parametrize("name", OF_OPERATORS)
+def test_a_fault_planted_in_an_operator_is_found(name: str, tmp_path: Path) -> None:
+    file, old, new, suite = OF_OPERATORS[name]
+    folder = mutated(tmp_path, f"{file}.cpp", old, new)
+    chosen = "zoneout" if suite == "layers" else "match_the_reference and step"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), f"tests/recurrent/test_cuda_recurrent_{suite}.py", "-k", chosen],
+        capture_output=True, text=True, cwd=build.ROOT, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    assert "over the budget" in done.stdout or "0 of" in done.stdout, done.stdout

@@ -331,12 +331,12 @@ constexpr bool kClusters = true;
 template <class Exchange>
 constexpr bool kRuns = kClusters || !in_cluster(Exchange::kRole);
 
-template <ScanCell C, class T, template <class> class Exchange, bool kOptions>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions = false>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_forward(ScanForward a, Resident r) {
   if constexpr (kRuns<Exchange<T>>) walk_forward<C, T, Exchange, kOptions>(a, r);
 }
-template <ScanCell C, class T, template <class> class Exchange, bool kOptions>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions = false>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_backward(ScanBackward a, Resident r) {
   if constexpr (kRuns<Exchange<T>>) walk_backward<C, T, Exchange, kOptions>(a, r);

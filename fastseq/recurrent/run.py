@@ -127,46 +127,31 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         return None
     if name == "torch":
         return eager.torch_reason(call)
-    if name == "triton" or call.x.is_cuda:
-        given = {
-            "state_mask (recurrent_dropout)": call.state_mask is not None or call.draws_mask,
-            "zoneout": any(call.zoneout),
-            "reset_state": call.reset_h is not None,
-            "layer normalisation (norm=)": call.norm is not None,
-        }
-        lacking = [option for option, is_given in given.items() if is_given and option in _NOT_ON_A_GPU[name]]
-        if lacking:
-            return f"{_GPU_KERNELS[name]} have no {' and no '.join(lacking)}"
-    if (reason := _native_reason(call)) is not None:
+    kernels = "the Triton kernels" if name == "triton" else "the native kernels"
+    if (reason := _native_reason(call, kernels)) is not None:
         return reason
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
     if name == "native" and call.x.device.type == "cuda":
         if call.x.dtype is torch.float64:
             return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
+        if call.norm is not None:
+            return "the native CUDA kernels have no layer normalisation (norm=)"
         if call.projected:
             return "the native CUDA kernels have no projection (proj_size): it needs a second exchange at each step"
     return backends.operator_reason(name, call.x.device.type)
 
 
-_GPU_KERNELS = {"native": "the native CUDA kernels", "triton": "the Triton kernels"}
-_NOT_ON_A_GPU = {
-    "native": ("state_mask (recurrent_dropout)", "zoneout", "reset_state", "layer normalisation (norm=)"),
-    "triton": ("layer normalisation (norm=)",),
-}
-"""Options that a backend has no GPU kernels for."""
-
-
-def _native_reason(call: RecurrentCall) -> str | None:
-    """Why no kernels of ours, on the CPU or a GPU, can run this call; None where they can."""
+def _native_reason(call: RecurrentCall, kernels: str = "the native kernels") -> str | None:
+    """Why our kernels, named ``kernels``, cannot run this call on any device; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
-        return "the native kernels compute no gradient of state_mask"
+        return f"{kernels} compute no gradient of state_mask"
     if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):
-        return "the native kernels have no zoneout and no reset_state beside norm="
+        return f"{kernels} have no zoneout and no reset_state beside norm="
     if call.zoneout[1] and call.projected:
-        return "the native kernels have no zoneout of c beside a projection (proj_size)"
+        return f"{kernels} have no zoneout of c beside a projection (proj_size)"
     if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and backends.keeps_a_tape():
-        return "the native kernels compute no gradient of an RNN with zoneout in evaluation"
+        return f"{kernels} compute no gradient of an RNN with zoneout in evaluation"
     return None
 
 

@@ -1,9 +1,6 @@
 // Entries that walk without torch, as a sanitizer's process can call them: an LSTM and a gru_reset_before, whose
 // exchanges are those of all cells, in bfloat16.
-#include <cstdlib>
-#include <cstring>
-
-#include "recurrent/cuda/resident.cuh"
+#include "recurrent_setting.h"
 #include "entry.h"
 
 namespace fastseq::cuda {
@@ -18,29 +15,6 @@ BackwardKernel some_backward(ScanCell cell) {
   return cell == ScanCell::lstm ? resident_backward<ScanCell::lstm, Bf16, Exchange>
                                 : resident_backward<ScanCell::gru_reset_before, Bf16, Exchange>;
 }
-
-struct Setting {
-  ScanCell cell;
-  ScanPlan plan;
-  void* workspace;
-
-  // n: T, B, H, reverse, cell, role, blocks, threads, rows
-  Setting(ScanWalk& a, const int64_t* n, bool backward, const void* lengths, const void* reset)
-      : cell(static_cast<ScanCell>(n[4])) {
-    a.T = a.total = int(n[0]), a.B = int(n[1]), a.H = int(n[2]), a.reverse = n[3];
-    a.lengths = static_cast<const int64_t*>(lengths);
-    a.reset = static_cast<const bool*>(reset), a.reset_t = a.B, a.reset_b = 1;
-    DeviceLimits limits{};
-    device_limits(limits);
-    plan = make_plan(limits, {cell, {Dtype::bf16}, backward, a.H, a.B},
-                     {int(n[5]), int(n[6]), int(n[7]), int(n[8])});
-    workspace = std::aligned_alloc(256, (plan.workspace + 511) / 256 * 256);
-    std::memset(workspace, 0, plan.workspace);
-  }
-  Setting(const Setting&) = delete;
-  ~Setting() { std::free(workspace); }
-  Resident resident() const { return {plan.shape, plan.layout, workspace}; }
-};
 
 }  // namespace fastseq::cuda
 

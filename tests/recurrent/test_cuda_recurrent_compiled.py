@@ -11,9 +11,9 @@ import pytest
 from cuda_library import LIBRARY, TARGETS
 
 MOST_REGISTERS = 128  # as many as 512 threads of a block can have
-# Walks: three exchanges, the five cells whose code differs, three dtypes and TF32; the role `step`, whose products are
-# torch's; sums.
-KERNELS = {"resident_forward": 60, "resident_backward": 60, "forward_step": 15, "backward_step": 15, "add": 3}
+# Walks: three exchanges, and two of them with options, of the five cells whose code differs, three dtypes and TF32; the
+# role `step`, whose products are torch's, with options and without; sums.
+KERNELS = {"resident_forward": 100, "resident_backward": 100, "forward_step": 30, "backward_step": 30, "add": 3}
 
 
 @cuda_library.needs_library

@@ -280,6 +280,50 @@ def test_gradients_of_a_stack_match_the_reference(cell: str, bidirectional: bool
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("role", ["step", "cluster"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
+def test_a_stack_with_a_mask_zoneout_and_states_to_reset_to_matches_the_reference(
+    cell: str, bidirectional: bool, role: str
+) -> None:
+    """With and without each, layers and directions of their own, over windows of time."""
+    for n, dtype in enumerate((torch.float32, torch.bfloat16)):
+        seed(cell, bidirectional, role, n, "options")
+        kind = stack_of(cell, 2 - n, bidirectional)
+        x, h0, c0, weights = draw_stack(kind, 3, 4, 9, 5, dtype, n == 0)
+        lengths, reset, _ = options(("lengths+reset", "reset")[n], 5, 3)
+        places, lstm = (kind.rows, 5, 3, 9), ops.HAS_C[cell]
+        put_in = [torch.randn(kind.rows, 3, 9).to(dtype), torch.randn(kind.rows, 3, 9).to(dtype) if lstm else None]
+        mask = (torch.rand(kind.rows, 3, 9) < 0.6).to(dtype) if n == 0 or bidirectional else None
+        shares = [(torch.rand(places) < 0.4).to(dtype), torch.full((), 0.25).to(dtype).expand(places) if lstm else None]
+        if n == 1 and not bidirectional:
+            h0 = c0 = put_in[1] = None
+
+        def run(function, d: torch.dtype) -> list[Tensor]:
+            given = (x, h0, c0, *put_in, *weights)  # noqa: B023 - called at once
+            own = [None if t is None else t.detach().to(d).requires_grad_() for t in given]
+            more = [None if t is None else t.to(d) for t in (mask, *shares)]  # noqa: B023
+            results = function(own[:5], (lengths, reset, *more), own[5:])  # noqa: B023
+            loss = sum((r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in results)
+            leaves = [t for t in own if t is not None]
+            return [*(r.to(d) for r in results), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+        def expected(starts, given, weights) -> tuple[Tensor, ...]:
+            return reference.layers(*starts, weights, given, *kind[:3])  # noqa: B023
+
+        def found(starts, given, weights) -> tuple[Tensor, ...]:
+            return Layers.apply(*starts, *given, kind, *weights)  # noqa: B023
+
+        truth, peer = (run(expected, d) for d in (torch.float64, dtype))
+        for (order, number), windows in ((SCHEDULES[0], 3), (SCHEDULES[1], 3), (SCHEDULES[-1], 1)):
+            parts = 2 * (role != "step")
+            with machine(role, parts, 64, seed=number, schedule=order, windows=windows, walkers=parts):
+                ours = run(found, dtype)
+            for i, (a, b, c) in enumerate(zip(ours, peer, truth, strict=True)):
+                assert_within_budget(a, b, c, f"{i} of {dtype}, {windows} windows, order {order}", 16)
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_gradients_of_a_stack_that_is_walked_again_match_the_reference(
     cell: str, monkeypatch: pytest.MonkeyPatch

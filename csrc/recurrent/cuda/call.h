@@ -71,6 +71,12 @@ class Call {
   // The tensor, dense; it must be there, of that shape and dtype (x's unless said otherwise) and on x's device.
   const Tensor& dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
                       std::optional<ScalarType> type = std::nullopt) {
+    check_tensor(name, t, shape, type);
+    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return kept_.back();
+  }
+  void check_tensor(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                    std::optional<ScalarType> type = std::nullopt) {
     bool fits = t.dim() == int64_t(shape.size()) && t.scalar_type() == type.value_or(like_.scalar_type()) &&
                 t.get_device_index() == like_.get_device_index() && t.is_cpu() == like_.is_cpu();
     std::string wanted;
@@ -81,8 +87,6 @@ class Call {
     }
     STD_TORCH_CHECK(fits, "scan: ", name, " must be of shape [", wanted,
                     "], on x's device and of x's dtype (states and their gradient float32, lengths int64, reset bool)");
-    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-    return kept_.back();
   }
   const void* pointer(const char* name, const Optional& t, std::initializer_list<int64_t> shape,
                       std::optional<ScalarType> type = std::nullopt) {
@@ -100,6 +104,16 @@ class Call {
     }
     return kept_.back().data_ptr();
   }
+  // One layer and direction of zoneout's shares [T,B,H] or, of a stack, [rows,T,B,H], as they lie in memory: in evaluation
+  // they are one number.
+  ScanShare share(const char* name, const Optional& t, std::initializer_list<int64_t> shape, int64_t row = 0) {
+    if (!t) return {};
+    check_tensor(name, *t, shape);
+    kept_.push_back(*t);
+    const int64_t n = t->dim(), size = int64_t(bytes_of(number.dtype));
+    const char* data = static_cast<const char*>(t->data_ptr()) + (n == 4 ? row * t->stride(0) * size : 0);
+    return {data, t->stride(n - 3), t->stride(n - 2), t->stride(n - 1)};
+  }
   void walk(ScanWalk& a, int64_t T, int64_t B, int64_t H, bool reverse, const Optional& lengths,
             const Optional& reset) {
     STD_TORCH_CHECK(T * B < (int64_t(1) << 30), "scan: T * B must be below 2^30");  // two directions' rows have 31 bits
@@ -110,11 +124,14 @@ class Call {
     a.reset_t = B, a.reset_b = 1;
   }
   ScanPlan plan(bool backward, const ScanWalk& a, int beside = 1) const {
-    return device_plan(current_.device, ScanProblem{cell, number, backward, a.H, a.B, beside});
+    return device_plan(current_.device, ScanProblem{cell, number, backward, a.H, a.B, beside, a.options.any()});
   }
 
   Tensor empty(std::initializer_list<int64_t> shape, std::optional<ScalarType> type = std::nullopt) const {
     return torch::stable::new_empty(like_, shape, type.value_or(like_.scalar_type()));
+  }
+  Tensor zero_floats(std::initializer_list<int64_t> shape) const {
+    return torch::stable::new_zeros(like_, shape, ScalarType::Float);
   }
   Tensor zeroes(size_t bytes) const {
     return torch::stable::new_zeros(like_, {int64_t(bytes)}, ScalarType::Byte);
@@ -130,8 +147,25 @@ class Call {
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 inline Tensor rows_of(Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 0, from, count); }
 
-// Refuses what these kernels do not have (`without`, and w_hr), and states of cells that have none.
-void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, std::initializer_list<Optional> without);
+// Refuses what these kernels do not have (w_hr), and states of cells that have none (`cs`).
+void check_cell(ScanCell cell, const Optional& w_hr, std::initializer_list<Optional> cs);
+// The gradient of a state that resets put in. Walks add to a float32 sum; give() returns it in the state's dtype.
+class ResetGradient {
+ public:
+  ResetGradient(const Call& call, bool wanted, std::initializer_list<int64_t> shape)
+      : sum_(wanted ? call.zero_floats(shape) : call.empty({0})),
+        out_(wanted && call.number.dtype != Dtype::f32 ? call.empty(shape) : sum_) {}
+
+  float* from(int64_t element) const { return sum_.numel() ? floats(sum_) + element : nullptr; }
+  Tensor give(const Call& call) const {
+    if (out_.numel() && call.number.dtype != Dtype::f32)
+      Call::check(scan_add(floats(sum_), nullptr, out_.data_ptr(), out_.numel(), call.number.dtype, call.stream()));
+    return out_;
+  }
+
+ private:
+  Tensor sum_, out_;
+};
 // The role `step`: launches and products in turn, on the current stream.
 void step_forward_all(Call& call, const ScanForward& a, const Tensor& w_hh);
 void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh);

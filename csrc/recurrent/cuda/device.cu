@@ -16,11 +16,12 @@ ScanWish& wish() {
 
 ScanPlan device_plan(int device, const ScanProblem& problem) {
   static std::mutex mutex;
-  static std::map<std::array<int, 12>, ScanPlan> plans;
+  static std::map<std::array<int, 13>, ScanPlan> plans;
   const ScanWish& w = wish();
   const auto& [dtype, tf32] = problem.number;
-  const std::array<int, 12> key{device,    int(problem.cell), int(dtype), tf32,     problem.backward, problem.H,
-                                problem.B, problem.beside,    w.role,     w.blocks, w.threads,        w.columns};
+  const std::array<int, 13> key{device,    int(problem.cell), int(dtype),      tf32,   problem.backward, problem.H,
+                                problem.B, problem.beside,    problem.options, w.role, w.blocks,         w.threads,
+                                w.columns};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(key);
   if (found != plans.end() && !kEmulated) return found->second;  // the emulated device's limits change

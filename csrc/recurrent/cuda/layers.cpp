@@ -30,6 +30,8 @@ struct Layers {
   int width, G;
   int64_t T, B, H, D, size;
   Tensors carry_h, carry_c, workspace;  // of a layer and direction, of a lane
+  std::vector<ScanOptions> options;     // of a layer and direction
+  Optional mask, reset_h;               // [rows,B,H]
 
   Layers(const Tensor& x, const Tensors& given, int64_t cell, int64_t num_layers, bool bidirectional, bool reverse,
          const Optional& lengths, const Optional& reset)
@@ -51,6 +53,23 @@ struct Layers {
     call.walk(walk, T, B, H, false, lengths, reset);
   }
 
+  // What layers and directions have besides; before divide(), whose plan it is part of.
+  void set_options(const Optional& state_mask, const Optional& put_h, const Optional& put_c, const Optional& zoneout_h,
+                   const Optional& zoneout_c) {
+    const int64_t rows = stack.layers * D;
+    const auto dense = [&](const char* name, const Optional& t) {
+      return t ? Optional(call.dense(name, *t, {rows, B, H})) : t;
+    };
+    mask = dense("state_mask", state_mask), reset_h = dense("reset_h", put_h);
+    const Optional reset_c = dense("reset_c", put_c);
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto row = [&](const Optional& t) { return t ? row_at(*t, i, B * H * size) : nullptr; };
+      options.push_back({row(mask), row(reset_h), row(reset_c),
+                         call.share("zoneout_h", zoneout_h, {rows, T, B, H}, i),
+                         call.share("zoneout_c", zoneout_c, {rows, T, B, H}, i)});
+    }
+    walk.options = options[0];
+  }
   int64_t inputs(int64_t layer, const Tensor& x) const { return layer ? D * H : x.size(2); }
   const Tensor& weight(int layer, int direction, int which) const {
     return weights[(layer * D + direction) * width + which];
@@ -89,9 +108,10 @@ struct Layers {
   // The lane on the caller's stream: that of the products. The role `step` has torch's in its walks.
   int callers() const { return division.apart && plan.role != ScanRole::step ? division.lanes() - 1 : 0; }
   // The part of a walk that all launches have in common.
-  void set(ScanWalk& a, int direction, int window) const {
+  void set(ScanWalk& a, const ScanPiece& p) const {
     a = walk;
-    a.T = int(steps(window)), a.first = int(begin(window)), a.reverse = direction == 1;
+    a.T = int(steps(p.window)), a.first = int(begin(p.window)), a.reverse = p.direction == 1;
+    a.options = options[p.layer * D + p.direction];
   }
   void clear(int lane, void* stream) const {
     if (plan.workspace) call.check(scan_clear(workspace[lane].data_ptr(), plan.workspace, stream));
@@ -124,7 +144,7 @@ struct ForwardLayers : Layers {
   void step(const ScanPiece& p, void* stream) {
     const int64_t i = p.layer * D + p.direction;
     ScanForward a{};
-    set(a, p.direction, p.window);
+    set(a, p);
     a.gates_x = buffer(p).data_ptr(), a.x_t = batch_first(p) ? 1 : int(B), a.x_b = batch_first(p) ? int(T) : 1;
     a.w_hh = weight(p.layer, p.direction, 1).data_ptr();
     a.b_hh = width > 2 ? weight(p.layer, p.direction, 3).data_ptr() : nullptr;
@@ -181,7 +201,8 @@ struct Sum {
 struct BackwardLayers : Layers {
   using Layers::Layers;
   Tensor x, dx, dh0, dc0;
-  Optional keep, starts;
+  std::optional<ResetGradient> dreset_h, dreset_c;
+  Optional resets, keep, starts;
   const char* dy = nullptr;
   int dy_t = 0, dy_b = 0;  // of its rows, by direction
   const void *dh_n = nullptr, *dc_n = nullptr, *h0 = nullptr, *c0 = nullptr;
@@ -201,7 +222,8 @@ struct BackwardLayers : Layers {
   void step(const ScanPiece& p, void* stream) {
     const int64_t i = p.layer * D + p.direction;
     ScanBackward a{};
-    set(a, p.direction, p.window);
+    set(a, p);
+    a.options.dreset_h = dreset_h->from(i * B * H), a.options.dreset_c = dreset_c->from(i * B * H);
     const bool top = p.layer == stack.layers - 1;
     const int from = division.lane(stack, p.layer, 0);
     if (!top) a.dy = row_at(dinput[from], p.direction, H * size), a.x_t = int(B * D), a.x_b = int(D);
@@ -241,8 +263,13 @@ struct BackwardLayers : Layers {
     }
     Call::check(scan_add(floats(parts[0]), floats(parts[1]), out.data_ptr(), out.numel(), call.number.dtype, stream));
   }
+  // h times the mask: [n*B,H] of a layer and direction.
+  Tensor masked(const Tensor& h, int64_t i) const {
+    if (!mask) return h;
+    return rows_as_matrix(times(torch::stable::view(h, {-1, B, H}), torch::stable::select(*mask, 0, i)), H);
+  }
   // What a window adds to the gradients of W_ih, W_hh and the biases: dgatesᵀ x, dgatesᵀ h_prev, and dgates' sums. h_prev
-  // is y, one step aside, and h0 where a walk begins.
+  // is y, one step aside, h0 where a walk begins, and reset_h where a step is reset.
   void weight_gradient(const ScanPiece& p, void* stream) {
     const int64_t i = p.layer * D + p.direction, n = steps(p.window), t0 = begin(p.window);
     const bool reverse = p.direction == 1, gru = call.cell == ScanCell::gru, begun = p.window == division.windows - 1;
@@ -262,12 +289,14 @@ struct BackwardLayers : Layers {
     // Rows [from, from + count) of the window against those of y from `at` on.
     const int64_t whole = reverse ? n - (t0 + n == T) : n - (t0 == 0);
     const int64_t from = !reverse && t0 == 0 ? 1 : 0, at = reverse ? t0 + 1 : t0 - 1 + from;
-    const auto against = [&](const Tensor& gradients, int64_t row, int64_t first_column, int64_t count) {
+    const Tensor before = whole > 0 ? masked(rows_of(y, at * B, whole * B), i) : y;
+    const auto against = [&](const Tensor& all, const Tensor& gradients, int64_t row, int64_t first_column,
+                             int64_t count) {
       bool first = begun;
       const auto share = [&](Tensor g) { return transposed(columns_of(g, first_column, count)); };
       if (whole > 0) {
         const Tensor own = share(rows_of(gradients, from * B, whole * B));
-        of_states[i].add(own, rows_of(y, at * B, whole * B), row, first, stream);
+        of_states[i].add(own, before, row, first, stream);
         first = false;
       }
       if (reverse ? t0 + n == T : t0 == 0) {
@@ -276,21 +305,29 @@ struct BackwardLayers : Layers {
           start = rows_as_matrix(take_steps(torch::stable::view(gradients, {n, B, gradients.size(1)}), *starts),
                                  gradients.size(1));
         if (h0_tensor)
-          of_states[i].add(share(start), torch::stable::select(*h0_tensor, 0, i), row, first, stream);
+          of_states[i].add(share(start), masked(torch::stable::select(*h0_tensor, 0, i), i), row, first, stream);
         else if (first)
           of_states[i].clear(row, count);
       }
+      if (resets && reset_h) {
+        const int64_t over[] = {0};
+        const torch::headeronly::IntHeaderOnlyArrayRef steps_of_window(over, 1);
+        const Tensor here = times(torch::stable::view(all, {n, B, all.size(1)}),
+                                  torch::stable::view(window_of(*resets, p.window), {n, B, 1}));
+        of_states[i].add(share(torch::stable::sum(here, steps_of_window, false)),
+                         masked(torch::stable::select(*reset_h, 0, i), i), row, false, stream);
+      }
     };
     if (gru || twice) {
-      against(kept, 0, 0, 2 * H);
+      against(d, kept, 0, 0, 2 * H);
       if (gru) {
-        against(kept_hidden, 2 * H, 0, H);
+        against(hidden, kept_hidden, 2 * H, 0, H);
       } else {
         const Tensor q = columns_of(window_of(rows_as_matrix(tapes[i], tape_of(call.cell) * H), p.window), 3 * H, H);  // r * h_prev
-        of_states[i].add(transposed(columns_of(kept, 2 * H, H)), q, 2 * H, begun, stream);
+        of_states[i].add(transposed(columns_of(d, 2 * H, H)), q, 2 * H, begun, stream);
       }
     } else {
-      against(kept, 0, 0, G * H);
+      against(d, kept, 0, 0, G * H);
     }
     if (width > 2) {
       add_rows(d, biases[2 * i], 0, begun, stream);
@@ -342,7 +379,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> layers_forward_cud
   ForwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, tape = tape_of(a.call.cell);
   const bool lstm = has_c(a.call.cell);
-  check_cell(a.call.cell, std::nullopt, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
+  check_cell(a.call.cell, std::nullopt, {c0, reset_c, zoneout_c});
+  a.set_options(state_mask, reset_h, reset_c, zoneout_h, zoneout_c);
   a.divide(x, false);
   const bool as_it_lies = a.division.windows == 1 && transposed(x).is_contiguous();
   a.x = as_it_lies ? x : a.call.dense("x", x, {T, B, x.size(2)});
@@ -380,7 +418,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> layers_backward_cuda
   BackwardLayers a(x, weights, cell, num_layers, bidirectional, reverse, lengths, reset);
   const int64_t T = a.T, B = a.B, H = a.H, D = a.D, rows = num_layers * D, N = a.G * H, tape = tape_of(a.call.cell);
   const bool lstm = has_c(a.call.cell), gru = a.call.cell == ScanCell::gru;
-  check_cell(a.call.cell, std::nullopt, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
+  check_cell(a.call.cell, std::nullopt, {c0, reset_c, zoneout_c});
+  a.set_options(state_mask, reset_h, reset_c, zoneout_h, zoneout_c);
   STD_TORCH_CHECK(int64_t(ys.size()) == num_layers && int64_t(tapes.size()) == (tape > 0 ? rows : 0) &&
                       int64_t(states.size()) == (lstm ? rows : 0) && (dstates.empty() || (lstm && int64_t(dstates.size()) == D)),
                   "scan: the backward pass needs what the forward pass saved, of every layer and direction");
@@ -403,13 +442,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> layers_backward_cuda
     a.tapes.push_back(tape > 0 ? a.call.dense("tape", tapes[i], {T, B, tape * H}) : a.call.empty({0}));
     a.states.push_back(lstm ? a.call.dense("states", states[i], {T, B, H}, ScalarType::Float) : a.call.empty({0}));
   }
-  if (reset && with_weights)
-    a.keep = torch::stable::view(logical_not(a.call.dense("reset", *reset, {T, B}, ScalarType::Bool)), {T * B, 1});
+  if (reset && with_weights) {
+    a.resets = torch::stable::view(a.call.dense("reset", *reset, {T, B}, ScalarType::Bool), {T * B, 1});
+    a.keep = logical_not(*a.resets);
+  }
   if (starts) a.starts = a.call.dense("starts", *starts, {1, B, 1}, ScalarType::Long);
 
   a.dx = with_dx ? a.call.empty({T * B, x.size(2)}) : a.call.empty({0});
   a.dh0 = h0 ? a.call.empty({rows, B, H}) : a.call.empty({0});
   a.dc0 = c0 ? a.call.empty({rows, B, H}) : a.call.empty({0});
+  a.dreset_h.emplace(a.call, reset_h.has_value(), std::initializer_list<int64_t>{rows, B, H});
+  a.dreset_c.emplace(a.call, reset_c.has_value(), std::initializer_list<int64_t>{rows, B, H});
   for (int64_t i = 0; i < a.division.slots * D; ++i) {
     a.dgates.push_back(a.call.empty({T * B, N}));
     a.dhidden.push_back(a.call.empty({gru ? T * B : 0, H}));
@@ -435,7 +478,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> layers_backward_cuda
   }
   a.run();
   const Tensor dx = with_dx ? torch::stable::view(a.dx, {T, B, x.size(2)}) : a.dx;
-  return {dx, a.dh0, a.dc0, a.call.empty({0}), a.call.empty({0}), a.dweights};
+  return {dx, a.dh0, a.dc0, a.dreset_h->give(a.call), a.dreset_c->give(a.call), a.dweights};
 }
 
 std::string native_scan_schedule(bool backward, int64_t steps, int64_t layers, int64_t directions, int64_t beside,

@@ -51,19 +51,17 @@ void step_backward_all(Call& call, const ScanBackward& a, const Tensor& w_hh) {
       s.phase = 1, s.operand = operand.data_ptr();
       call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
     }
-    if (s.step + 1 < a.T || a.dh0) multiply(operand, w_last, product);
+    if (s.step + 1 < a.T || a.dh0 || a.options.dreset_h) multiply(operand, w_last, product);
   }
   s.phase = 0;
-  if (a.dh0 || a.dc0) call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
+  if (a.dh0 || a.dc0 || a.options.dreset_h) call.check(step_backward(a, call.cell, call.number.dtype, s, call.stream()));
 }
 
 // ---- The operators.
 
-void check_cell(ScanCell cell, const Optional& w_hr, const Optional& c0, std::initializer_list<Optional> without) {
+void check_cell(ScanCell cell, const Optional& w_hr, std::initializer_list<Optional> cs) {
   STD_TORCH_CHECK(!w_hr, "scan: the native CUDA kernels have no projection (w_hr)");
-  for (const Optional& option : without)
-    STD_TORCH_CHECK(!option, "scan: the native CUDA kernels have no state_mask, zoneout or state to reset to");
-  STD_TORCH_CHECK(has_c(cell) || !c0, "scan: only an LSTM has c0");
+  for (const Optional& c : cs) STD_TORCH_CHECK(has_c(cell) || !c, "scan: only an LSTM has c0, reset_c and zoneout_c");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
@@ -72,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
     const Optional& reset_c, const Optional& lengths, const Optional& reset, const Optional& state_mask,
     const Optional& zoneout_h, const Optional& zoneout_c, int64_t cell, bool reverse, bool save, bool states) {
   Call call(x, cell);
-  check_cell(call.cell, w_hr, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
+  check_cell(call.cell, w_hr, {c0, reset_c, zoneout_c});
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "scan: x must be [T, B, I] and w_hh [G*H, H]");
@@ -86,6 +84,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_forward_cuda(
 
   ScanForward a{};
   call.walk(a, T, B, H, reverse, lengths, reset);
+  a.options = {call.pointer("state_mask", state_mask, {B, H}),
+               call.pointer("reset_h", reset_h, {B, H}),
+               call.pointer("reset_c", reset_c, {B, H}),
+               call.share("zoneout_h", zoneout_h, {T, B, H}),
+               call.share("zoneout_c", zoneout_c, {T, B, H})};
   const Tensor& w = call.dense("w_hh", w_hh, {G * H, H});
   a.w_hh = w.data_ptr();
   a.b_hh = call.pointer("b_hh", b_hh, {G * H});
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Optional& c0, const Optional& reset_h, const Optional& reset_c, const Optional& lengths, const Optional& reset,
     const Optional& state_mask, const Optional& zoneout_h, const Optional& zoneout_c, int64_t cell, bool reverse) {
   Call call(y, cell);
-  check_cell(call.cell, w_hr, c0, {state_mask, reset_h, zoneout_h, zoneout_c});
+  check_cell(call.cell, w_hr, {c0, reset_c, zoneout_c});
   const int64_t G = gates_of(call.cell);
   const bool lstm = has_c(call.cell);
   STD_TORCH_CHECK((tape || tape_of(call.cell) == 0) && (states || !lstm),
@@ -130,10 +133,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   Tensor dgates = call.empty({T, B, G * H});
   Tensor dhidden = call.cell == ScanCell::gru ? call.empty({T, B, H}) : call.empty({0});
   Tensor dh0 = h0 ? call.empty({B, H}) : call.empty({0}), dc0 = c0 ? call.empty({B, H}) : call.empty({0});
-  if (T == 0 || B == 0 || H == 0) return {dgates, dhidden, dh0, dc0, call.empty({0}), call.empty({0})};
+  const ResetGradient dreset_h(call, reset_h.has_value(), {B, H}), dreset_c(call, reset_c.has_value(), {B, H});
+  if (T == 0 || B == 0 || H == 0) return {dgates, dhidden, dh0, dc0, dreset_h.give(call), dreset_c.give(call)};
 
   ScanBackward a{};
   call.walk(a, T, B, H, reverse, lengths, reset);
+  a.options = {call.pointer("state_mask", state_mask, {B, H}),
+               call.pointer("reset_h", reset_h, {B, H}),
+               call.pointer("reset_c", reset_c, {B, H}),
+               call.share("zoneout_h", zoneout_h, {T, B, H}),
+               call.share("zoneout_c", zoneout_c, {T, B, H})};
   const Tensor& w = call.dense("w_hh", w_hh, {G * H, H});
   a.w_hh = w.data_ptr();
   a.h0 = call.pointer("h0", h0, {B, H});
@@ -154,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
   if (call.cell == ScanCell::gru) a.dhidden = dhidden.data_ptr();
   if (h0) a.dh0 = dh0.data_ptr();
   if (c0) a.dc0 = dc0.data_ptr();
+  a.options.dreset_h = dreset_h.from(0), a.options.dreset_c = dreset_c.from(0);
 
   const ScanPlan plan = call.plan(true, a);
   if (plan.role == ScanRole::step) {
@@ -162,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_cuda(
     const Tensor workspace = call.zeroes(plan.workspace);
     call.check(scan_backward(a, call.cell, call.number, plan, workspace.data_ptr(), call.stream()));
   }
-  return {dgates, dhidden, dh0, dc0, call.empty({0}), call.empty({0})};
+  return {dgates, dhidden, dh0, dc0, dreset_h.give(call), dreset_c.give(call)};
 }
 
 static const std::string kRoles[] = {"step", "grid", "cluster", "cluster_barrier"};  // as ScanRole has them

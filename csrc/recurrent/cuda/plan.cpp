@@ -37,7 +37,7 @@ ScanLayout make_layout(const ScanProblem& q, ScanRole role, const ScanShape& sha
     p.splits = std::clamp(warps / p.row_tiles, 1, p.k_tiles);
     p.per_split = parts(p.k_tiles, p.splits);
     p.splits = parts(p.k_tiles, p.per_split);
-    p.held = i ? 0 : std::min(scan_held(role, q.number), p.per_split);
+    p.held = i ? 0 : std::min(scan_held(role, q.number, q.options), p.per_split);
     p.first_fragment = stored;
     const int tasks = p.row_tiles * p.splits;
     stored += tasks * p.per_split - std::min(tasks, warps) * p.held;
@@ -73,7 +73,7 @@ ScanPlan attempt(const DeviceLimits& limits, const ScanProblem& q, ScanRole role
       if (plan.layout.shared <= static_cast<long long>(limits.shared_per_block)) break;
     }
     // One element a thread, and of W_hh as much as the registers hold; backward, where a warp's products are longer, less.
-    const int held = scan_held(role, q.number), each = in_cluster(role) ? 1 : kScanElements;
+    const int held = scan_held(role, q.number, q.options), each = in_cluster(role) ? 1 : kScanElements;
     const bool enough = plan.shape.units * columns <= each * threads &&
                         plan.layout.tiles <= (q.backward ? std::min(held, 8) : held) * threads / 32;
     if (wanted || enough || threads == kScanThreads) break;
@@ -194,6 +194,10 @@ ScanPlan make_plan(const DeviceLimits& limits, const ScanProblem& problem, const
   std::string reason;
   for (ScanRole role : {ScanRole::cluster, ScanRole::cluster_barrier, ScanRole::grid}) {
     if (wish.role >= 0 ? wish.role != static_cast<int>(role) : role == ScanRole::cluster_barrier) continue;
+    if (role == ScanRole::cluster_barrier && problem.options) {
+      reason = "the role cluster_barrier has no options";
+      continue;
+    }
     ScanPlan plan = in_cluster(role) ? plan_cluster(limits, problem, role, wish, residency)
                                      : plan_grid(limits, problem, wish, residency);
     if (plan.role == role) {

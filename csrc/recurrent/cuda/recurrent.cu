@@ -21,15 +21,18 @@ struct Alone {
   }
 };
 
-template <ScanCell C, class T>
+template <ScanCell C, class T, bool kOptions>
 FASTSEQ_KERNEL(kStepThreads, 1)
 forward_step(ScanForward a, ScanStep s) {
   constexpr int G = kGates<C>;
   const Alone own(a);
   if (!own.there) return;
   const Place& at = own.at;
+  Extras<T, kOptions> extras;
+  read_extras<C>(a, time_of(a, s.step < 0 ? 0 : s.step), at, extras);
   const auto give = [&](float h, int next) {
-    write<T>(s.operand, own.i, next < a.T && cleared(a, time_of(a, next), at.b) ? 0.0f : h);
+    const bool clear = next < a.T && cleared(a, time_of(a, next), at.b);
+    write<T>(s.operand, own.i, operand_before<T, kOptions>(a, at, clear, h));
   };
   if (s.step < 0) {
     const float h = read_or_zero<T>(a.h0, own.i);
@@ -50,19 +53,19 @@ forward_step(ScanForward a, ScanStep s) {
   if constexpr (kTwice<C>) {
     if (s.phase == 0) {
       float z;
-      const float q = forward_reset<T>(a, t, at, clear, to_float(x[0]) + hidden_side(2, 0, 0),
-                                       to_float(x[1]) + hidden_side(2, 0, 1), h, z);
+      const float q = forward_reset<T, kOptions>(a, t, at, clear, to_float(x[0]) + hidden_side(2, 0, 0),
+                                                 to_float(x[1]) + hidden_side(2, 0, 1), h, z);
       s.kept[own.i] = z;
       write<T>(s.operand, own.i, q);
       return;
     }
-    forward_candidate<T>(a, t, at, clear, to_float(x[2]) + hidden_side(1, 2, 2), s.kept[own.i], h);
+    forward_candidate<T>(a, t, at, clear, extras, to_float(x[2]) + hidden_side(1, 2, 2), s.kept[own.i], h);
   } else {
     float p[G], c = kHasC<C> ? s.cell_state[own.i] : 0.0f;
 #pragma unroll
     for (int g = 0; g < G; ++g) p[g] = hidden_side(G, 0, g);
     Left<C> left;
-    forward_element<C, T>(a, t, at, clear, x, p, h, c, left);
+    forward_element<C, T>(a, t, at, clear, x, extras, p, h, c, left);
     write_left<C, T>(a, t, at, h, c, left);
     if constexpr (kHasC<C>) {
       s.cell_state[own.i] = c;
@@ -74,7 +77,7 @@ forward_step(ScanForward a, ScanStep s) {
   if (s.step == a.T - 1) write<T>(a.h_n, own.i, h);
 }
 
-template <ScanCell C, class T>
+template <ScanCell C, class T, bool kOptions>
 FASTSEQ_KERNEL(kStepThreads, 1)
 backward_step(ScanBackward a, ScanStep s) {
   constexpr int D = kDirect<C>;
@@ -84,6 +87,8 @@ backward_step(ScanBackward a, ScanStep s) {
   const auto give = [&](int gates, int gate, float d) {
     write<T>(s.operand, (int64_t(at.b) * gates + gate) * a.H + at.u, d);
   };
+  Extras<T, kOptions> extras;
+  read_extras<C>(a, time_back(a, s.step < a.T ? s.step : a.T - 1), at, extras);
   float dh, dc = 0.0f;
   if (s.phase == 0) {
     if (s.step == 0) {
@@ -92,7 +97,9 @@ backward_step(ScanBackward a, ScanStep s) {
     } else {
       const int later = time_back(a, s.step - 1);
       dh = s.state[own.i];
-      if (later < at.length && !cleared(a, later, at.b)) dh += s.product[own.i];
+      const bool replaced = cleared(a, later, at.b);
+      if (later < at.length && goes_on<kOptions>(a, replaced))
+        add_product<T, kOptions>(a, at, replaced, s.product[own.i], dh);
       if constexpr (kHasC<C>) dc = s.cell_state[own.i];
     }
   } else {
@@ -107,22 +114,22 @@ backward_step(ScanBackward a, ScanStep s) {
   const int t = time_back(a, s.step);
   const bool clear = cleared(a, t, at.b);
   Saved<C, T> saved;
-  read_saved<C, T>(a, t, at, clear, saved);
+  read_saved<C, T, kOptions>(a, t, at, clear, saved);
   if constexpr (kTwice<C>) {
     float dz;
-    const float dn = backward_candidate<T>(a, t, at, saved, dh, dz);
+    const float dn = backward_candidate<T>(a, t, at, saved, extras, dh, dz);
     if (s.phase == 0) {
       s.kept[own.i] = dh;
       give(1, 0, dn);
       return;
     }
     float dr;
-    dh = backward_reset<T>(a, t, at, clear, saved, dh, s.product[own.i], dr);
+    dh = backward_reset<T>(a, t, at, clear, saved, extras, dh, s.product[own.i], dr);
     give(D, 0, dr);
     give(D, 1, dz);
   } else {
     Gradients<C> gradients;
-    dh = backward_element<C, T>(a, t, at, clear, saved, dh, dc, gradients);
+    dh = backward_element<C, T>(a, t, at, clear, saved, extras, dh, dc, gradients);
     write_gradients<C, T>(a, t, at, gradients);
 #pragma unroll
     for (int g = 0; g < D; ++g) give(D, g, gradients.d[g]);
@@ -150,13 +157,16 @@ auto pick(ScanCell cell, Dtype dtype) {
     default: return pick<Pick, float>(cell);
   }
 }
-template <ScanCell C, class T>
-struct StepForward {
-  static auto kernel() { return &forward_step<C, T>; }
-};
-template <ScanCell C, class T>
-struct StepBackward {
-  static auto kernel() { return &backward_step<C, T>; }
+template <bool kOptions>
+struct Step {
+  template <ScanCell C, class T>
+  struct Forward {
+    static auto kernel() { return &forward_step<C, T, kOptions>; }
+  };
+  template <ScanCell C, class T>
+  struct Backward {
+    static auto kernel() { return &backward_step<C, T, kOptions>; }
+  };
 };
 
 Launch step_launch(const ScanWalk& a) {
@@ -166,12 +176,15 @@ Launch step_launch(const ScanWalk& a) {
   return launch;
 }
 
-ForwardKernel forward_of(ScanCell cell, ScanNumber number, ScanRole role) {
+ForwardKernel forward_of(ScanCell cell, ScanNumber number, ScanRole role, bool options) {
+  if (options) return role == ScanRole::cluster ? cluster_options_forward(cell, number) : grid_options_forward(cell, number);
   return role == ScanRole::cluster           ? cluster_forward(cell, number)
          : role == ScanRole::cluster_barrier ? cluster_barrier_forward(cell, number)
                                              : grid_forward(cell, number);
 }
-BackwardKernel backward_of(ScanCell cell, ScanNumber number, ScanRole role) {
+BackwardKernel backward_of(ScanCell cell, ScanNumber number, ScanRole role, bool options) {
+  if (options)
+    return role == ScanRole::cluster ? cluster_options_backward(cell, number) : grid_options_backward(cell, number);
   return role == ScanRole::cluster           ? cluster_backward(cell, number)
          : role == ScanRole::cluster_barrier ? cluster_barrier_backward(cell, number)
                                              : grid_backward(cell, number);
@@ -180,11 +193,15 @@ BackwardKernel backward_of(ScanCell cell, ScanNumber number, ScanRole role) {
 }  // namespace
 
 const char* step_forward(const ScanForward& args, ScanCell cell, Dtype dtype, const ScanStep& step, void* stream) {
-  return launch(pick<StepForward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
+  const auto kernel =
+      args.options.any() ? pick<Step<true>::Forward>(cell, dtype) : pick<Step<false>::Forward>(cell, dtype);
+  return launch(kernel, step_launch(args), static_cast<Stream>(stream), args, step);
 }
 const char* step_backward(const ScanBackward& args, ScanCell cell, Dtype dtype, const ScanStep& step,
                           void* stream) {
-  return launch(pick<StepBackward>(cell, dtype), step_launch(args), static_cast<Stream>(stream), args, step);
+  const auto kernel =
+      args.options.any() ? pick<Step<true>::Backward>(cell, dtype) : pick<Step<false>::Backward>(cell, dtype);
+  return launch(kernel, step_launch(args), static_cast<Stream>(stream), args, step);
 }
 
 const char* scan_add(const float* a, const float* b, void* out, int64_t n, Dtype dtype, void* stream) {
@@ -201,12 +218,12 @@ const char* scan_clear(void* target, size_t bytes, void* stream) {
 
 const char* scan_forward(const ScanForward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                          void* workspace, void* stream) {
-  return launch(forward_of(cell, number, plan.role), plan.launch, static_cast<Stream>(stream), args,
+  return launch(forward_of(cell, number, plan.role, args.options.any()), plan.launch, static_cast<Stream>(stream), args,
                 Resident{plan.shape, plan.layout, workspace});
 }
 const char* scan_backward(const ScanBackward& args, ScanCell cell, ScanNumber number, const ScanPlan& plan,
                           void* workspace, void* stream) {
-  return launch(backward_of(cell, number, plan.role), plan.launch, static_cast<Stream>(stream), args,
+  return launch(backward_of(cell, number, plan.role, args.options.any()), plan.launch, static_cast<Stream>(stream), args,
                 Resident{plan.shape, plan.layout, workspace});
 }
 
@@ -215,8 +232,8 @@ int resident_groups(const ScanProblem& problem, ScanRole role, const Launch& sha
     return in_cluster(role) && shape.cluster > 1 ? resident_clusters(kernel, shape)
                                                           : blocks_per_multiprocessor(kernel, shape);
   };
-  return problem.backward ? ask(backward_of(problem.cell, problem.number, role))
-                          : ask(forward_of(problem.cell, problem.number, role));
+  return problem.backward ? ask(backward_of(problem.cell, problem.number, role, problem.options))
+                          : ask(forward_of(problem.cell, problem.number, role, problem.options));
 }
 
 }  // namespace fastseq::cuda

@@ -29,6 +29,22 @@ struct ScanNumber {
 enum class ScanRole : int { step, grid, cluster, cluster_barrier };
 constexpr bool in_cluster(ScanRole role) { return role == ScanRole::cluster || role == ScanRole::cluster_barrier; }
 
+// The share of a state that zoneout keeps, [total,B,H] by strides in elements, or null.
+struct ScanShare {
+  const void* data;
+  int64_t t, b, u;
+};
+// What a call may have besides; each is null where it has none. A call with any of it takes kernels of its own, so that
+// the others hold no registers for it.
+struct ScanOptions {
+  const void* mask;                // [B,H]: multiplies h where a product reads it
+  const void *reset_h, *reset_c;   // [B,H]: what a reset puts in the place of h and c; null: zeros
+  ScanShare zoneout_h, zoneout_c;  // of h and c of the step before
+  float *dreset_h, *dreset_c;      // backward [B,H]: the gradients of reset_h and reset_c are added to these
+
+  bool any() const { return mask || reset_h || reset_c || zoneout_h.data || zoneout_c.data; }
+};
+
 // What both directions share. A launch walks the T steps from time `first` on of `total`; pointers are to all of them.
 // lengths: int64 [B] or null; reset: [total,B] by strides, or null.
 struct ScanWalk {
@@ -39,6 +55,7 @@ struct ScanWalk {
   const int64_t* lengths;
   const bool* reset;
   int64_t reset_t, reset_b;
+  ScanOptions options;
 };
 
 struct ScanForward : ScanWalk {
@@ -71,9 +88,9 @@ struct ScanBackward : ScanWalk {
 constexpr int kScanThreads = 512;  // of a block of the resident roles, at most
 constexpr int kScanElements = 2;   // (row, unit) pairs that a thread of theirs looks after, at most
 // Tiles of W_hh that a warp of theirs keeps in registers, at most. A float32 one comes apart into two; the grid's blocks
-// have few, and addresses in global memory to keep.
-constexpr int scan_held(ScanRole role, ScanNumber number) {
-  return (role == ScanRole::grid ? 4 : 12) / (number.dtype == Dtype::f32 && !number.tf32 ? 3 : 1) / 4 * 4;
+// have few, and addresses in global memory to keep; options (ScanOptions) take registers too.
+constexpr int scan_held(ScanRole role, ScanNumber number, bool options) {
+  return (role == ScanRole::grid ? 4 : options ? 8 : 12) / (number.dtype == Dtype::f32 && !number.tf32 ? 3 : 1) / 4 * 4;
 }
 constexpr int kScanCounterBytes = 128;  // of the grid's counter of arrivals: a cache line to itself
 // W_hh is taken in tiles of 16 gates by 32 bytes, the vector in 32 bytes of 8 rows of the batch.
@@ -118,6 +135,7 @@ struct ScanProblem {
   bool backward;
   int H, B;
   int beside = 1;  // scans that are to run at once, each on its share of the device
+  bool options = false;  // ScanOptions::any
 };
 
 struct ScanPlan {

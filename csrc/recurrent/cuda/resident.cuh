@@ -54,7 +54,7 @@ struct Tile {
 };
 
 // Where a block keeps what, and its share of the products.
-template <ScanCell C, class T, template <class> class Exchange>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions>
 struct Block {
   Exchange<T> exchange;
   const ScanLayout& layout;
@@ -62,7 +62,7 @@ struct Block {
   Fragment* stored;
   float *partial, *bias;
   FirstTask first[2];
-  static constexpr int kHeld = scan_held(Exchange<T>::kRole, kNumber<T>);
+  static constexpr int kHeld = scan_held(Exchange<T>::kRole, kNumber<T>, kOptions);
   Fragment held[kHeld ? kHeld : 1];
 
   FASTSEQ_DEVICE explicit Block(const Resident& r)
@@ -87,11 +87,11 @@ struct Block {
   }
 };
 
-template <ScanCell C, class T, template <class> class Exchange>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions>
 FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
   constexpr int G = kGates<C>, D = kDirect<C>;
-  Block<C, T, Exchange> block(r);
-  constexpr int kHeld = Block<C, T, Exchange>::kHeld;
+  Block<C, T, Exchange, kOptions> block(r);
+  constexpr int kHeld = Block<C, T, Exchange, kOptions>::kHeld;
   auto& exchange = block.exchange;
   const int first_unit = exchange.rank * r.shape.units, H = a.H;
   exchange.start();
@@ -117,6 +117,7 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
     T x[kElements][G];
     float h[kElements], c[kElements], z[kElements];
     Left<C> left[kElements];
+    Extras<T, kOptions> extras[kElements];
     int t = time_of(a, 0);
     uint32_t clear = own.cleared_at(a, t);
 #pragma unroll
@@ -125,7 +126,8 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
       const int64_t i = element(a, own.at[e]);
       h[e] = a.h_in ? a.h_in[i] : read_or_zero<T>(a.h0, i);
       c[e] = !kHasC<C> ? 0.0f : a.c_in ? a.c_in[i] : read_or_zero<T>(a.c0, i);
-      exchange.put(own.column(e), own.at[e].u, clear >> e & 1 ? 0.0f : h[e]);
+      read_extras<C>(a, t, own.at[e], extras[e]);
+      exchange.put(own.column(e), own.at[e].u, operand_before<T, kOptions>(a, own.at[e], clear >> e & 1, h[e]));
       read_gates<C, T>(a, t, own.at[e], x[e]);
     }
     uint32_t clear_next = a.T > 1 ? own.cleared_at(a, time_of(a, 1)) : 0;
@@ -139,8 +141,8 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
           if (!own.has(e)) continue;
           float p[2];
           block.product(0, own.unit(e), r.shape.units, own.column(e), p);
-          const float q = forward_reset<T>(a, t, own.at[e], clear >> e & 1, to_float(x[e][0]) + p[0] + bias(e, 0),
-                                           to_float(x[e][1]) + p[1] + bias(e, 1), h[e], z[e]);
+          const float x_r = to_float(x[e][0]) + p[0] + bias(e, 0), x_z = to_float(x[e][1]) + p[1] + bias(e, 1);
+          const float q = forward_reset<T, kOptions>(a, t, own.at[e], clear >> e & 1, x_r, x_z, h[e], z[e]);
           exchange.put(own.column(e), own.at[e].u, q);
         }
         exchange.template publish<1>(slice, 0);
@@ -154,15 +156,19 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
         if constexpr (kTwice<C>) {
           float p[1];
           block.product(1, own.unit(e), 0, own.column(e), p);
-          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, to_float(x[e][2]) + p[0] + bias(e, 2), z[e], h[e]);
+          forward_candidate<T>(a, t, own.at[e], clear >> e & 1, extras[e], to_float(x[e][2]) + p[0] + bias(e, 2), z[e],
+                               h[e]);
         } else {
           float p[G];
           block.product(0, own.unit(e), r.shape.units, own.column(e), p);
 #pragma unroll
           for (int g = 0; g < G; ++g) p[g] += bias(e, g);
-          forward_element<C, T>(a, t, own.at[e], clear >> e & 1, x[e], p, h[e], c[e], left[e]);
+          forward_element<C, T>(a, t, own.at[e], clear >> e & 1, x[e], extras[e], p, h[e], c[e], left[e]);
         }
-        if (more) exchange.put(own.column(e), own.at[e].u, clear_next >> e & 1 ? 0.0f : h[e]);
+        if (more) {
+          const float read = operand_before<T, kOptions>(a, own.at[e], clear_next >> e & 1, h[e]);
+          exchange.put(own.column(e), own.at[e].u, read);
+        }
       }
       if (more) exchange.template publish<1>(slice, 0);
       // What no peer waits for, while h is on its way.
@@ -171,7 +177,10 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         if (!own.has(e)) continue;
-        if (more) read_gates<C, T>(a, t, own.at[e], x[e]);
+        if (more) {
+          read_gates<C, T>(a, t, own.at[e], x[e]);
+          read_extras<C>(a, t, own.at[e], extras[e]);
+        }
         if constexpr (!kTwice<C>) write_left<C, T>(a, done, own.at[e], h[e], c[e], left[e]);
         if (step + kAhead < a.T) prefetch_gates<C, T>(a, time_of(a, step + kAhead), own.at[e]);
       }
@@ -195,11 +204,11 @@ FASTSEQ_DEVICE void walk_forward(const ScanForward& a, const Resident& r) {
   }
 }
 
-template <ScanCell C, class T, template <class> class Exchange>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions>
 FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
   constexpr int D = kDirect<C>;
-  Block<C, T, Exchange> block(r);
-  constexpr int kHeld = Block<C, T, Exchange>::kHeld;
+  Block<C, T, Exchange, kOptions> block(r);
+  constexpr int kHeld = Block<C, T, Exchange, kOptions>::kHeld;
   auto& exchange = block.exchange;
   const int first_unit = exchange.rank * r.shape.units, H = a.H, part = r.layout.part;
   exchange.start();
@@ -220,6 +229,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
     float dh[kElements], dc[kElements], dz[kElements];
     Saved<C, T> saved[kElements];
     Gradients<C> gradients[kElements];
+    Extras<T, kOptions> extras[kElements];
     int t = time_back(a, 0);
     uint32_t clear = own.cleared_at(a, t);
 #pragma unroll
@@ -228,20 +238,23 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
       const int64_t i = element(a, own.at[e]);
       dh[e] = a.dh_in ? a.dh_in[i] : read_or_zero<T>(a.dh_n, i);
       dc[e] = !kHasC<C> ? 0.0f : a.dc_in ? a.dc_in[i] : read_or_zero<T>(a.dc_n, i);
-      read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
+      read_saved<C, T, kOptions>(a, t, own.at[e], clear >> e & 1, saved[e]);
+      read_extras<C>(a, t, own.at[e], extras[e]);
     }
     for (int step = 0; step < a.T; ++step) {
       const bool more = step + 1 < a.T;
       uint32_t takes = 0;  // the product of this step
+      [[maybe_unused]] const uint32_t replaced = clear;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         if (!own.has(e)) continue;
-        if (t < own.at[e].length && !(clear >> e & 1)) takes |= 1u << e;
+        if (t < own.at[e].length && goes_on<kOptions>(a, clear >> e & 1)) takes |= 1u << e;
         if constexpr (kTwice<C>) {
           exchange.put(own.column(e), 2 * part + own.at[e].u,
-                       backward_candidate<T>(a, t, own.at[e], saved[e], dh[e], dz[e]));
+                       backward_candidate<T>(a, t, own.at[e], saved[e], extras[e], dh[e], dz[e]));
         } else {
-          dh[e] = backward_element<C, T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dc[e], gradients[e]);
+          dh[e] = backward_element<C, T>(a, t, own.at[e], clear >> e & 1, saved[e], extras[e], dh[e], dc[e],
+                                         gradients[e]);
 #pragma unroll
           for (int g = 0; g < kGates<C>; ++g) exchange.put(own.column(e), g * part + own.at[e].u, gradients[e].d[g]);
         }
@@ -255,7 +268,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
           if (!own.has(e)) continue;
           float dr, dq[1];
           block.product(1, own.unit(e), 0, own.column(e), dq);
-          dh[e] = backward_reset<T>(a, t, own.at[e], clear >> e & 1, saved[e], dh[e], dq[0], dr);
+          dh[e] = backward_reset<T>(a, t, own.at[e], clear >> e & 1, saved[e], extras[e], dh[e], dq[0], dr);
           exchange.put(own.column(e), own.at[e].u, dr);
           exchange.put(own.column(e), part + own.at[e].u, dz[e]);
         }
@@ -267,7 +280,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
             if (own.has(e)) write_gradients<C, T>(a, t, own.at[e], gradients[e]);
         }
       };
-      const bool wanted = more || a.dh0 || a.dh_out;
+      const bool wanted = more || a.dh0 || a.dh_out || (kOptions && a.options.dreset_h);
       if (kThreefold<T>) write();  // whose products leave no registers to keep them in
       if (wanted) exchange.template publish<D>(slice, 0);
       if (!kThreefold<T>) write();  // what no peer waits for, while the gradients are on their way
@@ -278,7 +291,8 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
           if (own.has(e)) {
-            read_saved<C, T>(a, t, own.at[e], clear >> e & 1, saved[e]);
+            read_saved<C, T, kOptions>(a, t, own.at[e], clear >> e & 1, saved[e]);
+            read_extras<C>(a, t, own.at[e], extras[e]);
             if (step + kAhead < a.T) prefetch_saved<C, T>(a, time_back(a, step + kAhead), own.at[e]);
           }
       }
@@ -289,7 +303,7 @@ FASTSEQ_DEVICE void walk_backward(const ScanBackward& a, const Resident& r) {
         if (own.has(e) && (takes >> e & 1)) {
           float sum[1];
           block.product(0, own.unit(e), 0, own.column(e), sum);
-          dh[e] += sum[0];
+          add_product<T, kOptions>(a, own.at[e], replaced >> e & 1, sum[0], dh[e]);
         }
     }
 #pragma unroll
@@ -317,52 +331,58 @@ constexpr bool kClusters = true;
 template <class Exchange>
 constexpr bool kRuns = kClusters || !in_cluster(Exchange::kRole);
 
-template <ScanCell C, class T, template <class> class Exchange>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions = false>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_forward(ScanForward a, Resident r) {
-  if constexpr (kRuns<Exchange<T>>) walk_forward<C, T, Exchange>(a, r);
+  if constexpr (kRuns<Exchange<T>>) walk_forward<C, T, Exchange, kOptions>(a, r);
 }
-template <ScanCell C, class T, template <class> class Exchange>
+template <ScanCell C, class T, template <class> class Exchange, bool kOptions = false>
 FASTSEQ_KERNEL(kScanThreads, 1)
 resident_backward(ScanBackward a, Resident r) {
-  if constexpr (kRuns<Exchange<T>>) walk_backward<C, T, Exchange>(a, r);
+  if constexpr (kRuns<Exchange<T>>) walk_backward<C, T, Exchange, kOptions>(a, r);
 }
 
-// The kernel of a cell and a dtype; each file instantiates one exchange and one direction.
+// The kernel of a cell and a dtype; each file instantiates one exchange and one direction, with options or without.
 using ForwardKernel = void (*)(ScanForward, Resident);
 using BackwardKernel = void (*)(ScanBackward, Resident);
 
-template <class T, template <class> class Exchange>
+template <class T, template <class> class Exchange, bool kOptions>
 ForwardKernel forward_kernel(ScanCell cell) {
-  return for_cell(cell, [](auto c) -> ForwardKernel { return resident_forward<code_of(c.value), T, Exchange>; });
+  return for_cell(
+      cell, [](auto c) -> ForwardKernel { return resident_forward<code_of(c.value), T, Exchange, kOptions>; });
 }
-template <template <class> class Exchange>
+template <template <class> class Exchange, bool kOptions = false>
 ForwardKernel forward_kernel(ScanCell cell, ScanNumber number) {
   switch (number.dtype) {
-    case Dtype::bf16: return forward_kernel<Bf16, Exchange>(cell);
-    case Dtype::f16: return forward_kernel<Fp16, Exchange>(cell);
-    default: return number.tf32 ? forward_kernel<Tf32, Exchange>(cell) : forward_kernel<float, Exchange>(cell);
+    case Dtype::bf16: return forward_kernel<Bf16, Exchange, kOptions>(cell);
+    case Dtype::f16: return forward_kernel<Fp16, Exchange, kOptions>(cell);
+    default: return number.tf32 ? forward_kernel<Tf32, Exchange, kOptions>(cell) : forward_kernel<float, Exchange, kOptions>(cell);
   }
 }
-template <class T, template <class> class Exchange>
+template <class T, template <class> class Exchange, bool kOptions>
 BackwardKernel backward_kernel(ScanCell cell) {
-  return for_cell(cell, [](auto c) -> BackwardKernel { return resident_backward<code_of(c.value), T, Exchange>; });
+  return for_cell(
+      cell, [](auto c) -> BackwardKernel { return resident_backward<code_of(c.value), T, Exchange, kOptions>; });
 }
-template <template <class> class Exchange>
+template <template <class> class Exchange, bool kOptions = false>
 BackwardKernel backward_kernel(ScanCell cell, ScanNumber number) {
   switch (number.dtype) {
-    case Dtype::bf16: return backward_kernel<Bf16, Exchange>(cell);
-    case Dtype::f16: return backward_kernel<Fp16, Exchange>(cell);
-    default: return number.tf32 ? backward_kernel<Tf32, Exchange>(cell) : backward_kernel<float, Exchange>(cell);
+    case Dtype::bf16: return backward_kernel<Bf16, Exchange, kOptions>(cell);
+    case Dtype::f16: return backward_kernel<Fp16, Exchange, kOptions>(cell);
+    default: return number.tf32 ? backward_kernel<Tf32, Exchange, kOptions>(cell) : backward_kernel<float, Exchange, kOptions>(cell);
   }
 }
 
 // Defined in the files that instantiate them.
 ForwardKernel cluster_forward(ScanCell cell, ScanNumber number);
+ForwardKernel cluster_options_forward(ScanCell cell, ScanNumber number);
 ForwardKernel cluster_barrier_forward(ScanCell cell, ScanNumber number);
 ForwardKernel grid_forward(ScanCell cell, ScanNumber number);
+ForwardKernel grid_options_forward(ScanCell cell, ScanNumber number);
 BackwardKernel cluster_backward(ScanCell cell, ScanNumber number);
+BackwardKernel cluster_options_backward(ScanCell cell, ScanNumber number);
 BackwardKernel cluster_barrier_backward(ScanCell cell, ScanNumber number);
 BackwardKernel grid_backward(ScanCell cell, ScanNumber number);
+BackwardKernel grid_options_backward(ScanCell cell, ScanNumber number);
 
 }  // namespace fastseq::cuda

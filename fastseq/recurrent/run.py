@@ -127,7 +127,10 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         return None
     if name == "torch":
         return eager.torch_reason(call)
-    if name == "triton" or call.x.is_cuda:
+    if name == "triton" and call.norm is not None:
+        if (reason := _native_reason(call, "the Triton kernels")) is not None:
+            return reason
+    elif name == "triton" or call.x.is_cuda:
         given = {
             "state_mask (recurrent_dropout)": call.state_mask is not None or call.draws_mask,
             "zoneout": any(call.zoneout),
@@ -148,12 +151,12 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
     return backends.operator_reason(name, call.x.device.type)
 
 
-def _native_reason(call: RecurrentCall) -> str | None:
-    """Why the CPU kernels cannot run this call; None where they can."""
+def _native_reason(call: RecurrentCall, kernels: str = "the native kernels") -> str | None:
+    """Why the CPU kernels cannot run this call, or with a norm the ``kernels`` that are named; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
-        return "the native kernels compute no gradient of state_mask"
+        return f"{kernels} compute no gradient of state_mask"
     if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):
-        return "the native kernels have no zoneout and no reset_state beside norm="
+        return f"{kernels} have no zoneout and no reset_state beside norm="
     if call.zoneout[1] and call.projected:
         return "the native kernels have no zoneout of c beside a projection (proj_size)"
     if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and backends.keeps_a_tape():

@@ -17,8 +17,8 @@ _LARGEST = {
     ("lstm", 4): (64, 32),
     ("gru", 4): (64, 64),
     ("lstm_coupled", 4): (64, 64),
-    ("rnn_tanh", 4): (128, 128),
-    ("rnn_relu", 4): (128, 128),
+    ("rnn_tanh", 4): (64, 128),
+    ("rnn_relu", 4): (64, 128),
 }
 CELLS = tuple(cell for cell in tuning.GATES if cell != "gru_reset_before")
 FORMS = tuple((cell, joint) for cell in CELLS for joint in ((False, True) if cell == "gru" else (False,)))
@@ -44,10 +44,11 @@ def sequence_bytes(cell: str, dtype: str, tile: tuning.Sequence, backward: bool)
     """Shared memory that the sequence role asks for, at most, as :func:`tuning.sequence_bytes` counts it."""
     size, gates = tuning.BYTES[dtype], tuning.GATES[cell]
     weights = gates * tile.units**2 * (2 if size == 2 else 8)
-    narrow, wide = (1 + tape_of(cell), 3) if backward and tuning.HAS_C[cell] else (gates, 0)
-    if backward and not tuning.HAS_C[cell]:
-        narrow = 2 + tape_of(cell)
-    ahead = (tile.stages - 1) * (narrow * size + wide * 4) * tile.units
+    narrow, wide, of_row = gates, 0, 0
+    if backward:  # dy, the tape, and of an LSTM two c and their gradient, else an h; the statistics, and the reset
+        narrow, wide = (1 + tape_of(cell), 3) if tuning.HAS_C[cell] else (2 + tape_of(cell), 0)
+        of_row = 4 * (stats_of(cell) + 1)
+    ahead = (tile.stages - 1) * ((narrow * size + wide * 4) * tile.units + of_row)
     exchanged = (8 if size == 4 else 2 * (gates + 1) if backward else 4) * tile.units
     return weights + tile.block_b * (ahead + exchanged)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastseq.kernels.recurrent import normed, normed_backward, normed_tuning, tuning
+from fastseq.kernels.recurrent import normed_tuning, tuning
+from triton_recurrent_support import kernel_named
 from triton_support import SHARED_LIMIT, Compiled, compile_for
 
 _LONG = {"lengths": "*i64", "reset": "*u1"}
@@ -40,7 +41,7 @@ class NormVariant:
 
     def source(self, target: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
         """The kernel, the types of its run-time arguments, its constants, and the compiler's options."""
-        kernel = next(getattr(m, self.kernel) for m in (normed, normed_backward) if hasattr(m, self.kernel))
+        kernel = kernel_named(self.kernel)
         exact = self.dtype == "fp32" and not target.startswith("gfx")
         constants: dict[str, Any] = {
             "CELL": self.cell, "JOINT": self.joint, "SAVE": self.save, "UPCAST": False,

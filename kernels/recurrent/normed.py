@@ -1,13 +1,13 @@
 """The recurrence of normalised layers forward (norm="layer", norm="joint"), in two roles.
 
-u = gain * LN(W_hh (m * h_{t-1})) + shift, LN over the G*H gates of a row, or with JOINT, of a GRU, LN of that product plus
-the row's gates_x; then the gates. An LSTM's h is o * tanh(gain_c * LN(c) + shift_c).
+u = gain * LN(W_hh (m * h_{t-1})) + shift, LN over the G*H gates of a row; with JOINT, of a GRU, LN of the sum of that
+product and gates_x. Then the gates. An LSTM's h is o * tanh(gain_c * LN(c) + shift_c).
 
 *sequence*: one launch walks all steps, as forward.py's does: a program owns BLOCK_B rows and all H <= BLOCK_H units, so
-that a row's statistics are sums inside of it. *step*: torch multiplies, and one launch a step does the rest: a program
+that a row's statistics are sums inside it. *step*: torch multiplies, and one launch a step does the rest: a program
 owns a row, and takes its units BLOCK_N at a time, once for the mean, once for the variance, and once for the gates.
 
-What varies from call to call is a run-time number, as in forward.py; a state_mask that is not there is None, and no code.
+What varies from call to call is a run-time number, as in forward.py. An absent state_mask is None, and takes no code.
 """
 
 from __future__ import annotations
@@ -213,7 +213,6 @@ def normed_forward_step(
     CELL: tl.constexpr, JOINT: tl.constexpr, SAVE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     G: tl.constexpr = gates_of(CELL)
-    dtype = y.dtype.element_ty
     t = t.to(tl.int64)
     b = tl.program_id(0).to(tl.int64)
     live = t < tl.load(lengths + b, mask=(given & LENGTHS) != 0, other=t + 1)

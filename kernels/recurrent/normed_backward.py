@@ -1,8 +1,8 @@
 """The recurrence of normalised layers backward, in the roles of normed.py, and the gradients of gains and shifts.
 
-With x = LN(p), u = gain * x + shift and d = gain * du, the gradient of p is (d - mean(d) - x mean(d x)) / std. *sequence*:
-one launch, dh and dc in registers. *step*: torch multiplies dproduct of the step walked before by W_hh, and one launch a
-step does the rest, a program a row: an LSTM's sums over its c, then those over its gates, then what is stored.
+With x = LN(p), u = gain * x + shift and d = gain * du, the gradient of p is (d - mean(d) - x mean(d x)) / std.
+*sequence*: one launch, dh and dc in registers. *step*: torch multiplies dproduct of the step walked before by W_hh, and
+one launch a step does the rest, a program a row: an LSTM's sums over its c, then those over its gates, then the results.
 
 Both leave the gradients of u of all steps in memory, from which gain_gradients sums those of gains and shifts: each
 program its own rows of the batch and of time, torch what the programs found. Nothing is added atomically.
@@ -25,7 +25,7 @@ from .normed import SHIFT, activated_of, blocks_of, of_row, stats_of
 
 @triton.jit
 def through_norm(du, gains, x, scale, known, H):
-    """The gradient of what was normalised, by parts, from those of gain * x + shift; 0 where a unit is not ``known``."""
+    """The gradient of what was normalised, by parts, from ``du``, that of gain * x + shift; 0 past H."""
     d, total, with_x = (), tl.zeros_like(du[0]), tl.zeros_like(du[0])
     for g in tl.static_range(len(du)):
         d_g = du[g] * gains[g]  # 0 past H, as gains are
@@ -131,7 +131,7 @@ def normed_backward_sequence(
         if has_c(CELL):
             c = load(states + at, mask)
             scale_c = load(of_row + 2, in_batch)
-            x_c = tl.where(known, (c - load(of_row + 1, in_batch)) * scale_c, 0.0)
+            x_c = (c - load(of_row + 1, in_batch)) * scale_c
             of_v, d_o = lstm_hidden_back(gates[G - 1], tanh(x_c * g_c + s_c), total)
             of_v = tl.where(live, of_v, 0.0)
             tl.store(dnormal_c + at, of_v.to(dtype), mask=mask)
@@ -215,7 +215,7 @@ def normed_backward_step(
             units = start + tl.arange(0, BLOCK_N)
             dh = received(h_in, back, state_mask, b, units, H, there) + of_row(dy, 0, units, H, has_dy)
             g_c = of_row(gain_c, 0, units, H, True)
-            x_c = tl.where(units < H, (of_row(states + row * H, 0, units, H, True) - mean_c) * scale_c, 0.0)
+            x_c = (of_row(states + row * H, 0, units, H, True) - mean_c) * scale_c
             squashed = tanh(x_c * g_c + of_row(shift_c, 0, units, H, True))
             of_v, _ = lstm_hidden_back(of_row(kept, G - 1, units, H, True), squashed, dh)
             total += of_v * g_c
@@ -238,7 +238,7 @@ def normed_backward_step(
                 gains += (of_row(gain, g, units, H, True),)
             if has_c(CELL):
                 g_c = of_row(gain_c, 0, units, H, True)
-                x_c = tl.where(known, (of_row(states + row * H, 0, units, H, True) - mean_c) * scale_c, 0.0)
+                x_c = (of_row(states + row * H, 0, units, H, True) - mean_c) * scale_c
                 squashed = tanh(x_c * g_c + of_row(shift_c, 0, units, H, True))
                 of_v, d_o = lstm_hidden_back(gates[G - 1], squashed, dh)
                 dc_in = of_row(h_in + of_c, 0, units, H, True)
@@ -264,7 +264,8 @@ def normed_backward_step(
                 d = of_norm[g] * gains[g]  # 0 past H, as gains are
                 if last == 1:
                     out = row * (G * H) + g * H + units
-                    tl.store(dproduct + out, tl.where(live, (d - mean - x[g] * mean_x) * scale, 0.0).to(dtype), mask=known)
+                    of_product = tl.where(live, (d - mean - x[g] * mean_x) * scale, 0.0)
+                    tl.store(dproduct + out, of_product.to(dtype), mask=known)
                     if JOINT:
                         tl.store(dgates + out, of_norm[g].to(dtype), mask=known)
                     else:

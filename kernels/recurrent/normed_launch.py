@@ -65,7 +65,8 @@ def tile(cell: str, x: Tensor, hidden: int, backward: bool) -> tuple[tuning.Sequ
 
 
 def multiplication(w: Tensor) -> Any:
-    """``(a, out)``: out = a · w in float32, a of w's dtype; by a copy of w where torch has no such product of 16 bits."""
+    """A function of a, of w's dtype, and out: out = a · w in float32. Where torch has no such product of 16 bits it
+    multiplies a copy of w."""
     if w.dtype is torch.float32:
         return lambda a, out: torch.mm(a, w, out=out)
     if w.is_cuda and torch.version.hip is None:
@@ -74,7 +75,7 @@ def multiplication(w: Tensor) -> Any:
     return lambda a, out: torch.mm(a.float(), wide, out=out)
 
 
-def step_options(hidden: int, x: Tensor) -> dict[str, Any]:
+def step_options(hidden: int) -> dict[str, Any]:
     """Constants and launch options of the step role's kernels."""
     block_n, warps = tiles.step(hidden)
     return {"BLOCK_N": block_n, "num_warps": warps}
@@ -120,7 +121,7 @@ def normed_forward(
     if found is not None:
         grid = (triton.cdiv(batch, found.block_b),)
         normed_forward_sequence[grid](
-            gates_x, w_hh, *parameters, there(h0), there(c0), lengths, reset, state_mask, y, h_n, there(c_n), *kept,
+            gates_x, w_hh, *parameters, there(h0), there(c0), lengths, reset, state_mask, y, h_n, c_n, *kept,
             steps, batch, given, first, direction, x_t, x_b, reset_t, reset_b, hidden, **options,
             **sequence_options(found, gates_x),
         )  # fmt: skip
@@ -133,7 +134,7 @@ def normed_forward(
     product = gates_x.new_empty(batch, width, dtype=torch.float32)
     operand = gates_x.new_empty(batch, hidden)
     multiply = multiplication(w_hh.t())
-    launch = Repeated(normed_forward_step, (batch,), **options, **step_options(hidden, gates_x))
+    launch = Repeated(normed_forward_step, (batch,), **options, **step_options(hidden))
     if h0 is not None:
         multiply(h0 if state_mask is None else h0 * state_mask, product)
         given |= PRODUCT
@@ -206,7 +207,7 @@ def normed_backward(
         grid = (triton.cdiv(batch, found.block_b),)
         normed_backward_sequence[grid](
             dy, there(dh_n, torch.float32), there(dc_n, torch.float32), dstates, *saved, w_hh, *parameters, dgates,
-            dproduct, there(dnormal_c), there(dh0), there(dc0), steps, batch, given, first, direction, x_t, x_b,
+            dproduct, dnormal_c, dh0, dc0, steps, batch, given, first, direction, x_t, x_b,
             reset_t, reset_b, hidden, **options, **sequence_options(found, y),
         )  # fmt: skip
         return results()
@@ -217,13 +218,13 @@ def normed_backward(
             later[n] = d
     back = y.new_empty(batch, hidden, dtype=torch.float32)
     multiply = multiplication(w_hh)
-    launch = Repeated(normed_backward_step, (batch,), **options, **step_options(hidden, y))
+    launch = Repeated(normed_backward_step, (batch,), **options, **step_options(hidden))
     for step in reversed(range(steps)):
         t = first + step * direction
         if step < steps - 1:
             multiply(dproduct[t + direction], back)
         launch(
-            dy, dstates, *saved, back, *parameters, later, dgates, dproduct, there(dnormal_c), carry, t, t + direction,
+            dy, dstates, *saved, back, *parameters, later, dgates, dproduct, dnormal_c, carry, t, t + direction,
             batch, given, first, direction, x_t, x_b, reset_t, reset_b, steps, hidden,
         )  # fmt: skip
         later, carry = carry, later
@@ -257,5 +258,3 @@ def gain_sums(
         BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return found[:, 0].sum(0).to(d.dtype), found[:, 1].sum(0).to(d.dtype)
-
-

@@ -1,5 +1,7 @@
-"""Tiles of the kernels of normalised layers, and which role a layer gets. Chosen by what compiles without spills; not yet
-timed."""
+"""Tiles of the kernels of normalised layers, and which role a layer gets. Chosen by what compiles without spills.
+
+Not yet timed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterator
 
 from . import tuning
 
-# Largest padded H of the sequence role by bytes of the dtype, forward and backward, in one part; above it the step role.
+# Largest padded H of the sequence role by bytes of the dtype, forward and backward; above it the step role.
 _LARGEST = {
     ("lstm", 2): (128, 128),
     ("gru", 2): (128, 128),
@@ -75,6 +77,6 @@ def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool) -> Iterat
 
 
 def step(hidden: int) -> tuple[int, int]:
-    """Units that a program of the step role takes at a time, and its warps: as many as have a unit a thread at least."""
+    """Units that a program of the step role takes at a time, and its warps."""
     block_n = min(max(32, tuning.padded(hidden)), ROW_BLOCK)
     return block_n, max(1, min(8, block_n // 128))

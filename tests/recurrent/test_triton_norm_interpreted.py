@@ -101,8 +101,8 @@ def compare(call: Call, cell: str, joint: bool, reverse: bool, given: tuple[bool
     for name, a, p, t in zip(["y", "h_n", "c_n", "states"], own, peer, want, strict=True):
         if t is None:
             assert a.shape == (0,), name
-        else:
-            assert_within_budget(a.to(p.dtype), p, t, name, floor)
+        else:  # states as layers hand them out: what W_hh multiplies is rounded, which the reference never does
+            assert_within_budget(a.to(dtype), p.to(dtype), t, name, floor)
     if cell == "rnn_relu" and dtype.itemsize == 2:
         return  # rounding moves units across the kink, where gradients jump
     for name, a, p, t in zip(NAMES, gradients, peer_gradients, want_gradients, strict=True):
@@ -115,14 +115,13 @@ def compare(call: Call, cell: str, joint: bool, reverse: bool, given: tuple[bool
             assert_within_budget(a, torch.zeros_like(a) if p is None else p, zero if t is None else t, name, floor)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.full) for n in range(3, 24))])
+@pytest.mark.parametrize("number", [*range(4), *(pytest.param(n, marks=pytest.mark.full) for n in range(4, 48))])
 @forms
-def test_values_and_gradients_are_the_references(cell: str, joint: bool, number: int, role: str) -> None:
-    """Of drawn sizes, dtypes, options, directions and gradients that come in."""
+def test_values_and_gradients_are_the_references(cell: str, joint: bool, number: int) -> None:
+    """Of drawn sizes, options, directions and gradients that come in."""
     seed(cell, joint, number)
-    pick = random.Random(f"{cell} {joint} {number} {role}")
-    dtype = [torch.float32, torch.bfloat16, torch.float16][number % 3]
+    pick = random.Random(f"{cell} {joint} {number}")
+    role, dtype = ROLES[number % 2], [torch.float32, torch.bfloat16, torch.float16][(number + number // 2) % 3]
     # Of fewer units a row may be all but constant: its normalisation then multiplies what 16 bits rounded by hundreds.
     hidden = pick.choice([1, 3, 17, 32]) if dtype is torch.float32 else pick.choice([17, 40])
     normed_launch.role = role
@@ -135,9 +134,7 @@ def test_values_and_gradients_are_the_references(cell: str, joint: bool, number:
 @forms
 def test_all_options_at_once(cell: str, joint: bool, role: str) -> None:
     normed_launch.role = role
-    for reverse in (False, True):
-        call = draw(cell, torch.float32, 4, 3, 17)
-        compare(call, cell, joint, reverse)
+    compare(draw(cell, torch.float32, 3, 3, 17), cell, joint, role == "step")
 
 
 @pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", False), ("gru", True)])
@@ -145,7 +142,7 @@ def test_a_row_in_several_blocks(cell: str, joint: bool, monkeypatch: pytest.Mon
     """A unit of each block reaches the sums of all others; the last block is not full."""
     normed_launch.role = "step"
     monkeypatch.setattr(normed_tuning, "step", lambda _: (16, 1))
-    compare(draw(cell, torch.float32, 3, 2, 40), cell, joint, True)
+    compare(draw(cell, torch.float32, 2, 2, 40), cell, joint, True)
 
 
 def test_several_programs_share_the_batch_and_the_rows_of_gains() -> None:
@@ -169,7 +166,7 @@ def test_the_ways_there_and_back_may_have_different_roles() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-@forms
+@pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", True)])
 def test_rows_do_not_touch_each_other_and_padding_is_never_read(cell: str, joint: bool, role: str) -> None:
     normed_launch.role = role
     call = draw(cell, torch.float32, 3, 3, 9)

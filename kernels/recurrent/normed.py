@@ -39,8 +39,8 @@ from .forward import (
 # mypy: disable-error-code="assignment, misc"
 
 EPS = tl.constexpr(1e-5)
-# Further bits of `given`.
-SHIFT, PRODUCT = (tl.constexpr(1 << bit) for bit in (12, 13))
+# Further bits of `given`, past those of forward.py and backward.py.
+SHIFT, PRODUCT = (tl.constexpr(1 << bit) for bit in (24, 25))
 
 
 # Of a cell: blocks of the tape before those of LN(product); all of its blocks; the numbers that `stats` has of a row.

@@ -2,7 +2,7 @@
 
 With x = LN(p), u = gain * x + shift and d = gain * du, the gradient of p is (d - mean(d) - x mean(d x)) / std.
 *sequence*: one launch, dh and dc in registers. *step*: torch multiplies dproduct of the step walked before by W_hh, and
-one launch a step does the rest, a program a row: an LSTM's sums over its c, then those over its gates, then the results.
+one launch a step does the rest, a program a row: an LSTM's sums over its c, those over its gates, then the results.
 
 Both leave the gradients of u of all steps in memory, from which gain_gradients sums those of gains and shifts: each
 program its own rows of the batch and of time, torch what the programs found. Nothing is added atomically.

@@ -40,7 +40,7 @@ from .normed import normed_forward_sequence, normed_forward_step
 from .normed_backward import gain_gradients, normed_backward_sequence, normed_backward_step
 
 # Further bits of `given`, as the kernels have them.
-SHIFT, PRODUCT = 1 << 12, 1 << 13
+SHIFT, PRODUCT = 1 << 24, 1 << 25
 
 role: str | None = None
 """For tests and measurements: ``"sequence"`` or ``"step"``, not what :func:`tile` would choose."""
@@ -254,7 +254,7 @@ def gain_sums(
     width = normal.shape[2]
     at = normal if of_c else normal.flatten()[width - size :]  # LN(product) comes last in a row of the tape
     gain_gradients[triton.cdiv(size, block_n), programs](
-        d, at, stats, normal, found, count, size, hidden, width, OF_C=of_c, RESET_GATE=reset_gate, BLOCK_R=block_r,
+        d, at, stats, normal if reset_gate else d, found, count, size, hidden, width, OF_C=of_c, RESET_GATE=reset_gate, BLOCK_R=block_r,
         BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return found[:, 0].sum(0).to(d.dtype), found[:, 1].sum(0).to(d.dtype)

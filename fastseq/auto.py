@@ -43,6 +43,9 @@ ON_CHIP = "on chip"
 LONE_FP32 = "lone float32"
 """On a GPU: one float32 layer, one direction, not packed. Ours keeps all digits, cuDNN those of TF32."""
 
+OPTIONS = "options"
+"""On a GPU: recurrent layers with a mask of the state, zoneout, a state to reset to, or normalisation."""
+
 LIMITS = "limits"
 """Attention on a GPU with a window, lengths, or packed sequences: torch has these as a mask of all pairs, or not."""
 
@@ -73,6 +76,13 @@ AUTO: tuple[Row, ...] = (
     ),
     Row(
         "cpu", "attention", "", ("native", "torch", "reference"), "tested on every CPU run; on the bench ahead of torch"
+    ),
+    Row(
+        HOPPER,
+        "scan",
+        OPTIONS,
+        ("torch", "reference"),
+        "our kernels with these options are compiled, not yet run on such a GPU",
     ),
     Row(
         HOPPER,

@@ -20,6 +20,8 @@ from triton_support import TARGETS
 KERNELS = (
     "forward_sequence", "forward_step", "forward_projection", "forward_persistent",
     "backward_sequence", "backward_step", "backward_state", "backward_persistent",
+    "normed_forward_sequence", "normed_forward_step", "normed_backward_sequence", "normed_backward_step",
+    "gain_gradients",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from fastseq.kernels.recurrent import (
 from fastseq.kernels.recurrent import (
     forward as recurrent,
 )
+from fastseq.kernels.recurrent import normed as recurrent_normed
+from fastseq.kernels.recurrent import normed_backward as recurrent_normed_backward
 from fastseq.kernels.recurrent import (
     persistent as recurrent_persistent,
 )
@@ -124,7 +126,10 @@ class Variant:
 
 
 def kernel_named(name: str) -> Any:
-    modules = (recurrent, recurrent_backward, recurrent_persistent, recurrent_persistent_backward)
+    modules = (
+        recurrent, recurrent_backward, recurrent_persistent, recurrent_persistent_backward, recurrent_normed,
+        recurrent_normed_backward,
+    )  # fmt: skip
     return next(getattr(m, name) for m in modules if hasattr(m, name))
 
 

@@ -111,7 +111,7 @@ def suites_of(kernels: str, device: str, files: Sequence[str]) -> list[str]:
     """Those of ``files`` whose operators ``kernels`` have on a device; the emulated suites are for CUDA C++ alone."""
 
     def there(file: str) -> bool:
-        op = "attention_forward" if "attention" in file else "scan_forward"
+        op = "attention_forward" if "attention" in file else "normed_forward" if "norm" in file else "scan_forward"
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastseq::{op}.{kernels}", device.upper())
         return registered and (kernels == "native" or "test_cuda_" not in file)
 

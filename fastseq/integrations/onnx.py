@@ -44,8 +44,8 @@ def translations() -> dict[Callable, Callable]:
         True
     """
     table: dict[Callable, Callable] = {torch.ops.fastseq.layers_forward.native: _layers}
-    table[torch.ops.fastseq.normed_forward.native] = _normed
     for backend in ops.BACKENDS:
+        table[getattr(torch.ops.fastseq.normed_forward, backend)] = _normed
         table[getattr(torch.ops.fastseq.scan_forward, backend)] = _scan
         table[getattr(torch.ops.fastseq.attention_forward, backend)] = _attention
     return table

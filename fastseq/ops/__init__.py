@@ -81,8 +81,8 @@ define(
 )  # fmt: skip
 define("layers_forward", fake_layers_forward, None, ("native",))
 define("layers_backward", fake_layers_backward, None, ("native",))
-define("normed_forward", fake_normed_forward, None, ("native",))
-define("normed_backward", fake_normed_backward, None, ("native",))
+define("normed_forward", fake_normed_forward, None)
+define("normed_backward", fake_normed_backward, None)
 define("attention_forward", fake_attention_forward, attention_rule(3, backward=False))
 define("attention_backward", fake_attention_backward, attention_rule(7, backward=True))
 torch.library.define("fastseq::native_isa", schemas.NATIVE_ISA)

@@ -1,4 +1,4 @@
-"""The Triton implementations of the scan and of attention: ``torch.ops.fastseq.*.triton``.
+"""The Triton implementations of the scan, of normalised layers and of attention: ``torch.ops.fastseq.*.triton``.
 
 Triton and the kernels are imported when one first runs, so that ``import fastseq`` needs neither.
 """
@@ -59,6 +59,27 @@ def _scan_backward(*args: Any) -> tuple[Tensor, ...]:
     return recurrent_launch.scan_backward(*tensors, CELLS[cell].name, reverse)
 
 
+def _normed_forward(*args: Any) -> tuple[Tensor, ...]:
+    from fastseq.kernels.recurrent import normed_launch
+
+    *tensors, cell, joint, reverse, save, states = args
+    return normed_launch.normed_forward(*tensors, _normed_cell(cell, joint), joint, reverse, save, states)
+
+
+def _normed_backward(*args: Any) -> tuple[Tensor, ...]:
+    from fastseq.kernels.recurrent import normed_launch
+
+    *tensors, cell, joint, reverse = args
+    return normed_launch.normed_backward(*tensors, _normed_cell(cell, joint), joint, reverse)
+
+
+def _normed_cell(cell: int, joint: bool) -> str:
+    name = CELLS[cell].name
+    if name == "gru_reset_before" or (joint and name != "gru"):
+        raise RuntimeError(f"scan: {name} has no {'joint ' if joint else ''}normalised form")
+    return name
+
+
 def _attention_forward(*args: Any) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import launch as attention_launch
 
@@ -80,6 +101,8 @@ def register() -> None:
     for name, implementation in (
         ("scan_forward", _scan_forward),
         ("scan_backward", _scan_backward),
+        ("normed_forward", _normed_forward),
+        ("normed_backward", _normed_backward),
         ("attention_forward", _attention_forward),
         ("attention_backward", _attention_backward),
     ):

@@ -52,6 +52,12 @@ class RecurrentCall:
         return self.training and self.recurrent_dropout > 0.0
 
     @property
+    def has_options(self) -> bool:
+        """Whether the call needs kernels with a mask of the state, zoneout, a state to reset to, or normalisation."""
+        given = self.state_mask is not None or self.reset_h is not None or self.norm is not None
+        return given or self.draws_mask or any(self.zoneout)
+
+    @property
     def draws(self) -> bool:
         """Whether the call draws random numbers."""
         return self.training and (self.dropout > 0.0 or self.recurrent_dropout > 0.0 or any(self.zoneout))

@@ -19,8 +19,8 @@ from fastseq.recurrent import normed_reference as reference
 from fastseq.recurrent.autograd import Inputs, Kept, Walk, dw_hh_of
 from fastseq.recurrent.call import RecurrentCall, Result
 
-FORWARD = torch.ops.fastseq.normed_forward.native
-BACKWARD = torch.ops.fastseq.normed_backward.native
+FORWARD = {name: getattr(torch.ops.fastseq.normed_forward, name) for name in ops.BACKENDS}
+BACKWARD = {name: getattr(torch.ops.fastseq.normed_backward, name) for name in ops.BACKENDS}
 
 
 def check_form(norm: object, cell: str, projected: bool = False) -> None:
@@ -79,11 +79,12 @@ def weights_of(call: RecurrentCall, index: int) -> Sequence[Tensor]:
 
 
 class Kind(NamedTuple):
-    """Which recurrence is walked."""
+    """Which recurrence is walked, on which backend."""
 
     cell: str
     form: str
     reverse: bool
+    backend: str
 
     def numbers(self) -> tuple[int, bool, bool]:
         """As the operators take them."""
@@ -112,17 +113,17 @@ def scan(
         x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[:, :, None], 0)
     gates_x, *parameters = reference.sides(x, w_ih, b_ih, b_hh, norms, form)
     tensors = (gates_x, w_hh, *parameters, *state)
-    kind = Kind(cell, form, reverse)
+    kind = Kind(cell, form, reverse, backend)
     recorded = torch.is_grad_enabled() and autograd.wants_gradient(tensors[:8]) and not backends.tracing()
     if recorded and backends.keeps_a_tape():
         found = autograd.apply(Normed, *tensors, kind)
     else:
-        found = FORWARD(*tensors, *kind.numbers(), False, want_states)
+        found = FORWARD[backend](*tensors, *kind.numbers(), False, want_states)
     return found[:4] if ops.HAS_C[cell] else (found[0], found[1], None, None)
 
 
 class Normed(torch.autograd.Function):
-    """The recurrence on the native kernels.
+    """The recurrence on the kernels of a backend.
 
     Arguments: gates_x, w_hh, gain, shift, gain_c, shift_c, h0, c0, lengths, reset, state_mask, then :class:`Kind`.
     Results: y, h_n, and an LSTM's c_n and states.
@@ -131,7 +132,7 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *tensors, kind = args
-        y, h_n, c_n, states, tape, stats = FORWARD(*tensors, *kind.numbers(), True, True)
+        y, h_n, c_n, states, tape, stats = FORWARD[kind.backend](*tensors, *kind.numbers(), True, True)
         has_c = ops.HAS_C[kind.cell]
         ctx.kind = kind
         ctx.set_materialize_grads(False)
@@ -163,11 +164,11 @@ def fused_gradient(
     ``grads``: of y, h_n, c_n and states; ``options``: lengths, reset and state_mask; ``kept``: y, states, tape, stats.
     """
     gates_x, w_hh, h0 = inputs[0], inputs[1], inputs[6]
-    dgates_x, dproduct, *more = BACKWARD(*grads, *kept, *inputs[1:], *options, *kind.numbers())
+    dgates_x, dproduct, *more = BACKWARD[kind.backend](*grads, *kept, *inputs[1:], *options, *kind.numbers())
     dw_hh = None
     if need[1]:
         read = Inputs(gates_x, w_hh, w_hh, None, None, None, h0, None, None, None, *options)
-        one_product = Walk("rnn_tanh", kind.reverse, "native")  # of all gates with the same h
+        one_product = Walk("rnn_tanh", kind.reverse, kind.backend)  # of all gates with the same h
         dw_hh = dw_hh_of(dproduct, dproduct, read, Kept(kept[0], None, None), one_product)
     return (dproduct if kind.form == "joint" else dgates_x, dw_hh, *more)
 

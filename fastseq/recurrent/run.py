@@ -116,8 +116,11 @@ def _choose(call: RecurrentCall, backend: str | None, steps: int, batch: int) ->
         return "native"
     device = auto.device_key(x.device)
     uneven = call.lengths is not None or call.batch_sizes is not None
-    kind = auto.scan_kind(device, call.cell, x.dtype, steps, batch, x.shape[-1], call.hidden, call.rows, uneven)
-    asked = (shape_of(call, steps, batch), x.device) if backends.wants_description(x.device) else None
+    if x.is_cuda and call.has_options:  # a calibration of the user's GPU has not timed such calls either
+        kind, asked = auto.OPTIONS, None
+    else:
+        kind = auto.scan_kind(device, call.cell, x.dtype, steps, batch, x.shape[-1], call.hidden, call.rows, uneven)
+        asked = (shape_of(call, steps, batch), x.device) if backends.wants_description(x.device) else None
     return backends.resolve("scan", kind, device, lambda name: _reason(name, call), backend, asked)
 
 

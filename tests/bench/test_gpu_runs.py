@@ -483,6 +483,7 @@ def test_the_suites_that_run_on_a_gpu_are_found_in_every_folder() -> None:
 def test_suites_run_on_the_kernels_that_have_their_operators() -> None:
     files = [
         "tests/recurrent/test_triton_recurrent_interpreted.py",
+        "tests/recurrent/test_triton_norm_interpreted.py",
         "tests/attention/test_triton_attention_interpreted.py",
     ]
     assert gpu.suites_of("triton", "cuda", files) == files

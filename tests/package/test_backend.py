@@ -218,6 +218,17 @@ def test_hopper_has_kinds_of_scans(layer, steps, batch, dtype, kind):
     assert said == f"scan on cuda sm_90 runs on: {row.order[0]} (AUTO for {row.title}: {row.because})"
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("more", [{"recurrent_dropout": 0.1}, {"zoneout": 0.1}, {"norm": "layer"}], ids=str)
+def test_kernels_with_options_that_have_not_run_on_hopper_are_not_taken_by_themselves(more):
+    layer = Layer("LSTM", 512, more=more)
+    assert on_hopper(layer, (128, 17, 512)).startswith(
+        f"scan on cuda sm_90 runs on: reference (AUTO for cuda sm_90, scan, {auto.OPTIONS}: "
+    )
+    with fastseq.use_backend("triton"):
+        assert on_hopper(layer, (128, 17, 512)).startswith("scan on cuda sm_90 runs on: triton")
+
+
 def test_packed_sequences_are_of_no_kind_in_which_torch_is_ahead():
     for dtype, packed in itertools.product((HALF, SINGLE), (False, True)):
         kind = auto.scan_kind(auto.HOPPER, "lstm", dtype, 128, 16, 512, 512, 1, packed)

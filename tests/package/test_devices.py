@@ -22,6 +22,7 @@ SOME = [
     "recurrent/test_triton_recurrent_interpreted.py::test_one_bias_alone[lstm-b_ih]",
     "recurrent/test_triton_recurrent_interpreted.py::test_padding_is_never_read[lstm-sequence]",
     "recurrent/test_triton_recurrent_interpreted.py::test_every_option_on_every_cell[lstm_projected-lengths+reset+reverse-step]",
+    "recurrent/test_triton_norm_interpreted.py::test_all_options_at_once[lstm-False-step]",
     "package/test_triton_promises_interpreted.py::test_update_gate_at_one_keeps_the_state[step-torch.float16-triton]",
     "attention/test_triton_attention_interpreted.py::test_every_feature_alone[lengths]",
     "attention/test_triton_attention_interpreted.py::test_packed_sequences[sinks-torch.float32]",

@@ -137,7 +137,7 @@ def _reason(name: str, call: RecurrentCall) -> str | None:
         lacking = [option for option, is_given in given.items() if is_given and option in _NOT_ON_A_GPU[name]]
         if lacking:
             return f"{_GPU_KERNELS[name]} have no {' and no '.join(lacking)}"
-    if (reason := _native_reason(call)) is not None:
+    if (reason := _native_reason(call, "Triton" if name == "triton" else "native")) is not None:
         return reason
     if name == "triton" and call.x.dtype is torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
@@ -157,16 +157,16 @@ _NOT_ON_A_GPU = {
 """Options that a backend has no GPU kernels for."""
 
 
-def _native_reason(call: RecurrentCall) -> str | None:
+def _native_reason(call: RecurrentCall, kernels: str = "native") -> str | None:
     """Why no kernels of ours, on the CPU or a GPU, can run this call; None where they can."""
     if call.state_mask is not None and autograd.is_differentiated(call.state_mask):
-        return "the native kernels compute no gradient of state_mask"
+        return f"the {kernels} kernels compute no gradient of state_mask"
     if call.norm is not None and (any(call.zoneout) or call.reset_h is not None):
-        return "the native kernels have no zoneout and no reset_state beside norm="
+        return f"the {kernels} kernels have no zoneout and no reset_state beside norm="
     if call.zoneout[1] and call.projected:
-        return "the native kernels have no zoneout of c beside a projection (proj_size)"
+        return f"the {kernels} kernels have no zoneout of c beside a projection (proj_size)"
     if call.zoneout[0] and not call.training and call.cell.startswith("rnn") and backends.keeps_a_tape():
-        return "the native kernels compute no gradient of an RNN with zoneout in evaluation"
+        return f"the {kernels} kernels compute no gradient of an RNN with zoneout in evaluation"
     return None
 
 

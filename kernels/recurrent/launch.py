@@ -76,7 +76,7 @@ def tile(
             reasons.append(found)
         if role == "persistent" or (role is None and persistent_first(x.device)):
             if torch.version.hip is None:
-                found = tuning.persistent(name, x.shape[1], hidden, processors)
+                found = tuning.persistent(name, x.shape[1], hidden, processors, shares)
             else:
                 found = "the persistent role is for CUDA GPUs: compiled for others it spills registers"
             if not isinstance(found, str):

@@ -677,7 +677,7 @@ def test_backends_without_norms_say_so() -> None:
     layer, x = fastseq.nn.GRU(4, 6, norm="joint"), torch.randn(5, 3, 4)
     said = fastseq.explain(layer, x)
     assert "torch: torch has no layer normalisation within its recurrent layers (norm=)" in said
-    assert "triton: the GPU kernels have no layer normalisation (norm=)" in said
-    for name, reason in (("torch", "torch has no layer normal"), ("triton", "the GPU kernels have no layer normal")):
+    assert "triton: the Triton kernels have no layer normalisation (norm=)" in said
+    for name, reason in (("torch", "torch has no layer normal"), ("triton", "the Triton kernels have no layer normal")):
         with fastseq.use_backend(name), pytest.raises(BackendError, match=reason):
             layer(x)

@@ -38,8 +38,8 @@ def through_w_hh(
     CELL: tl.constexpr, DIRECT: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """beside + dgates · W_hh of the rows ``row``, where ``known``, times the mask; DIRECT: gates that met h itself, of a
-    GRU r and z."""
+    """beside + dgates · W_hh of the rows ``row``, where ``known``, times the mask; DIRECT: gates that met h itself, of
+    a GRU r and z."""
     if state_mask is None:
         dh = beside
     else:

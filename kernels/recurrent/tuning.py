@@ -190,7 +190,7 @@ where the host launches each step, as it does in training, but for one plain RNN
 
 
 def _with_options(tile: Persistent, shares: int | None) -> Persistent:
-    """The tile of a call with options (``shares`` as :func:`sequence` has it): 64 rows of an LSTM spilled with 4 warps."""
+    """The tile of a call with options (``shares`` as :func:`sequence` has it): with 4 warps 64 rows spilled."""
     return tile if shares is None or tile.block_b < 64 else replace(tile, num_warps=8)
 
 

@@ -118,4 +118,5 @@ def gru_backward_reset(r, other, dproduct):
 # Zoneout: of a new state and the old one; a share of 1 or 0 gives one of them exactly.
 @triton.jit
 def zoneout(old, new, share):
+    share = share.to(tl.float32)  # not before: in x's dtype it takes half of the registers
     return share * old + (1.0 - share) * new

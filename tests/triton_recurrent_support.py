@@ -156,7 +156,7 @@ def _variants(target: str, dtypes: Sequence[str], options: tuple[str, ...]) -> I
                     yield Variant("forward_sequence", cell, dtype, tile, save)
             for tile in tuning.sequence_tiles(cell, dtype, shared, True, shares):
                 yield Variant("backward_sequence", cell, dtype, tile)
-            for tile in tuning.persistent_tiles(dtype) if not target.startswith("gfx") else ():
+            for tile in tuning.persistent_tiles(dtype, shares) if not target.startswith("gfx") else ():
                 for save in (True, False) if gated else (False,):
                     yield Variant("forward_persistent", cell, dtype, tile, save)
                 yield Variant("backward_persistent", cell, dtype, tile)

@@ -38,7 +38,7 @@ from .forward import (
 
 # fmt: off
 # Tuples grow in these kernels.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 
 # Further bits of `given`: which gradients came or have been made.
 DY, DSTATES, CARRY, DC, LATER = (tl.constexpr(1 << bit) for bit in range(7, 12))

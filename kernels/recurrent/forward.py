@@ -117,7 +117,7 @@ def scale_of(state_mask, at, mask):
 def share_of(shares, at, mask, has_shares):
     """The share of a state that zoneout keeps, at some units; or the one number that stands for all of them."""
     number = tl.load(shares, mask=has_shares == 0, other=0.0)
-    return tl.load(shares + at, mask=mask & (has_shares != 0), other=number).to(tl.float32)
+    return tl.load(shares + at, mask=mask & (has_shares != 0), other=number)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def tile(
             reasons.append(found)
         if role == "persistent" or (role is None and persistent_first(x.device)):
             if torch.version.hip is None:
-                found = tuning.persistent(name, x.shape[1], hidden, processors)
+                found = tuning.persistent(name, x.shape[1], hidden, processors, shares)
             else:
                 found = "the persistent role is for CUDA GPUs: compiled for others it spills registers"
             if not isinstance(found, str):
@@ -176,8 +176,8 @@ def options_of(
     x: Tensor, hidden: int, lstm: bool, w_hr: Tensor | None, reset_h: Tensor | None, reset_c: Tensor | None,
     reset: Tensor | None, state_mask: Tensor | None, zoneout_h: Tensor | None, zoneout_c: Tensor | None,
 ) -> Options:  # fmt: skip
-    """Of a call over x ``[T, B, _]``; of an LSTM each option is there for h and c, or for neither, so that fewer variants
-    are compiled."""
+    """Of a call over x ``[T, B, _]``; of an LSTM each option is there for h and c, or for neither: that makes fewer
+    variants."""
     if zoneout_c is not None and w_hr is not None:
         raise RuntimeError("scan: the Triton kernels have no zoneout of c beside a projection")
     batch, given = x.shape[1], 0
@@ -190,12 +190,11 @@ def options_of(
     if lstm and w_hr is None and (zoneout_h is None) != (zoneout_c is None):
         nothing = x.new_zeros(()).expand(x.shape[0], batch, hidden)
         zoneout_h, zoneout_c = (nothing if s is None else s for s in (zoneout_h, zoneout_c))
-    shares: list[Tensor | None] = []
-    for share, bit in ((zoneout_h, SHARES_H), (zoneout_c, SHARES_C)):
-        if share is not None and any(share.stride()):  # else one number, expanded
-            share, given = share.contiguous(), given | bit
-        shares.append(share)
-    return Options(dense(state_mask), *shares, dense(reset_h), dense(reset_c), given)
+    if zoneout_h is not None and any(zoneout_h.stride()):  # else one number, expanded
+        zoneout_h, given = zoneout_h.contiguous(), given | SHARES_H
+    if zoneout_c is not None and any(zoneout_c.stride()):
+        zoneout_c, given = zoneout_c.contiguous(), given | SHARES_C
+    return Options(dense(state_mask), zoneout_h, zoneout_c, dense(reset_h), dense(reset_c), given)
 
 
 def times(state: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -353,13 +352,15 @@ def scan_forward(
         for launch in phases:
             launch(
                 source, w_ih, b_ih, h_in, carry_in, w_hh, b_hh, lengths, reset, *own.tensors, read_in,
-                None if projected else read_out, put_in, y, h_out, carry_out, c_n, states_or, tape_or, scratch, update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
+                None if projected else read_out, put_in, y, h_out, carry_out, c_n, states_or, tape_or, scratch,
+                update, t, batch, given, x_t, x_b, reset_t, reset_b, x.shape[2], hidden, state,
             )  # fmt: skip
         if projected:
             resets = (None, None, None) if own.zoneout_h is None else (reset, reset_t, reset_b)
             projection(
                 scratch, w_hr, h_in, lengths, y, h_out, *resets,
-                None if read_out is None else own.state_mask, own.zoneout_h, own.reset_h, read_out, t, batch, given, hidden, state,
+                None if read_out is None else own.state_mask, own.zoneout_h, own.reset_h, read_out,
+                t, batch, given, hidden, state,
             )  # fmt: skip
         h_in, given = h_out, given | H0 | C0
         read_in = read_out if is_masked else None
@@ -459,7 +460,8 @@ def scan_backward(
 
     def state_gradient(launch: Callable[..., None], zoneout: Tensor | None, t: int, later: int) -> None:
         launch(
-            dy, w_hh, lengths, reset, own.state_mask, zoneout, dgates, dhidden, carry, dh0, to_resets[0], t, later, batch, given, x_t, x_b, reset_t, reset_b, hidden, state,
+            dy, w_hh, lengths, reset, own.state_mask, zoneout, dgates, dhidden, carry, dh0, to_resets[0],
+            t, later, batch, given, x_t, x_b, reset_t, reset_b, hidden, state,
         )  # fmt: skip
 
     for step in reversed(range(steps)):

@@ -92,7 +92,6 @@ def forward_persistent(
     place = tl.cast(B, tl.int64) * H  # what one place of the exchange takes
     length = tl.load(lengths + rows, mask=(rows < B) & ((given & LENGTHS) != 0), other=T)
     h = tl.load(h0 + state, mask=mask & ((given & H0) != 0), other=0.0).to(tl.float32)
-    put_in_h, put_in_c = put_in_of(reset_h, state, mask), put_in_of(reset_c, state, mask)
     scale = scale_of(state_mask, state, mask)
     tl.store(exchange + state, (h * scale).to(dtype), mask=mask)
     arrive(arrived)
@@ -115,7 +114,7 @@ def forward_persistent(
             known = rows < B
         clear = clear[:, None]
         live = (t < length)[:, None]
-        h_prev = tl.where(clear, put_in_h, h)
+        h_prev = tl.where(clear, 0.0, h)
         row = t * B + wide
         own = row[:, None] * H + units[None, :]
         if zoneout_h is not None:
@@ -140,8 +139,10 @@ def forward_persistent(
             p, read, known, w_hh, 0, units, H, H,
             BLOCK_K, PRECISION, UPCAST, ".cg",
         )
+        if reset_h is not None:  # after the product, beside which it would take registers
+            h_prev = tl.where(clear, put_in_of(reset_h, state, mask & clear), h)
         if has_c(CELL):
-            c_prev = tl.where(clear, put_in_c, c)
+            c_prev = tl.where(clear, put_in_of(reset_c, state, mask & clear), c)
             gates, c_new, h_new = lstm_forward(p, c_prev, CELL)
             if zoneout_c is not None:
                 c_new = zoneout(c_prev, c_new, share_c)

@@ -38,8 +38,8 @@ def through_w_hh(
     CELL: tl.constexpr, DIRECT: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """beside + dgates · W_hh of the rows ``row``, where ``known``, times the mask; DIRECT: gates that met h itself, of a
-    GRU r and z."""
+    """beside + dgates · W_hh of the rows ``row``, where ``known``, times the mask; DIRECT: gates that met h itself, of
+    a GRU r and z."""
     if state_mask is None:
         dh = beside
     else:
@@ -108,7 +108,6 @@ def backward_persistent(
     begin = tl.where(direction > 0, 0, length - 1)[:, None]  # the step with which each row began
     dh = load(dh_n + state, mask & ((given & CARRY) != 0))
     scale = scale_of(state_mask, state, mask)
-    put_in_h, put_in_c = put_in_of(reset_h, state, mask), put_in_of(reset_c, state, mask)
     if reset_h is not None:
         to_reset_h, to_reset_c = tl.zeros_like(dh), tl.zeros_like(dh)
         given_up = rows < 0  # rows whose state before the step walked before was one that a reset put in
@@ -157,7 +156,7 @@ def backward_persistent(
             gates = ()
             for g in tl.static_range(G):
                 gates += (kept[g].to(tl.float32),)
-            c_prev = tl.where(clear, put_in_c, c_before)
+            c_prev = tl.where(clear, put_in_of(reset_c, state, mask & clear), c_before)
             if zoneout_c is None:
                 d, dc_prev = lstm_backward(gates, c_prev, c_t, total, dc, CELL)
             else:  # h was made of the c that keeps nothing
@@ -172,7 +171,8 @@ def backward_persistent(
             dc = tl.where(live, tl.where(clear, 0.0, dc_prev), dc)
         elif is_gru(CELL):
             r, z, n = kept[0].to(tl.float32), kept[1].to(tl.float32), kept[2].to(tl.float32)
-            h_prev = tl.where(clear, put_in_h, tl.where(t == begin, h_start, kept_state.to(tl.float32)))
+            h_prev = tl.where(t == begin, h_start, kept_state.to(tl.float32))
+            h_prev = tl.where(clear, put_in_of(reset_h, state, mask & clear), h_prev)
             dz, dn = gru_backward_blend(z, n, h_prev, total)
             tl.store(out + H, tl.where(live, dz, 0.0).to(dtype), mask=mask)
             tl.store(out + 2 * H, tl.where(live, dn, 0.0).to(dtype), mask=mask)

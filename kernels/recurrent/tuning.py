@@ -7,7 +7,7 @@ says. Nothing here depends on T, and on B only whether it is above one tile: the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # name: G, blocks of the tape, whether there is a c, as fastseq/recurrent/cells.py has them; a test compares.
 _CELLS = {
@@ -189,7 +189,12 @@ where the host launches each step, as it does in training, but for one plain RNN
 (bench/results/nvidia-h200-recurrent.json)."""
 
 
-def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persistent | str:
+def _with_options(tile: Persistent, shares: int | None) -> Persistent:
+    """The tile of a call with options (``shares`` as :func:`sequence` has it): with 4 warps 64 rows spilled."""
+    return tile if shares is None or tile.block_b < 64 else replace(tile, num_warps=8)
+
+
+def persistent(dtype: str, batch: int, hidden: int, processors: int, shares: int | None = None) -> Persistent | str:
     """The tile of the persistent role, or why this device cannot run it: all its programs must run at once.
 
     Args:
@@ -199,21 +204,19 @@ def persistent(dtype: str, batch: int, hidden: int, processors: int) -> Persiste
         tile = _PERSISTENT[BYTES[dtype], large]
         programs = -(-hidden // tile.block_n) * -(-batch // tile.block_b)
         if programs <= processors:
-            return tile
+            return _with_options(tile, shares)
     return f"B = {batch}, H = {hidden} takes {programs} programs at once; this device has {processors} processors"
 
 
-def sequence_tiles(
-    cell: str, dtype: str, shared: int, backward: bool, shares: int | None = None
-) -> Iterator[Sequence]:
+def sequence_tiles(cell: str, dtype: str, shared: int, backward: bool, shares: int | None = None) -> Iterator[Sequence]:
     """Every tile of the sequence role that a device with so much shared memory may be given, the narrow ones first."""
     tiles = (sequence(cell, dtype, hidden, shared, backward, shares) for hidden in range(16, 513, 16))
     yield from dict.fromkeys(tile for tile in tiles if isinstance(tile, Sequence))
 
 
-def persistent_tiles(dtype: str) -> Iterator[Persistent]:
+def persistent_tiles(dtype: str, shares: int | None = None) -> Iterator[Persistent]:
     """Every tile of the persistent role."""
-    yield from (tile for (size, _), tile in _PERSISTENT.items() if size == BYTES[dtype])
+    yield from (_with_options(tile, shares) for (size, _), tile in _PERSISTENT.items() if size == BYTES[dtype])
 
 
 def step_tiles(dtype: str) -> Iterator[Step]:

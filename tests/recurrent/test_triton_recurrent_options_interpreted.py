@@ -32,6 +32,7 @@ pytestmark = needs_interpreter
 ROLES = ["sequence", "step", "persistent"]
 WAYS = [*itertools.product(CELLS, ROLES), *((cell, "step") for cell in PROJECTED)]
 EVERY = ("mask", "zoneout", "state")
+QUICK = len(WAYS) + 6
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,8 @@ def restored() -> Iterator[None]:
 
 
 class Case:
-    """A scan drawn from a number: the first ones have every cell in every role, with all options."""
+    """A scan drawn from a number: the first ones have every cell in every role, with all options, in float32, whose
+    budget hides no fault."""
 
     def __init__(self, number: int) -> None:
         draw = random.Random(number)
@@ -51,6 +53,7 @@ class Case:
         first = number < len(WAYS)
         self.options = EVERY if first else tuple(o for o in EVERY if draw.random() < 0.6)
         self.dtype = draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+        self.dtype = torch.float32 if first else self.dtype
         steps, batch = draw.choice([(3, 2), (4, 3), (5, 2), (1, 3)][: 3 if first else 4])
         hidden = draw.choice([5, 9, 17, 20])
         projected = max(1, hidden // 2) if is_projected else 0
@@ -121,7 +124,7 @@ class Case:
                 stack.enter_context(side_by_side(7))
             if self.in_two_parts and INTERPRETED:
                 tile = tuning.Sequence(tuning.BLOCK_B, 16, 1, 1, 16)
-                stack.enter_context(mock.patch.object(tuning, "sequence", lambda *_: tile))
+                stack.enter_context(mock.patch.object(tuning, "sequence", return_value=tile))
             ours = self.results("triton", self.dtype)
         y = ours[0]
         assert y is not None
@@ -142,7 +145,7 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    "number", [*range(len(WAYS)), *(pytest.param(n, marks=pytest.mark.full) for n in range(len(WAYS), 200))]
+    "number", [*range(QUICK), *(pytest.param(n, marks=pytest.mark.full) for n in range(QUICK, 200))]
 )
 def test_values_and_gradients_match_the_reference(number: int) -> None:
     Case(number).check()
@@ -197,7 +200,12 @@ def test_evaluation_keeps_one_number_of_every_unit(name: str) -> None:
     for backend in ("reference", "triton"):
         with fastseq.use_backend(backend):
             y, state = layer(x)
-            own = [y, *flat(state), *torch.autograd.grad(y.sin().sum(), list(layer.parameters())), layer(packed)[0].data]
+            own = [
+                y,
+                *flat(state),
+                *torch.autograd.grad(y.sin().sum(), list(layer.parameters())),
+                layer(packed)[0].data,
+            ]
             with torch.no_grad():
                 own += [rnn(x)[0], rnn(x[:1])[0]]
             found.append(own)
@@ -219,8 +227,7 @@ def test_reasons_are_true() -> None:
         assert "the Triton kernels have no" not in fastseq.explain(layer, x)
     reason = launch.tile("lstm", torch.empty(9, 1, 1, dtype=torch.float16), 160, False, False, 2)[1]
     assert reason is not None
-    assert reason.endswith("above 128, the most units of a lstm in fp16 that one SM holds beside a mask, zoneout or a state "
-                           "to reset to")  # fmt: skip
+    assert "above 128, the most units of a lstm in fp16 that one SM holds beside a mask, zoneout" in reason
 
 
 def test_states_to_reset_to_that_nothing_resets_to_have_no_gradient() -> None:
@@ -235,11 +242,10 @@ def test_states_to_reset_to_that_nothing_resets_to_have_no_gradient() -> None:
     )
     assert [d.shape for d in found[4:]] == [(2, 5), (2, 5)]
     assert not any(d.any() for d in found[4:])
+    projected = cell_inputs("lstm", 3, 2, 4, 5, projected=3, dtype=torch.float32)
+    beside = (*6 * [None], torch.zeros(3, 2, 5))
     with pytest.raises(RuntimeError, match="no zoneout of c beside a projection"):
-        projected = cell_inputs("lstm", 3, 2, 4, 5, projected=3, dtype=torch.float32)
-        torch.ops.fastseq.scan_forward.triton(
-            *projected, *6 * [None], torch.zeros(3, 2, 5), number, False, False, False
-        )
+        torch.ops.fastseq.scan_forward.triton(*projected, *beside, number, False, False, False)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

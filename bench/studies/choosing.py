@@ -9,7 +9,7 @@ from bench import speed_figures
 from bench.exhibits import Document, Exhibit, Results, commit_of, date_of, device_of, load, measured, on_gpu
 from bench.peers import label
 from bench.studies import figures as study_figures
-from bench.studies import findings
+from bench.studies import findings, regularise
 from bench.studies import parallel as in_parallel
 from bench.studies.cost import RECURRENT, WHOLE
 from fastseq import cli
@@ -17,19 +17,27 @@ from fastseq.demo import plots
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SHOWN = ("memory-recall", "memory-copying", "memory-adding", "memory-text", "reach-state", "cost-training")
+SHOWN = (
+    "memory-recall",
+    "memory-copying",
+    "memory-adding",
+    "memory-text",
+    "reach-state",
+    "cost-training",
+    "regularise",
+)
 """Exhibits of docs/choosing.md."""
 
 
 def sources(results: Results) -> tuple[Any, ...]:
-    """The studies of memory, of cost and of evaluation in parallel that docs describe: each a file's name and what it
-    holds, the fullest ones.
+    """The studies of memory, of cost, of evaluation in parallel and of options that docs describe: each a file's name
+    and what it holds, the fullest ones.
 
     Raises:
         ValueError: one of them is missing, or was cut short.
     """
     found: list[Any] = []
-    for kind in ("memory", "cost", "parallel"):
+    for kind in ("memory", "cost", "parallel", "regularise"):
         files: dict[str, Document] = getattr(results, kind)
         name = max(files, key=lambda name: measured(files[name]), default=None)
         if name is None or not files[name]["complete"]:
@@ -53,12 +61,13 @@ def summary_figure(document: Document) -> Any:
 
 def facts(results: Results) -> dict[str, Any]:
     """Every value that the page's template may name."""
-    memory_file, memory, cost_file, cost, parallel_file, parallel = sources(results)
+    memory_file, memory, cost_file, cost, parallel_file, parallel, options_file, options = sources(results)
     tasks = findings.tasks_in(memory)
     kinds = findings.kinds(memory, "text")
     label = findings.label
     far = {task: {kind: findings.remembered(memory, task, kind) for kind in kinds} for task in tasks}
-    exhibits = {each.name: each for each in [*study_figures.memory(memory), *study_figures.cost(cost)]}
+    drawn = [*study_figures.memory(memory), *study_figures.cost(cost), study_figures.regularise(options)]
+    exhibits = {each.name: each for each in drawn if each is not None}
     passed = {
         mode: {
             findings.COST_LABELS[kind]: findings.overtakes(
@@ -86,6 +95,8 @@ def facts(results: Results) -> dict[str, Any]:
         "cost_file": cost_file,
         "parallel_file": parallel_file,
         "parallel": in_parallel.facts(parallel),
+        "options_file": options_file,
+        "options": regularise.facts(options),
         "memory": memory,
         "cost": cost,
         "tasks": tasks,

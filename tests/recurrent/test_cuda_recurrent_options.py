@@ -70,9 +70,7 @@ def drawn_options(pick: random.Random, cell: str, steps: int, batch: int, hidden
     return found
 
 
-def gradients(
-    way: Any, inputs: dict[str, Any], dtype: torch.dtype, cell: str, reverse: bool
-) -> list[Tensor]:
+def gradients(way: Any, inputs: dict[str, Any], dtype: torch.dtype, cell: str, reverse: bool) -> list[Tensor]:
     """Results, and the gradients of all that has one, of sums that weigh each element by another number."""
     own = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
     leaves = [own[n].requires_grad_() for n in autograd.Inputs._fields[: autograd.DIFFERENTIABLE] if n in own]
@@ -294,7 +292,9 @@ FAULTS = {
     "no mask in the gradient through r * h": ("cell", "dq = masked<T>(a, at, dq)", ""),
     "no product after the last step": ("resident", " || (kOptions && a.options.dreset_h)", ""),
     "resets of another step in backward": ("resident", "uint32_t replaced = clear;", "uint32_t replaced = 0;"),
-    "resets of another step in forward": ("resident", "kOptions>(a, own.at[e], clear_next >>", "kOptions>(a, own.at[e], clear >>"),
+    "resets of another step in forward": (
+        "resident", "kOptions>(a, own.at[e], clear_next >>", "kOptions>(a, own.at[e], clear >>",
+    ),
     "shares of the first step alone": (
         "resident", "x[e]);\n          read_extras<C>(a, t, own.at[e], extras[e]);\n", "x[e]);\n",
     ),
@@ -326,19 +326,31 @@ def test_a_planted_fault_is_found(name: str | None, tmp_path: Path) -> None:
 
 # file, what stands there, what is put in its place, and which test must fail
 OF_OPERATORS = {
-    "no mask of h before": ("layers", "? masked(rows_of(y, at * B, whole * B), i)", "? rows_of(y, at * B, whole * B)", "layers"),
-    "no mask of h0": ("layers", "masked(torch::stable::select(*h0_tensor, 0, i), i)", "torch::stable::select(*h0_tensor, 0, i)", "layers"),
-    "no mask of reset_h": ("layers", "masked(torch::stable::select(*reset_h, 0, i), i)", "torch::stable::select(*reset_h, 0, i)", "layers"),
+    "no mask of h before": (
+        "layers", "? masked(rows_of(y, at * B, whole * B), i)", "? rows_of(y, at * B, whole * B)", "layers",
+    ),
+    "no mask of h0": (
+        "layers", "masked(torch::stable::select(*h0_tensor, 0, i), i)", "torch::stable::select(*h0_tensor, 0, i)",
+        "layers",
+    ),
+    "no mask of reset_h": (
+        "layers", "masked(torch::stable::select(*reset_h, 0, i), i)", "torch::stable::select(*reset_h, 0, i)",
+        "layers",
+    ),
     "no reset_h in a gradient of W_hh": ("layers", "if (resets && reset_h)", "if (false)", "layers"),
     "no q of a reset in a gradient of W_hn": (
         "layers", "columns_of(d, 2 * H, H)), q", "columns_of(kept, 2 * H, H)), q", "layers",
     ),
-    "options of the first layer in all": ("layers", "a.options = options[p.layer * D + p.direction]", "a.options = options[0]", "layers"),
+    "options of the first layer in all": (
+        "layers", "a.options = options[p.layer * D + p.direction]", "a.options = options[0]", "layers",
+    ),
     "gradients of reset_h of the first layer": ("layers", "dreset_h->from(i * B * H)", "dreset_h->from(0)", "layers"),
     "no last product in the role step": (
         "ops", "if (s.step + 1 < a.T || a.dh0 || a.options.dreset_h)", "if (s.step + 1 < a.T || a.dh0)", "options",
     ),
-    "no last launch in the role step": ("ops", "if (a.dh0 || a.dc0 || a.options.dreset_h)", "if (a.dh0 || a.dc0)", "options"),
+    "no last launch in the role step": (
+        "ops", "if (a.dh0 || a.dc0 || a.options.dreset_h)", "if (a.dh0 || a.dc0)", "options",
+    ),
 }  # fmt: skip
 
 RUN = """

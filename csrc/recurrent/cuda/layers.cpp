@@ -60,13 +60,12 @@ struct Layers {
     const auto dense = [&](const char* name, const Optional& t) {
       return t ? Optional(call.dense(name, *t, {rows, B, H})) : t;
     };
-    mask = dense("state_mask", state_mask), reset_h = dense("reset_h", put_h);
     const Optional reset_c = dense("reset_c", put_c);
+    mask = dense("state_mask", state_mask), reset_h = dense("reset_h", put_h);
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = [&](const Optional& t) { return t ? row_at(*t, i, B * H * size) : nullptr; };
-      options.push_back({row(mask), row(reset_h), row(reset_c),
-                         call.share("zoneout_h", zoneout_h, {rows, T, B, H}, i),
-                         call.share("zoneout_c", zoneout_c, {rows, T, B, H}, i)});
+      const auto share = [&](const char* name, const Optional& t) { return call.share(name, t, {rows, T, B, H}, i); };
+      options.push_back({row(mask), row(reset_h), row(reset_c), share("zoneout_h", zoneout_h), share("zoneout_c", zoneout_c)});
     }
     walk.options = options[0];
   }
@@ -290,10 +289,9 @@ struct BackwardLayers : Layers {
     const int64_t whole = reverse ? n - (t0 + n == T) : n - (t0 == 0);
     const int64_t from = !reverse && t0 == 0 ? 1 : 0, at = reverse ? t0 + 1 : t0 - 1 + from;
     const Tensor before = whole > 0 ? masked(rows_of(y, at * B, whole * B), i) : y;
-    const auto against = [&](const Tensor& all, const Tensor& gradients, int64_t row, int64_t first_column,
-                             int64_t count) {
+    const auto against = [&](const Tensor& all, const Tensor& gradients, int64_t row, int64_t column, int64_t count) {
       bool first = begun;
-      const auto share = [&](Tensor g) { return transposed(columns_of(g, first_column, count)); };
+      const auto share = [&](Tensor g) { return transposed(columns_of(g, column, count)); };
       if (whole > 0) {
         const Tensor own = share(rows_of(gradients, from * B, whole * B));
         of_states[i].add(own, before, row, first, stream);
@@ -311,11 +309,10 @@ struct BackwardLayers : Layers {
       }
       if (resets && reset_h) {
         const int64_t over[] = {0};
-        const torch::headeronly::IntHeaderOnlyArrayRef steps_of_window(over, 1);
-        const Tensor here = times(torch::stable::view(all, {n, B, all.size(1)}),
-                                  torch::stable::view(window_of(*resets, p.window), {n, B, 1}));
-        of_states[i].add(share(torch::stable::sum(here, steps_of_window, false)),
-                         masked(torch::stable::select(*reset_h, 0, i), i), row, false, stream);
+        const Tensor at_resets = torch::stable::view(window_of(*resets, p.window), {n, B, 1});
+        const Tensor here = times(torch::stable::view(all, {n, B, all.size(1)}), at_resets);
+        const Tensor of_resets = share(torch::stable::sum(here, torch::headeronly::IntHeaderOnlyArrayRef(over, 1), false));
+        of_states[i].add(of_resets, masked(torch::stable::select(*reset_h, 0, i), i), row, false, stream);
       }
     };
     if (gru || twice) {

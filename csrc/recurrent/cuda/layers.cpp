@@ -57,15 +57,14 @@ struct Layers {
   void set_options(const Optional& state_mask, const Optional& put_h, const Optional& put_c, const Optional& zoneout_h,
                    const Optional& zoneout_c) {
     const int64_t rows = stack.layers * D;
-    const auto dense = [&](const char* name, const Optional& t) {
-      return t ? Optional(call.dense(name, *t, {rows, B, H})) : t;
-    };
+    const auto dense = [&](const char* s, const Optional& t) { return t ? Optional(call.dense(s, *t, {rows, B, H})) : t; };
     const Optional reset_c = dense("reset_c", put_c);
     mask = dense("state_mask", state_mask), reset_h = dense("reset_h", put_h);
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = [&](const Optional& t) { return t ? row_at(*t, i, B * H * size) : nullptr; };
       const auto share = [&](const char* name, const Optional& t) { return call.share(name, t, {rows, T, B, H}, i); };
-      options.push_back({row(mask), row(reset_h), row(reset_c), share("zoneout_h", zoneout_h), share("zoneout_c", zoneout_c)});
+      options.push_back({row(mask), row(reset_h), row(reset_c), share("zoneout_h", zoneout_h),
+                         share("zoneout_c", zoneout_c)});
     }
     walk.options = options[0];
   }

@@ -136,7 +136,7 @@ def test_an_option_that_is_off_is_no_code(kernel: str) -> None:
     """Its pointers are no parameters of the kernel."""
     counts = []
     for options in ((), EVERY):
-        variant = replace(widest_with_options("rnn_tanh", kernel), options=options)
+        variant = replace(widest_with_options("gru", kernel), options=options)
         _, types, _, _ = variant.source("sm_90")
         found = len(re.findall(rf"{kernel}_param_\d+[,\n]", variant.compile("sm_90").text))
         assert found == len(types) + 2, "Triton's own two pointers come last"

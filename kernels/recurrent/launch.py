@@ -466,7 +466,7 @@ def scan_backward(
 
     for step in reversed(range(steps)):
         t = first + step * direction
-        later = t + direction
+        later = t + direction if step + 1 < steps else t  # the last has none, and its place is read without LATER too
         if projected:
             state_gradient(projection, own.zoneout_h, t, later)
         for launch in phases:

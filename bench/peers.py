@@ -28,9 +28,6 @@ Outputs = dict[str, Tensor]
 DRAWN = 1e-9
 """The probability of what is drawn in cases with recurrent dropout or zoneout: nothing is, but it takes its time."""
 
-GAIN = 0.3
-"""The gains of normalised layers."""
-
 
 class Unavailable(Exception):
     """The contestant cannot run this case; the message says why."""
@@ -112,19 +109,16 @@ def build_layer(library: ModuleType, case: Recurrent, state: dict[str, Tensor], 
     """The layer or cell of ``library`` (torch.nn or fastseq.nn) for this case, with and on the device of its
     weights."""
     options: dict[str, Any] = {"reset_after": False} if case.cell == "gru_reset_before" else {}
-    if case.cell == "rnn_relu":
-        options["nonlinearity"] = "relu"
+    options |= {"nonlinearity": "relu"} if case.cell == "rnn_relu" else {}
     if case.stacked:
         options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
-    if case.norm:
-        options["norm"] = case.norm
+    options |= {"norm": case.norm} if case.norm else {}
     kind = case.cell.partition("_")[0].upper() + "Cell" * case.as_cell
     device = next(iter(state.values())).device
     layer: nn.Module = getattr(library, kind)(case.features, case.hidden, dtype=dtype, device=device, **options)
     layer.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, strict=not case.norm)
-    for name, weight in layer.named_parameters():
-        if name.startswith("norm_") and "_bias_" not in name:
-            nn.init.constant_(weight, GAIN)
+    for gain in (w for name, w in layer.named_parameters() if name.startswith("norm_") and "_bias_" not in name):
+        nn.init.constant_(gain, 0.3)
     if device.type == "cuda" and isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
     return layer.train(case.training)

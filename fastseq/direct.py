@@ -10,9 +10,9 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -52,64 +52,48 @@ def _plain_keys() -> tuple[int, int]:
     return _keys(torch.empty(1)), _keys(inside)
 
 
-def _autocast_keys() -> int:
-    """The dispatch keys of autocast on all devices."""
-    keys = (key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
-    return functools.reduce(int.__or__, (torch._C.DispatchKeySet(key).raw_repr() for key in keys), 0)
+def _mode_keys() -> tuple[int, int]:
+    """The dispatch key that inference mode leaves out, and those of autocast on all devices."""
+    keys = {name: torch._C.DispatchKeySet(key).raw_repr() for name, key in torch._C.DispatchKey.__members__.items()}
+    autocast = functools.reduce(int.__or__, (key for name, key in keys.items() if name.startswith("Autocast")))
+    return keys["ADInplaceOrView"], autocast
 
 
 @contextlib.contextmanager
-def _profiled() -> Iterator[None]:
-    profiler._run_on_profiler_start()
+def _between(enter: Callable[[], object], leave: Callable[[], object]) -> Iterator[None]:
+    enter()
     try:
         yield
     finally:
-        profiler._run_on_profiler_stop()
-
-
-@contextlib.contextmanager
-def _transform() -> Iterator[None]:
-    torch._C._functorch._vmap_increment_nesting(1, "error")
-    try:
-        yield
-    finally:
-        torch._C._functorch._vmap_decrement_nesting()
+        leave()
 
 
 def _modes() -> tuple[tuple[str, contextlib.AbstractContextManager], ...]:
     """Torch's modes that change what a tensor means, but tracing."""
+    functorch = torch._C._functorch
+    transform = functools.partial(functorch._vmap_increment_nesting, 1, "error"), functorch._vmap_decrement_nesting
+    profile = profiler._run_on_profiler_start, profiler._run_on_profiler_stop
     return (
-        ("autocast", torch.autocast("cpu")), ("a profile", _profiled()), ("a transform", _transform()),
+        ("autocast", torch.autocast("cpu")), ("a profile", _between(*profile)), ("a transform", _between(*transform)),
         ("a dispatch mode", TorchDispatchMode()), ("a function mode", TorchFunctionMode()),
     )  # fmt: skip
 
 
-def _unnoticed(is_plain: Callable[[], bool]) -> str | None:
-    """The first of torch's modes under which ``is_plain()`` is true all the same."""
+def _mistaken(is_plain: Callable[[], bool]) -> str | None:
+    """In which of torch's modes ``is_plain()`` has the wrong answer."""
+    with ThreadPoolExecutor(1) as thread:
+        if not thread.submit(is_plain).result():
+            return "a thread without any mode"
     for name, mode in _modes():
         with mode:
             if is_plain():
                 return name
     found: list[bool] = []
-
-    def traced(x: Tensor) -> Tensor:
-        found.append(is_plain())
-        return x
-
     if not torch.jit.is_tracing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.jit.trace(traced, torch.ones(1), check_trace=False)
+            torch.jit.trace(lambda x: (found.append(is_plain()), x)[1], torch.ones(1), check_trace=False)  # type: ignore
     return "a trace" if any(found) else None
-
-
-def _in_a_new_thread(ask: Callable[[], Any]) -> Any:
-    """What ``ask()`` returns where no mode is on."""
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(ask()))
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 def _bind() -> str | None:
@@ -123,16 +107,10 @@ def _bind() -> str | None:
     samples = _samples()
     impl_offset = _offset(samples, torch.Tensor.__basicsize__ // 8, id, lambda x: x._cdata)
     keys_offset = _offset(samples, _IMPL_WORDS, lambda x: x._cdata, _keys)
-    if impl_offset is None:
-        return "the address of a tensor's implementation is not found in its memory"
-    if keys_offset is None:
-        return "a tensor's dispatch keys are not found in its implementation's memory"
-    if _in_a_new_thread(native.modes) != (0, 0):
-        return "a thread's dispatch keys are not found"
-    with torch.inference_mode():
-        own = native.modes()[0], _autocast_keys()
+    if impl_offset is None or keys_offset is None:
+        return "the address of a tensor's implementation, or its dispatch keys, are not found in its memory"
     plain = torch.Tensor, torch.nn.Parameter, torch._C._len_torch_function_stack, vars(forward_ad), vars(profiler)
-    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys(), *own):
+    if not native.bind(*plain, impl_offset, keys_offset, _plain_keys(), *_mode_keys()):
         return "torch does not export THPVariable_Wrap"
     trial = torch.arange(6.0).view(2, 3)[:, 1:]
     for other in (torch._neg_view(trial), torch.empty(2, device="meta"), torch._efficientzerotensor(4)[1:]):
@@ -143,28 +121,23 @@ def _bind() -> str | None:
         return "a tensor's address and shape are not found"
     if type(made) is not torch.Tensor or (made.data_ptr(), made.shape, made.dtype) != (its, shape, trial.dtype):
         return "a new tensor is not what it should be"
-    unnoticed = _unnoticed(native.is_plain)
-    return None if unnoticed is None else f"{unnoticed} is not noticed"
+    mistaken = _mistaken(native.is_plain)
+    return None if mistaken is None else f"{mistaken} is taken for another"
 
 
-_IMPL_WORDS = 26
-"""Length of a TensorImpl in words of 8 bytes."""
+_IMPL_WORDS = 26  # of 8 bytes, the length of a TensorImpl
 
 MISSING: str | None = _bind()
 """None where the fast path is on; else which assumption does not hold. Calls then take the operators: slower by some
 microseconds, the same otherwise."""
 
 
-def _decline(*args: Any) -> None:
+def _decline(*args: Any) -> Any:
     """What a function returns for a call that it does not take."""
 
 
-def _function(name: str) -> Callable[..., Any]:
-    return _decline if MISSING is not None else getattr(importlib.import_module("fastseq._native"), name)
-
-
-_NAMES = (
-    *("infer", "unchanged", "is_plain", "layers_forward", "layers_backward"),
-    *("attend", "attend_backward", "multihead"),
+_NATIVE = None if MISSING is not None else importlib.import_module("fastseq._native")
+_NAMES = "infer unchanged is_plain layers_forward layers_backward attend attend_backward multihead".split()  # noqa: SIM905
+infer, unchanged, is_plain, layers_forward, layers_backward, attend, attend_backward, multihead = (
+    getattr(_NATIVE, name, _decline) for name in _NAMES
 )
-infer, unchanged, is_plain, layers_forward, layers_backward, attend, attend_backward, multihead = map(_function, _NAMES)

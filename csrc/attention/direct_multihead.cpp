@@ -6,11 +6,6 @@
 //
 // The products are torch's own, by the functions that its compiler's code calls, looked up by name: where torch has them
 // no more, the layer is declined.
-#include <optional>
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
 #include "attention/direct.h"
 
 namespace fastseq {
@@ -183,12 +178,10 @@ void bind_multihead() {
   const char* text[] = {"in_proj_weight", "in_proj_bias", "weight", "bias"};
   for (int i = 0; i < 4; ++i)
     if (!names[i]) names[i] = PyUnicode_InternFromString(text[i]);
-#if defined(__linux__)
   if (void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
     addmm_out = reinterpret_cast<decltype(addmm_out)>(dlsym(library, "aoti_torch_cpu_addmm_out"));
     mm_out = reinterpret_cast<decltype(mm_out)>(dlsym(library, "aoti_torch_cpu_mm_out"));
   }
-#endif
 }
 
 }  // namespace fastseq

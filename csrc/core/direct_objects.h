@@ -2,12 +2,11 @@
 // into Python objects, and the question whether a tensor is no more than its numbers.
 #pragma once
 #include <Python.h>
-#if defined(__linux__)
 #include <dlfcn.h>
-#endif
 
 #include <cstring>
 #include <exception>
+#include <memory>
 
 #include "recurrent/marshal.h"
 
@@ -26,35 +25,16 @@ inline int64_t impl_offset, keys_offset;
 inline uint64_t plain_keys[2];
 
 // Dispatch keys that may differ from a new thread's: of those included what inference mode changes, of those excluded all
-// but autocast's, whose are excluded where it is off. Where torch keeps them, by the name of a thread's own variable.
+// but autocast's.
 inline uint64_t inference_keys, autocast_keys;
-inline void* keys_library;
-constexpr char kKeysName[] = "_ZN3c104impl26raw_local_dispatch_key_setE";
 
 using Wrap = PyObject* (*)(void* const& tensor);  // an at::TensorBase
 inline Wrap wrap;
 
-// An owned reference.
-class Object {
- public:
-  explicit Object(PyObject* object) : object_(object) {}
-  Object(const Object&) = delete;
-  Object& operator=(const Object&) = delete;
-  ~Object() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  void reset(PyObject* object) {
-    Py_XDECREF(object_);
-    object_ = object;
-  }
-  PyObject* release() {
-    PyObject* object = object_;
-    object_ = nullptr;
-    return object;
-  }
-
- private:
-  PyObject* object_;
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
 };
+using Object = std::unique_ptr<PyObject, Release>;  // an owned reference
 
 inline void* impl_of(PyObject* tensor) {
   void* impl;
@@ -97,27 +77,17 @@ inline bool in_forward_mode() {
 
 // What has changed of this thread's dispatch keys, those included and those excluded; null where torch has them elsewhere.
 inline const uint64_t* changed_keys() {
-#if defined(__linux__)
-  const auto find = [] {  // the address of the thread's own
-    static void* const library = dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? dlsym(library, "_ZN3c104impl26raw_local_dispatch_key_setE") : nullptr;
-  };
-  static thread_local const void* const keys = find();
+  static void* const library = dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD);
+  static thread_local const void* const keys =  // the address of the thread's own
+      library ? dlsym(library, "_ZN3c104impl26raw_local_dispatch_key_setE") : nullptr;
   return static_cast<const uint64_t*>(keys);
-#else
-  return nullptr;
-#endif
 }
 
-// Transforms, dispatch modes and tracing include keys of their own; autocast no longer excludes its own.
-inline bool has_plain_modes() {
-  const uint64_t* changed = changed_keys();
-  return changed && !(changed[0] & ~inference_keys) && !(changed[1] & autocast_keys);
-}
-
-// with_gradients: whether gradients may be on.
+// with_gradients: whether gradients may be on. Transforms, dispatch modes and tracing include keys of their own, and
+// autocast no longer excludes its own.
 inline bool is_plain_call(bool with_gradients = false) {
-  if (!question || !has_plain_modes() || in_forward_mode()) return false;
+  const uint64_t* changed = changed_keys();
+  if (!question || !changed || changed[0] & ~inference_keys || changed[1] & autocast_keys || in_forward_mode()) return false;
   if (!with_gradients && aoti_torch_grad_mode_is_enabled()) return false;
   if (PyDict_GetItem(profiler, profiled_name) != Py_False) return false;
   Object answer(PyObject_CallNoArgs(question));
@@ -138,15 +108,8 @@ inline PyObject* make(const int64_t* sizes, int64_t rank, Dtype dtype, void*& da
 template <class Work>
 void compute(int64_t products, const Work& work) {
   if (products < kAlone) return work();
-  std::exception_ptr failure;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    work();
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  Py_END_ALLOW_THREADS
-  if (failure) std::rethrow_exception(failure);
+  const std::unique_ptr<PyThreadState, void (*)(PyThreadState*)> without_lock(PyEval_SaveThread(), PyEval_RestoreThread);
+  work();
 }
 
 // None: the caller takes the general path, which has the checks and the messages.

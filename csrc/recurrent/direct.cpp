@@ -3,17 +3,13 @@
 // what has an influence here. They return None for a call that they do not take; the caller then takes the operator, which
 // has the checks and the messages.
 //
-// Five assumptions beyond torch's stable interface. A Python Tensor has the address of its TensorImpl at a fixed place,
-// and an at::Tensor, which an AtenTensorHandle points to, is one pointer to that. A TensorImpl has its set of dispatch
-// keys at a fixed place. THPVariable_Wrap, which torch exports under a name that holds its signature, makes a Python object
-// of an at::TensorBase. A thread's changes of the dispatch keys lie in a variable whose name libc10 exports, two sets, 0
-// where there are none. The module torch.autograd.profiler says whether a profile is on. fastseq/direct.py tries each at
-// import.
+// Five assumptions beyond torch's stable interface, each tried at import (fastseq/direct.py). A Python Tensor has the
+// address of its TensorImpl at a fixed place, and an at::Tensor, which an AtenTensorHandle points to, is one pointer to
+// that. A TensorImpl has its set of dispatch keys at a fixed place. THPVariable_Wrap makes a Python object of an
+// at::TensorBase. libc10 exports a thread's changes of the dispatch keys, two sets, 0 where there are none. The module
+// torch.autograd.profiler says whether a profile is on.
 #include <algorithm>
 #include <cstring>
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
 
 #include "core/direct_objects.h"
 #include "recurrent/stack.h"
@@ -177,11 +173,7 @@ PyObject* layers_backward(PyObject* const* args, Py_ssize_t count) {
 }
 
 // is_plain() -> bool: whether no mode but gradients changes what a tensor means here (is_plain_call).
-PyObject* is_plain(PyObject*, PyObject*) {
-  const bool plain = is_plain_call(true);
-  PyErr_Clear();
-  return PyBool_FromLong(plain);
-}
+PyObject* is_plain(PyObject* const*, Py_ssize_t) { return PyBool_FromLong(is_plain_call(true)); }
 
 // unchanged(tensors: list, sources, addresses, versions: tuples, isa) -> bool: whether each tensor is still its source,
 // and the instruction set is this one.
@@ -196,35 +188,19 @@ PyObject* unchanged(PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
-// modes() -> this thread's changed_keys(), those included and those excluded; None where they are not found.
-PyObject* modes(PyObject*, PyObject*) {
-  const uint64_t* changed = changed_keys();
-  if (!changed) return decline();
-  return Py_BuildValue("KK", static_cast<unsigned long long>(changed[0]), static_cast<unsigned long long>(changed[1]));
-}
-
 // bind(Tensor, Parameter, question, forward_ad, profiler: dicts, impl_offset, keys_offset, plain_keys: pair of int,
 // inference_keys, autocast_keys) -> bool: False where torch has no THPVariable_Wrap as we know it.
 PyObject* bind(PyObject* const* args, Py_ssize_t count) {
-  if (count != 10 || !PyDict_Check(args[3]) || !PyDict_Check(args[4]) || !PyTuple_Check(args[7])) {
-    PyErr_SetString(PyExc_TypeError,
-                    "bind(Tensor, Parameter, question, forward_ad, profiler: dicts, impl_offset, keys_offset, "
-                    "plain_keys: tuple, inference_keys, autocast_keys)");
-    return nullptr;
-  }
-  impl_offset = PyLong_AsLongLong(args[5]);
-  keys_offset = PyLong_AsLongLong(args[6]);
+  if (count != 10) Py_RETURN_FALSE;
+  impl_offset = PyLong_AsLongLong(args[5]), keys_offset = PyLong_AsLongLong(args[6]);
   for (int i = 0; i < 2; ++i) plain_keys[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(args[7], i));
   inference_keys = PyLong_AsUnsignedLongLong(args[8]), autocast_keys = PyLong_AsUnsignedLongLong(args[9]);
   if (PyErr_Occurred()) return nullptr;
-#if defined(__linux__)
   if (void* library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD))
     wrap = reinterpret_cast<Wrap>(dlsym(library, "_Z16THPVariable_WrapRKN2at10TensorBaseE"));
-#endif
   if (!wrap) Py_RETURN_FALSE;
-  if (!version_name) version_name = PyUnicode_InternFromString("_version");
-  if (!level_name) level_name = PyUnicode_InternFromString("_current_level");
-  if (!profiled_name) profiled_name = PyUnicode_InternFromString("_is_profiler_enabled");
+  version_name = PyUnicode_InternFromString("_version"), level_name = PyUnicode_InternFromString("_current_level");
+  profiled_name = PyUnicode_InternFromString("_is_profiler_enabled");
   bind_multihead();
   for (Py_ssize_t i = 0; i < 5; ++i) Py_INCREF(args[i]);  // for as long as the process lives
   tensor_type = args[0], parameter_type = args[1], question = args[2], forward_ad = args[3], profiler = args[4];
@@ -250,8 +226,7 @@ PyObject* described(PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef direct_methods[] = {method<infer>("infer"),
                                 method<unchanged>("unchanged"),
-                                {"is_plain", is_plain, METH_NOARGS, nullptr},
-                                {"modes", modes, METH_NOARGS, nullptr},
+                                method<is_plain>("is_plain"),
                                 method<layers_forward>("layers_forward"),
                                 method<layers_backward>("layers_backward"),
                                 method<attend>("attend"),

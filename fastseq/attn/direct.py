@@ -15,7 +15,7 @@ from fastseq import direct
 from fastseq.attn import autograd as autograd_attention
 from fastseq.attn import divided
 from fastseq.attn.call import AttentionCall, scale_of, with_four_dimensions
-from fastseq.autograd import is_batched, recorder
+from fastseq.autograd import recorder
 from fastseq.backend import native_attention
 
 
@@ -50,10 +50,9 @@ class Attended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple:
         saved = ctx.saved_tensors
-        if not (torch.compiler.is_compiling() or is_batched(d_o)):
-            found = direct.attend_backward(d_o, saved, ctx.settings)
-            if found is not None:
-                return found
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (found := direct.attend_backward(d_o, saved, ctx.settings)) is not None:
+            return found
         q, k, v, bias, mask, o, lse = saved
         scale, causal, bottom_right, window, softcap, _ = ctx.settings
         left, right = window or (-1, -1)

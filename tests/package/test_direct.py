@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_every_mode_is_noticed_in_every_thread():
         return True
 
     assert plain_and_not()
-    assert direct._in_a_new_thread(plain_and_not)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(plain_and_not).result()
 
 
 def test_it_is_on_with_this_torch():
@@ -124,14 +126,15 @@ def test_a_trial_that_fails_turns_it_off_and_says_which(monkeypatch):
         patched.delattr(torch._C, "_dispatch_keys")
         assert "_dispatch_keys" in direct._bind()
     with monkeypatch.context() as patched:
-        patched.setattr(direct, "_in_a_new_thread", lambda ask: (1, 0))
-        assert "a thread's dispatch keys" in direct._bind()
+        patched.setattr(torch._C, "_len_torch_function_stack", lambda: 1)
+        assert "a thread without any mode is taken" in direct._bind()
     with monkeypatch.context() as patched:
-        patched.setattr(direct, "_autocast_keys", lambda: 0)
-        assert "autocast is not noticed" in direct._bind()
+        inference, _ = direct._mode_keys()
+        patched.setattr(direct, "_mode_keys", lambda: (inference, 0))
+        assert "autocast is taken for another" in direct._bind()
     with monkeypatch.context() as patched:
         patched.setattr(profiler, "_run_on_profiler_start", lambda: None)
-        assert "a profile is not noticed" in direct._bind()
+        assert "a profile is taken for another" in direct._bind()
     with monkeypatch.context() as patched:
         patched.setattr(direct, "_samples", lambda: ())
         assert "address of a tensor" in direct._bind()

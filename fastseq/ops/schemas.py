@@ -49,8 +49,8 @@ SCAN_BACKWARD = (
 # in a wavefront over windows of time, both directions at once, and in backward gradients of weights beside the walks.
 # x [T,B,I], T, B and H above 0; weights flat, in torch's order (with w_hr on the CPU alone); h0 [L*D,B,P] and
 # c0 [L*D,B,H], or None for zeros; lengths int64 [B], reset bool [T,B]; reset_h and reset_c as h0 and c0, state_mask
-# [L*D,B,P], zoneout_h [L*D,T,B,P], zoneout_c [L*D,T,B,H]; on the CPU alone reverse: a lone direction walks from the last
-# step to the first
+# [L*D,B,P], zoneout_h [L*D,T,B,P], zoneout_c [L*D,T,B,H]; on the CPU alone reverse: a lone direction walks from the
+# last step to the first
 # -> y [T,B,D*P], h_n [L*D,B,P], c_n [L*D,B,H] (empty unless LSTM); with save: the outputs of the layers below the
 #    last; a layer and direction at a time, an LSTM's states and the tapes of a cell that has one, as SCAN_FORWARD has
 #    them. With states alone: the last layer's states.

@@ -356,7 +356,8 @@ ForwardKernel forward_kernel(ScanCell cell, ScanNumber number) {
   switch (number.dtype) {
     case Dtype::bf16: return forward_kernel<Bf16, Exchange, kOptions>(cell);
     case Dtype::f16: return forward_kernel<Fp16, Exchange, kOptions>(cell);
-    default: return number.tf32 ? forward_kernel<Tf32, Exchange, kOptions>(cell) : forward_kernel<float, Exchange, kOptions>(cell);
+    default:
+      return number.tf32 ? forward_kernel<Tf32, Exchange, kOptions>(cell) : forward_kernel<float, Exchange, kOptions>(cell);
   }
 }
 template <class T, template <class> class Exchange, bool kOptions>
@@ -369,7 +370,8 @@ BackwardKernel backward_kernel(ScanCell cell, ScanNumber number) {
   switch (number.dtype) {
     case Dtype::bf16: return backward_kernel<Bf16, Exchange, kOptions>(cell);
     case Dtype::f16: return backward_kernel<Fp16, Exchange, kOptions>(cell);
-    default: return number.tf32 ? backward_kernel<Tf32, Exchange, kOptions>(cell) : backward_kernel<float, Exchange, kOptions>(cell);
+    default:
+      return number.tf32 ? backward_kernel<Tf32, Exchange, kOptions>(cell) : backward_kernel<float, Exchange, kOptions>(cell);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The small models that the memory study trains: one layer kind each, all of one size, and how far gradients reach."""
+"""The small models that studies train, one layer kind each, all of one size; a step of it; how far gradients reach."""
 
 from __future__ import annotations
 
@@ -194,3 +194,11 @@ def reach(model: Learner, x: Tensor, distances: tuple[int, ...]) -> dict[str, di
 def _gain(gradient: Tensor, width: int) -> float:
     """gradient [B,·] of one random vector a sequence."""
     return math.sqrt(float(gradient.square().sum(-1).mean()) / width)
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
+    """One step of training; the norm of all gradients together is at most ``clip``."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench.report import RESULTS
@@ -128,7 +127,7 @@ def train_task(unit: Unit, protocol: Protocol, rate: float, seed: int, sweep: bo
     while len(scores) < steps and solved_at is None:
         batch = task.draw(protocol.batch, distance, draw)
         predicted = model(batch.x, batch.target.size(1))
-        _step(model, optimizer, task.loss(predicted, batch.target), protocol.clip)
+        learners.descend(model, optimizer, task.loss(predicted, batch.target), protocol.clip)
         scores.append(task.score(predicted.detach(), batch.target))
         if len(scores) >= WINDOW and statistics.fmean(scores[-WINDOW:]) >= SOLVED:
             solved_at = len(scores)
@@ -162,7 +161,7 @@ def train_text(unit: Unit, protocol: Protocol, rate: float, seed: int, sweep: bo
     for _ in range(steps):
         batch = tasks.characters(protocol.text_batch, longest, draw)
         loss = cross_entropy(model(batch.x, longest).flatten(0, 1), batch.target.flatten())
-        _step(model, optimizer, loss, protocol.clip)
+        learners.descend(model, optimizer, loss, protocol.clip)
         losses.append(loss.item())
     found["learned"] = -statistics.fmean(losses[-(steps // 3 or 1) :])
     return found if sweep else found | context_losses(model, held_out, protocol) | {
@@ -192,13 +191,6 @@ def context_losses(model: learners.Learner, held_out: torch.Tensor, protocol: Pr
         "excess": {n: float(each.mean()) for n, each in over.items()},
         "excess_error": {n: float(each.std()) / len(places) ** 0.5 for n, each in over.items()},
     }
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip: float) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
 
 
 def main(argv: list[str]) -> int:

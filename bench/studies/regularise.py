@@ -1,6 +1,6 @@
 """What the options of a recurrent layer do to learning: an LSTM of characters on little text, with each of them.
 
-The text is so short that the plain layer soon knows it by heart: its loss on held-out text falls, and rises again. Each
+The text is so short that the plain layer overfits: its loss on held-out text falls, and rises again. Each
 option is trained for as many steps, from the same seeds, on the same draws of text. What their papers promise:
 
 - dropout in the recurrence, dropout of weights, and zoneout: a lower loss on held-out text, which rises less (Gal and
@@ -28,7 +28,7 @@ import fastseq
 from bench.exhibits import Document
 from bench.report import RESULTS
 from bench.studies import tasks
-from bench.studies.learners import Recurrent, parameters
+from bench.studies.learners import Recurrent, descend, parameters
 from bench.studies.resume import Unit, arguments, conduct
 
 PLAIN, SWEEP_SEED = "plain", 1000
@@ -102,10 +102,7 @@ def measure(unit: Unit, protocol: Protocol, results: list[dict[str, Any]]) -> di
         starts = torch.randint(len(train) - protocol.length, (protocol.batch, 1), generator=draw)
         places = starts + torch.arange(protocol.length)
         loss = cross_entropy(model(train[places], protocol.length).flatten(0, 1), train[places + 1].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
-        optimizer.step()
+        descend(model, optimizer, loss, protocol.clip)
         losses.append(loss.item())
         if step % protocol.every == 0:
             looks["held_out"].append(_loss(model, judged, protocol.length))

@@ -7,6 +7,7 @@
 #   JOBS=4              test processes
 #   ARGS="..."          more arguments for the demo, the bench or pytest
 # FASTSEQ_BUILD=cuda compiles the CUDA kernels where there is no GPU, too: export it, as every target builds first.
+# CPU kernels are compiled for this processor alone, FASTSEQ_ISAS=all: for all of them, as wheels are.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +16,8 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+export FASTSEQ_ISAS ?= native
+wheel wheels: export FASTSEQ_ISAS = all
 # Two threads, so that the kernels' teams are exercised on every machine. With two test processes on two cores a waiting
 # thread had better sleep than spin.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal

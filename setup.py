@@ -1,20 +1,19 @@
 """Builds fastseq: a pure-Python package, and the native kernels where this machine can compile them.
 
 FASTSEQ_BUILD says how much: ``auto`` (all that can be built, the CUDA kernels only where there is an NVIDIA GPU; never
-fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. What was built, and why the rest was not, goes
-into ``fastseq/_build.json`` for the doctor.
+fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. FASTSEQ_ISAS says for which processors: ``all``
+instruction sets, or ``native``: the best of this processor, and baseline. What was built, and why the rest was not,
+goes into ``fastseq/_build.json`` for the doctor.
 
-Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all of
-it is linked into ``fastseq/_native.abi3.so``. Only the stable ABIs of Python and torch are used, so that this one file
-serves every later version of both. The same without what talks to Python, and with the operators' schemas, is
-``fastseq/libfastseq.so``, for C++ programs. CUDA sources go into another file, ``fastseq/_native_cuda.abi3.so``: the
-first one must load under a torch without CUDA. Objects are kept in build/native and compiled again only when their
-command line, their source or a header changed.
+Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all is
+linked into ``fastseq/_native.abi3.so``: by the stable ABIs of Python and torch, so that it serves every later version.
+The same without what talks to Python, and with the operators' schemas, is ``fastseq/libfastseq.so``, for C++ programs.
+CUDA sources go into ``fastseq/_native_cuda.abi3.so``, as the first file must load under a torch without CUDA. Objects
+are kept in build/native and compiled again only when their command line, their source or a header changed.
 """
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import gzip
 import hashlib
@@ -33,6 +32,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ ISAS: dict[str, dict[str, list[str]]] = {
     },
     "aarch64": {"baseline": []},
 }
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
+COMMON_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
 COMMON_FLAGS += ["-iquotecsrc"]  # as with -I our math.h would also answer to <math.h>
 # g++ vectorises gate math only without errno and traps; -ffast-math is not needed.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
@@ -110,11 +110,8 @@ class Torch:
         if spec is None or spec.origin is None:
             raise Unavailable("torch is not installed here; install torch, then this package again")
         root = Path(spec.origin).parent
-        facts: dict[str, str | None] = {}
-        for line in (root / "version.py").read_text().splitlines():
-            if found := re.match(r"(__version__|cuda)\b[^=]*=\s*(None|'[^']*'|\"[^\"]*\")", line):
-                facts[found[1]] = ast.literal_eval(found[2])
-        version = facts.get("__version__") or "0"
+        facts = runpy.run_path(str(root / "version.py"))
+        version = facts["__version__"]
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
             oldest = ".".join(map(str, OLDEST_TORCH))
             raise Unavailable(f"torch {version} is too old: the stable ABI needs {oldest}; install a newer torch")
@@ -229,6 +226,22 @@ def cpu_compiler() -> tuple[list[str], str]:
     return command, run([*command, "--version"]).splitlines()[0]
 
 
+def instruction_sets(asked: str, command: list[str], known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those of ``known`` that FASTSEQ_ISAS asks for, with their flags. Raises Unavailable."""
+    if asked not in ("all", "native"):
+        raise SystemExit(f"FASTSEQ_ISAS={asked}: expected all or native")
+
+    def features(*flags: str) -> set[str]:
+        macros = run([*command, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        return set(re.findall(r"__(?:AVX|AMX|FMA|F16C|BMI)\w*__", macros))
+
+    best = "baseline"
+    for isa, flags in known.items() if asked == "native" else ():
+        with suppress(Unavailable):  # a compiler that does not know these flags
+            best = isa if features(*flags) <= features("-march=native") else best
+    return known if asked == "all" else {"baseline": [], best: known[best]}
+
+
 @dataclass
 class Report:
     """What fastseq/_build.json says. ``reasons`` has an entry for each part that was not built."""
@@ -254,24 +267,19 @@ def write_schemas() -> None:
         written.write_text(text)
 
 
-def machine_here() -> str:
-    """The processor's architecture, as ISAS names it."""
+def machine_here() -> str | None:
+    """The processor's architecture, as ISAS names it; None where the native kernels are not written for this system."""
     name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
-
-
-def is_supported() -> bool:
-    """Whether the native kernels are written for such a system."""
-    return sys.platform == "linux" and machine_here() in ISAS
+    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    return name if sys.platform == "linux" and name in ISAS else None
 
 
 def build_cpu(report: Report) -> list[Path]:
     """Compiles and links the CPU extension and libfastseq.so. Raises Unavailable."""
     machine = machine_here()
-    if not is_supported():
-        raise Unavailable(
-            f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {sys.platform} {machine}"
-        )
+    if machine is None:
+        here = f"{sys.platform} {platform.machine()}"
+        raise Unavailable(f"native kernels are built on Linux for {' and '.join(ISAS)}; this is {here}")
     torch = Torch.find()
     report.torch = torch.version
     command, version = cpu_compiler()
@@ -286,7 +294,8 @@ def build_cpu(report: Report) -> list[Path]:
 
     units: dict[str, list[Unit]] = {}
     kernels = sources("csrc/*/cpu/*.cpp")
-    for isa, flags in ISAS[machine].items():
+    asked = os.environ.get("FASTSEQ_ISAS") or "all"
+    for isa, flags in instruction_sets(asked, command, ISAS[machine]).items():
         flags = [*KERNEL_FLAGS, *flags, f"-DFASTSEQ_ISA={isa}"]
         try:
             run([*base, *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull])
@@ -371,18 +380,7 @@ def build_cuda(report: Report) -> list[Path]:
     units = [Unit(object_of(path, "cuda"), path, [*base, *flags]) for path in files]
     compiled = compile_all(units, f"{version}\ntorch {torch.version}")
     libraries = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
-    (name,) = LIBRARIES["cuda"]
-    return [link(base, units, [*libraries, "-ltorch_cuda"], name, compiled)]
-
-
-def say_without_kernels(reason: str) -> None:
-    """So that nobody has to find it among other lines; fastseq/installed.py repeats it, as pip shows none of this."""
-    line = "!" * 100
-    print(f"\n{line}", file=sys.stderr)
-    say("INSTALLED WITHOUT ITS NATIVE KERNELS: calls will run on torch's own layers, at their speed.")
-    say(f"why: {reason}")
-    say("fix: remove that cause, then install again; with FASTSEQ_BUILD=cpu an installation fails instead.")
-    print(f"{line}\n", file=sys.stderr, flush=True)
+    return [link(base, units, [*libraries, "-ltorch_cuda"], LIBRARIES["cuda"][0], compiled)]
 
 
 def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
@@ -400,8 +398,6 @@ def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
                 raise Unavailable(f"FASTSEQ_BUILD={wanted} was set; install again {how}")
             if wanted == "auto" and part == "cuda" and not has_gpu():
                 raise Unavailable("there is no NVIDIA GPU here; FASTSEQ_BUILD=cuda compiles them all the same")
-            if part == "cuda" and not sources("csrc/*/cuda/*.cu"):
-                raise Unavailable("this version has no CUDA C++ kernels")
             if part == "cuda" and "cpu" not in libraries:
                 raise Unavailable("the CPU kernels, which it needs, were not built")
             libraries[part] = make(report)
@@ -416,10 +412,14 @@ def build(wanted: str) -> tuple[Report, dict[str, list[Path]]]:
     if libraries:
         say(f"built {', '.join(report.built)} [{' '.join(report.instruction_sets + report.cuda_architectures)}]")
     else:
-        report.pure_is_expected = wanted == "none" or not is_supported()
+        report.pure_is_expected = wanted == "none" or machine_here() is None
         say("installing in pure Python; it works, through torch's own layers")
-        if not report.pure_is_expected:
-            say_without_kernels(report.reasons["cpu"])
+        if not report.pure_is_expected:  # fastseq/installed.py repeats it, as pip shows none of this
+            print(f"\n{'!' * 100}", file=sys.stderr)
+            say("INSTALLED WITHOUT ITS NATIVE KERNELS: calls will run on torch's own layers, at their speed.")
+            say(f"why: {report.reasons['cpu']}")
+            say("fix: remove that cause, then install again; with FASTSEQ_BUILD=cpu an installation fails instead.")
+            print(f"{'!' * 100}\n", file=sys.stderr, flush=True)
     return report, libraries
 
 

@@ -43,6 +43,12 @@ template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
 #define FASTSEQ_INLINE inline __attribute__((always_inline))
+// Before a loop over an array of vectors, so that these become registers.
+#if defined(__clang__)
+#define FASTSEQ_UNROLL _Pragma("unroll")
+#else
+#define FASTSEQ_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // Storage types of 16 bits. The accumulator of either is float.
 struct bf16 {
@@ -178,7 +184,7 @@ FASTSEQ_INLINE Vec<Accumulator<S>> load(const S* p) {
     else
       out = reinterpret_cast<Vec<A>>(_mm256_cvtph_ps(raw));
 #else
-    for (int i = 0; i < kLanes<A>; ++i) out[i] = widen(p[i]);
+    FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) out[i] = widen(p[i]);
 #endif
   }
   return out;
@@ -207,8 +213,22 @@ FASTSEQ_INLINE void store(S* p, Vec<Accumulator<S>> v) {
       raw = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), raw);
+#elif defined(__AVX2__)
+    __m128i raw;
+    if constexpr (__is_same(S, bf16)) {
+      __m256i bits = reinterpret_cast<__m256i>(v);
+      __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+      __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      __m256 nan = _mm256_cmp_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256>(v), _CMP_UNORD_Q);
+      rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, reinterpret_cast<__m256i>(nan)), 16);
+      raw = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    } else {
+      raw = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), raw);
 #else
-    for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<S>(v[i]);
+    FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<S>(v[i]);
 #endif
   }
 }
@@ -246,7 +266,7 @@ FASTSEQ_INLINE void store_n(S* p, Vec<Accumulator<S>> v, int n) {
 template <class A>
 FASTSEQ_INLINE A sum_lanes(Vec<A> v) {
   A out = 0;
-  for (int i = 0; i < kLanes<A>; ++i) out += v[i];
+  FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) out += v[i];
   return out;
 }
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "fastseq/_native.abi3.so"
@@ -90,8 +91,10 @@ class Built:
 
 
 def build_wheel(source: Path, python: str | Path = sys.executable, **environment: str) -> Built:
+    """For the processors whose objects are there already."""
     command = [python, "-m", "pip", "wheel", "-v", ".", "--no-build-isolation", "--no-deps", "-w", "wheels"]
-    log = succeed(command, source, **environment)
+    whole = len(list((ROOT / "build" / "native").glob("*/recurrent-cpu-forward.cpp.o"))) > 2
+    log = succeed(command, source, FASTSEQ_ISAS="all" if whole else "native", **environment)
     (wheel,) = (source / "wheels").glob("*.whl")
     return Built(wheel, log)
 
@@ -309,6 +312,43 @@ def test_cuda_kernels_are_compiled_where_there_is_a_gpu_or_where_they_are_asked_
     report, libraries = build_tools.build(wanted)
     assert report.built == list(libraries) == (["cpu", "cuda"] if reason is None else ["cpu"])
     assert report.reasons.get("cuda") == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "built"),
+    [
+        ("all", "", ["baseline", "small", "large", "unknown"]),
+        ("native", "__AVX__ __AVX2__ __FMA__", ["baseline", "small"]),
+        ("native", "__AVX__ __AVX2__ __AVX512F__ __SSE2__", ["baseline", "large"]),
+        ("native", "__SSE2__", ["baseline"]),
+    ],
+)
+def test_kernels_are_compiled_for_every_processor_or_for_this_one(asked, here, built, build_tools, monkeypatch):
+    known = {"baseline": [], "small": ["-msmall"], "large": ["-mlarge"], "unknown": ["-munknown"]}
+    defined = {"-march=native": here, "-msmall": "__AVX2__ __SSE3__", "-mlarge": "__AVX2__ __AVX512F__"}
+
+    def run(command):
+        if "-munknown" in command:
+            raise build_tools.Unavailable("unknown option")
+        return defined.get(command[1], "")
+
+    monkeypatch.setattr(build_tools, "run", run)
+    found = build_tools.instruction_sets(asked, ["c++"], known)
+    assert list(found) == built
+    assert all(found[isa] == known[isa] for isa in built)
+
+
+def test_another_value_of_fastseq_isas_is_refused(build_tools):
+    with pytest.raises(SystemExit, match="FASTSEQ_ISAS=avx9: expected all or native"):
+        build_tools.instruction_sets("avx9", ["c++"], {"baseline": []})
+
+
+@needs_native
+def test_the_kernels_of_this_processor_run_here(build_tools):
+    command, _ = build_tools.cpu_compiler()
+    found = build_tools.instruction_sets("native", command, build_tools.ISAS[build_tools.machine_here()])
+    for isa in found:
+        assert torch.ops.fastseq.native_isa(isa) == isa
 
 
 @pytest.mark.parametrize(

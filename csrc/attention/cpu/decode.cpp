@@ -26,7 +26,7 @@ template <class A>
 FASTSEQ_INLINE void sum_four(const Vec<A> (&x)[4], A* out) {
   constexpr int n = kLanes<A>;
   if constexpr (n == 2) {
-    for (int i = 0; i < 4; ++i) out[i] = x[i][0] + x[i][1];
+    FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) out[i] = x[i][0] + x[i][1];
   } else {
     using Index = std::make_index_sequence<size_t(n)>;
     const Vec<A> even = zip_low(x[0], x[2], Index{}) + zip_high(x[0], x[2], Index{});
@@ -34,7 +34,7 @@ FASTSEQ_INLINE void sum_four(const Vec<A> (&x)[4], A* out) {
     const Vec<A> sums = zip_low(even, odd, Index{}) + zip_high(even, odd, Index{});  // (0, 1, 2, 3, 0, 1, ...)
     A all[n];
     store(all, sums);
-    for (int i = 0; i < 4; ++i) {
+    FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) {
       A sum = all[i];
       for (int l = 4; l < n; l += 4) sum += all[i + l];
       out[i] = sum;
@@ -176,7 +176,7 @@ class Decode {
   }
 
   static void multiply(A* x, const float* by, long n) {
-    for (long j = 0; j < n; ++j) x[j] *= by[j];
+    for (long j = 0; j < n; j += L) store(x + j, load(x + j) * load(by + j));
   }
 
   // Into the second cache: rows that lie a power of two apart would drive each other out of the first.
@@ -191,7 +191,7 @@ class Decode {
         prefetch_row(k[least(i + kAhead, n - 1)], call_.dim), prefetch_row(v[i], call_.dim_v);
       }
       const K* rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
+      FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
       Vec<A> acc[R][4] = {};
       long d = 0;
       for (; d + kQueryLanes <= call_.dim; d += kQueryLanes) add_products<R, true>(rows, d, q, acc);
@@ -288,7 +288,7 @@ class Decode {
     Vec<A> tops = splat(A(-kInfinity));
     for (long j = 0; j < n; j += L) tops = maximum<A>(load(scores + j), tops);
     A top = max;
-    for (int l = 0; l < L; ++l) top = tops[l] > top ? tops[l] : top;
+    FASTSEQ_UNROLL for (int l = 0; l < L; ++l) top = tops[l] > top ? tops[l] : top;
     const A safe = top == A(-kInfinity) ? A(0) : top;
     const Vec<A> factor = splat(scoring_.factor), base = splat(safe);
     rescale = exp2<A>((max - base) * factor)[0];

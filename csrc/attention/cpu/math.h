@@ -121,14 +121,14 @@ FASTSEQ_INLINE Vec<A> magnitude(Vec<A> x) {
 template <class A>
 FASTSEQ_INLINE bool any(IntVec<A> lanes) {
   typename BitsOf<A>::Int found = 0;
-  for (int i = 0; i < kLanes<A>; ++i) found |= lanes[i];
+  FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) found |= lanes[i];
   return found != 0;
 }
 // 0, 1, 2, ...
 template <class A>
 FASTSEQ_INLINE Vec<A> lane_numbers() {
   Vec<A> out;
-  for (int i = 0; i < kLanes<A>; ++i) out[i] = A(i);
+  FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) out[i] = A(i);
   return out;
 }
 
@@ -146,7 +146,7 @@ FASTSEQ_INLINE Vec<A> select(uint64_t bits, Vec<A> yes, Vec<A> no) {
 #else
   using Int = typename BitsOf<A>::Int;
   IntVec<A> lane;
-  for (int i = 0; i < kLanes<A>; ++i) lane[i] = Int(1) << i;
+  FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) lane[i] = Int(1) << i;
   return ((splat<Int>(Int(bits & kLaneBits<A>)) & lane) != 0) ? yes : no;
 #endif
 }

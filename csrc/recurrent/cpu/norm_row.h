@@ -22,7 +22,7 @@ FASTSEQ_INLINE A sum_vectors(long vectors, const Term& term) {
   Vec<A> sums[4] = {};
   long v = 0;
   for (; v + 4 <= vectors; v += 4)
-    for (int i = 0; i < 4; ++i) sums[i] += term(v + i);
+    FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) sums[i] += term(v + i);
   for (; v < vectors; ++v) sums[0] += term(v);
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }

@@ -78,7 +78,7 @@ void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H
     for (long k = 0; k < K; k += L * D) {
       int some = int(K - k < L * D ? K - k : L * D);
       Vec<A> block[L];
-      for (int l = 0; l < L; ++l) {
+      FASTSEQ_UNROLL for (int l = 0; l < L; ++l) {
         if (l >= n)
           block[l] = Vec<A>{};
         else
@@ -99,7 +99,7 @@ void pack_columns(Operand<S>* out, const ScanView& w, long K, long N, long v) {
   const S* column = at<S>(w, 0, 0) + v * L * w.e;
   for (long k = 0; k < K; k += D) {
     Vec<A> elements[D];
-    for (int d = 0; d < D; ++d)
+    FASTSEQ_UNROLL for (int d = 0; d < D; ++d)
       elements[d] = k + d < K ? load_strided(column + (k + d) * w.b, w.e, n) : Vec<A>{};
     store_terms(out + k * L, terms_from<Operand<S>>(elements));
   }

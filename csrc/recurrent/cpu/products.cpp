@@ -287,7 +287,7 @@ struct Products {
     for (long term = packed.begin; term < packed.end; ++term) {
       const S* row[D];
       long stride[D] = {};
-      for (int d = 0; d < D; ++d) {
+      FASTSEQ_UNROLL for (int d = 0; d < D; ++d) {
         const long k = term * D + d;
         row[d] = k < count ? row_of(s, index[k0 + k], stride[d]) : nullptr;
         long any;
@@ -296,7 +296,7 @@ struct Products {
       E* to = panel[s] + term * kPanel * D;
       for (long e = 0; e < n; e += L) {
         Vec<A> some[D];
-        for (int d = 0; d < D; ++d)
+        FASTSEQ_UNROLL for (int d = 0; d < D; ++d)
           some[d] = row[d] ? load_strided(row[d] + e * stride[d], stride[d], lanes(e, n)) : Vec<A>{};
         for (int d = 0; s == from_h && p.mask.data && d < D; ++d)
           if (row[d]) some[d] = masked<S>(p, index[k0 + term * D + d].b, e, some[d], lanes(e, n));
@@ -314,13 +314,13 @@ struct Products {
     auto row_at = [&](long k) { return at<S>(from, index[k0 + k].t, index[k0 + k].b) + (j.column + first) * from.e; };
     for (long k = 0; k < n; k += D) {
       const S* row[D];
-      for (int d = 0; d < D; ++d) {
+      FASTSEQ_UNROLL for (int d = 0; d < D; ++d) {
         row[d] = k + d < n ? row_at(k + d) : nullptr;
         if (k + d + kAhead < n) ask_for(row_at(k + d + kAhead), count);
       }
       for (long v = 0; v < vectors; ++v) {
         Vec<A> some[D];
-        for (int d = 0; d < D; ++d) {
+        FASTSEQ_UNROLL for (int d = 0; d < D; ++d) {
           some[d] = row[d] ? load_strided(row[d] + v * L * from.e, from.e, lanes(v * L, count)) : Vec<A>{};
           sums[v] += some[d];
         }

@@ -11,12 +11,6 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-#if defined(__clang__)
-#define FASTSEQ_UNROLL _Pragma("unroll")
-#else
-#define FASTSEQ_UNROLL _Pragma("GCC unroll 16")  // early, so that arrays of vectors become registers
-#endif
-
 constexpr int kMaxRows = 16;    // rows whose results are handed on together
 constexpr int kMaxVectors = 4;  // gates * unit vectors of a tile
 
@@ -377,7 +371,7 @@ FASTSEQ_INLINE void transpose(Vec<A>* v) {
   constexpr int L = kLanes<A>;
   typename LanesUpTo<L>::type lanes;
   if constexpr (D < L) {
-    for (int i = 0; i < L; ++i)
+    FASTSEQ_UNROLL for (int i = 0; i < L; ++i)
       if (!(i & D)) {
         Vec<A> low = low_lanes<D>(v[i], v[i + D], lanes);
         v[i + D] = high_lanes<D>(v[i], v[i + D], lanes);
@@ -420,16 +414,16 @@ RowSums<Accumulator<S>, R> dot_rows(const Dots<S>* of, int parts, int n) {
   using E = Operand<S>;
   constexpr int L = kLanes<A>, step = L * kTerm<E>;
   constexpr int C = L < 4 ? L : 4;
-  constexpr long kStart = 256 / long(sizeof(S));  // elements of a row's start
+  constexpr long kLine = 64 / long(sizeof(S)), kStart = 4 * kLine;  // elements of a cache line, of a row's start
   // The sums of C rows of w from l on and one part.
-  auto add = [&](const Dots<S>& of, int l, Vec<A> (&acc)[R][C]) {
+  auto add = [&](const Dots<S>& of, int l, Vec<A> (&acc)[R][C]) __attribute__((always_inline)) {
     const E* row[R];
     const S* at[C];
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r) row[r] = of.rows[r];
     FASTSEQ_UNROLL for (int c = 0; c < C; ++c) at[c] = of.w + (l + c < n ? l + c : n - 1) * of.w_row;
     const long whole = of.K - of.K % step;
-    for (long k = 0; k < kStart && k < whole; k += step)
-      for (int c = 0; c < C; ++c) prefetch(at[c] + k, C * of.w_row * long(sizeof(S)));
+    FASTSEQ_UNROLL for (long k = 0; k < kStart; k += kLine)
+      FASTSEQ_UNROLL for (int c = 0; k < whole && c < C; ++c) prefetch(at[c] + k, C * of.w_row * long(sizeof(S)));
     for (long k = 0; k < whole; k += step) {
       Vec<A> wv[C];
       FASTSEQ_UNROLL for (int c = 0; c < C; ++c) wv[c] = load_terms_as<E>(at[c] + k);
@@ -449,15 +443,15 @@ RowSums<Accumulator<S>, R> dot_rows(const Dots<S>* of, int parts, int n) {
   };
   Vec<A> sums[R][L / C];  // lanes of C rows of w, in part summed
   if constexpr (R == 1) {  // bound by reading w: one matrix after the other
-    for (Vec<A>& sum : sums[0]) sum = Vec<A>{};
+    FASTSEQ_UNROLL for (int i = 0; i < L / C; ++i) sums[0][i] = Vec<A>{};
     for (int part = 0; part < parts; ++part)
-      for (int l = 0; l < L; l += C) {
+      FASTSEQ_UNROLL for (int l = 0; l < L; l += C) {
         Vec<A> acc[R][C] = {};
         add(of[part], l, acc);
         sums[0][l / C] += sums_of<A, C>(acc[0]);
       }
   } else {  // by the sums and what it takes to bring their lanes together
-    for (int l = 0; l < L; l += C) {
+    FASTSEQ_UNROLL for (int l = 0; l < L; l += C) {
       Vec<A> acc[R][C] = {};
       for (int part = 0; part < parts; ++part) add(of[part], l, acc);
       FASTSEQ_UNROLL for (int r = 0; r < R; ++r) sums[r][l / C] = sums_of<A, C>(acc[r]);

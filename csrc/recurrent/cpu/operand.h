@@ -56,6 +56,12 @@ template <class E>
 constexpr long terms_of(long n) {
   return (n + kTerm<E> - 1) / kTerm<E>;
 }
+// Of so many gates, those whose weights lie beside each other: [unit vector][gates by so many][term of k][gate][lane]. Few
+// registers hold the sums of four vectors for few rows; two gates at a time for more rows read a panel more seldom.
+template <class E>
+constexpr int gates_beside(int gates) {
+  return kVectorRegisters < 32 && kTerm<E> == 1 && gates == 4 ? 2 : gates;
+}
 // n elements, brought to whole terms.
 template <class E>
 constexpr long whole_terms(long n) {

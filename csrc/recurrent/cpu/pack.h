@@ -64,17 +64,19 @@ struct Arena {
   }
 };
 
-// Rows gate*H + unit of w [G*H, K] -> unit vector `v` of [v][term of k][gate][lane]; lanes past H are 0.
+// Rows gate*H + unit of w [G*H, K] -> a unit vector `v` as run_tile reads it; lanes past H are 0.
 template <class S>
 void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H, long K, long v) {
   using A = Accumulator<S>;
-  constexpr int L = kLanes<A>, D = kTerm<Operand<S>>;
+  using E = Operand<S>;
+  constexpr int L = kLanes<A>, D = kTerm<E>;
+  const int beside = gates_beside<E>(gates);
   long unit = v * L;
   int n = int(H - unit < L ? H - unit : L);
   for (int g = 0; g < gates; ++g) {
     const long row = row0 + g * H + unit;
     const S* rows = at<S>(w, 0, row);
-    Operand<S>* to = out + g * L * D;
+    E* to = out + (g / beside * whole_terms<E>(K) * beside + g % beside * D) * L;
     for (long k = 0; k < K; k += L * D) {
       int some = int(K - k < L * D ? K - k : L * D);
       Vec<A> block[L];
@@ -85,7 +87,7 @@ void pack_units(Operand<S>* out, const ScanView& w, long row0, int gates, long H
           block[l] = load_terms_strided(rows + l * w.b + k * w.e, w.e, some);
       }
       transpose<A>(block);
-      for (int l = 0; l * D < some; ++l) store_terms(to + (k + l * D) * gates * L, block[l]);
+      for (int l = 0; l * D < some; ++l) store_terms(to + (k + l * D) * beside * L, block[l]);
     }
   }
 }

@@ -17,10 +17,11 @@ constexpr long kInputDepth = 512; // and the columns of dgates taken in at once 
 constexpr long kAhead = 16;       // rows that are asked for before they are laid out: the walk left them in the last cache
 
 // out[r][..] (+)= sum_k d[k][r] x[k][..] over K terms: d's are kBlock of them apart, x's a panel of kMaxVectors vectors.
-template <class E, int R, int NB>
+template <class E, int R, int kAll>
 void run_outer(const E* d, const E* x, long K, Accumulator<E>* out, long out_row, bool add) {
   using A = Accumulator<E>;
-  constexpr int L = kLanes<A>, D = kTerm<E>;
+  constexpr int L = kLanes<A>, D = kTerm<E>, NB = vectors_at_once(R, kAll);
+  if constexpr (NB < kAll) run_outer<E, R, kAll - NB>(d, x + NB * L * D, K, out + NB * L, out_row, add);
   Vec<A> acc[R][NB];
   FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
     FASTSEQ_UNROLL for (int n = 0; n < NB; ++n) acc[r][n] = Vec<A>{};

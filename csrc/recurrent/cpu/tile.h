@@ -1,6 +1,6 @@
 // Products of the scan: a few rows of activations times all gates of a few vectors of units, held in registers.
 //
-// Packed weights lie as [unit vector][term of k][gate][lane], so a tile streams them once for all of its rows. Unpacked
+// Packed weights lie as gates_beside (operand.h) says, so a tile streams them once for all of its rows. Unpacked
 // ones are read unpacked, as dot products along k: no preparation, for calls too short to pay for one.
 //
 // Weights that were packed beforehand, of a type smaller than the activations', lie likewise with words of several k in
@@ -20,8 +20,14 @@ struct Number {
   static constexpr int at = kAt;
 };
 
+constexpr int kSums = kVectorRegisters >= 32 ? 24 : 12;  // vectors of sums that leave registers for the operands
 constexpr int rows_of_tile(int vectors) {
-  return kVectorRegisters >= 32 ? (vectors >= 4 ? 6 : 8) : (vectors >= 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+  return kVectorRegisters >= 32 ? (vectors >= 4 ? 6 : 8) : (vectors >= 4 ? 6 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
+// How many of its vectors a tile walks along k with. Where registers do not hold the sums of all, it walks again, with the
+// others.
+constexpr int vectors_at_once(int rows, int vectors) {
+  return kVectorRegisters >= 32 || rows * vectors <= kSums ? vectors : 2;
 }
 // How many unit vectors go into one tile beside each other.
 constexpr int tile_width(int gates) { return kMaxVectors / gates; }
@@ -47,7 +53,8 @@ struct Tile {
 // How many sums a result is kept in: a single chain of additions leaves the units idle where there are few results.
 // Sums that must not depend on the number of rows are all of one chain.
 constexpr int chains(int results, bool one_chain = false) {
-  return one_chain || results >= 12 ? 1 : results >= 6 ? 2 : 4;
+  if (kVectorRegisters >= 32) return one_chain || results >= 12 ? 1 : results >= 6 ? 2 : 4;
+  return one_chain || 2 * results > kSums ? 1 : 4 * results > kSums ? 2 : 4;
 }
 
 // The sums that have this place in `scale`, before their first product.
@@ -71,17 +78,18 @@ FASTSEQ_INLINE Vec<Accumulator<E>> scaled(const Tile<E, W>& t, const Vec<Sum<E>>
   }
 }
 
-// out[r][g][lanes of nb] = scale * sum + init, or + out.
-template <class E, class W, int R, int G, int NB>
-FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, const Vec<Sum<E>> (&sums)[R][G * NB]) {
+// out[r][g][lanes of nb] = scale * sum + init, or + out, for N of a row's G * NB vectors from kFirst on.
+template <class E, class W, int NB, int kFirst, int R, int N>
+FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, const Vec<Sum<E>> (&sums)[R][N]) {
   using A = Accumulator<E>;
   constexpr int L = kLanes<A>;
   const bool more = t.init || t.add;
   FASTSEQ_UNROLL for (int r = 0; r < R / kParts<E>; ++r) {
     A* out = t.out[r];
-    FASTSEQ_UNROLL for (int n = 0; n < G * NB; ++n) {
-      Vec<A> sum = scaled(t, &sums[r * kParts<E>][n], G * NB, r, (n / NB) * t.scale_stride + (n % NB) * L);
-      const long at = (n / NB) * t.stride + (n % NB) * L;
+    FASTSEQ_UNROLL for (int n = 0; n < N; ++n) {
+      const int g = (kFirst + n) / NB, nb = (kFirst + n) % NB;
+      Vec<A> sum = scaled(t, &sums[r * kParts<E>][n], N, r, g * t.scale_stride + nb * L);
+      const long at = g * t.stride + nb * L;
       if (more) sum += load((t.add ? out : t.init) + at);
       store(out + at, sum);
     }
@@ -89,31 +97,32 @@ FASTSEQ_INLINE void finish_tile(const Tile<E, W>& t, const Vec<Sum<E>> (&sums)[R
 }
 
 // All elements of the words at w[n] + n * apart, or the first `some`, into the sums: chain `u` takes what is its own.
-template <class E, class W, int R, int NB, int N, int U, int kAt = 0>
+template <class E, class W, int R, int NB, int kFirst, int N, int U, int kAt = 0>
 FASTSEQ_INLINE void add_words(Vec<Accumulator<E>> (&acc)[U][R][N], const W* const (&w)[NB], long at, long apart,
                               const E* const* rows, long k, int u, int some) {
   if constexpr (kAt < kWord<Accumulator<E>, W>) {
     if (kAt >= some) return;
     Vec<Accumulator<E>> wv[N];
     FASTSEQ_UNROLL for (int n = 0; n < N; ++n) {
-      const W* p = w[n % NB] + at + n / NB * apart;
-      // Where sums fill the registers, words are read again from L1 for each of their elements: GCC would keep them.
-      if constexpr (R * N > 20) asm("" : "+r"(p));
+      const W* p = w[(kFirst + n) % NB] + at + (kFirst + n) / NB * apart;
+      // Where sums fill the registers, words are read again from L1 for each of their elements. GCC would keep them, as it
+      // takes two equal statements for one: so each has its number.
+      if constexpr (R * N + 4 > kSums) asm("# %1" : "+r"(p) : "i"(kAt));
       wv[n] = widen_word<W, kAt>(load_words(p));
     }
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
       Vec<Accumulator<E>> a = splat(rows[r][k + kAt]);
       FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[(u + kAt) % U][r][n] += a * wv[n];
     }
-    add_words<E, W, R, NB, N, U, kAt + 1>(acc, w, at, apart, rows, k, u, some);
+    add_words<E, W, R, NB, kFirst, N, U, kAt + 1>(acc, w, at, apart, rows, k, u, some);
   }
 }
 
 // The same of words: out[r][g][lanes of nb] = scale * sum_k rows[r][k] * w[nb][k][g] + ...
-template <class E, class W, int R, int G, int NB, bool kOneChain>
+template <class E, class W, int R, int G, int NB, bool kOneChain, int kFirst = 0>
 void run_words(const Tile<E, W>& t) {
   using A = Accumulator<E>;
-  constexpr int L = kLanes<A>, N = G * NB, D = kWord<A, W>, U = chains(R * N, kOneChain);
+  constexpr int L = kLanes<A>, D = kWord<A, W>, N = vectors_at_once(R, G * NB), U = chains(R * N, kOneChain);
   Vec<A> acc[U][R][N];
   const E* rows[R];
   const W* w[NB];
@@ -125,20 +134,23 @@ void run_words(const Tile<E, W>& t) {
   constexpr int M = U > D ? U / D : 1;  // words at once, so that each chain has its element
   long k = 0;
   for (; k + M * D <= t.K; k += M * D)
-    FASTSEQ_UNROLL for (int m = 0; m < M; ++m) add_words(acc, w, (k + m * D) * G * L, D * L, rows, k + m * D, m * D, D);
-  for (; k < t.K; k += D) add_words(acc, w, k * G * L, D * L, rows, k, 0, int(t.K - k));
+    FASTSEQ_UNROLL for (int m = 0; m < M; ++m)
+      add_words<E, W, R, NB, kFirst>(acc, w, (k + m * D) * G * L, D * L, rows, k + m * D, m * D, D);
+  for (; k < t.K; k += D) add_words<E, W, R, NB, kFirst>(acc, w, k * G * L, D * L, rows, k, 0, int(t.K - k));
   FASTSEQ_UNROLL for (int u = 1; u < U; ++u)
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
       FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += acc[u][r][n];
-  finish_tile<E, W, R, G, NB>(t, acc[0]);
+  finish_tile<E, W, NB, kFirst>(t, acc[0]);
+  if constexpr (kFirst + N < G * NB) run_words<E, W, R, G, NB, kOneChain, kFirst + N>(t);
 }
 
 // out[r][g][lanes of nb] = init[g][nb] + sum_k rows[r][k] * w[nb][k][g]
-template <class E, int R, int G, int NB, bool kOneChain>
+template <class E, int R, int G, int NB, bool kOneChain, int kFirst = 0>
 void run_tile(const Tile<E>& t) {
   using A = Accumulator<E>;
   constexpr int L = kLanes<A>, D = kTerm<E>;
-  constexpr int N = G * NB, U = chains(R * N, kOneChain);
+  constexpr int N = vectors_at_once(R, G * NB), U = chains(R * N, kOneChain);
+  auto place = [&](int n) __attribute__((always_inline)) { return (kFirst + n) / NB * t.scale_stride + (kFirst + n) % NB * L; };
   Vec<Sum<E>> acc[U][R][N];
   const E* rows[R];
   const E* w[NB];
@@ -147,12 +159,17 @@ void run_tile(const Tile<E>& t) {
   FASTSEQ_UNROLL for (int u = 0; u < U; ++u)
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
       FASTSEQ_UNROLL for (int n = 0; n < N; ++n)
-        acc[u][r][n] = u == 0 ? first_sums(t, (n / NB) * t.scale_stride + (n % NB) * L) : Vec<Sum<E>>{};
+        acc[u][r][n] = u == 0 ? first_sums(t, place(n)) : Vec<Sum<E>>{};
+  auto weights_at = [&](long k, int n) __attribute__((always_inline)) {
+    constexpr int kBeside = gates_beside<E>(G);
+    const int g = (kFirst + n) / NB;
+    return load_terms(w[(kFirst + n) % NB] + ((g / kBeside * t.K + k) * kBeside + g % kBeside) * L * D);
+  };
   long k = 0;
   for (; k + U <= t.K; k += U)
     FASTSEQ_UNROLL for (int u = 0; u < U; ++u) {
       Vec<A> wv[N];
-      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + ((k + u) * G + n / NB) * L * D);
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = weights_at(k + u, n);
       FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
         Vec<A> a = splat_term(rows[r] + (k + u) * D);
         FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[u][r][n] = add_product<E>(acc[u][r][n], a, wv[n]);
@@ -161,7 +178,7 @@ void run_tile(const Tile<E>& t) {
   if constexpr (U > 1)
     for (; k < t.K; ++k) {
       Vec<A> wv[N];
-      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = load_terms(w[n % NB] + (k * G + n / NB) * L * D);
+      FASTSEQ_UNROLL for (int n = 0; n < N; ++n) wv[n] = weights_at(k, n);
       FASTSEQ_UNROLL for (int r = 0; r < R; ++r) {
         Vec<A> a = splat_term(rows[r] + k * D);
         FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] = add_product<E>(acc[0][r][n], a, wv[n]);
@@ -170,7 +187,8 @@ void run_tile(const Tile<E>& t) {
   FASTSEQ_UNROLL for (int u = 1; u < U; ++u)
     FASTSEQ_UNROLL for (int r = 0; r < R; ++r)
       FASTSEQ_UNROLL for (int n = 0; n < N; ++n) acc[0][r][n] += acc[u][r][n];
-  finish_tile<E, E, R, G, NB>(t, acc[0]);
+  finish_tile<E, E, NB, kFirst>(t, acc[0]);
+  if constexpr (kFirst + N < G * NB) run_tile<E, R, G, NB, kOneChain, kFirst + N>(t);
 }
 
 // Pairs of bfloat16, and bytes, go through the chip's matrix tiles where it has them: a tile function then takes up to 16 rows.

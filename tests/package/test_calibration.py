@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -933,6 +934,7 @@ def test_ctrl_c_ends_the_command_and_its_child_and_keeps_what_was_made(tmp_path,
         [sys.executable, "-m", "fastseq", "calibrate", "--device", "cpu", "--minutes", "3"], cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     until = time.monotonic() + 120.0
     while time.monotonic() < until and not any(known_here.tests for known_here in file.read()):

@@ -263,13 +263,6 @@ FASTSEQ_INLINE void store_n(S* p, Vec<Accumulator<S>> v, int n) {
   std::memcpy(p, buffer, size_t(n) * sizeof(S));
 }
 
-template <class A>
-FASTSEQ_INLINE A sum_lanes(Vec<A> v) {
-  A out = 0;
-  FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) out += v[i];
-  return out;
-}
-
 // body(S{}) with the storage type S of a dtype.
 template <class Body>
 auto for_dtype(Dtype dtype, const Body& body) {

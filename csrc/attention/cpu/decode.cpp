@@ -19,26 +19,16 @@ constexpr long kLeast = 512;   // and at least
 constexpr long kStep = 128;    // keys a block
 constexpr long kTasks = 4;     // chunks of a sequence between these
 constexpr int kRows = 4;       // rows at once
-constexpr long kAhead = 32;    // keys for which memory is asked before they are met, where their rows lie apart
+constexpr long kNear = 1 << 20;  // bytes a thread that are likely in its second cache
+constexpr long kAhead = 32;    // keys for which memory is asked before they are met
 
 // The sums of the lanes of four vectors.
 template <class A>
 FASTSEQ_INLINE void sum_four(const Vec<A> (&x)[4], A* out) {
-  constexpr int n = kLanes<A>;
-  if constexpr (n == 2) {
-    FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) out[i] = x[i][0] + x[i][1];
-  } else {
-    using Index = std::make_index_sequence<size_t(n)>;
-    const Vec<A> even = zip_low(x[0], x[2], Index{}) + zip_high(x[0], x[2], Index{});
-    const Vec<A> odd = zip_low(x[1], x[3], Index{}) + zip_high(x[1], x[3], Index{});
-    const Vec<A> sums = zip_low(even, odd, Index{}) + zip_high(even, odd, Index{});  // (0, 1, 2, 3, 0, 1, ...)
-    A all[n];
-    store(all, sums);
-    FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) {
-      A sum = all[i];
-      for (int l = 4; l < n; l += 4) sum += all[i + l];
-      out[i] = sum;
-    }
+  constexpr int n = kLanes<A> < 4 ? kLanes<A> : 4;
+  FASTSEQ_UNROLL for (int i = 0; i < 4; i += n) {
+    const auto sums = fold_lanes<n>(sums_of<A, n>(x + i));
+    std::memcpy(out + i, &sums, sizeof sums);
   }
 }
 
@@ -55,17 +45,18 @@ class Decode {
 
   explicit Decode(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
-        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)),
-        apart_(call.pages || call.k.row != call.dim || call.v.row != call.dim_v) {}
+        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;
+    long keys = 0;
     for (long b = 0; b < call_.batch; ++b) {
       const Sequence s(call_, b);
-      if (s.is_decoded()) chunks_ = most(chunks_, (s.tk + chunk_of(s) - 1) / chunk_of(s));
+      if (s.is_decoded()) keys += s.tk, chunks_ = most(chunks_, (s.tk + chunk_of(s) - 1) / chunk_of(s));
     }
     const long tasks = heads * chunks_;
     const int threads = int(most(1, least(call_.threads, tasks)));
+    asks_ = keys * call_.heads_k * (call_.dim + call_.dim_v) * long(sizeof(K)) > threads * kNear;
     Arena counting;
     Scratch(*this, counting);
     Memory memory(counting.used() * threads + tasks * rows_ * (width_v_ + 2) * long(sizeof(A)) + 256);
@@ -93,12 +84,13 @@ class Decode {
   struct Scratch {
     Query* q;                   // [rows, width]
     A *scores, *bias, *rescale;  // [4, kStep], [kStep], [4]
-    const K **k, **v;            // [kStep], rows
+    const K **k, **v;            // [kStep + kAhead], rows
+    long known;                  // rows in k and v
     float *k_scale, *v_scale;    // [kStep], of int8
     Scratch(const Decode& d, Arena& arena) {
       q = arena.take<Query>(d.rows_ * d.width_);
       scores = arena.take<A>(kRows * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kRows);
-      k = arena.take<const K*>(kStep), v = arena.take<const K*>(kStep);
+      k = arena.take<const K*>(kStep + kAhead), v = arena.take<const K*>(kStep + kAhead);
       k_scale = arena.take<float>(kScaled ? kStep : 0), v_scale = arena.take<float>(kScaled ? kStep : 0);
     }
   };
@@ -129,7 +121,9 @@ class Decode {
     }
     for (long j = begin; j < end; j += kStep) {
       const long n = least(kStep, end - j);
-      rows_of(call_, call_.k, s, b, hk, j, n, x.k), rows_of(call_, call_.v, s, b, hk, j, n, x.v);
+      x.known = least(asks_ ? kStep + kAhead : kStep, end - j);
+      rows_of(call_, call_.k, s, b, hk, j, x.known, x.k), rows_of(call_, call_.v, s, b, hk, j, x.known, x.v);
+      for (long i = x.known; i % 4 != 0; ++i) x.k[i] = x.k[i - 1];  // keys are met four at a time
       if constexpr (kScaled)
         scales_of(call_, call_.k_scale, s, b, hk, j, n, x.k_scale), scales_of(call_, call_.v_scale, s, b, hk, j, n, x.v_scale);
       for (long r = 0; r < rows; r += kRows) {
@@ -153,7 +147,7 @@ class Decode {
   // Rows r.. meet keys [j0, j0 + n).
   template <int R>
   void meet(const Sequence& s, long b, long hk, long r, long j0, long n, A* o, A* max, A* sum, Scratch& x) const {
-    multiply_keys<R>(x.k, n, x.q + r * width_, x.scores, apart_ && r == 0 ? x.v : nullptr);
+    multiply_keys<R>(x, n, x.q + r * width_, asks_ && r == 0);
     for (int i = 0; i < R; ++i) {
       const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
       A* const scores = x.scores + i * kStep;
@@ -168,10 +162,10 @@ class Decode {
       const long wide = call_.dim_v - long(c) * L;
       A* const out = o + r * width_v_ + c * L;
       if (wide >= 4 * L)
-        multiply_values<R, 4, true>(c * L, n, x, out, wide);
+        multiply_values<R, 4, true>(c * L, n, x, out, wide, asks_ && r == 0);
       else
         for (int one = c; one < vectors; ++one)
-          multiply_values<R, 1, false>(one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L);
+          multiply_values<R, 1, false>(one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L, false);
     }
   }
 
@@ -179,29 +173,30 @@ class Decode {
     for (long j = 0; j < n; j += L) store(x + j, load(x + j) * load(by + j));
   }
 
-  // Into the second cache: rows that lie a power of two apart would drive each other out of the first.
-  static void prefetch_row(const K* row, long width) {
-    for (long d = 0; d < width; d += 64 / long(sizeof(K))) __builtin_prefetch(row + d, 0, 2);
+  // Asks for `count` elements of a row that will be read soon, into the second cache: rows that lie a power of two apart would
+  // drive each other out of the first. The processor's own prefetchers stop at each page of memory, which has only a few rows.
+  static FASTSEQ_INLINE void ask(const K* row, int count) {
+    FASTSEQ_UNROLL for (int i = 0; i < count; i += 64 / int(sizeof(K))) __builtin_prefetch(row + i, 0, 2);
   }
 
   template <int R>
-  void multiply_keys(const K* const* k, long n, const Query* q, A* scores, const K* const* v) const {
+  __attribute__((noinline)) void multiply_keys(const Scratch& x, long n, const Query* q, bool asks) const {
     for (long j = 0; j < n; j += 4) {
-      for (long i = j; v && i < least(j + 4, n); ++i) {
-        prefetch_row(k[least(i + kAhead, n - 1)], call_.dim), prefetch_row(v[i], call_.dim_v);
-      }
-      const K* rows[4];
-      FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) rows[i] = k[least(j + i, n - 1)];
+      const K* const* const ahead = asks ? x.k + (j + kAhead < x.known ? j + kAhead : j) : nullptr;
       Vec<A> acc[R][4] = {};
       long d = 0;
-      for (; d + kQueryLanes <= call_.dim; d += kQueryLanes) add_products<R, true>(rows, d, q, acc);
-      if (d < call_.dim) add_products<R, false>(rows, d, q, acc);
+      for (; d + kQueryLanes <= call_.dim; d += kQueryLanes) {
+        if (ahead && (kQueryLanes * sizeof(K) >= 64 || d * sizeof(K) % 64 == 0))
+          FASTSEQ_UNROLL for (int i = 0; i < 4; ++i) ask(ahead[i] + d, 1);
+        add_products<R, true>(x.k + j, d, q, acc);
+      }
+      if (d < call_.dim) add_products<R, false>(x.k + j, d, q, acc);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum_four<A>(acc[r], scores + r * kStep + j);
+      for (int r = 0; r < R; ++r) sum_four<A>(acc[r], x.scores + r * kStep + j);
     }
   }
   template <int R, bool kWhole>
-  FASTSEQ_INLINE void add_products(const K* const (&rows)[4], long d, const Query* q, Vec<A> (&acc)[R][4]) const {
+  FASTSEQ_INLINE void add_products(const K* const* rows, long d, const Query* q, Vec<A> (&acc)[R][4]) const {
 #if defined(__AVX512BF16__)
     if constexpr (kDot) {
       const __mmask32 some = __mmask32((uint64_t(1) << (kWhole ? 32 : call_.dim - d)) - 1);
@@ -232,13 +227,14 @@ class Decode {
   }
 
   template <int R, int N, bool kWhole>
-  void multiply_values(long d, long n, const Scratch& x, A* o, long wide) const {
+  void multiply_values(long d, long n, const Scratch& x, A* o, long wide, bool asks) const {
     Vec<A> acc[R][N];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < N; ++c) acc[r][c] = load(o + r * width_v_ + c * L) * x.rescale[r];
     for (long j = 0; j < n; ++j) {
+      if (asks) ask(x.v[j + kAhead < x.known ? j + kAhead : j] + d, N * L);
       const K* const v = x.v[j] + d;
       Vec<A> vv[N];
 #pragma GCC unroll 4
@@ -352,8 +348,8 @@ class Decode {
   const Scoring<S> scoring_;
   const Dropout dropout_;
   const long group_, rows_, width_, width_v_;
-  const bool apart_;  // the processor does not foresee the next row
   long chunks_ = 1;    // of the longest sequence
+  bool asks_ = false;  // for memory before it is read
   A *o_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // [B, Hk, chunks, rows] (o: times width_v)
 };
 

@@ -93,6 +93,7 @@ FASTSEQ_INLINE void for_runs(const AttentionCall& call, const View& view, const 
 template <class T>
 void rows_of(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n, const T** rows) {
   for_runs<T>(call, view, s, b, h, j, n, [&](const T* row, long place, long count) {
+#pragma GCC unroll 4
     for (long i = 0; i < count; ++i, row += view.row) rows[place + i] = row;
   });
 }

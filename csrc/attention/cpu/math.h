@@ -1,11 +1,11 @@
-// Vector pieces of the attention kernels: 2^x, tanh, selection by bits, transposition, bfloat16 pairs.
+// Vector pieces of the attention kernels: 2^x, tanh, selection by bits, bfloat16 pairs.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
 #include <type_traits>
 #include <utility>
 
-#include "core/simd.h"
+#include "core/lanes.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
@@ -149,35 +149,6 @@ FASTSEQ_INLINE Vec<A> select(uint64_t bits, Vec<A> yes, Vec<A> no) {
   FASTSEQ_UNROLL for (int i = 0; i < kLanes<A>; ++i) lane[i] = Int(1) << i;
   return ((splat<Int>(Int(bits & kLaneBits<A>)) & lane) != 0) ? yes : no;
 #endif
-}
-
-template <class V, size_t... I>
-FASTSEQ_INLINE V zip_low(V a, V b, std::index_sequence<I...>) {
-  constexpr int n = int(sizeof...(I));
-  return __builtin_shufflevector(a, b, (int(I) / 2 + (int(I) % 2) * n)...);
-}
-template <class V, size_t... I>
-FASTSEQ_INLINE V zip_high(V a, V b, std::index_sequence<I...>) {
-  constexpr int n = int(sizeof...(I));
-  return __builtin_shufflevector(a, b, (n / 2 + int(I) / 2 + (int(I) % 2) * n)...);
-}
-
-// Transposes a square of lanes x lanes, by log2(lanes) perfect shuffles of its rows.
-template <class A>
-FASTSEQ_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
-  constexpr int n = kLanes<A>;
-  using Index = std::make_index_sequence<size_t(n)>;
-#pragma GCC unroll 4
-  for (int stage = 1; stage < n; stage *= 2) {
-    Vec<A> next[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = zip_low(rows[i], rows[i + n / 2], Index{});
-      next[2 * i + 1] = zip_high(rows[i], rows[i + n / 2], Index{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
 }
 
 // Two rows of 16-bit elements side by side: element i of the result is (low[i], high[i]). n: elements that exist.

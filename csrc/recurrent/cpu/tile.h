@@ -6,6 +6,7 @@
 // Weights that were packed beforehand, of a type smaller than the activations', lie likewise with words of several k in
 // the place of terms (operand.h).
 #pragma once
+#include "core/lanes.h"
 #include "recurrent/cpu/operand.h"
 
 namespace fastseq {
@@ -339,64 +340,6 @@ TileFunction<E, W> tile_function(int rows, int width) {
   if constexpr (G <= 2)
     if (width == 2) return tile_function<E, W, G, 2>(rows);
   return tile_function<E, W, G, 1>(rows);
-}
-
-// Lane-wise choice between two vectors: lane l is mask(l) >= 0 ? a[mask(l)] : b[...], as __builtin_shufflevector.
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct LanesUpTo<0, I...> {
-  using type = Lanes<I...>;
-};
-// With b's elements counted from L on. keep: a where bit D of the lane is clear, else b. cross: the partner lanes.
-template <int D, class V, int... I>
-FASTSEQ_INLINE V keep_lanes(V a, V b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I)...);
-}
-template <int D, class V, int... I>
-FASTSEQ_INLINE V cross_lanes(V a, V b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I + D)...);
-}
-template <int D, class V, int... I>
-FASTSEQ_INLINE V low_lanes(V a, V b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I - D : I)...);
-}
-template <int D, class V, int... I>
-FASTSEQ_INLINE V high_lanes(V a, V b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? int(sizeof...(I)) + I : I + D)...);
-}
-
-// N vectors made into one, a power of two, by adding lanes D apart and wider until lane l has what was in vector l of N;
-// from D = 1 with as many vectors as lanes, lane l is the sum of all lanes of v[l].
-template <class A, int N, int D = 1>
-FASTSEQ_INLINE Vec<A> sums_of(const Vec<A>* v) {
-  typename LanesUpTo<kLanes<A>>::type lanes;
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    Vec<A> half[N / 2];
-    FASTSEQ_UNROLL for (int i = 0; i < N / 2; ++i)
-      half[i] = keep_lanes<D>(v[2 * i], v[2 * i + 1], lanes) + cross_lanes<D>(v[2 * i], v[2 * i + 1], lanes);
-    return sums_of<A, N / 2, 2 * D>(half);
-  }
-}
-
-// The L x L matrix of v's lanes, transposed in place.
-template <class A, int D = 1>
-FASTSEQ_INLINE void transpose(Vec<A>* v) {
-  constexpr int L = kLanes<A>;
-  typename LanesUpTo<L>::type lanes;
-  if constexpr (D < L) {
-    FASTSEQ_UNROLL for (int i = 0; i < L; ++i)
-      if (!(i & D)) {
-        Vec<A> low = low_lanes<D>(v[i], v[i + D], lanes);
-        v[i + D] = high_lanes<D>(v[i], v[i + D], lanes);
-        v[i] = low;
-      }
-    transpose<A, 2 * D>(v);
-  }
 }
 
 // Rows of activations and the rows of unpacked weights that they meet.

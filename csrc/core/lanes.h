@@ -1,4 +1,4 @@
-// Lanes of vectors brought together: sums of lanes, and the transposition of a square.
+// Lanes of vectors brought together: sums of lanes, the greatest, and the transposition of a square.
 #pragma once
 #include <utility>
 
@@ -60,6 +60,21 @@ FASTSEQ_INLINE A sum_lanes(Vec<A> v) {
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
   else
     return sums[0] + sums[1];
+}
+
+template <class V, size_t... I>
+FASTSEQ_INLINE auto greater_half(V v, std::index_sequence<I...>) {
+  const auto low = __builtin_shufflevector(v, v, int(I)...), high = __builtin_shufflevector(v, v, int(I + sizeof...(I))...);
+  return low > high ? low : high;
+}
+// The greatest lane of v, none of them a NaN.
+template <class A, class V = Vec<A>>
+FASTSEQ_INLINE A greatest_lane(V v) {
+  constexpr size_t lanes = sizeof(V) / sizeof(A);
+  if constexpr (lanes == 2)
+    return v[0] > v[1] ? v[0] : v[1];
+  else
+    return greatest_lane<A>(greater_half(v, std::make_index_sequence<lanes / 2>{}));
 }
 
 // The L x L matrix of v's lanes, transposed in place.

@@ -68,6 +68,11 @@ template <int kC, int kA, int kB>
 inline void tile_multiply_bytes() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
+// The same of signed bytes.
+template <int kC, int kA, int kB>
+inline void tile_multiply_signed_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+}
 
 }  // namespace FASTSEQ_ISA
 }  // namespace fastseq

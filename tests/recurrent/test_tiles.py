@@ -16,7 +16,7 @@ import fastseq
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "sanitize" / "tile_model.h"
-FAULTS = 15
+FAULTS = 16
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -48,7 +48,7 @@ def test_the_instructions_are_the_chips(tmp_path):
     source.write_text(
         '#include "core/tiles.h"\nusing namespace fastseq::baseline;\nvoid f(const TileShapes& s, void* p) {\n'
         "tile_configure(s); tile_zero<3>(); tile_load<4>(p, 64); tile_load<7>(p, 64); tile_multiply<3, 4, 7>();\n"
-        "tile_multiply_bytes<3, 4, 7>();"
+        "tile_multiply_bytes<3, 4, 7>(); tile_multiply_signed_bytes<3, 4, 7>();"
         "tile_store<3>(p, 64); tile_release(); }\n"
     )
     command = ["g++", "-std=c++17", "-O2", "-S", "-mamx-tile", "-mamx-bf16", "-iquotecsrc", source, "-o", "-"]
@@ -58,9 +58,10 @@ def test_the_instructions_are_the_chips(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith(("tile", "ldtile", "tdp"))]
     assert [line.split()[0] for line in found] == [
-        "ldtilecfg", "tilezero", "tileloadd", "tileloadd", "tdpbf16ps", "tdpbusd", "tilestored", "tilerelease"
+        "ldtilecfg", "tilezero", "tileloadd", "tileloadd", "tdpbf16ps", "tdpbusd", "tdpbssd",
+        "tilestored", "tilerelease",
     ]  # fmt: skip
-    for product in found[4:6]:
+    for product in found[4:7]:
         assert product.endswith("%tmm7, %tmm4, %tmm3")  # B, A, C
 
 

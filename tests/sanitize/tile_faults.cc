@@ -41,8 +41,8 @@ int right_product() {
   return tile_model::configured != 0;
 }
 
-// The same of bytes, unsigned and signed, from a start.
-int right_product_of_bytes() {
+// The same of bytes, unsigned or signed and signed, from a start.
+int right_product_of_bytes(bool is_signed) {
   constexpr int M = 5, K = 7, N = 3;  // rows, fours, columns
   uint8_t a[M][4 * K];
   int8_t b[K][4 * N];
@@ -60,13 +60,16 @@ int right_product_of_bytes() {
   tile_load<0>(start, 0);
   tile_load<1>(a, sizeof a[0]);
   tile_load<2>(b, sizeof b[0]);
-  tile_multiply_bytes<0, 1, 2>();
+  if (is_signed)
+    tile_multiply_signed_bytes<0, 1, 2>();
+  else
+    tile_multiply_bytes<0, 1, 2>();
   tile_store<0>(c, sizeof c[0]);
   tile_release();
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
       int32_t expected = start[n];
-      for (int k = 0; k < 4 * K; ++k) expected += a[m][k] * b[k / 4][4 * n + k % 4];
+      for (int k = 0; k < 4 * K; ++k) expected += (is_signed ? int8_t(a[m][k]) : a[m][k]) * b[k / 4][4 * n + k % 4];
       if (c[m][n] != expected) return std::printf("FAILED: %d, expected %d\n", c[m][n], expected), 1;
     }
   return tile_model::configured != 0;
@@ -91,7 +94,7 @@ int main(int, char** argv) {
   alignas(64) static char memory[16 * 64];
   TileShapes shapes;
   switch (std::atoi(argv[1])) {
-    case 0: return right_product() || right_product_of_bytes();
+    case 0: return right_product() || right_product_of_bytes(false) || right_product_of_bytes(true);
     case 1: tile_zero<0>(); break;                             // nothing was configured
     case 2: shapes.shape(0, 17, 64), tile_configure(shapes); break;
     case 3: shapes.shape(0, 16, 68), tile_configure(shapes); break;
@@ -111,6 +114,10 @@ int main(int, char** argv) {
     case 15:
       configure(16, 64, 16, 64, 16, 64);
       tile_multiply_bytes<0, 1, 1>();
+      break;
+    case 16:
+      configure(16, 64, 16, 64, 16, 64);
+      tile_multiply_signed_bytes<0, 1, 1>();
       break;
     case 14:
       configure(16, 64, 16, 64, 16, 64);

@@ -110,15 +110,15 @@ inline void multiply(int c, int a, int b) {
     }
   ++products;
 }
-// TDPBUSD: unsigned bytes of A, signed ones of B, in 32-bit integers, which wrap.
-inline void multiply_bytes(int c, int a, int b) {
+// TDPBUSD, and TDPBSSD where A is signed: bytes of A, unsigned or signed, by signed ones of B, in 32-bit integers, which wrap.
+inline void multiply_bytes(int c, int a, int b, bool a_is_signed) {
   require_multipliable(c, a, b);
   for (int m = 0; m < tiles.rows[c]; ++m)
     for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
       uint32_t sum;
       std::memcpy(&sum, tiles.data[c][m] + 4 * n, 4);
       for (int k = 0; k < tiles.row_bytes[a]; ++k)
-        sum += uint32_t(int(tiles.data[a][m][k]) * int(static_cast<signed char>(tiles.data[b][k / 4][4 * n + k % 4])));
+        sum += uint32_t((a_is_signed ? int(static_cast<signed char>(tiles.data[a][m][k])) : int(tiles.data[a][m][k])) * int(static_cast<signed char>(tiles.data[b][k / 4][4 * n + k % 4])));
       std::memcpy(tiles.data[c][m] + 4 * n, &sum, 4);
     }
   ++products;
@@ -151,7 +151,11 @@ void tile_multiply() {
 }
 template <int kC, int kA, int kB>
 void tile_multiply_bytes() {
-  tile_model::multiply_bytes(kC, kA, kB);
+  tile_model::multiply_bytes(kC, kA, kB, false);
+}
+template <int kC, int kA, int kB>
+void tile_multiply_signed_bytes() {
+  tile_model::multiply_bytes(kC, kA, kB, true);
 }
 
 }  // namespace FASTSEQ_ISA

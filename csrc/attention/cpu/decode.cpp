@@ -1,12 +1,13 @@
 // Attention of a few queries over many keys: the work is to read K and V once, so it is divided over the keys.
 //
-// A task is a head of K and V and a chunk of its keys, whose size follows from the sequence's own length; all queries that share the head are its rows. Within a chunk,
-// blocks of keys stay in the first cache while four rows at a time meet them: scores by dot products, lanes along the
-// features; then the online softmax, lanes along the keys; then O. Chunks are merged by their maxima and sums, in
-// order.
+// A task is a head of K and V and a chunk of its keys, whose size follows from the sequence's own length; all queries that
+// share the head are its rows. Within a chunk, blocks of keys stay in the first cache while four rows at a time meet them:
+// scores by dot products, lanes along the features; then the online softmax, lanes along the keys; then O. On chips with
+// AMX its tiles make both products of bfloat16 and int8. Chunks are merged by their maxima and sums, in order.
 #include <atomic>
 
 #include "attention/cpu/attention.h"
+#include "attention/cpu/decode_tiles.h"
 #include "attention/cpu/scores.h"
 #include "core/parallel.h"
 
@@ -16,11 +17,11 @@ namespace {
 
 constexpr long kMost = 2048;   // keys a task, at most
 constexpr long kLeast = 512;   // and at least
-constexpr long kStep = 128;    // keys a block
+constexpr long kEven = 128;    // a multiple of this
 constexpr long kTasks = 4;     // chunks of a sequence between these
-constexpr int kRows = 4;       // rows at once
+constexpr int kRows = 4;       // rows at once, by vectors
+constexpr int kAtOnce = 16;    // and at most
 constexpr long kNear = 1 << 20;  // bytes a thread that are likely in its second cache
-constexpr long kAhead = 32;    // keys for which memory is asked before they are met
 
 // The sums of the lanes of four vectors.
 template <class A>
@@ -40,12 +41,15 @@ class Decode {
   static constexpr int L = kLanes<A>;
   static constexpr bool kScaled = __is_same(K, q8);
   static constexpr bool kDot = kHasDot && __is_same(K, bf16);
+  static constexpr bool kTiles = kHasTiles && (kDot || kScaled);
+  static constexpr long kStep = kTiles && kDot ? 64 : 128;  // keys a block: with what tiles lay down they fit the first cache
+  static constexpr long kAhead = kTiles ? kStep : 32;  // keys for which memory is asked before they are met
   using Query = std::conditional_t<kDot, S, A>;  // what q is kept as
-  static constexpr long kQueryLanes = kVectorBytes / long(sizeof(Query));
+  static constexpr long kQueryLanes = kTiles ? 64 / long(sizeof(K)) : kVectorBytes / long(sizeof(Query));
 
   explicit Decode(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
-        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, L)) {}
+        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, kTiles ? kQueryLanes : L)) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;
@@ -68,6 +72,7 @@ class Decode {
     const bool merge_alone = tasks * rows_ * width_v_ < 65536;
     std::atomic<long> next{0};
     parallel(threads, [&](const Team& team) {
+      [[maybe_unused]] const std::conditional_t<kTiles, TileScope, int> tiles{};
       Arena arena(memory.data + counting.used() * team.rank);
       Scratch scratch(*this, arena);
       for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) compute(task, scratch);
@@ -83,20 +88,28 @@ class Decode {
  private:
   struct Scratch {
     Query* q;                   // [rows, width]
-    A *scores, *bias, *rescale;  // [4, kStep], [kStep], [4]
+    A *scores, *bias, *rescale;  // [kAtOnce, kStep], [kStep], [kAtOnce]
     const K **k, **v;            // [kStep + kAhead], rows
     long known;                  // rows in k and v
     float *k_scale, *v_scale;    // [kStep], of int8
-    Scratch(const Decode& d, Arena& arena) {
+    std::conditional_t<kTiles, DecodeTiles<K>, int> tiles;
+    Scratch(const Decode& d, Arena& arena) : tiles(d.tiles(arena)) {
       q = arena.take<Query>(d.rows_ * d.width_);
-      scores = arena.take<A>(kRows * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kRows);
+      scores = arena.take<A>(kAtOnce * kStep), bias = arena.take<A>(kStep), rescale = arena.take<A>(kAtOnce);
       k = arena.take<const K*>(kStep + kAhead), v = arena.take<const K*>(kStep + kAhead);
       k_scale = arena.take<float>(kScaled ? kStep : 0), v_scale = arena.take<float>(kScaled ? kStep : 0);
     }
   };
 
+  auto tiles(Arena& arena) const {
+    if constexpr (kTiles)
+      return DecodeTiles<K>(call_.dim, call_.dim_v, rows_, kStep, call_.k.row, arena);
+    else
+      return 0;
+  }
+
   // Keys a task of a sequence: enough tasks for many threads, though heads are few.
-  static long chunk_of(const Sequence& s) { return least(kMost, most(kLeast, round_up(s.tk / kTasks, kStep))); }
+  static long chunk_of(const Sequence& s) { return least(kMost, most(kLeast, round_up(s.tk / kTasks, kEven))); }
 
   void compute(long task, Scratch& x) {
     const long b = task / chunks_ / call_.heads_k, hk = task / chunks_ % call_.heads_k;
@@ -111,14 +124,13 @@ class Decode {
     if (begin >= end) return;
     for (long r = 0; r < rows; ++r) {  // row r: head r / tq of the group, query r % tq
       const S* q = at<S>(call_.q, b, hk * group_ + r / s.tq, s.q_row + r % s.tq);
-      for (long d = 0; d < width_; ++d) {
-        if constexpr (kDot)
-          x.q[r * width_ + d] = d < call_.dim ? q[d] : S{};
-        else
-          x.q[r * width_ + d] = d < call_.dim ? widen(q[d]) : A(0);
-      }
+      if constexpr (kDot)
+        pad_rows(q, 0, 1, call_.dim, width_, x.q + r * width_);
+      else
+        widen_rows(q, 0, 1, 1, call_.dim, width_, x.q + r * width_);
       for (long d = 0; d < width_v_; d += L) store(o + r * width_v_ + d, Vec<A>{});
     }
+    if constexpr (kTiles) x.tiles.take_queries(x.q, rows);
     for (long j = begin; j < end; j += kStep) {
       const long n = least(kStep, end - j);
       x.known = least(asks_ ? kStep + kAhead : kStep, end - j);
@@ -126,6 +138,10 @@ class Decode {
       for (long i = x.known; i % 4 != 0; ++i) x.k[i] = x.k[i - 1];  // keys are met four at a time
       if constexpr (kScaled)
         scales_of(call_, call_.k_scale, s, b, hk, j, n, x.k_scale), scales_of(call_, call_.v_scale, s, b, hk, j, n, x.v_scale);
+      if constexpr (kTiles) {
+        meet_tiles(s, b, hk, rows, j, n, o, max, sum, x);
+        continue;
+      }
       for (long r = 0; r < rows; r += kRows) {
         switch (least(kRows, rows - r)) {
           case 1:
@@ -142,21 +158,15 @@ class Decode {
         }
       }
     }
+    if constexpr (kTiles)
+      for (long r = 0; r < rows; ++r) x.tiles.order(o + r * width_v_);
   }
 
   // Rows r.. meet keys [j0, j0 + n).
   template <int R>
   void meet(const Sequence& s, long b, long hk, long r, long j0, long n, A* o, A* max, A* sum, Scratch& x) const {
     multiply_keys<R>(x, n, x.q + r * width_, asks_ && r == 0);
-    for (int i = 0; i < R; ++i) {
-      const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
-      A* const scores = x.scores + i * kStep;
-      if constexpr (kScaled) multiply(scores, x.k_scale, n);
-      score(s, b, h, row, j0, n, scores, x.bias);
-      exponentiate(scores, n, max[r + i], sum[r + i], x.rescale[i]);
-      if (dropout_.active) drop(b, h, row, j0, n, scores);
-      if constexpr (kScaled) multiply(scores, x.v_scale, n);
-    }
+    for (int i = 0; i < R; ++i) weigh(s, b, hk, r, i, j0, n, max, sum, x);
     const int vectors = int(width_v_ / L);
     for (int c = 0; c < vectors; c += 4) {
       const long wide = call_.dim_v - long(c) * L;
@@ -167,6 +177,38 @@ class Decode {
         for (int one = c; one < vectors; ++one)
           multiply_values<R, 1, false>(one * L, n, x, o + r * width_v_ + one * L, call_.dim_v - long(one) * L, false);
     }
+  }
+
+  // The same of all rows, by tiles.
+  void meet_tiles(const Sequence& s, long b, long hk, long rows, long j0, long n, A* o, A* max, A* sum, Scratch& x) const {
+    if constexpr (kTiles) {
+      auto& tiles = x.tiles;
+      Ahead<K> ahead;
+      if (asks_) ahead = Ahead<K>(x.k + n, x.v + n, x.known - n, call_.dim, call_.dim_v);
+      tiles.take_values(x.v, n, ahead);
+      for (long r = 0; r < rows; r += tiles.kRows) {
+        const int count = int(least(tiles.kRows, rows - r));
+        tiles.multiply_keys(x.k, n, r, count, x.scores, ahead);
+        const long share = ahead.share(4, rows);
+        for (int i = 0; i < count; ++i) {
+          weigh(s, b, hk, r, i, j0, n, max, sum, x);
+          ahead.ask(share);
+          tiles.take_weights(i, x.scores + i * kStep, n);
+        }
+        tiles.add_values(n, count, x.rescale, o + r * width_v_, ahead);
+      }
+    }
+  }
+
+  // Products of row r + i, the i-th of those at once, to weights of v.
+  void weigh(const Sequence& s, long b, long hk, long r, int i, long j0, long n, A* max, A* sum, Scratch& x) const {
+    const long h = hk * group_ + (r + i) / s.tq, row = (r + i) % s.tq;
+    A* const scores = x.scores + i * kStep;
+    if constexpr (kScaled) multiply(scores, x.k_scale, n);
+    score(s, b, h, row, j0, n, scores, x.bias);
+    exponentiate(scores, n, max[r + i], sum[r + i], x.rescale[i]);
+    if (dropout_.active) drop(b, h, row, j0, n, scores);
+    if constexpr (kScaled) multiply(scores, x.v_scale, n);
   }
 
   static void multiply(A* x, const float* by, long n) {
@@ -283,8 +325,7 @@ class Decode {
   void exponentiate(A* scores, long n, A& max, A& sum, A& rescale) const {
     Vec<A> tops = splat(A(-kInfinity));
     for (long j = 0; j < n; j += L) tops = maximum<A>(load(scores + j), tops);
-    A top = max;
-    FASTSEQ_UNROLL for (int l = 0; l < L; ++l) top = tops[l] > top ? tops[l] : top;
+    const A top = most_of(max, greatest_lane<A>(tops));
     const A safe = top == A(-kInfinity) ? A(0) : top;
     const Vec<A> factor = splat(scoring_.factor), base = splat(safe);
     rescale = exp2<A>((max - base) * factor)[0];

@@ -92,9 +92,16 @@ FASTSEQ_INLINE void for_runs(const AttentionCall& call, const View& view, const 
 // One at a time.
 template <class T>
 void rows_of(const AttentionCall& call, const View& view, const Sequence& s, long b, long h, long j, long n, const T** rows) {
+  constexpr long L = kLanes<int64_t>;
+  const long step = view.row * long(sizeof(T));
+  Vec<int64_t> steps;
+  FASTSEQ_UNROLL for (int l = 0; l < L; ++l) steps[l] = l * step;
   for_runs<T>(call, view, s, b, h, j, n, [&](const T* row, long place, long count) {
-#pragma GCC unroll 4
-    for (long i = 0; i < count; ++i, row += view.row) rows[place + i] = row;
+    const T** const out = rows + place;
+    Vec<int64_t> at = steps + int64_t(row);
+    long i = 0;
+    for (; i + L <= count; i += L, at += L * step) std::memcpy(out + i, &at, sizeof at);
+    for (; i < count; ++i) out[i] = row + i * view.row;
   });
 }
 // The scales of int8 rows.

@@ -137,7 +137,7 @@ def _decline(*args: Any) -> Any:
 
 
 _NATIVE = None if MISSING is not None else importlib.import_module("fastseq._native")
-_NAMES = "infer unchanged is_plain layers_forward layers_backward attend attend_backward multihead".split()  # noqa: SIM905
-infer, unchanged, is_plain, layers_forward, layers_backward, attend, attend_backward, multihead = (
-    getattr(_NATIVE, name, _decline) for name in _NAMES
+_NAMES = "infer unchanged is_plain layers_forward layers_backward attend attend_kept attend_backward multihead"
+infer, unchanged, is_plain, layers_forward, layers_backward, attend, attend_kept, attend_backward, multihead = (
+    getattr(_NATIVE, name, _decline) for name in _NAMES.split()
 )

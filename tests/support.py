@@ -37,7 +37,7 @@ def fill_new_memory_with_junk(on: bool) -> None:
     assert not on or torch.empty(3, device="cpu").isnan().all(), "the allocator does not poison"
 
 
-FAST_PATHS = ("infer", "layers_forward", "layers_backward", "attend", "attend_backward", "multihead")
+FAST_PATHS = ("infer", "layers_forward", "layers_backward", "attend", "attend_kept", "attend_backward", "multihead")
 """The native calls past torch's dispatcher (fastseq/direct.py)."""
 
 

@@ -1,5 +1,6 @@
-// Attention of dense tensors, called straight from Python: see recurrent/direct.cpp.
+// Attention called straight from Python: see recurrent/direct.cpp.
 #include "attention/direct.h"
+#include "attention/ops.h"
 
 namespace fastseq {
 namespace {
@@ -15,14 +16,22 @@ bool unpack(PyObject* tuple, Py_ssize_t count, PyObject** to) {
   return true;
 }
 
-// q, k and v of four dimensions, bias and mask. Settings: scale (None: 1 / sqrt(D)), causal, bottom_right, window (both
-// sides, or None), softcap, grouped (k and v may have fewer heads).
+// scale (None: 1 / sqrt(D), which the call has), causal, bottom_right, window (both sides, or None), softcap, grouped (k and v
+// may have fewer heads). False: none of these.
+bool read_settings(PyObject* settings, AttentionCall& call, bool& grouped) {
+  PyObject *set[6], *window[2];
+  return unpack(settings, 6, set) && (set[0] == Py_None || read(set[0], call.scale)) && read(set[1], call.causal) &&
+         read(set[2], call.bottom_right) && read(set[4], call.softcap) && call.softcap >= 0 && read(set[5], grouped) &&
+         (set[3] == Py_None || (unpack(set[3], 2, window) && read(window[0], call.window_left) &&
+                                read(window[1], call.window_right)));
+}
+
+// q, k and v of four dimensions, bias and mask, and settings.
 struct Heads {
   Strided q, k, v, bias, mask;
 
   // False: the fast path does not take the call.
   bool take(PyObject* const* tensors, PyObject* settings, AttentionCall& call) {
-    PyObject *set[6], *window[2];
     if (!q.take(tensors[0]) || !k.take(tensors[1]) || !v.take(tensors[2]) || !bias.take(tensors[3]) ||
         !mask.take(tensors[4]) || q.rank != 4 || k.rank != 4 || v.rank != 4 || k.code != q.code || v.code != q.code)
       return false;
@@ -30,14 +39,8 @@ struct Heads {
     call.heads_k = k.sizes[1], call.length_k = k.sizes[2], call.dim_v = v.sizes[3];
     call.q = q.view(), call.k = k.view(), call.v = v.view();
     bool grouped;
-    if (!unpack(settings, 6, set) || !read(set[1], call.causal) || !read(set[2], call.bottom_right) ||
-        !read(set[4], call.softcap) || call.softcap < 0 || !read(set[5], grouped) || !complete(call, q, bias, mask))
-      return false;
-    if (set[0] != Py_None && !read(set[0], call.scale)) return false;
-    if (set[3] != Py_None && (!unpack(set[3], 2, window) || !read(window[0], call.window_left) ||
-                              !read(window[1], call.window_right)))
-      return false;
-    return k.is({call.batch, call.heads_k, call.length_k, call.dim}) &&
+    return complete(call, q, bias, mask) && read_settings(settings, call, grouped) &&
+           k.is({call.batch, call.heads_k, call.length_k, call.dim}) &&
            v.is({call.batch, call.heads_k, call.length_k, call.dim_v}) && call.heads_q % call.heads_k == 0 &&
            (grouped || call.heads_q == call.heads_k) && q.has_unit_rows() && k.has_unit_rows() && v.has_unit_rows();
   }
@@ -56,18 +59,13 @@ int64_t products(const AttentionCall& call) {
   return call.batch * call.heads_q * call.length_q * call.length_k * (call.dim + call.dim_v);
 }
 
-// What a kernel returns: whether there was memory for its scratch.
-void require_scratch(bool enough) {
-  if (!enough) throw std::runtime_error("attention: out of memory for the kernel's scratch");
-}
-
 }  // namespace
 
 void attend_into(AttentionForward& call) {
   const size_t rows = size_t(call.batch * call.heads_q * call.length_q);
   if (!call.lse.data) call.lse.data = denominators.of(rows * bytes_of(accumulator_of(call.dtype)));
   call.lse = {call.lse.data, call.heads_q * call.length_q, call.length_q, 1};
-  require_scratch(run_attention(call));
+  check_memory(run_attention(call));
 }
 
 // attend(q, k, v, bias, mask, settings) -> o, with gradients on (o, lse); or None. See Heads.
@@ -82,6 +80,25 @@ PyObject* attend(PyObject* const* args, Py_ssize_t count) {
   if (!o.get() || (with_lse && !lse.get())) return nullptr;
   compute(products(call), [&] { attend_into(call); });
   return with_lse ? PyTuple_Pack(2, o.get(), lse.get()) : o.release();
+}
+
+// attend_kept(q, k, v, bias, mask, settings, sinks, lengths_q, lengths_k, block_table, k_scale, v_scale) -> o, of any of these
+// without gradients, or None: by the operator's own function, which checks them.
+PyObject* attend_kept(PyObject* const* args, Py_ssize_t count) {
+  MaybeTensor x[12];
+  AttentionCall call;
+  bool grouped, plain = count == 12 && is_plain_call();
+  for (Py_ssize_t i = 0; plain && i < 12; i += i == 4 ? 2 : 1)
+    if (Borrowed borrowed; (plain = borrowed.take(args[i]))) x[i] = borrowed.tensor();
+  if (!plain || !x[0] || !x[1] || !x[2] || x[0]->dim() == 0) return decline();
+  call.scale = std::pow(double(x[0]->size(-1)), -0.5);
+  if (!read_settings(args[5], call, grouped)) return decline();
+  compute(kAlone, [&] {
+    x[0] = std::get<0>(attention_forward_cpu(*x[0], *x[1], *x[2], x[3], x[4], x[6], {}, x[7], x[8], {}, {}, {}, x[9], x[10],
+                                             x[11], {}, call.scale, call.causal, call.bottom_right, call.window_left,
+                                             call.window_right, call.softcap, 0));
+  });
+  return wrapped(*x[0]);
 }
 
 // attend_backward(d_o, (q, k, v, bias, mask, o, lse), settings) -> (dq, dk, dv, None) or None.
@@ -110,7 +127,7 @@ PyObject* attend_backward(PyObject* const* args, Py_ssize_t count) {
       dk(make_as(given.k, given.k.sizes, call.dtype, call.dk)),
       dv(make_as(given.v, given.v.sizes, call.dtype, call.dv));
   if (!dq.get() || !dk.get() || !dv.get()) return nullptr;
-  compute(3 * products(call), [&] { require_scratch(FASTSEQ_DISPATCH(attention_backward, call)); });
+  compute(3 * products(call), [&] { check_memory(FASTSEQ_DISPATCH(attention_backward, call)); });
   return PyTuple_Pack(4, dq.get(), dk.get(), dv.get(), Py_None);
 }
 

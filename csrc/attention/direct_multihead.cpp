@@ -7,6 +7,7 @@
 // The products are torch's own, by the functions that its compiler's code calls, looked up by name: where torch has them
 // no more, the layer is declined.
 #include "attention/direct.h"
+#include "attention/weights.h"
 
 namespace fastseq {
 namespace {
@@ -51,25 +52,6 @@ struct Linear {
 constexpr int64_t kMostWeightedKeys = 256;  // about where the weights take as long as everything else
 
 thread_local Workspace unit_vectors;
-
-// The matrix of weights [B, heads, Tq, Tk] of a call: its output for values that are the unit vectors. Sums of one p and
-// of zeros, they are exact; the product takes Tk / D times what it takes with v. And their mean over the heads, if asked.
-template <class A>
-void weigh_into(AttentionForward call, A* weights, A* mean) {
-  const int64_t keys = call.length_k, pairs = call.length_q * keys;
-  A* const unit = static_cast<A*>(unit_vectors.of(size_t(keys * keys) * sizeof(A)));
-  std::fill(unit, unit + keys * keys, A(0));
-  for (int64_t j = 0; j < keys; ++j) unit[j * keys + j] = 1;
-  call.v = {unit, 0, 0, keys}, call.dim_v = keys;
-  call.o = {weights, call.heads_q * pairs, pairs, keys};
-  attend_into(call);
-  for (int64_t b = 0; mean && b < call.batch; ++b, mean += pairs) {
-    std::fill(mean, mean + pairs, A(0));
-    for (int64_t h = 0; h < call.heads_q; ++h, weights += pairs)
-      for (int64_t i = 0; i < pairs; ++i) mean[i] += weights[i];
-    for (int64_t i = 0; i < pairs; ++i) mean[i] /= A(call.heads_q);
-  }
-}
 
 class Multihead {
  public:
@@ -120,7 +102,8 @@ class Multihead {
   }
   template <class A>
   void weigh(const Tensor& weights, const std::optional<Tensor>& mean) {
-    weigh_into(call_, static_cast<A*>(weights.data_ptr()), mean ? static_cast<A*>(mean->data_ptr()) : nullptr);
+    A* const unit = static_cast<A*>(unit_vectors.of(size_t(call_.length_k * call_.length_k) * sizeof(A)));
+    weigh_into(call_, attend_into, unit, static_cast<A*>(weights.data_ptr()), mean ? static_cast<A*>(mean->data_ptr()) : nullptr);
   }
   // x W^T + b with `matrices` of W_q, W_k, W_v from the `first` on: [rows, matrices * E].
   Tensor project(Strided& x, int64_t rows, int64_t first, int64_t matrices) {

@@ -27,12 +27,12 @@ const AttentionRules kRules = {
     },
 };
 
-void check_memory(bool enough) { STD_TORCH_CHECK(enough, "attention: out of memory for the kernel's scratch"); }
-
 // Whether rows belong to no sequence: no kernel writes them.
 bool leaves_rows(const int32_t* offsets, int64_t batch, int64_t total) { return offsets && offsets[batch] != total; }
 
 }  // namespace
+
+void check_memory(bool enough) { STD_TORCH_CHECK(enough, "attention: out of memory for the kernel's scratch"); }
 
 TwoTensors attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, FASTSEQ_ATTENTION_OPTIONS) {
   AttentionForward call;

@@ -16,6 +16,9 @@ FiveTensors attention_backward_cpu(const torch::stable::Tensor& d_o, const Maybe
                                    const torch::stable::Tensor& v, const torch::stable::Tensor& o,
                                    const torch::stable::Tensor& lse, FASTSEQ_ATTENTION_OPTIONS, bool bias_grad);
 
+// What a kernel on the CPU returns: whether there was memory for its scratch.
+void check_memory(bool enough);
+
 namespace cuda {
 
 TwoTensors attention_forward_cuda(const torch::stable::Tensor& q, const torch::stable::Tensor& k,

@@ -143,6 +143,7 @@ inline const char* text_of(PyObject* object) { return PyUnicode_AsUTF8AndSize(ob
 
 // attention/direct.cpp
 PyObject* attend(PyObject* const* args, Py_ssize_t count);
+PyObject* attend_kept(PyObject* const* args, Py_ssize_t count);
 PyObject* attend_backward(PyObject* const* args, Py_ssize_t count);
 // attention/direct_multihead.cpp
 PyObject* multihead(PyObject* const* args, Py_ssize_t count);

@@ -224,16 +224,10 @@ PyObject* described(PyObject* const* args, Py_ssize_t count) {
 
 }  // namespace
 
-PyMethodDef direct_methods[] = {method<infer>("infer"),
-                                method<unchanged>("unchanged"),
-                                method<is_plain>("is_plain"),
-                                method<layers_forward>("layers_forward"),
-                                method<layers_backward>("layers_backward"),
-                                method<attend>("attend"),
-                                method<attend_backward>("attend_backward"),
-                                method<multihead>("multihead"),
-                                method<bind>("bind"),
-                                method<described>("described"),
-                                {nullptr, nullptr, 0, nullptr}};
+PyMethodDef direct_methods[] = {
+    method<infer>("infer"), method<unchanged>("unchanged"), method<is_plain>("is_plain"),
+    method<layers_forward>("layers_forward"), method<layers_backward>("layers_backward"), method<attend>("attend"),
+    method<attend_kept>("attend_kept"), method<attend_backward>("attend_backward"), method<multihead>("multihead"),
+    method<bind>("bind"), method<described>("described"), {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace fastseq

@@ -19,13 +19,18 @@ from fastseq.autograd import recorder
 from fastseq.backend import native_attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple) -> Tensor | None:
-    """o of dense attention that is not checked; None where the fast path does not take the call.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple, kept: tuple | None = None
+) -> Tensor | None:  # fmt: skip
+    """o of attention that is not checked; None where the fast path does not take the call.
 
-    ``settings``: scale, causal, bottom_right, window, softcap, and whether k and v may have fewer heads.
+    ``settings``: scale, causal, bottom_right, window, softcap, and whether k and v may have fewer heads. ``kept``:
+    sinks, lengths_q, lengths_k, block_table, k_scale and v_scale, for a call without gradients.
     """
     if torch.compiler.is_compiling():
         return None
+    if kept is not None:
+        return direct.attend_kept(q, k, v, bias, mask, settings, *kept) if native_attention() else None
     if not native_attention() and not divided.takes_attention(q, k, v, bias, mask, settings):
         return None
     if bias is not None and torch.is_grad_enabled() and getattr(bias, "requires_grad", True):

@@ -156,12 +156,13 @@ def attention(
         (k, v, k_scale, v_scale), lengths_k, block_table, window = cache.arguments(window, given, of_positions)
     elif k is None or v is None:
         raise TypeError("attention: k and v are missing; give both, or cache= in their place")
-    short = sinks is alibi_slopes is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is block_table is None
-    short = short and prefix_lengths is prefix is None
+    short = alibi_slopes is cu_seqlens_q is cu_seqlens_k is prefix_lengths is prefix is None
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
+        plain = sinks is lengths_q is lengths_k is block_table is None
+        kept = None if plain else (sinks, lengths_q, lengths_k, block_table, k_scale, v_scale)
         o = direct_attention.attend(
-            q, k, v, bias, mask, (scale, causal, align == "bottom_right", window, softcap, True)
+            q, k, v, bias, mask, (scale, causal, align == "bottom_right", window, softcap, True), kept
         )  # fmt: skip
         if o is not None:
             return o

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from support import needs_native
+from support import fast_paths, needs_native
 from test_direct import Counting, Dispatch, Functions, leaves_nothing_behind
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
@@ -166,7 +166,15 @@ def spied(monkeypatch, *names):
 @pytest.fixture
 def taken(monkeypatch):
     """Calls of inference that took the fast path, as they go."""
-    return spied(monkeypatch, "attend", "multihead")
+    return spied(monkeypatch, "attend", "attend_kept", "multihead")
+
+
+def caches(k, v):
+    """A cache of each layout with these keys and values."""
+    for options in ({}, {"page_size": 3}, {"window": 5}, {"dtype": torch.int8}, {"dtype": torch.int8, "page_size": 4}):
+        cache = fastseq.KVCache(*k.shape[:2], k.shape[3], dim_v=v.shape[3], **options)
+        cache.append(k, v)
+        yield cache
 
 
 def test_who_takes_the_short_way(taken):
@@ -175,16 +183,18 @@ def test_who_takes_the_short_way(taken):
     every = (
         lambda: fastseq.attention(q, k, v),
         lambda: fastseq.attention(q, k, v, bias=torch.randn(5, 7), causal=True, window=(2, 0), softcap=2.0, scale=0.1),
+        lambda: fastseq.attention(q, k, v, sinks=torch.randn(4), bias=torch.randn(2, 4, 5, 7)),
         lambda: fastseq.scaled_dot_product_attention(q, k, v),
         lambda: fastseq.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True, is_causal=True),
         lambda: fastseq.scaled_dot_product_attention(q, k, v, torch.ones(5, 7, dtype=torch.bool)),
+        lambda: fastseq.attention(q, k, v, lengths_k=torch.tensor([7, 2]), lengths_q=torch.tensor([0, 5])),
+        *(lambda c=c: fastseq.attention(q, cache=c, causal=True) for c in caches(k, v)),
         lambda: layer.eval()(x, x, x),
     )
     not_one = (
         lambda: fastseq.attention(q, k, v, dropout_p=0.5),
         lambda: fastseq.attention(q, k, v, return_lse=True),
-        lambda: fastseq.attention(q, k, v, lengths_k=torch.tensor([7, 2])),
-        lambda: fastseq.attention(q, k, v, sinks=torch.randn(4)),
+        lambda: fastseq.attention(q, k, v, lengths_k=torch.tensor([7, 2], dtype=torch.int32)),
         lambda: fastseq.attention(q, k, v, alibi_slopes=torch.rand(4)),
         lambda: fastseq.attention(q, k, v, backend="reference"),
         lambda: fastseq.scaled_dot_product_attention(q, k, v, dropout_p=0.5),
@@ -203,7 +213,7 @@ def test_who_takes_the_short_way(taken):
             f()
         for name in ("reference", "torch"):
             with use_backend(name):
-                for f in every[:1] + every[2:]:
+                for f in every[:1] + every[3:]:  # torch has no softcap and no sinks
                     f()
         assert "runs on: native " in fastseq.explain(*every[:1])
         assert not taken
@@ -213,6 +223,46 @@ def test_who_takes_the_short_way(taken):
     for f in every:
         f()
     assert "multihead" not in taken, "gradients are on"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cache_is_read_the_same_both_ways(grad):
+    q, k, v = call()[:3]
+    for cache in caches(k, v):
+        q.requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            for options in ({}, {"softcap": 3.0, "scale": 0.2}, {"sinks": torch.randn(4)}):
+                fast = fastseq.attention(q, cache=cache, causal=True, **options)
+                with fast_paths(required=False):
+                    slow = fastseq.attention(q, cache=cache, causal=True, **options)
+                assert torch.equal(fast, slow)
+                assert fast.stride() == slow.stride()
+                assert fast.requires_grad == slow.requires_grad == grad
+
+
+def test_what_a_cache_or_lengths_cannot_be_is_said():
+    q, k, v = call()[:3]
+    with torch.no_grad():
+        for match, options in {
+            "lengths_k must": {"lengths_k": torch.tensor([8, 2])},
+            "lengths_q must": {"lengths_q": torch.tensor([5, -1])},
+            "lengths_k": {"lengths_k": torch.tensor([3])},
+            "lengths_k is missing": {"block_table": torch.zeros(2, 2, dtype=torch.int32)},
+            "sinks": {"sinks": torch.randn(3)},
+        }.items():
+            with pytest.raises(ArgumentError, match=match):
+                fastseq.attention(q, k, v, **options)
+        pools = k.transpose(1, 2), v.transpose(1, 2)
+        for page in (2, -1):
+            table = torch.full((2, 2), page, dtype=torch.int32)
+            with pytest.raises(ArgumentError, match="block_table must name pages"):
+                fastseq.attention(q, *pools, block_table=table, lengths_k=torch.tensor([1, 1]))
+        cache = fastseq.KVCache(2, 4, 16)
+        cache.append(k, k)
+        with pytest.raises(ArgumentError, match="features"):
+            fastseq.attention(q[..., :8], cache=cache)
+        with pytest.raises(ArgumentError):
+            fastseq.attention(q[:1], cache=cache)
 
 
 def test_errors_stay_what_they_are():

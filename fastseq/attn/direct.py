@@ -20,7 +20,7 @@ from fastseq.backend import native_attention
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple, kept: tuple | None = None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, settings: tuple, kept: tuple = ()
 ) -> Tensor | None:  # fmt: skip
     """o of attention that is not checked; None where the fast path does not take the call.
 
@@ -29,7 +29,7 @@ def attend(
     """
     if torch.compiler.is_compiling():
         return None
-    if kept is not None:
+    if kept:
         return direct.attend_kept(q, k, v, bias, mask, settings, *kept) if native_attention() else None
     if not native_attention() and not divided.takes_attention(q, k, v, bias, mask, settings):
         return None

@@ -160,7 +160,7 @@ def attention(
     short = short and backend is None and dropout_p == 0.0 and not return_lse and align in ("bottom_right", "top_left")
     if short:
         plain = sinks is lengths_q is lengths_k is block_table is None
-        kept = None if plain else (sinks, lengths_q, lengths_k, block_table, k_scale, v_scale)
+        kept = () if plain else (sinks, lengths_q, lengths_k, block_table, k_scale, v_scale)
         o = direct_attention.attend(
             q, k, v, bias, mask, (scale, causal, align == "bottom_right", window, softcap, True), kept
         )  # fmt: skip

@@ -7,7 +7,9 @@ import faulthandler
 import importlib
 import sys
 
-from fastseq import cli
+import torch
+
+from fastseq import __version__, cli
 
 COMMANDS = {
     "doctor": "what works on this machine, what does not, and the command that fixes it",
@@ -25,9 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="\n".join(f"{name:<10} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, help="followed by its own options; COMMAND --help lists them")
+    parser.add_argument("--version", action="version", version=f"fastseq {__version__}, torch {torch.__version__}")
+    what = "followed by its own options; COMMAND --help lists them"
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=what)
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help(sys.stderr)
+        return cli.USAGE
     # Only the command's own module is imported: the doctor must run where another part is broken.
     module = importlib.import_module(f"fastseq.{MODULES.get(chosen.command, chosen.command)}")
     own = argparse.ArgumentParser(prog=f"python -m fastseq {chosen.command}", description=COMMANDS[chosen.command])

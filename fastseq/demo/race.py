@@ -137,7 +137,8 @@ def start(kind: Kind, text: Text, steps: int, device: torch.device, seed: int) -
 def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, float, float], None]) -> None:
     """Run the race; Ctrl-C or running out of ``seconds`` ends it early and leaves what was done.
 
-    ``tell(steps, torch's loss, fastseq's loss)`` is called after each step of either side.
+    ``tell(steps, torch's loss, fastseq's loss)`` is called after each step of either side, with the losses of the last
+    step that both have made.
     """
     device = next(race.ours.model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -145,8 +146,8 @@ def run(race: Race, text: Text, seed: int, seconds: float, tell: Callable[[int, 
     longest_turn = 0.0
 
     def told(_: float) -> None:
-        last = [side.losses[-1] if side.losses else math.nan for side in (race.theirs, race.ours)]
-        tell(len(race.theirs.losses) + len(race.ours.losses), last[0], last[1])
+        theirs, ours = (side.losses[race.done - 1] if race.done else math.nan for side in (race.theirs, race.ours))
+        tell(len(race.theirs.losses) + len(race.ours.losses), theirs, ours)
 
     order = [race.theirs, race.ours]
     try:

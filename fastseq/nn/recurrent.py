@@ -260,7 +260,7 @@ class RNN(_OfOneState):
     0 <= p < 1. ``zoneout=p`` (Krueger et al. 2017): in training each unit keeps its old value at a step with
     probability p, in evaluation it moves by the expectation, h_t = p h_{t-1} + (1 - p) h_t.
 
-    ``recompute=True`` keeps the states at some steps of a training call only, and walks again from there in the
+    ``recompute=True`` keeps the states at some steps of a training call only, and recomputes the others in the
     backward pass: less memory for more time (:func:`fastseq.functional.rnn`).
 
     ``norm="layer"`` normalises W_ih x and W_hh h at every step (Ba et al. 2016). Each layer and direction then has the

@@ -54,7 +54,7 @@ def rnn(
             1 / (1 - recurrent_dropout), each sequence, layer and direction for itself (Gal and Ghahramani 2016).
         zoneout: the probability that a unit keeps its old value at a step. With ``training`` the call draws which do,
             each unit and step for itself; else h_t = zoneout * h_{t-1} + (1 - zoneout) * h_t (Krueger et al. 2017).
-        recompute: in training keep the states at some steps only, and walk again from there in the backward pass, which
+        recompute: in training keep the states at some steps only, and recompute the others in the backward pass, which
             takes one more forward pass. For the native kernels; torch.compile and transforms of torch.func keep
             everything, and so does ``return_all_states``.
         norm: ``"layer"`` (Ba et al. 2016): h_t = phi(g_ih LN(W_ih x_t) + b_ih + g_hh LN(W_hh h_{t-1}) + b_hh), LN being

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastseq
 from bench.__main__ import main as bench
 from fastseq import cli
 from fastseq.__main__ import main as demo
@@ -37,6 +38,19 @@ def start(arguments: list[str], **settings: Any) -> subprocess.CompletedProcess[
 def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What was said on stderr, without the line a case that tells of progress."""
     return [line for line in done.stderr.splitlines() if not line.startswith(("[1/1", "ONNX Runtime is left out"))]
+
+
+def test_the_version_is_told_with_torchs() -> None:
+    done = start(["fastseq", "--version"], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"fastseq {fastseq.__version__}, torch {torch.__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo([]) == cli.USAGE
+    told = capsys.readouterr().err
+    assert told.startswith("usage: python -m fastseq ")
+    assert "doctor     what works on this machine" in told
 
 
 def test_a_reader_that_leaves_early_ends_a_listing_in_silence() -> None:

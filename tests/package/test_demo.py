@@ -106,6 +106,16 @@ def test_losses_agree_within_the_stated_tolerances(step, loss, agrees, text_file
     assert ("same losses" in demo.verdict([result])) is agrees
 
 
+def test_progress_shows_both_losses_at_the_same_step(text_file):
+    text, told = data.load(text_file, 128), []
+    result = start("gru", text, 12)
+    race.run(result, text, 0, math.inf, lambda *now: told.append(now))
+    pairs = set(zip(result.theirs.losses, result.ours.losses, strict=True))
+    assert [steps for steps, _, _ in told] == list(range(1, 25))
+    assert math.isnan(told[0][1])  # the other side has not begun
+    assert {(theirs, ours) for _, theirs, ours in told[1:]} <= pairs
+
+
 def test_it_stops_in_time_when_no_steps_were_asked_for(text_file):
     text = data.load(text_file, 128)
     result = start("gru", text, 1000)

@@ -2,8 +2,7 @@
 
 FASTSEQ_BUILD says how much: ``auto`` (all that can be built, the CUDA kernels only where there is an NVIDIA GPU; never
 fails), ``cpu``, ``cuda`` (fail if that cannot be built) or ``none``. FASTSEQ_ISAS says for which processors: ``all``
-instruction sets, or ``native``: the best of this processor, and baseline. What was built, and why the rest was not,
-goes into ``fastseq/_build.json`` for the doctor.
+instruction sets, or ``native``: the best of this processor, and baseline. ``fastseq/_build.json`` says what was built.
 
 Every kernel source (csrc/*/cpu) is compiled once per instruction set, the sources that talk to torch once, and all is
 linked into ``fastseq/_native.abi3.so``: by the stable ABIs of Python and torch, so that it serves every later version.
@@ -286,9 +285,7 @@ def build_cpu(report: Report) -> list[Path]:
     report.compiler = version
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
-        raise Unavailable(
-            f"Python.h is not in {python_include}; install Python's headers (Debian: apt install python3-dev)"
-        )
+        raise Unavailable(f"Python.h is not in {python_include}; install its package (Debian: apt install python3-dev)")
     base = [*command, *COMMON_FLAGS]
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
 
@@ -430,6 +427,7 @@ class BuildNative(build_ext):
         if getattr(self, "written", None) is not None:
             return
         report, libraries = build(os.environ.get("FASTSEQ_BUILD") or "auto")
+        self.cuda = "".join(re.findall(r"\d+", report.nvcc or "")) if "cuda" in libraries else ""
         in_place = self.inplace or self.editable_mode
         target = ROOT / "fastseq" if in_place else Path(self.build_lib, "fastseq")
         target.mkdir(parents=True, exist_ok=True)
@@ -457,12 +455,14 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """bdist_wheel that compiles first, because the wheel's tag depends on whether anything was built."""
+    """bdist_wheel that compiles first, because the wheel's name depends on what was built."""
 
     def run(self) -> None:
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build_ext")
         self.root_is_pure = not self.distribution.has_ext_modules()
+        if cuda := self.get_finalized_command("build_ext").cuda:  # a name beside the CPU wheel's
+            self.build_number = f"1cu{cuda}"
         super().run()
 
 

@@ -1,4 +1,4 @@
-"""Training that keeps a stack's states at some steps only, and walks again from there in the backward pass."""
+"""Training that keeps a stack's states at some steps only, and computes the others again in the backward pass."""
 
 from __future__ import annotations
 

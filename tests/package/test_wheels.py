@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 check = runpy.run_path(str(ROOT / "tests" / "wheels" / "check.py"))
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -31,6 +33,16 @@ def test_a_wheels_contents_are_checked(names, size, fault, tmp_path):
             made.writestr(name, bytes(size // len(names)))
     found = check["faults"](tmp_path / "one.whl")
     assert (fault is None and found == []) or fault in found[0]
+
+
+@pytest.mark.parametrize("sets", [["baseline", "amx_bf16"], list(SETUP["ISAS"]["x86_64"])], ids=["native", "all"])
+def test_a_wheel_for_one_processor_is_refused(sets, tmp_path):
+    wheel = tmp_path / "one-x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr("fastseq/_native.abi3.so", b"")
+        made.writestr("fastseq/_build.json", json.dumps({"instruction_sets": sets}))
+    found = check["faults"](wheel)
+    assert found == [] if len(sets) > 2 else "no kernels for avx2, avx512, avx512_bf16" in found[0]
 
 
 def test_torch_is_the_oldest_that_the_package_takes_the_pinned_one_or_the_newest():

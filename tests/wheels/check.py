@@ -8,8 +8,10 @@ and a short suite away from the source tree.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ MOST_BYTES = 20e6
 """Of a wheel without CUDA kernels."""
 
 LIBRARIES = {f"fastseq/{name}" for name in ("_native.abi3.so", "_native_cuda.abi3.so", "libfastseq.so")}
+BUILD_REPORT = "fastseq/_build.json"
 TORCHS = ("libtorch*", "libc10*", "libcudart*", "libgomp*")
 """Libraries that torch brings. A second copy of OpenMP's runtime would start threads of its own."""
 
@@ -48,12 +51,17 @@ print(f"torch {torch.__version__}, OpenMP of {runtimes[0]}")
 
 def faults(wheel: Path) -> list[str]:
     """What is wrong with a wheel's contents."""
-    names = zipfile.ZipFile(wheel).namelist()
+    opened = zipfile.ZipFile(wheel)
+    names = opened.namelist()
     found = [f"{name} is not a library of fastseq" for name in names if ".so" in name and name not in LIBRARIES]
     if "fastseq/_native.abi3.so" not in names:
         found.append("it has no native kernels")
     elif "fastseq/_native_cuda.abi3.so" not in names and wheel.stat().st_size > MOST_BYTES:
         found.append(f"it has {wheel.stat().st_size:,} bytes, expected at most {MOST_BYTES:,.0f}")
+    if BUILD_REPORT in names and wheel.stem.endswith("x86_64"):
+        built = json.loads(opened.read(BUILD_REPORT))["instruction_sets"]
+        if missing := set(runpy.run_path(str(ROOT / "setup.py"))["ISAS"]["x86_64"]) - set(built):
+            found.append(f"it has no kernels for {', '.join(sorted(missing))}; build it with FASTSEQ_ISAS=all")
     return found
 
 

@@ -191,12 +191,20 @@ class Decode {
         tiles.multiply_keys(x.k, n, r, count, x.scores, ahead);
         const long share = ahead.share(4, rows);
         for (int i = 0; i < count; ++i) {
+          if (!tiles.is_finite(r + i)) multiply_one_by_one(x.q + (r + i) * width_, x.k, n, x.scores + i * kStep);
           weigh(s, b, hk, r, i, j0, n, max, sum, x);
           ahead.ask(share);
           tiles.take_weights(i, x.scores + i * kStep, n);
         }
         tiles.add_values(n, count, x.rescale, o + r * width_v_, ahead);
       }
+    }
+  }
+
+  void multiply_one_by_one(const Query* q, const K* const* k, long n, A* scores) const {
+    for (long j = 0; j < n; ++j) {
+      scores[j] = 0;
+      for (long d = 0; d < call_.dim; ++d) scores[j] += widen(q[d]) * widen(k[j][d]);
     }
   }
 

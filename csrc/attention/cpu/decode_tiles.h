@@ -73,6 +73,9 @@ class DecodeTiles {
     if (dim_ != width_) std::memset(copies_, 0, size_t(kBlocks * kSide * width_) * sizeof(K));
   }
 
+  // Whether a row of q is numbers, which alone have digits.
+  bool is_finite(long r) const { return units_[r] == units_[r]; }
+
   // scores [count, keys]: rows `first`, a multiple of kRows, and on, with n keys.
   void multiply_keys(const K* const* k, long n, long first, int count, float* scores, Ahead<K>& ahead) {
     const long share = ahead.share(4, (n + kSide - 1) / kSide);
@@ -215,17 +218,17 @@ class DecodeTiles {
       const uint32_t most_bits = _mm512_reduce_max_epu32(bits);
       float most;
       std::memcpy(&most, &most_bits, sizeof most);
-      const bool tiny = most < kMost * 0x1p-126f;
-      const float inverse = tiny ? 0x1p126f : kMost / most;
+      const float larger = most < 0x1p-60f ? 0x1p60f : 1;  // so that the inverse is finite
+      const float inverse = most == 0 ? 0 : kMost / (most * larger);
       const __m512i half = _mm512_set1_epi32(0x808080);  // what makes digits of -128 .. 127 from bytes
       for (long j = 0; j < n; j += 16) {
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_set1_ps(inverse)));
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_set1_ps(larger)), _mm512_set1_ps(inverse)));
         const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(whole, half), half);
         _mm_storeu_si128((__m128i*)(out + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 16)));
         _mm_storeu_si128((__m128i*)(out + kRows * width + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8)));
         _mm_storeu_si128((__m128i*)(out + 2 * kRows * width + j), _mm512_cvtepi32_epi8(digits));
       }
-      return tiny ? 0x1p-126f : most / kMost + (most - most);  // NaN of an infinity too
+      return most / kMost + (most - most);  // NaN of an infinity too
     }
   }
   // 16 sums whose parts lie `step` rows of a tile apart.

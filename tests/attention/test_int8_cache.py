@@ -330,3 +330,20 @@ def test_the_operator_looks_at_scales(change, message):
     torch.ops.fastseq.attention_forward.native(*call)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastseq.attention_forward.native(*call._replace(**change))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_and_very_small_numbers_are_what_they_are(isa, dtype):
+    k, v = drawn(70)
+    k[..., 3] = torch.where(k[..., 3] < 0, -1.0, 1.0)  # an infinity times 0 is a NaN
+    v *= 1e-34
+    q = torch.randn(BATCH, 2 * HEADS, 1, DIM).to(dtype)
+    q[0, 1, 0, 3], q[1, 0, 0, 3] = math.inf, -math.inf
+    cache = made("contiguous")
+    cache.append(k, v)
+    with torch.no_grad():
+        o, lse = fastseq.attention(q, cache=cache, scale=0.2, softcap=2.0, return_lse=True)
+    true_o, true_lse = reference(q.double(), *as_kept(k, v), **{**PLAIN, "scale": 0.2, "softcap": 2.0})
+    assert_within_budget(o, true_o.to(dtype), true_o)
+    assert_within_budget(lse, true_lse.float(), true_lse)

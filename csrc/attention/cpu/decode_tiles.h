@@ -1,7 +1,7 @@
 // The products of decode by AMX's tiles: keys are met 16 at a time, where they lie, by all queries that share their head.
 //
-// Of bfloat16, q and the weights of the values are multiplied as bfloat16. Of int8 they are whole numbers of 24 bits times
-// a unit, that of a row of q and that of a row's block of weights, in three digits of base 256: products and sums are exact.
+// Of bfloat16, q and the weights of the values are multiplied as bfloat16. Of int8 they are whole numbers of 24 bits, fractions
+// of the largest in a row of q and in a row's block of weights, in three digits of base 256: products and sums are exact.
 #pragma once
 #include "attention/cpu/tile.h"
 
@@ -48,13 +48,14 @@ class DecodeTiles {
   // keys: a block's, a multiple of kTerms.
   // step: elements from a key to the next, where they lie evenly.
   DecodeTiles(long dim, long dim_v, long rows, long keys, long step, Arena& arena)
-      : dim_(dim), dim_v_(dim_v), keys_(keys), step_(step), width_(round_up(dim, kTerms)), vectors_(round_up(dim_v, kTerms) / kSide) {
+      : dim_(dim), dim_v_(dim_v), keys_(keys), step_(step), width_(round_up(dim, kTerms)),
+        vectors_(round_up(dim_v, kTerms) / kSide) {
     queries_ = arena.take<float>(round_up(rows, kRows) / kRows * width_ / kGroup * kSide);
     values_ = arena.take<float>(keys / kGroup * vectors_ * kSide);
     copies_ = arena.take<K>(kBlocks * kSide * width_);
     parts_ = arena.take<K>(kSide * most(keys, width_));
     sums_ = arena.take<float>(most(keys, kBlocks * kSide) * kSide);
-    units_ = arena.take<float>(rows);
+    most_ = arena.take<float>(rows);
   }
 
   // q: [rows, dim up to a multiple of kTerms], zeros from dim on.
@@ -62,7 +63,7 @@ class DecodeTiles {
     std::memset(parts_, 0, size_t(kSide * width_) * sizeof(K));
     float* out = queries_;
     for (long first = 0; first < rows; first += kRows) {
-      for (long r = first; r < least(rows, first + kRows); ++r) units_[r] = split(q + r * width_, width_, r - first, width_);
+      for (long r = first; r < least(rows, first + kRows); ++r) most_[r] = split(q + r * width_, width_, r - first, width_);
       for (long d = 0; d < width_ / kGroup; d += kSide, out += kSide * kSide) {
         Vec<float> square[kSide];  // only moved, never computed with
         for (int i = 0; i < kSide; ++i) square[i] = load(reinterpret_cast<const float*>(parts_ + i * width_) + d);
@@ -74,7 +75,7 @@ class DecodeTiles {
   }
 
   // Whether a row of q is numbers, which alone have digits.
-  bool is_finite(long r) const { return units_[r] == units_[r]; }
+  bool is_finite(long r) const { return most_[r] == most_[r]; }
 
   // scores [count, keys]: rows `first`, a multiple of kRows, and on, with n keys.
   void multiply_keys(const K* const* k, long n, long first, int count, float* scores, Ahead<K>& ahead) {
@@ -114,14 +115,15 @@ class DecodeTiles {
         for (long d = 0; d < dim_v_; d += kTerms) {
           const long wide = least(kTerms, dim_v_ - d) * long(sizeof(K));
           const __mmask64 there = ~__mmask64(0) >> (64 - wide);
-          interleave([&](int i) { return j + i < n ? _mm512_maskz_loadu_epi8(there, v[j + i] + d) : _mm512_setzero_si512(); }, out + d * kSide);
+          const auto row = [&](int i) { return j + i < n ? _mm512_maskz_loadu_epi8(there, v[j + i] + d) : _mm512_setzero_si512(); };
+          interleave(row, out + d * kSide);
         }
     }
   }
   // weights: [n], of row r of those at once; room for a multiple of kTerms.
   void take_weights(int r, float* weights, long n) {
     for (long j = n; j % kTerms != 0; ++j) weights[j] = 0;
-    weight_units_[r] = split(weights, round_up(n, kTerms), r, keys_);
+    weight_most_[r] = split(weights, round_up(n, kTerms), r, keys_);
   }
   // o [count, vectors_ * 16] = o * rescale + weights v; a row's features lie as `order` finds them.
   void add_values(long n, int count, const float* rescale, float* o, Ahead<K>& ahead) {
@@ -142,7 +144,7 @@ class DecodeTiles {
       for (int i = 0; i < tiles; ++i)
         for (int r = 0; r < count; ++r) {
           float* const out = o + (r * vectors_ + c + i) * kSide;
-          store(out, load(out) * rescale[r] + sum_of(sums_ + (i * kSide + r) * kSide, kSide, weight_units_[r]));
+          store(out, load(out) * rescale[r] + sum_of(sums_ + (i * kSide + r) * kSide, weight_most_[r]));
         }
     }
   }
@@ -190,7 +192,8 @@ class DecodeTiles {
     if (n == kSide && dim_ == width_) {
       const __m512i step = _mm512_set1_epi64(step_ * long(sizeof(K))), start = _mm512_set1_epi64(long(rows[0]));
       const __m512i low = start + step * _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), high = low + step * 8;
-      if ((_mm512_cmpneq_epi64_mask(low, _mm512_loadu_si512(rows)) | _mm512_cmpneq_epi64_mask(high, _mm512_loadu_si512(rows + 8))) == 0)
+      if (_mm512_cmpeq_epi64_mask(low, _mm512_loadu_si512(rows)) == 0xff &&
+          _mm512_cmpeq_epi64_mask(high, _mm512_loadu_si512(rows + 8)) == 0xff)
         return rows[0];
     }
     K* const copy = copies_ + i * kSide * width_;
@@ -199,7 +202,9 @@ class DecodeTiles {
     return copy;
   }
 
-  // Row r of parts_, rows of `width` elements: x[n], as it is or in digits, whose unit is returned.
+  static constexpr float kMost = 8355000;  // a little less than three times the digit 127
+
+  // Row r of parts_, rows of `width` elements: x[n], as it is, or in digits of which kMost is the number returned.
   float split(const bf16* x, long n, long r, long width) {
     std::memcpy(parts_ + r * width, x, size_t(n) * sizeof *x);
     return 1;
@@ -211,7 +216,6 @@ class DecodeTiles {
         _mm512_storeu_si512(out + j, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + j + 16), _mm512_loadu_ps(x + j)));
       return 1;
     } else {
-      constexpr float kMost = 8355000;  // a little less than three times the digit 127
       __m512i bits = _mm512_setzero_si512();  // by bits, so that a NaN is more than any number
       for (long j = 0; j < n; j += 16)
         bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_loadu_si512(x + j), _mm512_set1_epi32(0x7fffffff)));
@@ -222,20 +226,21 @@ class DecodeTiles {
       const float inverse = most == 0 ? 0 : kMost / (most * larger);
       const __m512i half = _mm512_set1_epi32(0x808080);  // what makes digits of -128 .. 127 from bytes
       for (long j = 0; j < n; j += 16) {
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_set1_ps(larger)), _mm512_set1_ps(inverse)));
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_set1_ps(larger));
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, _mm512_set1_ps(inverse)));
         const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(whole, half), half);
         _mm_storeu_si128((__m128i*)(out + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 16)));
         _mm_storeu_si128((__m128i*)(out + kRows * width + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8)));
         _mm_storeu_si128((__m128i*)(out + 2 * kRows * width + j), _mm512_cvtepi32_epi8(digits));
       }
-      return most / kMost + (most - most);  // NaN of an infinity too
+      return most + (most - most);  // NaN of an infinity too
     }
   }
-  // 16 sums whose parts lie `step` rows of a tile apart.
-  static FASTSEQ_INLINE Vec<float> sum_of(const float* part, long row, float unit) {
+  // 16 sums, whose parts lie kRows rows of a tile apart, of digits of which kMost is `most`.
+  static FASTSEQ_INLINE Vec<float> sum_of(const float* part, float most) {
     if constexpr (!kWhole) return load(part);
-    const auto number = [&](int p) { return (Vec<float>)_mm512_cvtepi32_ps(_mm512_loadu_si512(part + p * kRows * row)); };
-    return (number(0) * 65536.0f + number(1) * 256.0f + number(2)) * unit;
+    const auto number = [&](int p) { return (Vec<float>)_mm512_cvtepi32_ps(_mm512_loadu_si512(part + p * kRows * kSide)); };
+    return (number(0) * 65536.0f + number(1) * 256.0f + number(2)) * (1 / kMost) * most;
   }
 
   // sums [16 keys, 16 rows] as rows of scores.
@@ -244,7 +249,7 @@ class DecodeTiles {
     for (int i = 0; i < kSide; ++i) square[i] = load(sums + i * kSide);
     transpose<float>(square);
     for (int i = 0; i < kSide; ++i) store(sums + i * kSide, square[i]);
-    for (int r = 0; r < count; ++r) store(scores + r * keys_, sum_of(sums + r * kSide, kSide, units_[first + r]));
+    for (int r = 0; r < count; ++r) store(scores + r * keys_, sum_of(sums + r * kSide, most_[first + r]));
   }
 
   const long dim_, dim_v_, keys_, step_, width_, vectors_;
@@ -253,8 +258,8 @@ class DecodeTiles {
   K* copies_;       // [kBlocks, 16, width]
   K* parts_;        // [16, keys or width]: parts of row r are r, r + kRows, ...
   float* sums_;     // [kBlocks, 16, 16], of int8 32-bit integers
-  float* units_;    // [rows], of q
-  float weight_units_[kRows] = {};
+  float* most_;     // [rows]: the largest magnitude of a row of q
+  float weight_most_[kRows] = {};
 };
 
 #else

@@ -117,7 +117,7 @@ def test_every_mode_is_noticed_in_every_thread():
 
 
 def test_it_is_on_with_this_torch():
-    assert all(getattr(direct, name) is not None for name in direct._NAMES)
+    assert all(getattr(direct, name) is not None for name in direct._NAMES.split())
 
 
 def test_a_trial_that_fails_turns_it_off_and_says_which(monkeypatch):
@@ -441,7 +441,7 @@ def test_tangents_go_on_without_gradients(kind, direct_too, monkeypatch):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn((3, 5) if "Cell" in kind else (4, 3, 5), dtype=torch.float64)
     if not direct_too:
-        for name in direct._NAMES:
+        for name in direct._NAMES.split():
             monkeypatch.setattr(direct, name, direct._decline)
 
     def tangent(layer):

@@ -16,8 +16,8 @@ bool unpack(PyObject* tuple, Py_ssize_t count, PyObject** to) {
   return true;
 }
 
-// scale (None: 1 / sqrt(D), which the call has), causal, bottom_right, window (both sides, or None), softcap, grouped (k and v
-// may have fewer heads). False: none of these.
+// scale (None: 1 / sqrt(D), which the call has), causal, bottom_right, window (both sides, or None), softcap, grouped (k
+// and v may have fewer heads). False: none of these.
 bool read_settings(PyObject* settings, AttentionCall& call, bool& grouped) {
   PyObject *set[6], *window[2];
   return unpack(settings, 6, set) && (set[0] == Py_None || read(set[0], call.scale)) && read(set[1], call.causal) &&
@@ -82,8 +82,8 @@ PyObject* attend(PyObject* const* args, Py_ssize_t count) {
   return with_lse ? PyTuple_Pack(2, o.get(), lse.get()) : o.release();
 }
 
-// attend_kept(q, k, v, bias, mask, settings, sinks, lengths_q, lengths_k, block_table, k_scale, v_scale) -> o, of any of these
-// without gradients, or None: by the operator's own function, which checks them.
+// attend_kept(q, k, v, bias, mask, settings, sinks, lengths_q, lengths_k, block_table, k_scale, v_scale) -> o, without
+// gradients, or None: by the operator's own function, which checks them.
 PyObject* attend_kept(PyObject* const* args, Py_ssize_t count) {
   MaybeTensor x[12];
   AttentionCall call;

@@ -20,7 +20,7 @@ constexpr long kLeast = 512;   // and at least
 constexpr long kEven = 128;    // a multiple of this
 constexpr long kTasks = 4;     // chunks of a sequence between these
 constexpr int kRows = 4;       // rows at once, by vectors
-constexpr int kAtOnce = 16;    // and at most
+constexpr int kAtOnce = 16;    // and by tiles, at most
 constexpr long kNear = 1 << 20;  // bytes a thread that are likely in its second cache
 
 // The sums of the lanes of four vectors.
@@ -42,14 +42,15 @@ class Decode {
   static constexpr bool kScaled = __is_same(K, q8);
   static constexpr bool kDot = kHasDot && __is_same(K, bf16);
   static constexpr bool kTiles = kHasTiles && (kDot || kScaled);
-  static constexpr long kStep = kTiles && kDot ? 64 : 128;  // keys a block: with what tiles lay down they fit the first cache
-  static constexpr long kAhead = kTiles ? kStep : 32;  // keys for which memory is asked before they are met
+  static constexpr long kStep = kTiles && kDot ? 64 : 128;  // keys a block: they, and what tiles lay down, fit the first cache
+  static constexpr long kAhead = kTiles ? kStep : 32;       // keys for which memory is asked before they are met
   using Query = std::conditional_t<kDot, S, A>;  // what q is kept as
   static constexpr long kQueryLanes = kTiles ? 64 / long(sizeof(K)) : kVectorBytes / long(sizeof(Query));
 
   explicit Decode(const AttentionForward& call)
       : call_(call), scoring_(call), dropout_(call), group_(call.heads_q / call.heads_k),
-        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)), width_v_(round_up(call.dim_v, kTiles ? kQueryLanes : L)) {}
+        rows_(group_ * least(call.length_q, kDecodeQueries)), width_(round_up(call.dim, kQueryLanes)),
+        width_v_(round_up(call.dim_v, kTiles ? kQueryLanes : L)) {}
 
   bool run() {
     const long heads = call_.batch * call_.heads_k;

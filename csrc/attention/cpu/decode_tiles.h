@@ -1,7 +1,8 @@
 // The products of decode by AMX's tiles: keys are met 16 at a time, where they lie, by all queries that share their head.
 //
-// Of bfloat16, q and the weights of the values are multiplied as bfloat16. Of int8 they are whole numbers of 24 bits, fractions
-// of the largest in a row of q and in a row's block of weights, in three digits of base 256: products and sums are exact.
+// Of bfloat16, q and the weights of the values are multiplied as bfloat16. Of int8 they are whole numbers of 24 bits,
+// fractions of the largest in a row of q and in a row's block of weights, in three digits of base 256: products and sums
+// are exact.
 #pragma once
 #include "attention/cpu/tile.h"
 
@@ -115,7 +116,9 @@ class DecodeTiles {
         for (long d = 0; d < dim_v_; d += kTerms) {
           const long wide = least(kTerms, dim_v_ - d) * long(sizeof(K));
           const __mmask64 there = ~__mmask64(0) >> (64 - wide);
-          const auto row = [&](int i) { return j + i < n ? _mm512_maskz_loadu_epi8(there, v[j + i] + d) : _mm512_setzero_si512(); };
+          const auto row = [&](int i) {
+            return j + i < n ? _mm512_maskz_loadu_epi8(there, v[j + i] + d) : _mm512_setzero_si512();
+          };
           interleave(row, out + d * kSide);
         }
     }

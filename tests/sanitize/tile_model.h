@@ -117,8 +117,11 @@ inline void multiply_bytes(int c, int a, int b, bool a_is_signed) {
     for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
       uint32_t sum;
       std::memcpy(&sum, tiles.data[c][m] + 4 * n, 4);
-      for (int k = 0; k < tiles.row_bytes[a]; ++k)
-        sum += uint32_t((a_is_signed ? int(static_cast<signed char>(tiles.data[a][m][k])) : int(tiles.data[a][m][k])) * int(static_cast<signed char>(tiles.data[b][k / 4][4 * n + k % 4])));
+      for (int k = 0; k < tiles.row_bytes[a]; ++k) {
+        const unsigned char left = tiles.data[a][m][k], right = tiles.data[b][k / 4][4 * n + k % 4];
+        const int factor = a_is_signed ? static_cast<signed char>(left) : left;
+        sum += uint32_t(factor * static_cast<signed char>(right));
+      }
       std::memcpy(tiles.data[c][m] + 4 * n, &sum, 4);
     }
   ++products;
